@@ -1,0 +1,37 @@
+"""EvoComp: learned visual token compression for multimodal LLMs.
+
+Shapes are written in one alphabet throughout:
+
+====  ==========================================
+B     batch
+N     visual tokens of an image (before pruning)
+T     prompt tokens
+A     answer tokens
+D     hidden size of the LLM
+V     vocabulary
+G     groups of visual tokens
+Q     candidate masks of one sample
+R     visual tokens kept
+====  ==========================================
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it; imported on first use so that `import evocomp` stays instant
+_PUBLIC = {
+    "UserError": "evocomp.log",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'evocomp' has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

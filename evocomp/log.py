@@ -1,0 +1,34 @@
+"""Messages to the user: one logger, and warnings that are said once."""
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger("evocomp")
+_said: set[str] = set()
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for the job (torchrun and Slurm set these variables)."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def setup(level: str = "INFO") -> None:
+    """Send messages of rank 0 to standard error, without decoration."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(level if is_rank_zero() else "ERROR")
+
+
+def warn_once(message: str) -> None:
+    """Warn, but only the first time that this very message comes up in the process."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line, exit code 2, no traceback."""
