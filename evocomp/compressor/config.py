@@ -76,7 +76,7 @@ class EvoCompConfig(PreTrainedConfig):
 
 
 def layer_config(config: EvoCompConfig) -> PreTrainedConfig:
-    """The text configuration of the compressor's layers: few layers, bidirectional, no vocabulary, no cache."""
+    """Text configuration of the compressor's layers: few layers, bidirectional, no vocabulary, no cache."""
     text = copy.deepcopy(config.text_config)
     text.num_hidden_layers, text.is_causal, text.use_cache = config.num_layers, False, False
     # transformers warns or fails when special ids lie outside of a vocabulary of one

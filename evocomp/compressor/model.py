@@ -17,7 +17,11 @@ from evocomp.mllm.families import unwrap
 
 @dataclass
 class CompressorOutput(ModelOutput):
-    """logits [B,N]: retention scores before the sigmoid. hidden [B,N,D]: layer output plus the skip, before the norm."""
+    """What `EvoCompCompressor` returns.
+
+    logits: [B,N] retention scores before the sigmoid
+    hidden: [B,N,D] layer output plus the skip, before the head's norm
+    """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
@@ -53,7 +57,7 @@ class EvoCompCompressor(PreTrainedModel):
 
     @torch.no_grad()
     def reset_layers(self) -> None:
-        """Normal weights of standard deviation 0.7 / sqrt(fan-in) in every matrix of the layers and the head."""
+        """Normal weights of standard deviation 0.7 / sqrt(fan-in) in all matrices of layers and head."""
         for weight in [*self.encoder.layers.parameters(), self.score.weight]:
             if weight.ndim == 2:
                 weight.normal_(0.0, 0.7 / math.sqrt(weight.shape[1]))
@@ -69,9 +73,11 @@ class EvoCompCompressor(PreTrainedModel):
     ) -> CompressorOutput:
         """Score visual tokens.
 
-        visual [B,N,D]; prompt [B,T,D]; masks bool, True at real tokens, padding anywhere (it has no influence);
-        position_ids [B,N+T], or [3,B,N+T] / [4,B,N+T] for M-RoPE, default 1..n for the n real visual tokens, then
-        n+1.. for the prompt; budget: tokens to be kept, float [B] or one number, needed with `budget_input`.
+        visual, prompt: [B,N,D] and [B,T,D]
+        masks: bool [B,T] and [B,N], True at real tokens; padding may lie anywhere, it has no influence
+        position_ids: [B,N+T], or [3,B,N+T] / [4,B,N+T] for M-RoPE; by default 1..n for the n real visual
+            tokens, then n+1.. for the prompt
+        budget: number of tokens to be kept, float [B] or one number; needed with `budget_input`
         """
         batch, n_visual, _ = visual.shape
         if prompt is None or not self.config.use_text:
@@ -92,9 +98,9 @@ class EvoCompCompressor(PreTrainedModel):
         if not self.config.budget_input:
             return torch.cat([visual, prompt], dim=1)
         if budget is None:
-            raise ValueError("this compressor has budget_input=True: pass budget=, the number of tokens to keep")
-        level = torch.log2(torch.as_tensor(budget, dtype=torch.float32, device=visual.device).clamp(min=1) / 16)
-        level = level.to(visual.dtype).expand(len(visual))[:, None, None]
+            raise ValueError("this compressor has budget_input=True: pass budget=, the number of kept tokens")
+        kept = torch.as_tensor(budget, dtype=torch.float32, device=visual.device).clamp(min=1)
+        level = torch.log2(kept / 16).to(visual.dtype).expand(len(visual))[:, None, None]
         visual = visual + level * self.visual_budget
         if self.text_budget is not None:
             prompt = prompt + level * self.text_budget
@@ -108,7 +114,7 @@ class EvoCompCompressor(PreTrainedModel):
         return mask.long().cumsum(1).clamp(min=1)
 
     def init_from_layer(self, model: nn.Module, layer: int = 0) -> "EvoCompCompressor":
-        """Start from decoder layers `layer`, `layer` + 1, ... of a multimodal LLM (strict copy). Returns itself."""
+        """Copy decoder layers `layer`, `layer` + 1, ... of a multimodal LLM, strictly. Returns itself."""
         source = unwrap(model).get_decoder().layers
         for offset, target in enumerate(self.encoder.layers):
             target.load_state_dict(source[layer + offset].state_dict(), strict=True)
@@ -116,7 +122,7 @@ class EvoCompCompressor(PreTrainedModel):
 
     @classmethod
     def from_mllm(cls, model: nn.Module, layer: int | None = None, **kwargs) -> "EvoCompCompressor":
-        """A new compressor for a multimodal LLM; from its decoder layer `layer` if given, else from random weights.
+        """A new compressor for a multimodal LLM: from its decoder layer `layer`, or from random weights.
 
         Further keywords go to `EvoCompConfig`.
         """
@@ -125,7 +131,7 @@ class EvoCompCompressor(PreTrainedModel):
 
 
 def _mask_or_ones(mask: Tensor | None, tokens: Tensor) -> Tensor:
-    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+    return tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
 
 
 AutoModel.register(EvoCompConfig, EvoCompCompressor)

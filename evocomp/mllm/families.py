@@ -1,7 +1,7 @@
 """What differs between families of multimodal LLMs: the few policies that transformers does not make uniform.
 
-Since transformers 5.18 every family offers `get_image_features(...).pooler_output`, `get_decoder()`,
-`get_input_embeddings()` and takes `mm_encoder_outputs`; this file holds the rest, keyed by `config.model_type`.
+Since transformers 5.18 every family offers `get_image_features(...).pooler_output`, `get_decoder()` and
+`get_input_embeddings()` and takes `mm_encoder_outputs`. The rest is here, keyed by `config.model_type`.
 """
 
 import inspect
@@ -27,8 +27,8 @@ class Policy:
     mrope:     positions have several rows (Qwen: text, time, height, width)
     deepstack: visual features are added again inside the first decoder layers
     blocks:    attention mask is bidirectional inside an image ("image") or over the whole prompt ("prefix")
-    image:     what one image is. "entry": one entry of `pooler_output`; "run": one unbroken run of placeholders
-               (tiles are separate entries); "tiles": runs up to the global tile, with which every image ends
+    image:     what one image is. "entry": one entry of `pooler_output`; "run": one unbroken run of
+               placeholders (its tiles are entries); "tiles": all runs up to the global tile, which comes last
     forward_offset: added to `position_ids` by the family's own `prepare_inputs_for_generation`
     """
 
@@ -78,7 +78,8 @@ def check_supported(model: nn.Module) -> None:
     """Raise UserError if the family is unknown or transformers is too old."""
     if Version(Version(transformers.__version__).base_version) < Version(MIN_TRANSFORMERS):
         raise UserError(
-            f"transformers {transformers.__version__} is too old; run `pip install 'transformers>={MIN_TRANSFORMERS}'`"
+            f"transformers {transformers.__version__} is too old; "
+            f"run `pip install 'transformers>={MIN_TRANSFORMERS}'`"
         )
     policy(model)
 
@@ -116,9 +117,9 @@ def position_ids(model: nn.Module, inputs: Mapping[str, Tensor], forward: bool =
 
 
 def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, transformers.utils.ModelOutput]:
-    """Run vision tower and projector once: {"image": output, "video": output}, as `mm_encoder_outputs` takes it.
+    """Run vision tower and projector once: {"image": output, "video": output}, fit for `mm_encoder_outputs`.
 
-    `output.pooler_output` holds the visual tokens in the LLM's hidden size D. Kinds without pixels are absent.
+    `output.pooler_output` holds the visual tokens in the LLM's hidden size. Kinds without pixels are absent.
     """
     base, encoded = unwrap(model).base_model, {}
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
@@ -158,8 +159,8 @@ def _entry_starts(model: nn.Module, input_ids: Tensor, encoded: Mapping, visual:
         sizes = [len(rows) for rows in entries(encoded[kind])] if kind in encoded else []
         if sum(sizes) != len(place):
             raise UserError(
-                f"the prompt has {len(place)} {kind} placeholders but the vision tower made {sum(sizes)} tokens; "
-                "prepare prompt and pixels together with the model's own processor"
+                f"the prompt has {len(place)} {kind} placeholders but the vision tower made {sum(sizes)} "
+                "tokens; prepare prompt and pixels together with the model's own processor"
             )
         first = torch.tensor([0, *sizes], device=place.device).cumsum(0)[:-1]
         starts.view(-1)[place[first[torch.tensor(sizes, device=place.device) > 0]]] = 1
@@ -169,8 +170,8 @@ def _entry_starts(model: nn.Module, input_ids: Tensor, encoded: Mapping, visual:
 def _run_starts(input_ids: Tensor, visual: Tensor, merge_tiles: bool) -> Tensor:
     """int [B,S]: 1 at the first placeholder of every run, or of every image made of tiles.
 
-    In Idefics3 and SmolVLM prompts the token before a run names the tile, and every image ends with its global
-    tile. The row's last run is therefore a global one, and the token before it tells the others.
+    In Idefics3 and SmolVLM prompts the token before a run names the tile, and every image ends with its
+    global tile. So the row's last run is a global one, and the token before it tells the others.
     """
     before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
     starts = visual & ~before
@@ -186,7 +187,7 @@ def _run_starts(input_ids: Tensor, visual: Tensor, merge_tiles: bool) -> Tensor:
 
 
 def visual_tokens(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tensor:
-    """Encoded visual tokens in the order of their placeholders. -> [total,D], rows of the batch one after another."""
+    """Encoded visual tokens in the order of their placeholders, row after row of the batch. -> [total,D]."""
     visual = visual_mask(model, input_ids)
     parts = {kind: torch.cat(entries(output)) for kind, output in encoded.items()}
     if len(parts) == 1:

@@ -38,7 +38,9 @@ def test_hidden_is_the_llm_layer_without_causal_mask_plus_skip(family):
     mask = torch.zeros(B, 1, N + T, N + T)
     with torch.no_grad():
         embedded = llm.rotary_emb(source, rotary, *extra)
-        layer = llm.layers[1](source, attention_mask=mask, position_embeddings=embedded, position_ids=positions)
+        layer = llm.layers[1](
+            source, attention_mask=mask, position_embeddings=embedded, position_ids=positions
+        )
         out = compressor(visual, prompt)
     hidden = layer[:, :N] + visual
     assert_close(out.hidden, hidden, rtol=1e-4, atol=1e-4)

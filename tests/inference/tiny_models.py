@@ -192,9 +192,6 @@ def build(family: str, attention: str = "sdpa"):
     return _built(family, attention)
 
 
-# --- prompts -----------------------------------------------------------------------------------------------------
-
-
 def _pixels(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
