@@ -1,0 +1,19 @@
+"""Training losses: what the compressor learns from labels (`build_loss`) and from its own masks (`policy_loss`)."""
+
+from evocomp.losses.policy import (
+    group_relative_advantages,
+    plackett_luce_log_prob,
+    policy_loss,
+    sample_masks,
+)
+from evocomp.losses.total import LOSSES, SupervisedLoss, build_loss
+
+__all__ = [
+    "LOSSES",
+    "SupervisedLoss",
+    "build_loss",
+    "group_relative_advantages",
+    "plackett_luce_log_prob",
+    "policy_loss",
+    "sample_masks",
+]
