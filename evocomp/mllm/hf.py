@@ -7,6 +7,7 @@ borders of packed sequences and silently masks attention across them.
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from evocomp.data.example import Example
 from evocomp.log import UserError
@@ -31,16 +33,19 @@ class FrozenMLLM:
         model: any supported `...ForConditionalGeneration`, or the same wrapped by PEFT.
         processor: its processor.
         name: what to call it in records.
+        cache_bytes: room for encoded pictures; those used least recently are encoded again when asked for.
     """
 
-    def __init__(self, model: torch.nn.Module, processor, name: str = ""):
+    def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
         families.check_supported(model)
         self.model = families.unwrap(model).eval().requires_grad_(False)
         self.processor = processor
         self.name = name
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
-        self._images: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.cache_bytes = cache_bytes
+        self._bytes = 0
+        self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @classmethod
     def load(
@@ -48,6 +53,7 @@ class FrozenMLLM:
     ) -> "FrozenMLLM":
         """Load `nano` (shipped), a folder, or a Hugging Face id."""
         path = ASSETS / name if (ASSETS / name / "config.json").is_file() else name
+        transformers_logging.disable_progress_bar()
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 path, dtype=getattr(torch, dtype), attn_implementation=attention
@@ -94,33 +100,16 @@ class FrozenMLLM:
     # ------------------------------------------------------------ encoding
 
     @torch.no_grad()
-    def features(self, examples: Sequence[Example], keep_images: bool = True) -> list[Features]:
-        """Encode examples; pictures with the same `image_id` are encoded once.
+    def features(self, examples: Sequence[Example]) -> list[Features]:
+        """Encode examples; a picture that several of them ask about is encoded once.
+
+        Pictures are encoded one at a time: the tower's share of all work is small, and a picture's features then
+        never depend, not even in the last bit, on what was encoded beside it.
 
         Raises:
             UserError: an answer without tokens, or a processor without a chat template.
         """
-        found = [self._features(example) for example in self._encoded(examples)]
-        if not keep_images:
-            self._images.clear()
-        return found
-
-    def forget_images(self) -> None:
-        """Let go of encoded pictures."""
-        self._images.clear()
-
-    def _encoded(self, examples: Sequence[Example]):
-        """Pairs of example and processor output, after their pictures have been encoded (in batches if alike)."""
-        waiting: list[tuple[Example, dict]] = []
-        for start in range(0, len(examples), 64):
-            part = [(example, self._process(example)) for example in examples[start : start + 64]]
-            waiting = []
-            for example, inputs in part:
-                known = example.image_id in self._images or any(e.image_id == example.image_id for e, _ in waiting)
-                if not known:
-                    waiting.append((example, inputs))
-            self._encode_pictures(waiting)
-            yield from part
+        return [self._features(example) for example in examples]
 
     def _process(self, example: Example) -> dict[str, Tensor]:
         if getattr(self.processor, "chat_template", None) is None:
@@ -137,30 +126,25 @@ class FrozenMLLM:
             add_special_tokens=not (bos and text.startswith(bos)),
         ).to(self.device)
 
-    def _encode_pictures(self, waiting: list[tuple[Example, dict]]) -> None:
-        if not waiting:
-            return
-        plain = all(set(inputs) == {"input_ids", "attention_mask", "pixel_values"} for _, inputs in waiting)
-        shapes = {tuple(inputs["pixel_values"].shape) for _, inputs in waiting if "pixel_values" in inputs}
-        one_picture_each = all(inputs["pixel_values"].shape[0] == 1 for _, inputs in waiting)
-        dtype = self.vocabulary.dtype
-        if plain and len(shapes) == 1 and one_picture_each:
-            pixels = torch.cat([inputs["pixel_values"] for _, inputs in waiting]).to(dtype)
-            rows = families.entries(families.encode(self.model, {"pixel_values": pixels})["image"])
-            if len(rows) == len(waiting):
-                for (example, _), tokens in zip(waiting, rows, strict=True):
-                    self._images[example.image_id] = (tokens, None)
-                return
-        for example, inputs in waiting:
-            inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}
-            encoded = families.encode(self.model, inputs)
-            numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)[0]
-            tokens = families.visual_tokens(self.model, inputs["input_ids"], encoded)
-            self._images[example.image_id] = (tokens, numbers[numbers >= 0])
+    def _picture(self, image_id: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Visual tokens [N, D] and the number of the image that each belongs to [N]; remembered while there is room."""
+        if image_id in self._pictures:
+            self._pictures.move_to_end(image_id)
+            return self._pictures[image_id]
+        inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(self.vocabulary.dtype)}
+        encoded = families.encode(self.model, inputs)
+        numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)[0]
+        tokens = families.visual_tokens(self.model, inputs["input_ids"], encoded)
+        self._pictures[image_id] = (tokens, numbers[numbers >= 0])
+        self._bytes += tokens.numel() * tokens.element_size()
+        while self._bytes > self.cache_bytes and len(self._pictures) > 1:
+            _, (old, _) = self._pictures.popitem(last=False)
+            self._bytes -= old.numel() * old.element_size()
+        return self._pictures[image_id]
 
-    def _features(self, pair: tuple[Example, dict]) -> Features:
-        example, inputs = pair
-        visual, numbers = self._images[example.image_id]
+    def _features(self, example: Example) -> Features:
+        inputs = self._process(example)
+        visual, numbers = self._picture(example.image_id, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:
             raise UserError(f"the answer {example.answer!r} of example {example.id} has no token; leave it out")
@@ -179,7 +163,7 @@ class FrozenMLLM:
             visual_at=at,
             positions=positions[..., 0, :],
             answer_ids=answer.to(self.device),
-            image_numbers=torch.zeros_like(at) if numbers is None else numbers,
+            image_numbers=numbers,
         )
 
     # ------------------------------------------------------------ the LLM on a shortened sequence

@@ -70,6 +70,7 @@ def nano_config(image_size: int = 96, patch: int = 8, width: int = 96, layers: i
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
+        image_seq_length=(image_size // patch) ** 2,
         image_token_index=WORDS.index("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
