@@ -1,0 +1,64 @@
+"""Label records as safetensors bytes: no pickle, mapped by name, the same bytes for the same records."""
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from evocomp.log import UserError
+
+Record = dict[str, "np.ndarray | int | float"]
+"""What is stored of one sample: an integer "id" and arrays or numbers, with the same fields in a chunk."""
+
+ANEW = "delete this file and run the labelling again: it makes only what is missing"
+
+
+def encode(records: list[Record]) -> bytes:
+    """Records as safetensors bytes; the same records give the same bytes.
+
+    A number is a column [n]. An array field x is x.data (all records' elements in a row), x.offsets [n+1]
+    and, with several dimensions, x.shape [n, dimensions].
+    """
+    tensors = {"id": np.array([record["id"] for record in records], dtype=np.int64)}
+    names = sorted(records[0].keys() - {"id"}) if records else []
+    for record in records:
+        assert sorted(record.keys() - {"id"}) == names, "the records of a chunk have the same fields"
+    for name in names:
+        assert "." not in name, f"field names have no dots: {name}"
+        values = [np.asarray(record[name]) for record in records]
+        kinds = {(value.dtype, value.ndim) for value in values}
+        assert len(kinds) == 1, f"field {name} has several types or numbers of dimensions: {kinds}"
+        if values[0].ndim == 0:
+            tensors[name] = np.stack(values)
+            continue
+        tensors[f"{name}.data"] = np.concatenate([value.ravel() for value in values])
+        tensors[f"{name}.offsets"] = np.cumsum([0] + [value.size for value in values], dtype=np.int64)
+        if values[0].ndim > 1:
+            tensors[f"{name}.shape"] = np.array([value.shape for value in values], dtype=np.int64)
+    # no metadata: safetensors keeps it in a hash map, whose order changes from process to process
+    return safetensors.numpy.save(tensors)
+
+
+def decode(content: bytes, path: Path) -> list[Record]:
+    """Inverse of `encode`; `path` is for the error message."""
+    tensors = tensors_of(content, path)
+    records: list[Record] = [{"id": int(id)} for id in tensors["id"]]
+    for name in sorted({name.split(".")[0] for name in tensors} - {"id"}):
+        if name in tensors:
+            for record, value in zip(records, tensors[name].tolist(), strict=True):
+                record[name] = value
+            continue
+        values = np.split(tensors[f"{name}.data"], tensors[f"{name}.offsets"][1:-1])
+        shapes = tensors.get(f"{name}.shape")
+        for row, (record, value) in enumerate(zip(records, values, strict=True)):
+            record[name] = value if shapes is None else value.reshape(shapes[row])
+    return records
+
+
+def tensors_of(content: bytes, path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a chunk; UserError when its bytes are not whole."""
+    try:
+        return safetensors.numpy.load(content)
+    except SafetensorError as error:
+        raise UserError(f"label chunk {path} is broken or cut short ({error}); {ANEW}") from None

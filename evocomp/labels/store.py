@@ -1,0 +1,281 @@
+"""Labels on disk: complete or absent, whatever is killed and whenever.
+
+    DIR/meta.json                               what made the store
+    DIR/round-0003/chunk-000007.safetensors     records of some samples, never changed once there
+    DIR/round-0003/COMMIT.json                  written last: the round is complete
+
+A file appears under its name only when all its bytes are on disk (temporary name, fsync, rename), so that
+readers and writers need no locks. Chunks are keyed by samples and never by ranks: a round that several ranks
+made, crashed in and resumed has the same bytes as one made by a single process.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evocomp.labels.records import ANEW, Record, decode, encode, tensors_of
+from evocomp.log import UserError, logger, warn_once
+
+SCHEMA = 1
+
+
+class LabelStore:
+    """Label records by round and chunk. Make one with `LabelStore.open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writes = 0
+
+    @classmethod
+    def open(cls, path: str | Path, fingerprint: dict[str, Any], overwrite: bool = False) -> "LabelStore":
+        """Open the store in folder `path`, or start one there.
+
+        Args:
+            path: the folder; shared by all ranks.
+            fingerprint: what the labels depend on (model, data, label configuration, ...), JSON values.
+            overwrite: throw away a store made by another fingerprint. One of this fingerprint is continued.
+
+        Raises UserError when the folder holds a store of another fingerprint, or something else.
+        """
+        store = cls(Path(path))
+        fingerprint = json.loads(json.dumps(fingerprint))
+        try:
+            store.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{path} is a file; give a folder for the labels") from None
+        # listed before meta.json is looked for: another rank may be starting the same store
+        entries = [entry for entry in store.path.iterdir() if not entry.name.startswith("meta.json.tmp.")]
+        found = store._meta()
+        made_by = {"schema": SCHEMA, "fingerprint": fingerprint}
+        if found is None and entries:
+            raise UserError(f"{path} is neither empty nor a label store; choose another folder")
+        if found is not None and {key: found[key] for key in made_by} == made_by:
+            store._sweep()
+            store._check_numpy(found)
+            return store
+        if found is not None:
+            if not overwrite:
+                raise UserError(
+                    f"label store {path} was made by {_difference(found, made_by)}; "
+                    "choose another folder or --labels.overwrite=true"
+                )
+            for folder in store.path.glob("round-*"):
+                store._remove(folder)
+        store._replace(store.path / "meta.json", _json({**made_by, "numpy": np.__version__}))
+        return store
+
+    # -- chunks
+
+    def write(self, round: int, chunk: int, records: list[Record]) -> None:
+        """Store a chunk. One that is there already stays as it is, for chunks are immutable."""
+        path = self._chunk(round, chunk)
+        content = encode(records)
+        if path.exists():
+            if path.read_bytes() != content:
+                logger.warning("%s exists with other content; the first one is kept", path)
+            return
+        path.parent.mkdir(exist_ok=True)
+        self._replace(path, content)
+
+    def has(self, round: int, chunk: int) -> bool:
+        """Whether the chunk is stored (its round need not be committed)."""
+        return self._chunk(round, chunk).exists()
+
+    def missing(self, round: int, chunks: Iterable[int]) -> list[int]:
+        """Those of `chunks` that are not stored yet, in the given order."""
+        # one listing: a look-up per chunk costs a round trip each on a network file system
+        stored = set(self._stored(round))
+        return [chunk for chunk in chunks if chunk not in stored]
+
+    def read_chunk(self, round: int, chunk: int) -> list[Record]:
+        """The records of a chunk; UserError when it is absent, broken or not what was committed."""
+        path = self._chunk(round, chunk)
+        content = _content(path)
+        if self.committed(round) and self._commit(round).get(str(chunk)) != _sha256(content):
+            raise UserError(f"label chunk {path} is not what was committed; {ANEW}")
+        return decode(content, path)
+
+    # -- rounds
+
+    def commit(self, round: int, chunks: Iterable[int]) -> None:
+        """Declare the round complete: all of `chunks` are there and whole. Called by one rank."""
+        chunks = sorted(chunks)
+        missing = self.missing(round, chunks)
+        if missing:
+            raise UserError(
+                f"round {round} of label store {self.path} lacks {len(missing)} chunks, first {missing[0]}; "
+                "run the labelling again: it makes only these"
+            )
+        hashes = {}
+        for chunk in chunks:
+            path = self._chunk(round, chunk)
+            content = _content(path)
+            tensors_of(content, path)
+            hashes[str(chunk)] = _sha256(content)
+        self._folder(round).mkdir(exist_ok=True)
+        self._replace(self._folder(round) / "COMMIT.json", _json({"chunks": hashes}))
+
+    def committed(self, round: int) -> bool:
+        """Whether the round is complete."""
+        return (self._folder(round) / "COMMIT.json").exists()
+
+    def rounds(self) -> list[int]:
+        """The complete rounds, ascending."""
+        found = (re.fullmatch(r"round-(\d+)", folder.name) for folder in self.path.glob("round-*"))
+        return sorted(int(m[1]) for m in found if m and self.committed(int(m[1])))
+
+    def read(self, round: int) -> dict[int, Record]:
+        """All records of a complete round by sample id."""
+        records: dict[int, Record] = {}
+        for chunk in self.chunks(round):
+            for record in self.read_chunk(round, chunk):
+                assert record["id"] not in records, f"sample {record['id']} is in two chunks of round {round}"
+                records[record["id"]] = record
+        return records
+
+    def chunks(self, round: int) -> list[int]:
+        """Chunk numbers of a complete round, ascending; for reading it piece by piece."""
+        return sorted(int(chunk) for chunk in self._commit(round))
+
+    def digest(self, round: int) -> str:
+        """SHA-256 over the bytes of all chunks of a complete round, in order."""
+        total = hashlib.sha256()
+        for chunk in self.chunks(round):
+            total.update(_content(self._chunk(round, chunk)))
+        return total.hexdigest()
+
+    def remove(self, round: int) -> None:
+        """Delete a round, complete or not."""
+        self._remove(self._folder(round))
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    # -- files
+
+    def _folder(self, round: int) -> Path:
+        return self.path / f"round-{round:04d}"
+
+    def _chunk(self, round: int, chunk: int) -> Path:
+        return self._folder(round) / f"chunk-{chunk:06d}.safetensors"
+
+    def _stored(self, round: int) -> list[int]:
+        paths = self._folder(round).glob("chunk-*")
+        found = (re.fullmatch(r"chunk-(\d+)\.safetensors", path.name) for path in paths)
+        return sorted(int(m[1]) for m in found if m)
+
+    def _meta(self) -> dict | None:
+        path = self.path / "meta.json"
+        if not path.exists():
+            return None
+        try:
+            meta = json.loads(path.read_bytes())
+            assert isinstance(meta["schema"], int) and isinstance(meta["numpy"], str)
+            return {**meta, "fingerprint": dict(meta["fingerprint"])}
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise UserError(f"{path} is not readable; restore it or choose another folder") from None
+
+    def _commit(self, round: int) -> dict[str, str]:
+        path = self._folder(round) / "COMMIT.json"
+        if not path.exists():
+            raise UserError(
+                f"round {round} of label store {self.path} is not complete; "
+                "run the labelling again to finish it"
+            )
+        try:
+            return dict(json.loads(path.read_bytes())["chunks"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not readable; delete it and run the labelling again") from None
+
+    def _check_numpy(self, meta: dict) -> None:
+        if meta["numpy"] != np.__version__:
+            warn_once(
+                f"label store {self.path} was started with numpy {meta['numpy']}, this is {np.__version__}: "
+                "random numbers, and so labels still to be made, may differ"
+            )
+
+    def _replace(self, path: Path, content: bytes) -> None:
+        """Write a file so that it is there whole or not at all, also after a power cut."""
+        self._writes += 1
+        temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}.{self._writes}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"no space left for label store {self.path}; make room and run again: "
+                    "the chunks that are finished are kept"
+                ) from error
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _sweep(self) -> None:
+        """Delete what killed writers left behind; other ranks may be writing at this moment."""
+        for path in [*self.path.glob("*.tmp.*"), *self.path.glob("round-*/*.tmp.*")]:
+            host, pid, _ = path.name.split(".tmp.")[1].rsplit(".", 2)
+            # only a process of this host can be asked whether it lives; a day is longer than any write
+            try:
+                old = time.time() - path.stat().st_mtime > 86_400
+            except FileNotFoundError:
+                continue
+            if old or (host == socket.gethostname() and not _alive(int(pid))):
+                path.unlink(missing_ok=True)
+
+    def _remove(self, folder: Path) -> None:
+        # the commit goes first: a removal that is cut short leaves an incomplete round, not a broken one
+        (folder / "COMMIT.json").unlink(missing_ok=True)
+        for path in folder.glob("*"):
+            path.unlink(missing_ok=True)
+        if folder.exists():
+            folder.rmdir()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"label chunk {path} is missing; run the labelling again") from None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _difference(found: dict, made_by: dict) -> str:
+    there, here = ({"schema": side["schema"], **side["fingerprint"]} for side in (found, made_by))
+    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    there_text, here_text = (", ".join(f"{key}={side.get(key)}" for key in keys) for side in (there, here))
+    return f"{there_text} (this run has {here_text})"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

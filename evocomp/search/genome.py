@@ -1,0 +1,53 @@
+"""Genomes: int32 [Q, G], the place inside each group of the token that a candidate keeps.
+
+One kept token per group therefore holds by construction. Everything here draws only `Generator.random`
+(53 bits scaled to [0, 1)), the part of numpy's generators least likely to change between versions.
+"""
+
+import numpy as np
+
+from evocomp.grouping.groups import Groups
+
+
+def stream(seed: int, sample_id: int, round: int) -> np.random.Generator:
+    """The random numbers of one sample in one refresh round: independent of ranks, order and other samples.
+
+    Philox keyed by (seed; sample_id, round). numpy does not promise the stream of a `Generator` across
+    versions, so a golden test guards it and the label store records numpy's version.
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(sample_id, round))))
+
+
+def random_genomes(sizes: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+    """`count` genomes [count, G], every place of a group (sizes [G]) equally likely."""
+    # u < 1 - 2^-54 makes u * size round below size for every size, so the floor stays inside the group
+    return (rng.random((count, len(sizes))) * sizes).astype(np.int32)
+
+
+def sample_genomes(odds: np.ndarray, groups: Groups, rng: np.random.Generator, count: int) -> np.ndarray:
+    """`count` genomes [count, G]; in each group the kept token is drawn by its odds.
+
+    odds [N] are not negative, in the order of `groups.order`, with a positive sum in every group.
+    """
+    total = np.add.reduceat(odds, groups.offsets)
+    ids = groups.of[groups.order]
+    before = np.cumsum(odds) - odds
+    within = (before - before[groups.offsets][ids] + odds) / total[ids]
+    # group g's cumulative odds lie in (g, g + 1], so one sorted search serves all groups at once
+    edges = np.maximum.accumulate(ids + np.minimum(within, 1.0))
+    draws = rng.random((count, groups.count)) + np.arange(groups.count)
+    place = np.searchsorted(edges, draws, side="right") - groups.offsets
+    return np.clip(place, 0, groups.sizes - 1).astype(np.int32)
+
+
+def seed_genomes(
+    groups: Groups, scores: np.ndarray, rng: np.random.Generator, count: int, temperature: float = 1.0
+) -> np.ndarray:
+    """Genomes [count, G] that follow given token scores [N] (a compressor's logits, say).
+
+    In each group the kept token is drawn from softmax(scores / temperature) over the group.
+    """
+    assert temperature > 0, f"temperature must be positive, got {temperature}"
+    logits = np.asarray(scores, dtype=np.float64)[groups.order] / temperature
+    highest = np.maximum.reduceat(logits, groups.offsets)
+    return sample_genomes(np.exp(logits - highest[groups.of[groups.order]]), groups, rng, count)

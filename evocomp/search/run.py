@@ -1,0 +1,171 @@
+"""Run a search on one sample: ask, score what is new, tell."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from evocomp.grouping.groups import Groups
+from evocomp.log import UserError
+from evocomp.search.strategy import State, Strategy
+
+Score = Callable[[np.ndarray], np.ndarray]
+"""Losses [K] of K masks: kept token indices [K, G] -> float32; called with distinct masks, each only once."""
+
+
+@dataclass(frozen=True, eq=False)
+class WarmStart:
+    """What a later search of the same sample continues from.
+
+    Attributes:
+        population: [P, G] genomes.
+        losses: [P] their losses, float32.
+        best: [G] best genome ever seen (the population need not hold it), with its loss `best_loss`.
+    """
+
+    population: np.ndarray
+    losses: np.ndarray
+    best: np.ndarray
+    best_loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """Outcome of a search. Losses are mean answer losses in nats, float32.
+
+    Attributes:
+        kept: [G] kept token indices of the best mask ever seen, ascending; the label of the published recipe.
+        loss: its loss.
+        first_best: lowest loss of the first population (of a warm start: of what it began from).
+        trace: [rounds, 3] lowest and mean loss of each population, and the lowest loss so far. Row 0 is the
+            first population, or the one stored by the search that is continued.
+        population, losses: [P, G], [P] the last population.
+        best: [G] genome of `kept`.
+        evaluations: masks scored.
+        saved: candidates that needed no scoring because they had been scored before.
+        scored_kept, scored_losses: [evaluations, G], [evaluations] every mask scored, in order.
+    """
+
+    kept: np.ndarray
+    loss: float
+    first_best: float
+    trace: np.ndarray
+    population: np.ndarray
+    losses: np.ndarray
+    best: np.ndarray
+    evaluations: int
+    saved: int
+    scored_kept: np.ndarray
+    scored_losses: np.ndarray
+
+    @property
+    def warm_start(self) -> WarmStart:
+        """From which `run` continues with further generations."""
+        return WarmStart(self.population, self.losses, self.best, self.loss)
+
+
+def run(
+    strategy: Strategy,
+    groups: Groups,
+    score: Score,
+    rng: np.random.Generator,
+    generations: int,
+    warm_start: WarmStart | None = None,
+    prior: np.ndarray | None = None,
+) -> SearchResult:
+    """Search the masks of one sample.
+
+    Args:
+        strategy: how candidates are made.
+        groups: groups of the sample's N visual tokens.
+        score: the losses of masks; see `Score`.
+        rng: see `genome.stream`.
+        generations: populations after the first one (the paper's L). A warm start has its first one already.
+        warm_start: continue the search that gave it: its stored losses are not scored again.
+        prior: [N] token scores, higher is better, for the first population.
+    """
+    if generations < 0:
+        raise UserError(f"search needs generations of at least 0, got {generations}")
+    memo = _Memo(groups, score)
+    if warm_start is None:
+        state = strategy.start(groups, rng, prior=prior)
+        trace = []
+        rounds = generations + 1
+    else:
+        state = _resume(strategy, groups, rng, warm_start, memo)
+        trace = [(warm_start.losses.min(), warm_start.losses.mean(), state.best_loss)]
+        rounds = generations
+    for _ in range(rounds):
+        state, genomes = strategy.ask(state)
+        losses = memo(genomes)
+        state = strategy.tell(state, losses)
+        trace.append((losses.min(), losses.mean(), state.best_loss))
+    return _result(state, memo, np.array(trace, dtype=np.float32))
+
+
+def _resume(
+    strategy: Strategy, groups: Groups, rng: np.random.Generator, warm: WarmStart, memo: "_Memo"
+) -> State:
+    state = strategy.start(groups, rng, warm.population, warm.losses)
+    memo.add(warm.population, warm.losses)
+    memo.add(warm.best[None], np.array([warm.best_loss], dtype=np.float32))
+    if warm.best_loss < state.best_loss:
+        state = replace(state, best=np.asarray(warm.best, dtype=np.int32), best_loss=float(warm.best_loss))
+    return state
+
+
+def _result(state: State, memo: "_Memo", trace: np.ndarray) -> SearchResult:
+    scored = memo.scored or [np.empty((0, state.groups.count), dtype=np.int32)]
+    losses = memo.losses or [np.empty(0, dtype=np.float32)]
+    return SearchResult(
+        kept=state.groups.kept(state.best),
+        loss=state.best_loss,
+        first_best=float(trace[0, 2]),
+        trace=trace,
+        population=state.population,
+        losses=state.losses,
+        best=state.best,
+        evaluations=sum(map(len, losses)),
+        saved=memo.saved,
+        scored_kept=np.concatenate(scored),
+        scored_losses=np.concatenate(losses),
+    )
+
+
+class _Memo:
+    """Losses of genomes; scores those it has not seen."""
+
+    def __init__(self, groups: Groups, score: Score) -> None:
+        self.groups = groups
+        self.score = score
+        self.known: dict[bytes, float] = {}
+        self.scored: list[np.ndarray] = []
+        self.losses: list[np.ndarray] = []
+        self.saved = 0
+
+    def add(self, genomes: np.ndarray, losses: np.ndarray) -> None:
+        """Take in losses known from elsewhere."""
+        self.known.update(zip(_keys(genomes), np.asarray(losses, dtype=np.float32).tolist(), strict=True))
+
+    def __call__(self, genomes: np.ndarray) -> np.ndarray:
+        keys = _keys(genomes)
+        fresh = {key: row for row, key in enumerate(keys) if key not in self.known}
+        self.saved += len(keys) - len(fresh)
+        if fresh:
+            kept = self.groups.kept(genomes[list(fresh.values())])
+            losses = np.asarray(self.score(kept), dtype=np.float32)
+            assert losses.shape == (len(fresh),), f"score gave {losses.shape} for {len(fresh)} masks"
+            if np.isnan(losses).any():
+                raise UserError(
+                    "the MLLM gave a loss that is not a number: check the sample's answer, "
+                    "or score in bfloat16 or float32 instead of float16"
+                )
+            self.known.update(zip(fresh, losses.tolist(), strict=True))
+            self.scored.append(kept)
+            self.losses.append(losses)
+        return np.array([self.known[key] for key in keys], dtype=np.float32)
+
+
+def _keys(genomes: np.ndarray) -> list[bytes]:
+    genomes = np.ascontiguousarray(genomes, dtype=np.int32)
+    return genomes.view(np.dtype((np.void, genomes.strides[0]))).ravel().tolist()
