@@ -1,4 +1,4 @@
-"""Training losses: what the compressor learns from labels (`build_loss`) and from its own masks (`policy_loss`)."""
+"""Training losses: learning from labels (`build_loss`) and from masks of one's own (`policy_loss`)."""
 
 from evocomp.losses.policy import (
     group_relative_advantages,

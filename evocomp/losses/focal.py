@@ -16,8 +16,8 @@ def focal_loss(
 ) -> Tensor:
     """Mean over valid tokens of alpha_t |p - y|^gamma BCE(p, y), alpha_t = y alpha + (1 - y)(1 - alpha).
 
-    For hard labels |p - y| = 1 - p_t, so this is the focal loss of 1708.02002 (eq. 5); for soft ones it is the
-    quality focal loss of 2006.04388.
+    For hard labels |p - y| = 1 - p_t, so this is the focal loss of 1708.02002 (eq. 5); for soft ones it is
+    the quality focal loss of 2006.04388.
 
     Args:
         logits: [B, N], any floating dtype; computed in fp32 (fp64 for fp64).

@@ -1,4 +1,4 @@
-"""GHM-C (arXiv 1811.05181), the paper's first loss term: BCE weighted by the inverse density of gradient norms."""
+"""GHM-C (arXiv 1811.05181), the paper's first loss term: BCE over the density of its gradient norm."""
 
 from collections.abc import Callable
 
@@ -18,17 +18,17 @@ ReduceCounts = Callable[[Tensor], Tensor]
 class GHMC(nn.Module):
     """GHM-C over all valid tokens of the batch: (logits, targets, valid) -> scalar loss.
 
-    The loss is sum_i BCE_i / GD(g_i) with g_i = |sigmoid(logit_i) - target_i|, detached densities, any shapes.
+    The loss is sum_i BCE_i / GD(g_i) with g_i = |sigmoid(logit_i) - target_i| and detached densities.
 
-    With `reduce_counts` the densities are those of the joined batch of all ranks and the result is scaled by the
-    number of ranks: its mean over ranks (what DDP's gradient average makes) is the loss of the joined batch, even
-    where ranks hold different numbers of tokens.
+    With `reduce_counts` the densities are those of the joined batch of all ranks and the result is scaled
+    by the number of ranks: its mean over ranks (what DDP's gradient average makes) is the loss of the joined
+    batch, even where ranks hold different numbers of tokens.
 
     Args:
         form: "histogram" (equal bins on [0, 1]) or "exact" (a window around every g, `exact_density`).
         bins: number of bins of the histogram.
         eps: half-width of the exact window; 0.05 spans as much as one of 10 bins.
-        rule: "paper" divides by all bins, "non_empty" by occupied bins only (the authors' code). Histogram only.
+        rule: "paper" divides by all bins, "non_empty" by occupied bins only (the authors' code); histogram.
         momentum: of running bin counts in training mode, 0 to use each batch alone. Starts at 0 without bias
             correction and leaves bins alone that a batch does not reach, as in the authors' code.
         reduce_counts: sums counts over ranks; None in a single process. Histogram only.
@@ -90,8 +90,8 @@ class GHMC(nn.Module):
 def exact_density(norm: Tensor, eps: float) -> Tensor:
     """GD(g_i) = #{k : |g_k - g_i| < eps} / l_eps(g_i), the density without bins, O(n log n).
 
-    l_eps(g) = min(g + eps, 1) - max(g - eps, 0) is the part of the window inside [0, 1]. (1811.05181 calls our
-    2 eps its epsilon: its window reaches eps / 2 to either side.)
+    l_eps(g) = min(g + eps, 1) - max(g - eps, 0) is the part of the window inside [0, 1]. (1811.05181 calls
+    our 2 eps its epsilon: its window reaches epsilon / 2 to either side.)
 
     Args:
         norm: [n] gradient norms in [0, 1].

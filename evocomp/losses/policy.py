@@ -1,8 +1,8 @@
 """Policy gradient on masks: the compressor's scores as a Plackett-Luce distribution over ordered subsets.
 
 A mask of r tokens is drawn one token at a time without replacement, each with probability proportional to
-exp(logit) among those not yet drawn (Plackett 1975; sampled by the Gumbel top-r trick, arXiv 1903.06059). The loss
-is the clipped ratio of PPO (arXiv 1707.06347) with group-relative advantages (GRPO, arXiv 2402.03300).
+exp(logit) among those not yet drawn (Plackett 1975; sampled by the Gumbel top-r trick, arXiv 1903.06059). The
+loss is the clipped ratio of PPO (arXiv 1707.06347) with group-relative advantages (GRPO, arXiv 2402.03300).
 """
 
 import torch
@@ -84,14 +84,14 @@ def policy_loss(
 ) -> dict[str, Tensor]:
     """Clipped policy gradient on stored masks, plus a small penalty on the spread of the logits.
 
-    ratio = (pi / pi_old)^(1/R); policy = -mean min(ratio a, clip(ratio, 1 - clip, 1 + clip) a). The R-th root keeps
-    the ratio of long masks near 1. While pi = pi_old its gradient is that of REINFORCE, -mean a d log pi / R.
+    ratio = (pi / pi_old)^(1/R); policy = -mean min(ratio a, clip(ratio, 1 - clip, 1 + clip) a). The R-th root
+    keeps the ratio of long masks near 1. While pi = pi_old the gradient is REINFORCE's, -mean a d log pi / R.
 
     Args:
         logits: [B, N]; differentiated.
         draws: [B, K, R] stored draws in draw order.
         advantages: [B, K] stored advantages.
-        old_log_prob: [B, K] stored log-probabilities, from `plackett_luce_log_prob` when the masks were drawn.
+        old_log_prob: [B, K] stored `plackett_luce_log_prob` of the draws, under the policy that drew them.
         valid: [B, N] bool.
         clip: the ratio's trust region.
         variance_weight: weight of the mean variance of a sample's valid logits.

@@ -36,7 +36,9 @@ def _announce(backend: str, device: str) -> None:
 @torch.compiler.assume_constant_result
 def _choose(forced: str, device: str, double: bool) -> str:
     if forced not in ("", *BACKENDS):
-        raise UserError(f"EVOCOMP_OPS={forced!r} is not a backend; set it to reference or triton, or unset it")
+        raise UserError(
+            f"EVOCOMP_OPS={forced!r} is unknown; set it to reference or triton, or unset it"
+        )
     runs_here = device == "cuda" or interpreting()
     if forced == "triton":
         if not triton_installed():

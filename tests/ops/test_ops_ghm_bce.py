@@ -23,7 +23,9 @@ def brute_force(logits, targets, bins, rule):
 def test_equals_the_published_sum(n, bins, rule, generator):
     logits = torch.randn(n, generator=generator, dtype=torch.float64) * 3
     targets = (torch.rand(n, generator=generator) < 0.3).double()
-    torch.testing.assert_close(ghm_bce(logits, targets, bins=bins, rule=rule), brute_force(logits, targets, bins, rule))
+    torch.testing.assert_close(
+        ghm_bce(logits, targets, bins=bins, rule=rule), brute_force(logits, targets, bins, rule)
+    )
 
 
 @pytest.mark.parametrize("rule", ["paper", "non_empty"])
@@ -47,7 +49,11 @@ def test_backward_is_the_closed_form(generator):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.lists(st.integers(0, 30), min_size=1, max_size=5), st.sampled_from(["paper", "non_empty"]))
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.integers(0, 30), min_size=1, max_size=5),
+    st.sampled_from(["paper", "non_empty"]),
+)
 def test_shards_with_summed_counts_make_the_joined_batch(seed, sizes, rule):
     generator = torch.Generator().manual_seed(seed)
     n = sum(sizes)

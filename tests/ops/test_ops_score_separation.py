@@ -50,7 +50,10 @@ def test_gradcheck_of_both_outputs(generator):
 
 def test_logits_are_the_linear_head(generator):
     hidden, retained, valid = example(generator)
-    weight, bias = torch.randn(7, generator=generator, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    weight, bias = (
+        torch.randn(7, generator=generator, dtype=torch.float64),
+        torch.tensor(0.3, dtype=torch.float64),
+    )
     logits, separation = score_separation(hidden, weight, bias, retained, valid)
     torch.testing.assert_close(logits, F.linear(hidden, weight[None], bias[None])[..., 0] * valid)
     torch.testing.assert_close(separation, cosine_separation(hidden, retained, valid))

@@ -15,7 +15,9 @@ def expected_index(scores, r, valid):
 
 
 scores_strategy = st.lists(
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, float("inf"), float("-inf"), float("nan")]), min_size=1, max_size=40
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, float("inf"), float("-inf"), float("nan")]),
+    min_size=1,
+    max_size=40,
 )
 
 

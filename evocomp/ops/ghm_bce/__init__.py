@@ -40,8 +40,8 @@ def ghm_bce(
 ) -> Tensor:
     """GHM-C: sum over valid tokens of BCE(logit, target) / GD(g), with GD = count of the bin x regions.
 
-    The 1/n in front of the published loss cancels against the n of its weights n / GD. Densities are detached:
-    d loss / d logit = (sigmoid(logit) - target) / GD. Padding may hold anything, NaN included.
+    The 1/n in front of the published loss cancels against the n of its weights n / GD. Densities are
+    detached: d loss / d logit = (sigmoid(logit) - target) / GD. Padding may hold anything, NaN included.
 
     Args:
         logits: any shape, any floating dtype; computed in fp32 (fp64 for fp64).
@@ -49,8 +49,8 @@ def ghm_bce(
         valid: bool of that shape; False is padding.
         bins: number of bins on [0, 1]; ignored when `counts` is given.
         counts: [bins] counts to use instead of this batch's own (summed over ranks, or running means).
-        rule: "paper" divides by all bins (1811.05181, eq. 6 with a histogram), "non_empty" by the occupied bins
-            only (the authors' and mmdetection's code). They differ as soon as a bin is empty.
+        rule: "paper" divides by all bins (1811.05181, eq. 6 with a histogram), "non_empty" by the occupied
+            bins only (the authors' and mmdetection's code). They differ as soon as a bin is empty.
 
     Returns:
         Scalar loss (fp32, or fp64); 0 with zero gradient when nothing is valid.

@@ -42,7 +42,9 @@ def bin_weights(counts: Tensor, rule: str, dtype: torch.dtype) -> Tensor:
 
 class _GHMBCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str) -> Tensor:
+    def forward(
+        ctx, logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str
+    ) -> Tensor:
         x, y = _clean(logits, targets, valid)
         slope = torch.sigmoid(x) - y
         weight = bin_weights(counts, rule, x.dtype)[_bin(slope, counts.numel())]
@@ -59,9 +61,7 @@ class _GHMBCE(torch.autograd.Function):
         return (grad * slope).to(ctx.dtype), None, None, None, None
 
 
-def ghm_bce(
-    logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str
-) -> Tensor:
+def ghm_bce(logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str) -> Tensor:
     """See `evocomp.ops.ghm_bce`; here the counts are always given."""
     with full_precision(logits):
         return _GHMBCE.apply(logits, targets, valid, counts, rule)

@@ -31,8 +31,8 @@ def top_r_compact(
 ) -> Compacted:
     """Keep the r best-scored tokens of each image, in their original order and at their original positions.
 
-    Output shapes depend on r only, so nothing is read back to the host (CUDA-graph safe). Ties go to the lowest
-    position; a NaN score counts as -inf; padding is kept only where an image has fewer than r tokens.
+    Output shapes depend on r only, so nothing is read back to the host (CUDA-graph safe). Ties go to the
+    lowest position; a NaN score counts as -inf; padding is kept only where an image has fewer than r tokens.
 
     Args:
         scores: [B, N]; not differentiated.
@@ -49,7 +49,9 @@ def top_r_compact(
     """
     assert scores.ndim == 2 and embeddings.shape[:2] == scores.shape, "scores [B, N], embeddings [B, N, D]"
     if not 1 <= r <= scores.shape[1]:
-        raise UserError(f"cannot keep {r} of {scores.shape[1]} tokens; choose a number from 1 to {scores.shape[1]}")
+        raise UserError(
+            f"cannot keep {r} of {scores.shape[1]} tokens; choose a number from 1 to {scores.shape[1]}"
+        )
     if dispatch.choose(scores) == "triton":
         from evocomp.ops.top_r_compact import triton as backend
     else:
