@@ -112,8 +112,10 @@ class LabelConfig:
     """`hard`: the best mask (published); `credit`: per-token credits; `random`: the control with no information."""
     refresh: Literal["none", "search", "on_policy"] = "search"
     """What RefreshLabels does at the start of later epochs."""
-    refresh_every: int = 2
+    refresh_every: int = 1
     """Epochs between refreshes."""
+    passes: int = 3
+    """How often each labelled question comes in an epoch."""
     generations_per_refresh: int = 1
     """Rounds of search that a refresh adds (refresh=search)."""
     warm_start: Literal["population", "scores"] = "population"
@@ -136,7 +138,7 @@ class LabelConfig:
     """Questions whose proposed masks' losses spread less are dropped [nats] (refresh=on_policy)."""
 
     def __post_init__(self):
-        for name in ("refresh_every", "chunk_size", "batch", "credit_masks", "proposals", "samples_per_refresh"):
+        for name in ("refresh_every", "passes", "chunk_size", "batch", "credit_masks", "proposals", "samples_per_refresh"):
             _require(getattr(self, name) >= 1, f"labels.{name}={getattr(self, name)}: must be at least 1")
 
 

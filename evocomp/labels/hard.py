@@ -12,7 +12,7 @@ from evocomp.grouping.vocabulary import vocabulary_groups
 from evocomp.labels.records import Record
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
-from evocomp.search import build_strategy
+from evocomp.search.build import build_strategy
 from evocomp.search.genome import random_genomes, stream
 from evocomp.search.run import SearchResult, WarmStart, run
 
