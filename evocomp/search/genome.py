@@ -51,3 +51,9 @@ def seed_genomes(
     logits = np.asarray(scores, dtype=np.float64)[groups.order] / temperature
     highest = np.maximum.reduceat(logits, groups.offsets)
     return sample_genomes(np.exp(logits - highest[groups.of[groups.order]]), groups, rng, count)
+
+
+def keys(genomes: np.ndarray) -> list[bytes]:
+    """One hashable key per genome [Q, G]."""
+    genomes = np.ascontiguousarray(genomes, dtype=np.int32)
+    return genomes.view(np.dtype((np.void, genomes.itemsize * genomes.shape[1]))).ravel().tolist()

@@ -7,6 +7,7 @@ import numpy as np
 
 from evocomp.grouping.groups import Groups
 from evocomp.log import UserError
+from evocomp.search.genome import keys as genome_keys
 from evocomp.search.strategy import State, Strategy
 
 Score = Callable[[np.ndarray], np.ndarray]
@@ -145,10 +146,11 @@ class _Memo:
 
     def add(self, genomes: np.ndarray, losses: np.ndarray) -> None:
         """Take in losses known from elsewhere."""
-        self.known.update(zip(_keys(genomes), np.asarray(losses, dtype=np.float32).tolist(), strict=True))
+        losses = np.asarray(losses, dtype=np.float32).tolist()
+        self.known.update(zip(genome_keys(genomes), losses, strict=True))
 
     def __call__(self, genomes: np.ndarray) -> np.ndarray:
-        keys = _keys(genomes)
+        keys = genome_keys(genomes)
         fresh = {key: row for row, key in enumerate(keys) if key not in self.known}
         self.saved += len(keys) - len(fresh)
         if fresh:
@@ -164,8 +166,3 @@ class _Memo:
             self.scored.append(kept)
             self.losses.append(losses)
         return np.array([self.known[key] for key in keys], dtype=np.float32)
-
-
-def _keys(genomes: np.ndarray) -> list[bytes]:
-    genomes = np.ascontiguousarray(genomes, dtype=np.int32)
-    return genomes.view(np.dtype((np.void, genomes.strides[0]))).ravel().tolist()

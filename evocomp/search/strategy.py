@@ -46,9 +46,9 @@ class State:
     improved: int = 0
     odds: np.ndarray | None = None
 
-    def rng(self, step: int | None = None) -> np.random.Generator:
-        """Random numbers of one step (the current one by default)."""
-        counter = [0, 0, 0, self.step if step is None else step]
+    def rng(self, step: int | None = None, lane: int = 0) -> np.random.Generator:
+        """Random numbers of one step (the current one by default); lanes of a step are independent."""
+        counter = [0, 0, lane, self.step if step is None else step]
         return np.random.Generator(np.random.Philox(key=np.array(self.key, dtype=np.uint64), counter=counter))
 
 

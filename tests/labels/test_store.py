@@ -89,8 +89,8 @@ def test_bytes_do_not_depend_on_field_order_process_or_layout():
     content = encode(records)
     assert encode(shuffled) == content
     # another process, with another hash seed
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_store as t; from hashlib import sha256;"
-    script += "print(sha256(t.encode(t.chunk(1))).hexdigest())"
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_store as t;"
+    script += "print(t.sha256(t.encode(t.chunk(1))).hexdigest())"
     for seed in "12":
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-c", script, os.path.dirname(__file__)]
