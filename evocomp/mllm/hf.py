@@ -166,6 +166,33 @@ class FrozenMLLM:
             image_numbers=numbers,
         )
 
+    @property
+    def patch_size(self) -> int:
+        """Side of the square of pixels that becomes one visual token."""
+        vision = getattr(self.model.config, "vision_config", None)
+        return int(getattr(vision, "patch_size", 14)) * int(getattr(vision, "spatial_merge_size", 1) or 1)
+
+    @torch.no_grad()
+    def encode_resized(self, example: Example, size: tuple[int, int] | None) -> Tensor:
+        """Visual tokens [n, D] of the picture at another size (height, width) [pixels]; None = the processor's own.
+
+        Position embeddings are interpolated. Raises `UserError` if the tower cannot take other sizes.
+        """
+        settings = {}
+        if size is not None:
+            if self.model.config.model_type != "llava":
+                raise UserError(f"{self.model.config.model_type}: pictures of other sizes are made for LLaVA only yet")
+            # from the size that the model was made for, so that only resolution is lost
+            settings = {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
+        image = Image.fromarray(as_array(example.image))
+        pixels = self.processor.image_processor(image, return_tensors="pt", **settings)["pixel_values"]
+        output = self.model.base_model.get_image_features(
+            pixel_values=pixels.to(self.device, self.vocabulary.dtype),
+            interpolate_pos_encoding=size is not None,
+            return_dict=True,
+        )
+        return torch.cat(families.entries(output))
+
     # ------------------------------------------------------------ the LLM on a shortened sequence
 
     def assemble(self, features: Features, tokens: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,8 @@ class CompressorModule(L.LightningModule):
         else:
             parts = self.supervised(output.logits, output.hidden, batch.targets, valid)
         size = len(batch.ids)
-        logged = {f"train/{name}": value for name, value in parts.items()}
-        self.log_dict(logged, batch_size=size)
-        self.log("train/loss", parts["loss"], prog_bar=True, logger=False, batch_size=size)
+        for name, value in parts.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=size)
         return parts["loss"]
 
     def _policy(self, logits: Tensor, batch: TrainBatch, valid: Tensor | None) -> dict[str, Tensor]:
