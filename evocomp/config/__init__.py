@@ -1,0 +1,1 @@
+"""Settings: `schema` says what there is, `load` reads it. The only room that knows OmegaConf."""

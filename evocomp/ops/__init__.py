@@ -1,0 +1,19 @@
+"""Fused tensor operations. Each op has a plain torch reference (the truth) and a Triton kernel (the speed).
+
+Import the functions from here: ``from evocomp.ops import top_r_compact``.
+"""
+
+from evocomp.ops.ghm_bce import ghm_bce, ghm_histogram
+from evocomp.ops.score_separation import cosine_separation, score_separation
+from evocomp.ops.top_r_compact import Compacted, top_r_compact
+from evocomp.ops.vocabulary_argmax import vocabulary_argmax
+
+__all__ = [
+    "Compacted",
+    "cosine_separation",
+    "ghm_bce",
+    "ghm_histogram",
+    "score_separation",
+    "top_r_compact",
+    "vocabulary_argmax",
+]

@@ -1,0 +1,5 @@
+import sys
+
+from evocomp.cli import main
+
+sys.exit(main())

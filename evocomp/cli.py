@@ -1,0 +1,245 @@
+"""The command line. Words are parsed and checked before torch is imported, so that help and typos answer at once."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evocomp import __version__, log
+from evocomp.log import UserError
+
+HELP = f"""evocomp {__version__}: fewer visual tokens for multimodal LLMs, with labels that are searched for
+
+  evocomp train     label, train and judge a compressor     evocomp train --config experiments/nano.yaml
+  evocomp label     make or complete a label store          evocomp label --config experiments/nano.yaml
+  evocomp eval      judge a finished run                    evocomp eval --run runs/nano
+  evocomp generate  answer one question, compressed         evocomp generate --model nano --compressor runs/nano/compressor --image a.png --prompt "color of circle" --keep 16
+  evocomp bench     time label search, ops or inference     evocomp bench ops
+  evocomp data      write a data set                        evocomp data scenes --out scenes --count 500
+  evocomp config    print the resolved settings             evocomp config --config experiments/nano.yaml --seed=3
+
+Every setting can be given as --section.key=value; `evocomp VERB --help` says more."""  # noqa: E501
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 something for the user to put right, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    log.setup()
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"evocomp: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("evocomp: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if words[0] in ("--version", "-V"):
+        print(__version__)
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"did you mean {near[0]}?" if near else "evocomp --help lists the commands"
+        raise UserError(f"unknown command {verb}; {hint}")
+    if any(word in ("-h", "--help") for word in rest):
+        print(_help_of(verb))
+        return 0
+    return VERBS[verb](rest)
+
+
+def _help_of(verb: str) -> str:
+    text = (VERBS[verb].__doc__ or "").strip()
+    if verb in ("train", "label", "config"):
+        from evocomp.config.load import describe
+
+        text += "\n\nSettings (key, default, meaning):\n" + describe()
+    return text
+
+
+def _options(words: Sequence[str], known: dict[str, str | None], verb: str) -> dict[str, str | None]:
+    """Simple `--key value` options of the verbs that are not about a whole run; a key alone means `true`."""
+    values, queue = dict(known), list(words)
+    while queue:
+        key, equals, value = queue.pop(0).removeprefix("--").partition("=")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            hint = f"did you mean --{near[0]}?" if near else f"evocomp {verb} --help lists them"
+            raise UserError(f"unknown option {key}; {hint}")
+        if not equals:
+            value = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
+        values[key] = value
+    missing = [key for key, value in values.items() if value == ""]
+    if missing:
+        raise UserError(f"evocomp {verb} needs --{missing[0]}")
+    return values
+
+
+def _number(options: dict, key: str, kind: Callable = int):
+    try:
+        return kind(options[key])
+    except (TypeError, ValueError):
+        raise UserError(f"--{key}={options[key]}: must be a number") from None
+
+
+def _config(words: Sequence[str]):
+    from evocomp.config.load import load, split_arguments
+
+    return load(*split_arguments(words))
+
+
+def train(words: Sequence[str]) -> int:
+    """evocomp train --config FILE [--run_dir=DIR] [--a.b=value ...]
+
+    Labels the training questions, trains a compressor (labels are refreshed as the recipe says) and prints the
+    table. Started again after an interruption, it goes on where it was.
+
+      evocomp train --config experiments/nano.yaml
+      evocomp train --config experiments/nano.yaml --data.source=my/folder --run_dir=runs/mine --trainer.max_epochs=4
+    """
+    config = _config(words)
+    from evocomp.training.build import run
+
+    run(config)
+    return 0
+
+
+def label(words: Sequence[str]) -> int:
+    """evocomp label --config FILE [--labels.dir=DIR] [--a.b=value ...]
+
+    Makes the label store alone, or completes one that was interrupted.
+
+      evocomp label --config experiments/nano.yaml --labels.dir=labels/nano
+    """
+    config = _config(words)
+    from evocomp.training.build import label_only
+
+    label_only(config)
+    return 0
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """evocomp eval --run RUN [--out DIR] [--questions N] [--seed S] [--panel basic|full]
+
+    Judges a finished run on fresh questions and writes report.json, report.md and kept.png.
+    The run's own report is replaced only if --out is not given and the questions are the same.
+
+      evocomp eval --run runs/nano
+      evocomp eval --run runs/nano --out judged --questions 3000 --seed 9001
+    """
+    known = {"run": "", "out": None, "questions": None, "seed": None, "panel": None}
+    options = _options(words, known, "eval")
+    run_dir = Path(options["run"])
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"--run={run_dir}: not a run folder (no config.yaml); give what evocomp train wrote")
+    from evocomp.evaluation.run import evaluate_run
+
+    evaluate_run(
+        run_dir,
+        out=Path(options["out"]) if options["out"] else None,
+        questions=_number(options, "questions") if options["questions"] else None,
+        seed=_number(options, "seed") if options["seed"] else None,
+        panel=options["panel"],
+    )
+    return 0
+
+
+def generate(words: Sequence[str]) -> int:
+    """evocomp generate --model DIR_OR_ID --compressor DIR --image FILE --prompt TEXT --keep N
+                     [--layer L] [--compare] [--save kept.png] [--max_new_tokens N]
+
+    Answers one question with fewer visual tokens and says where the time went; --compare runs the full model
+    beside it, --save draws the kept tokens.
+
+      evocomp generate --model nano --compressor runs/nano/compressor --image a.png --prompt "color of circle" --keep 16
+    """
+    known = {"model": "", "compressor": "", "image": "", "prompt": "", "keep": "", "layer": "0"}
+    known |= {"compare": None, "save": None, "max_new_tokens": "32"}
+    options = _options(words, known, "generate")
+    keep = _number(options, "keep", float)
+    if not Path(options["image"]).is_file():
+        raise UserError(f"--image={options['image']}: no such file")
+    from evocomp.inference.generate import answer_from_command_line
+
+    answer_from_command_line(
+        model=options["model"],
+        compressor=options["compressor"],
+        image=Path(options["image"]),
+        prompt=options["prompt"],
+        keep=int(keep) if keep >= 1 else keep,
+        layer=_number(options, "layer"),
+        compare=options["compare"] == "true",
+        save=Path(options["save"]) if options["save"] else None,
+        max_new_tokens=_number(options, "max_new_tokens"),
+    )
+    return 0
+
+
+def bench(words: Sequence[str]) -> int:
+    """evocomp bench label-search | ops | inference | training [--out FILE.csv]
+
+    Times the project's parts against their straightforward counterparts, interleaved, as ratios of one run.
+
+      evocomp bench ops
+    """
+    kinds = ("label-search", "ops", "inference", "training")
+    if not words or words[0] not in kinds:
+        raise UserError(f"evocomp bench needs one of {', '.join(kinds)}")
+    options = _options(words[1:], {"out": None}, "bench")
+    from evocomp.bench.record import run_bench
+
+    run_bench(words[0], Path(options["out"]) if options["out"] else None)
+    return 0
+
+
+def data(words: Sequence[str]) -> int:
+    """evocomp data scenes --out DIR [--count SCENES] [--seed S] [--relation]
+
+    Writes drawn scenes as a LLaVA-format folder: data.json and images/.
+
+      evocomp data scenes --out scenes --count 500
+    """
+    if not words or words[0] != "scenes":
+        raise UserError("evocomp data needs the word scenes: evocomp data scenes --out DIR")
+    known = {"out": "", "count": "500", "seed": "101", "relation": None}
+    options = _options(words[1:], known, "data scenes")
+    out, count = Path(options["out"]), _number(options, "count")
+    if count < 1:
+        raise UserError(f"--count={count}: must be at least 1")
+    from evocomp.data.conversations import write_scenes
+
+    records = write_scenes(out, _number(options, "seed"), count, relation=options["relation"] == "true")
+    print(f"{records} questions about {count} scenes in {out}")
+    return 0
+
+
+def show_config(words: Sequence[str]) -> int:
+    """evocomp config [--config FILE ...] [--a.b=value ...]
+
+    Prints the settings that these files and options come to.
+
+      evocomp config --config experiments/nano.yaml --seed=3
+    """
+    from evocomp.config.load import to_yaml
+
+    print(to_yaml(_config(words)), end="")
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "label": label,
+    "eval": evaluate,
+    "generate": generate,
+    "bench": bench,
+    "data": data,
+    "config": show_config,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

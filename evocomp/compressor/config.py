@@ -1,0 +1,90 @@
+"""Configuration of a compressor: everything that `save_pretrained` must remember."""
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from evocomp.log import UserError
+from evocomp.mllm.families import unwrap
+
+
+class EvoCompConfig(PreTrainedConfig):
+    """Configuration of `EvoCompCompressor`.
+
+    text_config:   the target LLM's own text configuration; the layer's architecture comes from it
+    num_layers:    decoder layers in the compressor (the paper uses 1)
+    use_text:      whether the prompt is read beside the visual tokens
+    head_norm:     "layer": LayerNorm before the linear head; "none": the head reads the skip sum as it is
+    budget_input:  whether the wanted number of kept tokens is an input
+    positions:     "original" or "dense": positions of the kept tokens in the LLM, as used for the labels
+    keep:          tokens to keep per image unless the caller says otherwise (int, or a float share in (0, 1])
+    prune_layer:   decoder layer before which tokens are dropped (the paper's l)
+    base_model_name_or_path: the multimodal LLM that the compressor was made for
+    metadata:      free text for the model card, for example data, label settings, results
+    """
+
+    model_type = "evocomp"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict | None = None,
+        num_layers: int = 1,
+        use_text: bool = True,
+        head_norm: str = "layer",
+        budget_input: bool = False,
+        positions: str = "original",
+        keep: int | float = 192,
+        prune_layer: int = 0,
+        base_model_name_or_path: str | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        if text_config is None:
+            text_config = LlamaConfig()
+        elif isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        if head_norm not in ("layer", "none"):
+            raise UserError(f"head_norm is {head_norm!r}; use 'layer' or 'none'")
+        if positions not in ("original", "dense"):
+            raise UserError(f"positions is {positions!r}; use 'original' or 'dense'")
+        self.text_config = text_config
+        self.num_layers = num_layers
+        self.use_text = use_text
+        self.head_norm = head_norm
+        self.budget_input = budget_input
+        self.positions = positions
+        self.keep = keep
+        self.prune_layer = prune_layer
+        self.base_model_name_or_path = base_model_name_or_path
+        self.metadata = metadata or {}
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the hidden size of the target LLM."""
+        return self.text_config.hidden_size
+
+    @classmethod
+    def from_mllm(cls, model: nn.Module, **kwargs) -> "EvoCompConfig":
+        """Configuration for the decoder of a multimodal LLM (transformers model, PEFT-wrapped or not)."""
+        config = unwrap(model).config
+        kwargs.setdefault("base_model_name_or_path", getattr(config, "_name_or_path", None) or None)
+        return cls(text_config=copy.deepcopy(config.get_text_config(decoder=True)), **kwargs)
+
+
+def layer_config(config: EvoCompConfig) -> PreTrainedConfig:
+    """Text configuration of the compressor's layers: few layers, bidirectional, no vocabulary, no cache."""
+    text = copy.deepcopy(config.text_config)
+    text.num_hidden_layers, text.is_causal, text.use_cache = config.num_layers, False, False
+    # transformers warns or fails when special ids lie outside of a vocabulary of one
+    text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 1, None, None, None
+    text.tie_word_embeddings = False
+    if getattr(text, "layer_types", None):
+        text.layer_types = ["full_attention"] * config.num_layers
+    return text
+
+
+AutoConfig.register("evocomp", EvoCompConfig)

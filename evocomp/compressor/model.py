@@ -1,0 +1,137 @@
+"""The compressor: the target LLM's own decoder layer made bidirectional, a skip connection and a linear head.
+
+Source: EvoComp, arXiv 2604.17087, section on the compressor. The budget input is our addition.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from evocomp.compressor.config import EvoCompConfig, layer_config
+from evocomp.mllm.families import unwrap
+
+
+@dataclass
+class CompressorOutput(ModelOutput):
+    """What `EvoCompCompressor` returns.
+
+    logits: [B,N] retention scores before the sigmoid
+    hidden: [B,N,D] layer output plus the skip, before the head's norm
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class EvoCompCompressor(PreTrainedModel):
+    """Scores visual tokens: which are worth keeping for this prompt.
+
+    A new one starts from normal weights of standard deviation 0.7 / sqrt(fan-in); `init_from_layer` starts it
+    from a layer of the LLM instead.
+    """
+
+    config_class = EvoCompConfig
+    base_model_prefix = "evocomp"
+    main_input_name = "visual"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: EvoCompConfig):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(layer_config(config))
+        self.encoder.embed_tokens = None
+        self.encoder.norm = nn.Identity()
+        size = config.hidden_size
+        self.head_norm = nn.LayerNorm(size) if config.head_norm == "layer" else nn.Identity()
+        self.score = nn.Linear(size, 1)
+        if config.budget_input:
+            self.visual_budget = nn.Parameter(torch.zeros(size))
+            # without text this vector would never get a gradient, which DDP refuses
+            self.text_budget = nn.Parameter(torch.zeros(size)) if config.use_text else None
+        self.post_init()
+        self.reset_layers()
+
+    @torch.no_grad()
+    def reset_layers(self) -> None:
+        """Normal weights of standard deviation 0.7 / sqrt(fan-in) in all matrices of layers and head."""
+        for weight in [*self.encoder.layers.parameters(), self.score.weight]:
+            if weight.ndim == 2:
+                weight.normal_(0.0, 0.7 / math.sqrt(weight.shape[1]))
+
+    def forward(
+        self,
+        visual: Tensor,
+        prompt: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        budget: Tensor | float | None = None,
+    ) -> CompressorOutput:
+        """Score visual tokens.
+
+        visual, prompt: [B,N,D] and [B,T,D]
+        masks: bool [B,T] and [B,N], True at real tokens; padding may lie anywhere, it has no influence
+        position_ids: [B,N+T], or [3,B,N+T] / [4,B,N+T] for M-RoPE; by default 1..n for the n real visual
+            tokens, then n+1.. for the prompt
+        budget: number of tokens to be kept, float [B] or one number; needed with `budget_input`
+        """
+        batch, n_visual, _ = visual.shape
+        if prompt is None or not self.config.use_text:
+            prompt, prompt_mask = visual.new_zeros(batch, 0, visual.shape[-1]), None
+        source = self._add_budget(visual, prompt, budget)
+        if visual_mask is None and prompt_mask is None:
+            mask = None
+        else:
+            mask = torch.cat([_mask_or_ones(visual_mask, visual), _mask_or_ones(prompt_mask, prompt)], dim=1)
+        if position_ids is None:
+            position_ids = self._default_positions(source, mask)
+        out = self.encoder(inputs_embeds=source, attention_mask=mask, position_ids=position_ids)
+        hidden = out.last_hidden_state[:, :n_visual] + visual
+        return CompressorOutput(logits=self.score(self.head_norm(hidden)).squeeze(-1), hidden=hidden)
+
+    def _add_budget(self, visual: Tensor, prompt: Tensor, budget: Tensor | float | None) -> Tensor:
+        """[B,N+T,D]: visual and prompt tokens, each plus log2(R / 16) times its learned vector."""
+        if not self.config.budget_input:
+            return torch.cat([visual, prompt], dim=1)
+        if budget is None:
+            raise ValueError("this compressor has budget_input=True: pass budget=, the number of kept tokens")
+        kept = torch.as_tensor(budget, dtype=torch.float32, device=visual.device).clamp(min=1)
+        level = torch.log2(kept / 16).to(visual.dtype).expand(len(visual))[:, None, None]
+        visual = visual + level * self.visual_budget
+        if self.text_budget is not None:
+            prompt = prompt + level * self.text_budget
+        return torch.cat([visual, prompt], dim=1)
+
+    @staticmethod
+    def _default_positions(source: Tensor, mask: Tensor | None) -> Tensor:
+        """1, 2, ... over the real tokens, [B,N+T]."""
+        if mask is None:
+            return torch.arange(1, source.shape[1] + 1, device=source.device).expand(len(source), -1)
+        return mask.long().cumsum(1).clamp(min=1)
+
+    def init_from_layer(self, model: nn.Module, layer: int = 0) -> "EvoCompCompressor":
+        """Copy decoder layers `layer`, `layer` + 1, ... of a multimodal LLM, strictly. Returns itself."""
+        source = unwrap(model).get_decoder().layers
+        for offset, target in enumerate(self.encoder.layers):
+            target.load_state_dict(source[layer + offset].state_dict(), strict=True)
+        return self
+
+    @classmethod
+    def from_mllm(cls, model: nn.Module, layer: int | None = None, **kwargs) -> "EvoCompCompressor":
+        """A new compressor for a multimodal LLM: from its decoder layer `layer`, or from random weights.
+
+        Further keywords go to `EvoCompConfig`.
+        """
+        compressor = cls(EvoCompConfig.from_mllm(model, **kwargs))
+        return compressor if layer is None else compressor.init_from_layer(model, layer)
+
+
+def _mask_or_ones(mask: Tensor | None, tokens: Tensor) -> Tensor:
+    return tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+
+
+AutoModel.register(EvoCompConfig, EvoCompCompressor)

@@ -1,0 +1,169 @@
+"""From YAML files and command line to one frozen `RunConfig`; every mistake is one clear line."""
+
+import ast
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evocomp.config import schema
+from evocomp.config.schema import RunConfig
+from evocomp.log import UserError
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate `--config FILE` from settings; settings come back as `a.b=v`.
+
+    `--a.b=v`, `--a.b v` and `a.b=v` mean the same; a lone `--a.b` means true.
+
+    >>> split_arguments(["--config", "a.yaml", "--seed", "3", "--labels.overwrite", "x.y=p=q"])
+    (['a.yaml'], ['seed=3', 'labels.overwrite=true', 'x.y=p=q'])
+    """
+    files, settings = [], []
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            if not equals:
+                raise UserError(f"{word}: not understood here; write --key=value")
+            settings.append(word)
+            continue
+        if not equals:
+            takes_next = queue and not queue[0].startswith("--")
+            value = queue.pop(0) if takes_next else "true"
+        if key == "config":
+            files.append(value)
+        else:
+            settings.append(f"{key}={value}")
+    return files, settings
+
+
+def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunConfig:
+    """Defaults, then the YAML files in order, then `a.b=v` settings; resolved, checked, frozen.
+
+    Raises:
+        UserError: unknown key (with a suggestion), wrong type, value that is not allowed, unreadable file.
+    """
+    config = OmegaConf.structured(RunConfig)
+    for file in files:
+        config = _merge(config, _read(Path(file)), origin=str(file))
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        try:
+            node = OmegaConf.from_dotlist([f"{key}={value}"])
+        except (OmegaConfBaseException, yaml.YAMLError):
+            node = OmegaConf.create(_nested(key.split("."), value))
+        config = _merge(config, node, origin="command line")
+    try:
+        OmegaConf.resolve(config)
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(_one_line(error)) from None
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain nested dictionaries."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def describe() -> str:
+    """One line a setting: key, default, what it means."""
+    return "\n".join(f"  {key:34} {default!s:14} {text}" for key, default, text in _settings(RunConfig, ""))
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"--config={path}: no such file")
+    try:
+        content = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: must hold settings (key: value), not a {type(content).__name__}")
+    return content
+
+
+def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
+    for key in _leaves(OmegaConf.to_container(change)):
+        _check_known(key, origin)
+    try:
+        return OmegaConf.merge(config, change)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin}: {_one_line(error)}") from None
+
+
+def _check_known(key: str, origin: str) -> None:
+    known = [name for name, _, _ in _settings(RunConfig, "")]
+    sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
+    if key in known or key in sections or key.startswith("trainer."):
+        return
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    if not near:
+        near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    hint = f"did you mean {near[0]}?" if near else "evocomp config lists them"
+    raise UserError(f"{origin}: unknown setting {key}; {hint}")
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(tree, dict) and (tree or not prefix):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix
+
+
+def _nested(path: list[str], value: str) -> dict:
+    return {path[0]: _nested(path[1:], value)} if len(path) > 1 else {path[0]: value}
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    key = getattr(error, "full_key", "") or ""
+    text = re.sub(r"\s+", " ", str(error).split("full_key")[0]).strip()
+    if "$VALUE" in text:  # OmegaConf leaves its template unfilled for items of a tuple
+        text = f"an item has the wrong type ({text.rsplit(' ', 1)[-1].lower()} expected)"
+    return f"{key}: {text}" if key else text
+
+
+def _settings(cls: type, prefix: str) -> Iterator[tuple[str, Any, str]]:
+    texts = _attribute_docstrings(cls)
+    for item in fields(cls):
+        name = f"{prefix}{item.name}"
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if is_dataclass(default):
+            yield from _settings(type(default), f"{name}.")
+        else:
+            yield name, default, texts.get(item.name, "")
+
+
+def _attribute_docstrings(cls: type) -> dict[str, str]:
+    """The string that follows each field in the source of `schema.py`."""
+    tree = ast.parse(inspect.getsource(schema))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
+    found = {}
+    for here, after in zip(body, body[1:], strict=False):
+        if isinstance(here, ast.AnnAssign) and isinstance(after, ast.Expr):
+            found[here.target.id] = " ".join(ast.literal_eval(after.value).split())
+    return found

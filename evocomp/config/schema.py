@@ -1,0 +1,258 @@
+"""Every setting, typed, with its unit and where its default comes from. No torch in here."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from evocomp.log import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "nano"
+    """The frozen MLLM: `nano` (shipped), a folder, or a Hugging Face id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the frozen weights."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel of the frozen MLLM."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "scenes"
+    """`scenes` (drawn on the fly), or a JSON file of LLaVA conversations, or a folder that holds data.json."""
+    image_folder: str | None = None
+    """Where the JSON's pictures lie; default: the folder of the JSON file."""
+    max_samples: int = 600
+    """Training questions that are labelled, at most; 0 = all."""
+    val_samples: int = 400
+    """Questions of the selection split, on which choices are made; 0 = none."""
+    test_samples: int = 1500
+    """Questions of the test split, on which results are reported."""
+    val_source: str | None = None
+    """Selection split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
+    test_source: str | None = None
+    """Test split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
+    relation: bool = False
+    """Scenes: ask the two-hop `relation` questions too."""
+    questions_per_image: int = 0
+    """Scenes: training questions taken from one picture, at most; 0 = all."""
+    image_size: int = 96
+    """Scenes: side of the picture [pixels]."""
+    train_seed: int = 101
+    """Scenes: seed of the training pictures."""
+    val_seed: int = 202
+    """Scenes: seed of the selection pictures."""
+    test_seed: int = 303
+    """Scenes: seed of the test pictures."""
+    max_bad: int = 10
+    """Records with a missing or broken picture that are skipped before the run gives up."""
+
+    def __post_init__(self):
+        for name in ("max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image"):
+            _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True)
+class GroupingConfig:
+    method: Literal["vocabulary", "dpc_knn"] = "vocabulary"
+    """`vocabulary`: nearest word by cosine (method, section 1); `dpc_knn`: density peaks (ablation)."""
+    centre: bool = False
+    """Subtract the mean visual token and the mean word first; about doubles the number of groups."""
+    whiten: bool = False
+    """Whiten the embedding space first; more groups still."""
+    mask_special: bool = False
+    """Leave special tokens out of the vocabulary."""
+    count: int = 0
+    """Split or merge to exactly this many groups; 0 = as found. dpc_knn needs it."""
+
+    def __post_init__(self):
+        _require(self.count >= 0, f"grouping.count={self.count}: must not be negative")
+        _require(self.method != "dpc_knn" or self.count > 0, "grouping.method=dpc_knn needs grouping.count > 0")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    strategy: Literal["published", "uniform_crossover", "cross_entropy", "hill_climb"] = "published"
+    """`published` = Algorithm 1 (method, section 2)."""
+    population: int = 48
+    """Candidate masks a round (q)."""
+    parents: int = 12
+    """Lowest-loss candidates that have children (p)."""
+    generations: int = 10
+    """Rounds after the first population (L)."""
+    crossover: float = 0.9
+    """Probability that a child has two parents."""
+    mutation: float = 0.2
+    """Probability that a group's kept token moves one place."""
+
+    def __post_init__(self):
+        _require(self.parents >= 1, f"search.parents={self.parents}: must be at least 1")
+        _require(
+            self.population >= self.parents,
+            f"search.population={self.population} is smaller than search.parents={self.parents}: "
+            "raise the population or lower the parents",
+        )
+        _require(self.generations >= 0, f"search.generations={self.generations}: must not be negative")
+        for name in ("crossover", "mutation"):
+            _require(0 <= getattr(self, name) <= 1, f"search.{name}={getattr(self, name)}: must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    dir: str | None = None
+    """Label store; default: RUN_DIR/labels."""
+    overwrite: bool = False
+    """Throw away a store that was made with other settings."""
+    target: Literal["hard", "credit", "random"] = "hard"
+    """`hard`: the best mask (published); `credit`: per-token credits; `random`: the control with no information."""
+    refresh: Literal["none", "search", "on_policy"] = "search"
+    """What RefreshLabels does at the start of later epochs."""
+    refresh_every: int = 1
+    """Epochs between refreshes."""
+    passes: int = 3
+    """How often each labelled question comes in an epoch."""
+    generations_per_refresh: int = 1
+    """Rounds of search that a refresh adds (refresh=search)."""
+    warm_start: Literal["population", "scores"] = "population"
+    """A refresh goes on from the stored population, or replaces half of it by masks drawn from the scores."""
+    chunk_size: int = 50
+    """Samples in a chunk of the store: what a crash may cost."""
+    batch: int = 64
+    """Candidate masks scored in one forward, at most."""
+    credit_sizes: tuple[float, ...] = (8, 16)
+    """Sizes r of the random masks (target=credit); below 1: a share of N."""
+    credit_masks: int = 64
+    """Random masks of each size (target=credit)."""
+    proposals: int = 16
+    """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
+    proposal_sizes: tuple[float, ...] = (8, 16, 32, 48)
+    """Sizes r of proposed masks (refresh=on_policy)."""
+    samples_per_refresh: int = 1280
+    """Questions drawn by priority at a refresh (refresh=on_policy)."""
+    flat: float = 0.1
+    """Questions whose proposed masks' losses spread less are dropped [nats] (refresh=on_policy)."""
+
+    def __post_init__(self):
+        for name in ("refresh_every", "passes", "chunk_size", "batch", "credit_masks", "proposals", "samples_per_refresh"):
+            _require(getattr(self, name) >= 1, f"labels.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    r: int = 0
+    """Rank of the adapters on the compressor's layer; 0 = train the whole layer."""
+    alpha: int = 32
+    """LoRA's scale, as in peft."""
+
+
+@dataclass(frozen=True)
+class CompressorSection:
+    layers: int = 1
+    """Transformer layers (the paper has one)."""
+    use_text: bool = True
+    """Read the prompt's embeddings too."""
+    init: Literal["random", "layer"] = "random"
+    """Start from noise, or from a layer of the target LLM."""
+    init_layer: int = 0
+    """Which LLM layer to start from (init=layer)."""
+    head_norm: Literal["layer", "none"] = "layer"
+    """Normalise before the linear head; unnormalised LLM-sized states train badly."""
+    budget_input: bool = False
+    """Tell the compressor how many tokens will be kept."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    name: Literal["ghm_cs", "ghm", "focal_cs", "bce_cs", "bce", "listwise"] = "ghm_cs"
+    """`ghm_cs` = GHM-C + alpha * cosine separation (method, section 4)."""
+    alpha: float = 0.1
+    """Weight of the cosine separation; not given in the paper."""
+    form: Literal["histogram", "exact"] = "histogram"
+    """GHM's density: histogram of `bins`, or the paper's window of +- eps."""
+    bins: int = 10
+    """Bins of the gradient-norm histogram."""
+    eps: float = 0.05
+    """Half width of the exact window."""
+    temperature: float = 0.1
+    """Of the listwise target softmax(credit / temperature)."""
+    clip: float = 0.2
+    """Of the policy's probability ratio (refresh=on_policy)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["muon", "adamw"] = "muon"
+    """`muon`: Muon on the layer's matrices, AdamW on the rest."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    warmup_steps: int = 30
+    """Linear warm-up [optimizer steps]."""
+    flat: float = 0.3
+    """Share of the steps at the peak, before the linear fall to 1 %."""
+    batch_size: int = 32
+    """Questions a step and process."""
+    ema: float = 0.0
+    """Decay of the weight average that is kept at the end; 0 = off."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    kept: tuple[int, ...] = (48, 32, 16, 8, 4)
+    """Visual tokens kept (R)."""
+    batch: int = 100
+    """Questions in one forward."""
+    seeds: int = 3
+    """Seeds of the random baseline."""
+    resamples: int = 2000
+    """Bootstrap resamples over pictures."""
+    max_new_tokens: int = 8
+    """Longest answer [tokens]."""
+    sheet: int = 12
+    """Pictures on kept.png."""
+
+    def __post_init__(self):
+        _require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    recipe: Literal["published", "plus"] = "published"
+    """Name of the recipe, for the records; the settings below are what counts."""
+    run_dir: str = "runs/nano"
+    """Where everything of this run goes."""
+    seed: int = 0
+    """Of weights, sample order and search streams."""
+    threads: int = 0
+    """CPU threads of torch; 0 = all cores of an idle machine, else one."""
+    logger: Literal["tensorboard", "csv", "wandb", "none"] = "tensorboard"
+    """Where curves go."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    grouping: GroupingConfig = field(default_factory=GroupingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    labels: LabelConfig = field(default_factory=LabelConfig)
+    compressor: CompressorSection = field(default_factory=CompressorSection)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Any argument of Lightning's Trainer (max_epochs, devices, num_nodes, strategy, precision, ...)."""
+
+    def __post_init__(self):
+        credit = self.labels.target == "credit"
+        _require(
+            not credit or self.loss.name in ("listwise", "bce", "ghm", "ghm_cs"),
+            f"loss.name={self.loss.name} needs hard labels: choose listwise, bce, ghm or ghm_cs with credits",
+        )
+        _require(
+            self.loss.name != "listwise" or credit,
+            f"loss.name=listwise needs labels.target=credit, not {self.labels.target}",
+        )

@@ -1,0 +1,108 @@
+"""Training, selection and test questions. Choices are made on the selection split, results come from the test."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from evocomp.config.schema import DataConfig
+from evocomp.data.conversations import read_conversations
+from evocomp.data.example import Example, stable_id
+from evocomp.data.scenes import SceneSpec, scene_examples
+from evocomp.log import UserError
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Questions of the three splits; no picture is in two of them."""
+
+    train: list[Example]
+    val: list[Example]
+    test: list[Example]
+
+
+def load_splits(data: DataConfig) -> Splits:
+    """The three splits that the settings describe.
+
+    A source without selection or test source of its own gives up some pictures: at most a quarter for the test,
+    an eighth for selection, chosen by a hash of the picture's name.
+    """
+    if data.source == "scenes":
+        return Splits(
+            drawn(data, data.train_seed, data.max_samples or 600, data.questions_per_image),
+            _sized(data.val_source, data, data.val_seed, data.val_samples),
+            _sized(data.test_source, data, data.test_seed, data.test_samples),
+        )
+    examples = read_conversations(data.source, data.image_folder, data.max_bad).examples
+    held_out: dict[str, list[Example]] = {"test": [], "val": []}
+    for name, source, wanted, share in (
+        ("test", data.test_source, data.test_samples, 4),
+        ("val", data.val_source, data.val_samples, 8),
+    ):
+        if source:
+            held_out[name] = _sized(source, data, 0, wanted)
+        else:
+            held_out[name], examples = _hold_out(examples, wanted, share, name)
+    if not examples:
+        raise UserError(f"data.source={data.source}: no picture is left for training; give data.test_source")
+    return Splits(examples[: data.max_samples or None], held_out["val"], held_out["test"])
+
+
+def test_questions(data: DataConfig, questions: int | None = None, seed: int | None = None) -> list[Example]:
+    """The test split, or another one of its kind: as many questions as wanted, drawn from another seed."""
+    changed = replace(
+        data,
+        test_samples=data.test_samples if questions is None else questions,
+        test_seed=data.test_seed if seed is None else seed,
+        max_samples=1 if data.source == "scenes" else data.max_samples,
+        val_samples=0 if data.source == "scenes" else data.val_samples,
+    )
+    if seed is not None and (data.source != "scenes" or data.test_source):
+        raise UserError("--seed draws new scenes; this run was judged on questions from files, which have no seed")
+    return load_splits(changed).test
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Hash of what is asked, in order: part of a label store's fingerprint."""
+    total = hashlib.sha256()
+    for example in examples:
+        total.update(json.dumps([example.id, example.prompt, example.answer, example.history]).encode())
+    return total.hexdigest()[:16]
+
+
+def drawn(data: DataConfig, seed: int, count: int, per_image: int = 0) -> list[Example]:
+    """`count` questions about drawn scenes, at most `per_image` of one scene (0 = all of its questions)."""
+    spec, index = SceneSpec(size=data.image_size), 0
+    examples: list[Example] = []
+    while len(examples) < count:
+        asked = scene_examples(seed, index, 1, spec, data.relation)
+        if per_image:  # by a hash of the id, so that all kinds come up equally
+            asked = sorted(asked, key=lambda example: example.id)[:per_image]
+        examples.extend(asked)
+        index += 1
+    return examples[:count]
+
+
+def _sized(source: str | None, data: DataConfig, seed: int, count: int) -> list[Example]:
+    if count == 0:
+        return []
+    if source is None:
+        return drawn(data, seed, count)
+    return read_conversations(source, data.image_folder, data.max_bad).examples[:count]
+
+
+def _hold_out(examples: list[Example], wanted: int, share: int, name: str) -> tuple[list, list]:
+    """Take pictures, in the order of their hashes, until `wanted` questions or 1/`share` of the pictures are out."""
+    pictures = sorted({example.image_id for example in examples}, key=lambda image: stable_id(name, image))
+    counts: dict[str, int] = {}
+    for example in examples:
+        counts[example.image_id] = counts.get(example.image_id, 0) + 1
+    out: set[str] = set()
+    questions = 0
+    for picture in pictures[: max(1, len(pictures) // share) if len(pictures) > 1 else 0]:
+        if questions >= wanted:
+            break
+        out.add(picture)
+        questions += counts[picture]
+    taken = [example for example in examples if example.image_id in out][:wanted]
+    return taken, [example for example in examples if example.image_id not in out]

@@ -1,0 +1,122 @@
+"""Hard labels: the lowest-loss mask that a search finds for a sample (method, sections 1 and 2)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evocomp.config.schema import GroupingConfig, LabelConfig, SearchConfig
+from evocomp.grouping.budget import fit_groups
+from evocomp.grouping.dpc_knn import dpc_knn_groups
+from evocomp.grouping.groups import Groups
+from evocomp.grouping.vocabulary import vocabulary_groups
+from evocomp.labels.records import Record
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.mllm.features import Features
+from evocomp.search.build import build_strategy
+from evocomp.search.genome import random_genomes, stream
+from evocomp.search.run import SearchResult, WarmStart, run
+
+
+class HardLabels:
+    """Makes the records of one sample: its groups, the population, and the best mask found so far.
+
+    Args:
+        scorer: losses of candidate masks.
+        special_ids: rows of the vocabulary that are left out if `grouping.mask_special`.
+    """
+
+    def __init__(
+        self,
+        scorer: CandidateScorer,
+        grouping: GroupingConfig,
+        search: SearchConfig,
+        labels: LabelConfig,
+        seed: int,
+        special_ids: Sequence[int] = (),
+    ):
+        self.scorer = scorer
+        self.grouping = grouping
+        self.search = search
+        self.labels = labels
+        self.seed = seed
+        self.strategy = build_strategy(search)
+        table = scorer.mllm.vocabulary
+        self.words = table.new_ones(len(table), dtype=bool)
+        if grouping.mask_special:
+            self.words[list(special_ids)] = False
+
+    def first(self, features: Features) -> Record:
+        """Round 0: groups, first population, L generations."""
+        groups = self.groups(features)
+        rng = stream(self.seed, features.id, 0)
+        full = self.scorer.full(features)
+        if self.labels.target == "random":
+            return self._random(groups, rng, features.id, full)
+        result = run(self.strategy, groups, self._score(features), rng, self.search.generations)
+        return self._record(features.id, groups, result, full, first_best=result.first_best)
+
+    def again(self, features: Features, round: int, previous: Record, scores: np.ndarray | None) -> Record:
+        """A later round: further generations from the stored population.
+
+        Args:
+            scores: [N] the compressor's scores; then half of the population is replaced by masks drawn from them.
+        """
+        if self.labels.target == "random":
+            return previous
+        groups = Groups(previous["groups"])
+        warm = WarmStart(
+            previous["population"].astype(np.int32),
+            previous["losses"],
+            groups.genomes(previous["kept"].astype(np.int64)),
+            previous["best_loss"],
+        )
+        rng = stream(self.seed, features.id, round)
+        generations = self.labels.generations_per_refresh
+        result = run(self.strategy, groups, self._score(features), rng, generations, warm, prior=scores)
+        return self._record(features.id, groups, result, previous["full_loss"], previous["first_best"])
+
+    def groups(self, features: Features) -> Groups:
+        """Groups of the sample's visual tokens."""
+        settings = self.grouping
+        if settings.method == "dpc_knn":
+            return dpc_knn_groups(features.visual, settings.count)
+        groups = vocabulary_groups(
+            features.visual, self.scorer.mllm.vocabulary, self.words, settings.centre, settings.whiten
+        )
+        return fit_groups(features.visual, groups, settings.count) if settings.count else groups
+
+    def _score(self, features: Features):
+        return lambda kept: self.scorer(features, kept)
+
+    def _random(self, groups: Groups, rng: np.random.Generator, id: int, full: float) -> Record:
+        genome = random_genomes(groups.sizes, rng, 1)
+        nothing = np.float32(np.nan)
+        return {
+            "id": id,
+            "groups": groups.of.astype(np.uint16),
+            "population": genome.astype(np.uint16),
+            "losses": np.full(1, nothing, np.float32),
+            "kept": groups.kept(genome[0]).astype(np.uint16),
+            "best_loss": nothing,
+            "first_best": nothing,
+            "first_mean": nothing,
+            "full_loss": np.float32(full),
+            "evaluations": np.int32(0),
+            "saved": np.int32(0),
+        }
+
+    @staticmethod
+    def _record(id: int, groups: Groups, result: SearchResult, full: float, first_best: float) -> Record:
+        return {
+            "id": id,
+            "groups": groups.of.astype(np.uint16),
+            "population": result.population.astype(np.uint16),
+            "losses": result.losses.astype(np.float32),
+            "kept": result.kept.astype(np.uint16),
+            "best_loss": np.float32(result.loss),
+            "first_best": np.float32(first_best),
+            "first_mean": np.float32(result.trace[0, 1]),
+            "full_loss": np.float32(full),
+            "evaluations": np.int32(result.evaluations),
+            "saved": np.int32(result.saved),
+        }

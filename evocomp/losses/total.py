@@ -1,0 +1,100 @@
+"""Named supervised losses of the compressor, assembled from their terms."""
+
+from torch import Tensor, nn
+
+from evocomp.log import UserError
+from evocomp.losses.bce import bce_loss
+from evocomp.losses.focal import focal_loss
+from evocomp.losses.ghm import GHMC, ReduceCounts
+from evocomp.losses.listwise import listwise_loss
+from evocomp.losses.separation import separation_loss
+
+LOSSES = {
+    "ghm_cs": "GHM-C + alpha * cosine separation (the paper)",
+    "ghm": "GHM-C alone (ablation)",
+    "focal_cs": "focal loss + alpha * cosine separation (ablation)",
+    "bce_cs": "cross-entropy + alpha * cosine separation (ablation)",
+    "bce": "cross-entropy alone (ablation)",
+    "listwise": "cross-entropy of softmaxed credits (ours)",
+}
+
+
+class SupervisedLoss(nn.Module):
+    """A classification (or listwise) term and, for the names that end in _cs, alpha x cosine separation."""
+
+    def __init__(self, name: str, term: nn.Module, alpha: float) -> None:
+        super().__init__()
+        self.term_name = name.removesuffix("_cs")
+        self.term = term
+        self.alpha = alpha
+        self.separates = name.endswith("_cs")
+
+    def forward(
+        self, logits: Tensor, hidden: Tensor | None, targets: Tensor, valid: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Named scalar parts of the loss; back-propagate "loss", log them all.
+
+        Args:
+            logits: [B, N].
+            hidden: [B, N, D]; not read (may be None) by losses without separation.
+            targets: [B, N] in [0, 1]; for "listwise" the credits, any real numbers.
+            valid: [B, N] bool, False for padding.
+
+        Returns:
+            {"loss": ..., "<ghm|focal|bce|listwise>": ..., and with separation "separation": ... (unweighted)}
+        """
+        value = self.term(logits, targets, valid)
+        if not self.separates:
+            return {"loss": value, self.term_name: value}
+        separation = separation_loss(hidden, targets, valid)
+        return {"loss": value + self.alpha * separation, self.term_name: value, "separation": separation}
+
+
+class _Term(nn.Module):
+    """A loss function with its options bound, so that every term is a module."""
+
+    def __init__(self, function, **options: float | None) -> None:
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, logits: Tensor, targets: Tensor, valid: Tensor | None) -> Tensor:
+        return self.function(logits, targets, valid, **self.options)
+
+
+def build_loss(
+    name: str = "ghm_cs",
+    alpha: float = 0.1,
+    *,
+    form: str = "histogram",
+    bins: int = 10,
+    eps: float = 0.05,
+    rule: str = "paper",
+    momentum: float = 0.0,
+    reduce_counts: ReduceCounts | None = None,
+    focal_gamma: float = 2.0,
+    focal_alpha: float | None = 0.25,
+    temperature: float = 0.1,
+) -> SupervisedLoss:
+    """The loss called `name` (a key of `LOSSES`): (logits, hidden, targets, valid) -> dict of named parts.
+
+    Args:
+        alpha: weight of cosine separation; the paper does not give its value.
+        form, bins, eps, rule, momentum, reduce_counts: of GHM-C, see `GHMC`.
+        focal_gamma, focal_alpha: of the focal loss, see `focal_loss`.
+        temperature: of the listwise targets, see `listwise_loss`.
+
+    Raises:
+        UserError: unknown name, form or rule.
+    """
+    if name not in LOSSES:
+        raise UserError(f"loss {name!r} is unknown; choose one of {', '.join(LOSSES)}")
+    match name.removesuffix("_cs"):
+        case "ghm":
+            term = GHMC(form, bins, eps, rule, momentum, reduce_counts)
+        case "focal":
+            term = _Term(focal_loss, gamma=focal_gamma, alpha=focal_alpha)
+        case "bce":
+            term = _Term(bce_loss)
+        case "listwise":
+            term = _Term(listwise_loss, temperature=temperature)
+    return SupervisedLoss(name, term, alpha)

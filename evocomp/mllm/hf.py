@@ -1,0 +1,305 @@
+"""One adapter over transformers' uniform API: a frozen MLLM that encodes, scores kept tokens, and answers.
+
+It runs the LLM's decoder body on a shortened sequence: text and kept visual tokens at their original positions.
+An all-ones attention mask always goes with it: without one, transformers takes gaps in the positions for the
+borders of packed sequences and silently masks attention across them.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers.utils import logging as transformers_logging
+
+from evocomp.data.example import Example
+from evocomp.log import UserError
+from evocomp.mllm import families
+from evocomp.mllm.features import Features
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+class FrozenMLLM:
+    """A multimodal LLM whose weights never change, for labelling and for judging.
+
+    Args:
+        model: any supported `...ForConditionalGeneration`, or the same wrapped by PEFT.
+        processor: its processor.
+        name: what to call it in records.
+        cache_bytes: room for encoded pictures; those used least recently are encoded again when asked for.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
+        families.check_supported(model)
+        self.model = families.unwrap(model).eval().requires_grad_(False)
+        self.processor = processor
+        self.name = name
+        self.decoder = self.model.get_decoder()
+        self.head = self.model.get_output_embeddings()
+        self.cache_bytes = cache_bytes
+        self._bytes = 0
+        self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    @classmethod
+    def load(
+        cls, name: str, dtype: str = "float32", attention: str = "sdpa", device: str | torch.device = "cpu"
+    ) -> "FrozenMLLM":
+        """Load `nano` (shipped), a folder, or a Hugging Face id."""
+        path = ASSETS / name if (ASSETS / name / "config.json").is_file() else name
+        transformers_logging.disable_progress_bar()
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=getattr(torch, dtype), attn_implementation=attention
+            )
+            processor = AutoProcessor.from_pretrained(path)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"model.name={name} does not load as an image-text-to-text model: {reason}; give `nano`, a folder "
+                "with weights and processor, or a Hugging Face id that this machine can reach"
+            ) from None
+        return cls(model.to(device), processor, name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.vocabulary.shape[1]
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """The LLM's input embedding table [V, D]."""
+        return self.model.get_input_embeddings().weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> embeddings [..., D], as the LLM sees them."""
+        return self.model.get_input_embeddings()(ids)
+
+    def prompt_embeds(self, features: Features) -> Tensor:
+        """Embeddings of the prompt's text tokens [T, D]: what the compressor reads beside the picture."""
+        return self.embed(features.prompt_ids[features.text_at])
+
+    def fingerprint(self) -> str:
+        """Hash of configuration and weights (a strided sample of each tensor, so that 7B takes seconds)."""
+        digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        for key, value in sorted(self.model.state_dict().items()):
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
+            digest.update(key.encode() + sample.tobytes())
+        return digest.hexdigest()[:16]
+
+    # ------------------------------------------------------------ encoding
+
+    @torch.no_grad()
+    def features(self, examples: Sequence[Example]) -> list[Features]:
+        """Encode examples; a picture that several of them ask about is encoded once.
+
+        Pictures are encoded one at a time: the tower's share of all work is small, and a picture's features then
+        never depend, not even in the last bit, on what was encoded beside it.
+
+        Raises:
+            UserError: an answer without tokens, or a processor without a chat template.
+        """
+        return [self._features(example) for example in examples]
+
+    def _process(self, example: Example) -> dict[str, Tensor]:
+        if getattr(self.processor, "chat_template", None) is None:
+            raise UserError(f"the processor of {self.name} has no chat template; add chat_template.jinja to its folder")
+        text = self.processor.apply_chat_template(_messages(example), add_generation_prompt=True, tokenize=False)
+        bos = getattr(self.processor.tokenizer, "bos_token", None)
+        picture = example.image
+        image = Image.open(picture) if isinstance(picture, str) else Image.fromarray(picture)
+        return self.processor(
+            text=[text],
+            images=[image.convert("RGB")],
+            return_tensors="pt",
+            # as transformers itself does: templates that write the start mark must not get a second one
+            add_special_tokens=not (bos and text.startswith(bos)),
+        ).to(self.device)
+
+    def _picture(self, image_id: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Visual tokens [N, D] and the number of the image that each belongs to [N]; remembered while there is room."""
+        if image_id in self._pictures:
+            self._pictures.move_to_end(image_id)
+            return self._pictures[image_id]
+        inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(self.vocabulary.dtype)}
+        encoded = families.encode(self.model, inputs)
+        numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)[0]
+        tokens = families.visual_tokens(self.model, inputs["input_ids"], encoded)
+        self._pictures[image_id] = (tokens, numbers[numbers >= 0])
+        self._bytes += tokens.numel() * tokens.element_size()
+        while self._bytes > self.cache_bytes and len(self._pictures) > 1:
+            _, (old, _) = self._pictures.popitem(last=False)
+            self._bytes -= old.numel() * old.element_size()
+        return self._pictures[image_id]
+
+    def _features(self, example: Example) -> Features:
+        inputs = self._process(example)
+        visual, numbers = self._picture(example.image_id, inputs)
+        answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        if answer.numel() == 0:
+            raise UserError(f"the answer {example.answer!r} of example {example.id} has no token; leave it out")
+        at = families.visual_mask(self.model, inputs["input_ids"])[0].nonzero()[:, 0]
+        if len(at) != len(visual):
+            raise UserError(
+                f"example {example.id}: {len(at)} placeholders in the prompt, {len(visual)} visual tokens; "
+                "does its text hold an image token?"
+            )
+        positions = families.position_ids(self.model, inputs)
+        return Features(
+            id=example.id,
+            image_id=example.image_id,
+            visual=visual,
+            prompt_ids=inputs["input_ids"][0],
+            visual_at=at,
+            positions=positions[..., 0, :],
+            answer_ids=answer.to(self.device),
+            image_numbers=numbers,
+        )
+
+    # ------------------------------------------------------------ the LLM on a shortened sequence
+
+    def assemble(self, features: Features, tokens: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts with `tokens` [Q, R, D] in place of the visual tokens.
+
+        Args:
+            index: [Q, R] which visual token's place (0..N-1) each row takes, ascending.
+
+        Returns:
+            Embeddings [Q, L, D] and position ids [Q, L] ([4, Q, L] with M-RoPE), L = T + R.
+        """
+        count = len(tokens)
+        text_at = features.text_at
+        text = self.embed(features.prompt_ids[text_at]).expand(count, -1, -1)
+        at = torch.cat([text_at.expand(count, -1), features.visual_at[index]], dim=1)
+        order = at.argsort(dim=1)
+        embeds = torch.cat([text, tokens.to(text.dtype)], dim=1)
+        embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
+        positions = features.positions[..., at.gather(1, order)]
+        if positions.ndim == 3:  # M-RoPE: the text row tells the mask where sequences start; keep it dense
+            positions = positions.clone()
+            positions[0] = torch.arange(positions.shape[-1], device=positions.device)
+        return embeds, positions
+
+    def candidate_losses(self, features: Features, kept: Tensor) -> Tensor:
+        """Answer loss of each candidate: mean negative log-likelihood of the answer's tokens.
+
+        Args:
+            kept: [Q, R] kept visual tokens, ascending; every candidate keeps equally many.
+
+        Returns:
+            [Q] float32 [nats]. Source: method, section 2 (fitness).
+        """
+        logits = self.answer_logits(features, features.visual[kept], kept)
+        target = features.answer_ids.expand(len(kept), -1)
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
+
+    @torch.no_grad()
+    def answer_logits(self, features: Features, tokens: Tensor, index: Tensor) -> Tensor:
+        """Teacher-forced logits [Q, A, V] (float32) at the answer's positions, for visual `tokens` [Q, R, D]."""
+        self._check_scorable()
+        embeds, positions = self.assemble(features, tokens, index)
+        answer = features.answer_ids
+        if len(answer) > 1:
+            tail = self.embed(answer[:-1]).expand(len(tokens), -1, -1)
+            embeds = torch.cat([embeds, tail], dim=1)
+            step = torch.arange(1, len(answer), device=positions.device)
+            positions = torch.cat([positions, positions[..., -1:] + step], dim=-1)
+        hidden = self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        return self.head(hidden[:, -len(answer) :]).float()
+
+    @torch.no_grad()
+    def answer(
+        self, prompts: Sequence[tuple[Features, Tensor, Tensor]], max_new_tokens: int = 8
+    ) -> tuple[list[str], Tensor]:
+        """Greedy answers for (features, visual tokens [R, D], index [R]) of any lengths, in one batch.
+
+        Returns:
+            The answers as text, and the logits [B, V] of the first answer token.
+        """
+        self._check_scorable()
+        rows = [self.assemble(f, tokens[None], index[None]) for f, tokens, index in prompts]
+        longest = max(embeds.shape[1] for embeds, _ in rows)
+        pads = [longest - embeds.shape[1] for embeds, _ in rows]
+        embeds = torch.cat([torch.nn.functional.pad(e, (0, 0, n, 0)) for (e, _), n in zip(rows, pads, strict=True)])
+        positions = torch.cat(
+            [torch.nn.functional.pad(p, (n, 0)) for (_, p), n in zip(rows, pads, strict=True)], dim=-2
+        )
+        places = torch.arange(longest, device=embeds.device)
+        mask = (places[None] >= torch.tensor(pads, device=embeds.device)[:, None]).long()
+        cache = DynamicCache(config=self.decoder.config)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=embeds.device)
+        stops = torch.tensor(self._stop_ids(), device=embeds.device)
+        said: list[Tensor] = []
+        first = None
+        for _ in range(max_new_tokens):
+            hidden = self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            logits = self.head(hidden[:, -1]).float()
+            first = logits if first is None else first
+            token = logits.argmax(-1)
+            ended |= torch.isin(token, stops)
+            said.append(token.masked_fill(ended, self._pad_id()))
+            if bool(ended.all()):
+                break
+            embeds, positions = self.embed(token)[:, None], positions[..., -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
+        return [text.strip() for text in texts], first
+
+    def _check_scorable(self) -> None:
+        policy = families.policy(self.model)
+        if policy.deepstack or policy.blocks:
+            raise UserError(
+                f"{self.model.config.model_type}: labels and panel are not made for families whose decoder needs more "
+                "than embeddings (DeepStack, bidirectional image blocks) yet; evocomp.compress works with them"
+            )
+
+    def _stop_ids(self) -> list[int]:
+        stop = self.model.generation_config.eos_token_id
+        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
+        return list(stop) if isinstance(stop, list | tuple) else [stop]
+
+    def _pad_id(self) -> int:
+        pad = self.processor.tokenizer.pad_token_id
+        return self._stop_ids()[0] if pad is None else pad
+
+
+def _messages(example: Example) -> list[dict]:
+    """The conversation up to this turn; the picture goes with its first question."""
+    questions = [question for question, _ in example.history] + [example.prompt]
+    messages = []
+    for number, question in enumerate(questions):
+        content = [{"type": "image"}] if number == 0 else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        if number < len(example.history):
+            answer = example.history[number][1]
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def as_array(image: str | np.ndarray) -> np.ndarray:
+    """The picture as pixels [height, width, 3] uint8."""
+    if isinstance(image, np.ndarray):
+        return image
+    with Image.open(image) as opened:
+        return np.asarray(opened.convert("RGB"))

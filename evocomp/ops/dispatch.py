@@ -1,0 +1,63 @@
+"""Which implementation of an op runs: the Triton kernel or the plain torch reference.
+
+CUDA tensors with Triton installed take the kernel, everything else the reference. The environment variable
+``EVOCOMP_OPS`` (``reference`` or ``triton``) forces one; a forced backend that cannot run is an error and
+never a silent fallback.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from evocomp.log import UserError, logger
+
+BACKENDS = ("reference", "triton")
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether the `triton` package can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (set before the kernels are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _announce(backend: str, device: str) -> None:
+    logger.info(f"ops: {backend} on {device}")
+
+
+@torch.compiler.assume_constant_result
+def _choose(forced: str, device: str, double: bool) -> str:
+    if forced not in ("", *BACKENDS):
+        raise UserError(
+            f"EVOCOMP_OPS={forced!r} is unknown; set it to reference or triton, or unset it"
+        )
+    runs_here = device == "cuda" or interpreting()
+    if forced == "triton":
+        if not triton_installed():
+            raise UserError("EVOCOMP_OPS=triton, but triton is not installed; pip install 'evocomp[kernels]'")
+        if not runs_here:
+            raise UserError(
+                f"EVOCOMP_OPS=triton, but the tensors are on {device}; move them to a GPU, "
+                "or set TRITON_INTERPRET=1 to test the kernels on the CPU"
+            )
+        if double:
+            raise UserError("EVOCOMP_OPS=triton, but the tensors are float64; the kernels compute in float32")
+    chosen = forced or ("triton" if device == "cuda" and triton_installed() and not double else "reference")
+    _announce(chosen, device)
+    return chosen
+
+
+def choose(tensor: Tensor) -> str:
+    """Backend for an op whose main input is `tensor`: "triton" or "reference"; said once per device.
+
+    Raises UserError when EVOCOMP_OPS names an unknown backend or one that cannot run here.
+    """
+    return _choose(os.environ.get("EVOCOMP_OPS", ""), tensor.device.type, tensor.dtype == torch.float64)

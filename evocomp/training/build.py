@@ -1,0 +1,280 @@
+"""From settings to a run: MLLM, labels, compressor, trainer. All of Lightning is in this room."""
+
+import difflib
+import inspect
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+import evocomp
+from evocomp import distributed
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.config import load as config_files
+from evocomp.config.schema import RunConfig
+from evocomp.data.example import Example
+from evocomp.data.splits import Splits, digest, load_splits
+from evocomp.labels.hard import HardLabels
+from evocomp.labels.labeller import Interrupted, Labeller
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.labels.store import LabelStore
+from evocomp.log import UserError, is_rank_zero, logger
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.training.datamodule import LabelledQuestions
+from evocomp.training.module import CompressorModule
+from evocomp.training.monitors import SelectionAccuracy
+from evocomp.training.progress import LabelBar
+from evocomp.training.refresh_labels import RefreshLabels
+
+DONE = "trained.json"
+
+
+def run(config: RunConfig) -> bool:
+    """Label and train as the settings say, into `config.run_dir`; goes on where an earlier call stopped.
+
+    Returns:
+        False if the run was finished already and nothing was done.
+
+    Raises:
+        UserError: the folder holds a run with other settings, and every mistake in data or settings.
+    """
+    folder = Path(config.run_dir)
+    trainer_settings = check_trainer(config.trainer)
+    if _claim_folder(config, folder):
+        logger.info("%s is trained already; choose another --run_dir for a new run", folder)
+        return False
+    set_threads(config.threads)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    splits = load_splits(config.data)
+    mllm = load_mllm(config)
+    check_kept(config, mllm, splits.train[0])
+    labeller = build_labeller(config, mllm, splits, folder)
+    data = LabelledQuestions(
+        mllm, splits.train, config.optim.batch_size, config.labels.passes, seed=config.seed
+    )
+    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
+    refresh = RefreshLabels(labeller, data, config.labels)
+    monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch)
+    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor])
+    last = folder / "checkpoints" / "last.ckpt"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
+        warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*dirpath .* exists.*|.*eval mode.*")
+        trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    if trainer.received_sigterm or trainer.interrupted:
+        raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
+    if trainer.is_global_zero:
+        save_compressor(module.compressor, config, folder)
+        cost = {"label_forwards": labeller.scorer.forwards, "label_seconds": round(refresh.seconds, 1)}
+        _write(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, **cost})
+    return True
+
+
+def label_only(config: RunConfig) -> None:
+    """Make or complete round 0 of the label store, without training."""
+    set_threads(config.threads)
+    splits = load_splits(config.data)
+    mllm = load_mllm(config)
+    if distributed.launched_by_torchrun() and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    folder = Path(config.run_dir)
+    labeller = build_labeller(config, mllm, splits, folder)
+    bar = LabelBar()
+    records = labeller.ensure(0, report=bar.show)
+    bar.close()
+    logger.info("%d labels in %s", len(records), labeller.store.path)
+
+
+def load_mllm(config: RunConfig) -> FrozenMLLM:
+    """The frozen MLLM on this process's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+    return FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+
+
+def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: Path) -> Labeller:
+    """The labeller with its store, fingerprinted by everything that the labels depend on."""
+    store_folder = Path(config.labels.dir) if config.labels.dir else folder / "labels"
+    settings = config_files.to_dict(config)
+    for irrelevant in ("dir", "overwrite", "batch", "passes"):
+        settings["labels"].pop(irrelevant)
+    fingerprint = {
+        "model": mllm.name,
+        "weights": mllm.fingerprint(),
+        "dtype": config.model.dtype,
+        "data": digest(splits.train),
+        "grouping": settings["grouping"],
+        "search": settings["search"],
+        "labels": settings["labels"],
+        "seed": config.seed,
+    }
+    if distributed.rank() == 0:
+        LabelStore.open(store_folder, fingerprint, config.labels.overwrite)
+    distributed.broadcast(None)
+    store = LabelStore.open(store_folder, fingerprint)
+    scorer = CandidateScorer(mllm, config.labels.batch)
+    labels = HardLabels(
+        scorer, config.grouping, config.search, config.labels, config.seed, mllm.processor.tokenizer.all_special_ids
+    )
+    return Labeller(mllm, scorer, labels, store, splits.train, config.labels.chunk_size)
+
+
+def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
+    """A new compressor for the MLLM."""
+    section = config.compressor
+    return EvoCompCompressor.from_mllm(
+        mllm.model,
+        layer=section.init_layer if section.init == "layer" else None,
+        num_layers=section.layers,
+        use_text=section.use_text,
+        head_norm=section.head_norm,
+        budget_input=section.budget_input,
+        base_model_name_or_path=config.model.name,
+        keep=max(config.eval.kept),
+    ).float()
+
+
+def build_trainer(
+    config: RunConfig, folder: Path, settings: dict[str, Any], callbacks: list[L.Callback]
+) -> L.Trainer:
+    """Lightning's Trainer with this project's defaults under the user's `trainer:` settings."""
+    import sys
+
+    terminal = sys.stderr.isatty() and is_rank_zero()
+    bars = [RichProgressBar()] if terminal else []
+    loggers = build_logger(config, folder)
+    defaults: dict[str, Any] = {
+        "max_epochs": 6,
+        "accelerator": "auto",
+        "devices": 1,
+        "gradient_clip_val": 1.0,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 5,
+        "enable_progress_bar": terminal,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": str(folder),
+    }
+    checkpoint = ModelCheckpoint(
+        dirpath=folder / "checkpoints", save_last=True, save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True
+    )
+    rates = [LearningRateMonitor("step")] if loggers else []
+    return L.Trainer(
+        **{**defaults, **settings}, logger=loggers or False, callbacks=[*callbacks, *rates, checkpoint, *bars]
+    )
+
+
+def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
+    """Where curves go."""
+    match config.logger:
+        case "tensorboard":
+            return [TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)]
+        case "csv":
+            return [CSVLogger(folder, name="curves", version="")]
+        case "wandb":
+            try:
+                from lightning.pytorch.loggers import WandbLogger
+
+                return [WandbLogger(save_dir=str(folder), name=folder.name)]
+            except ModuleNotFoundError:
+                raise UserError("logger=wandb: run `pip install wandb`, or choose tensorboard or csv") from None
+        case _:
+            return []
+
+
+def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
+    """The `trainer:` section, checked against the Trainer's own signature."""
+    known = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
+    ours = {"logger", "callbacks", "default_root_dir", "use_distributed_sampler"}
+    for key in settings:
+        if key in ours:
+            raise UserError(f"trainer.{key} is set by the run itself; see --logger and --run_dir")
+        if key not in known:
+            near = difflib.get_close_matches(key, known - ours, 1)
+            hint = f"did you mean trainer.{near[0]}?" if near else "see the arguments of lightning.Trainer"
+            raise UserError(f"unknown setting trainer.{key}; {hint}")
+    return dict(settings)
+
+
+def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
+    """Kept counts must be possible for the pictures at hand."""
+    available = len(mllm.features([example])[0].visual)
+    too_many = [count for count in config.eval.kept if count > available]
+    if too_many:
+        raise UserError(
+            f"eval.kept={too_many[0]} is more than the {available} visual tokens of a picture; give smaller counts"
+        )
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of torch; 0 = all cores if they are idle (two threads on a busy machine are slower than one)."""
+    if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
+        cores = os.cpu_count() or 1
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        threads = max(1, min(4, int(cores - busy)))
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Path) -> None:
+    """The finished compressor as an ordinary Hugging Face folder."""
+    compressor.config.metadata = {
+        "recipe": config.recipe,
+        "labels": config.labels.target,
+        "loss": config.loss.name,
+        "data": config.data.source,
+        "labelled_questions": config.data.max_samples,
+        "evocomp": evocomp.__version__,
+    }
+    compressor.save_pretrained(folder / "compressor")
+
+
+def _claim_folder(config: RunConfig, folder: Path) -> bool:
+    """Make the folder ours, or see that it is; returns whether its run is finished."""
+    mine = folder / "config.yaml"
+    if mine.exists():
+        there, wanted = (_comparable(c) for c in (config_files.load([mine]), config))
+        differing = sorted(key for key in wanted if wanted[key] != there.get(key))
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"{folder} holds a run with other settings ({key}: {there.get(key)} there, {wanted[key]} asked for); "
+                "choose another --run_dir"
+            )
+        return (folder / DONE).exists()
+    if folder.exists() and any(entry.name not in ("labels", "tensorboard") for entry in folder.iterdir()):
+        raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_rank_zero():
+        config_files.save(config, mine)
+    return False
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """Settings by dotted key, without those that may differ from one start of a run to the next."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Any, prefix: str) -> None:
+        for key, value in tree.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                walk(value, f"{name}.")
+            else:
+                flat[name] = value
+
+    walk(config_files.to_dict(config), "")
+    changeable = ("run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
+    return {key: value for key, value in flat.items() if not key.startswith(changeable)}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

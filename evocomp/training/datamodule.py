@@ -1,0 +1,110 @@
+"""Training questions as batches of ids; features and labels are joined on the main process."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from evocomp import distributed
+from evocomp.data.example import Example
+from evocomp.labels.records import Record
+from evocomp.log import UserError
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.training.batch import TrainBatch, train_batch
+from evocomp.training.sampler import ResumableSampler, Slots, epoch_order
+
+
+class LabelledQuestions(L.LightningDataModule):
+    """Feeds a compressor. `RefreshLabels` says with `use` which labels hold.
+
+    Args:
+        mllm: encodes pictures; kept outside of every LightningModule.
+        examples: the training questions.
+        batch_size: questions a step and process.
+        passes: how often each labelled question comes in an epoch.
+        seed: of the order.
+        workers: loader processes; they only hand out positions.
+    """
+
+    def __init__(
+        self,
+        mllm: FrozenMLLM,
+        examples: Sequence[Example],
+        batch_size: int,
+        passes: int = 1,
+        slots: int | None = None,
+        seed: int = 0,
+        workers: int = 0,
+    ):
+        super().__init__()
+        self.mllm = mllm
+        self.examples = {example.id: example for example in examples}
+        self.batch_size = batch_size
+        self.slots = slots or passes * len(examples)
+        self.seed = seed
+        self.workers = workers
+        self.records: dict[int, Record] = {}
+        self.round = -1
+        self._sampler: ResumableSampler | None = None
+        self._resume_at = 0
+        self._epoch = 0
+        self._order = None
+
+    def use(self, round: int, records: dict[int, Record], epoch: int) -> None:
+        """From now on, labels are these records; samples without a record do not come up."""
+        if not records:
+            raise UserError(f"round {round} of the label store holds no usable label; see the labelling log above")
+        self.round, self.records, self._epoch = round, records, epoch
+        self._order = epoch_order(list(records), self.seed, epoch, self.slots)
+
+    def train_dataloader(self) -> DataLoader:
+        self._sampler = ResumableSampler(self.slots, distributed.rank(), distributed.world_size())
+        self._sampler.consumed, self._resume_at = self._resume_at, 0
+        if len(self._sampler) < self.batch_size:
+            raise UserError(
+                f"{self.slots} training questions make no batch of optim.batch_size={self.batch_size} on each of "
+                f"{distributed.world_size()} processes; label more questions or lower the batch size"
+            )
+        return DataLoader(
+            Slots(self.slots),
+            batch_size=self.batch_size,
+            sampler=self._sampler,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            collate_fn=torch.tensor,
+            drop_last=True,
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Positions of the epoch -> the samples and labels that stand there now."""
+        if not isinstance(batch, torch.Tensor):
+            return batch
+        ids = [int(self._order[position]) for position in batch.tolist()]
+        features = self.mllm.features([self.examples[id] for id in ids])
+        return train_batch(self.mllm, features, [self.records[id] for id in ids], self.round)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return _move(batch, device) if isinstance(batch, TrainBatch) else batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the epoch the whole job is; Lightning saves it with every checkpoint."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        consumed = progress.completed * self.batch_size * distributed.world_size()
+        ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return {"epoch": self._epoch, "consumed": 0 if ended else consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resume_at = state["consumed"]
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """The same structure with its tensors on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_move(item, device) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return type(value)(**{name: _move(getattr(value, name), device) for name in value.__dataclass_fields__})
+    return value

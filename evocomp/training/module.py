@@ -1,0 +1,104 @@
+"""The compressor under Lightning: an ordinary loss on stored label records. It holds no MLLM."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.config.schema import LossConfig, OptimConfig
+from evocomp.losses import build_loss, policy_loss
+from evocomp.training.batch import CompressorInput, TrainBatch
+from evocomp.training.optim import build_optimizer, learning_rate
+
+
+class CompressorModule(L.LightningModule):
+    """Trains a compressor on whatever labels come: hard masks, credits, or populations with advantages.
+
+    Args:
+        compressor: what is trained; checkpoints hold nothing else.
+    """
+
+    def __init__(self, compressor: EvoCompCompressor, loss: LossConfig, optim: OptimConfig):
+        super().__init__()
+        self.compressor = compressor
+        self.loss_config = loss
+        self.optim_config = optim
+        self.supervised = build_loss(
+            loss.name,
+            alpha=loss.alpha,
+            form=loss.form,
+            bins=loss.bins,
+            eps=loss.eps,
+            temperature=loss.temperature,
+            reduce_counts=self._sum_over_ranks if loss.form == "histogram" else None,
+        )
+
+    def forward(self, inputs: CompressorInput, budget: Tensor | float | None = None):
+        return self.compressor(
+            inputs.visual, inputs.prompt, inputs.prompt_mask, inputs.visual_mask, budget=budget
+        )
+
+    def training_step(self, batch: TrainBatch, batch_index: int) -> Tensor:
+        output = self(batch.inputs, batch.budget if batch.budget is not None else self._any_budget(batch))
+        valid = batch.inputs.visual_mask
+        if batch.populations:
+            parts = self._policy(output.logits, batch, valid)
+        else:
+            parts = self.supervised(output.logits, output.hidden, batch.targets, valid)
+        size = len(batch.ids)
+        logged = {f"train/{name}": value for name, value in parts.items()}
+        self.log_dict(logged, batch_size=size)
+        self.log("train/loss", parts["loss"], prog_bar=True, logger=False, batch_size=size)
+        return parts["loss"]
+
+    def _policy(self, logits: Tensor, batch: TrainBatch, valid: Tensor | None) -> dict[str, Tensor]:
+        """Mean over the batch of the clipped policy loss; each mask size is a tensor of its own."""
+        total: dict[str, Tensor] = {}
+        for population in batch.populations:
+            rows = population.rows
+            parts = policy_loss(
+                logits[rows],
+                population.draws,
+                population.advantages,
+                population.old_log_prob,
+                None if valid is None else valid[rows],
+                clip=self.loss_config.clip,
+            )
+            for name, value in parts.items():
+                total[name] = total.get(name, 0.0) + value * (len(rows) / len(batch.ids))
+        return total
+
+    def _any_budget(self, batch: TrainBatch) -> float | None:
+        """Labels that hold for every size say nothing about the budget: 16 is where its input is zero."""
+        return 16.0 if self.compressor.config.budget_input else None
+
+    def _sum_over_ranks(self, counts: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(counts, reduce_op="sum") if self.trainer.world_size > 1 else counts
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.compressor, self.optim_config)
+        total = int(self.trainer.estimated_stepping_batches)
+        factor = partial(
+            learning_rate, total=total, warmup=self.optim_config.warmup_steps, flat=self.optim_config.flat
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @torch.no_grad()
+    def score(self, inputs: CompressorInput, budget: float | None = None) -> list[np.ndarray]:
+        """Scores [N] of each sample, in evaluation mode, as arrays on the CPU."""
+        training = self.compressor.training
+        self.compressor.eval()
+        if self.compressor.config.budget_input and budget is None:
+            budget = 16.0
+        logits = self(inputs, budget).logits.float().cpu()
+        self.compressor.train(training)
+        sizes: Sequence[int] = [logits.shape[1]] * len(logits)
+        if inputs.visual_mask is not None:
+            sizes = inputs.visual_mask.sum(1).tolist()
+        return [row[:size].numpy() for row, size in zip(logits, sizes, strict=True)]

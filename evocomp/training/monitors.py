@@ -1,0 +1,67 @@
+"""What is watched while a compressor trains: accuracy on the selection split at each kept count."""
+
+from collections.abc import Sequence
+
+import lightning as L
+import numpy as np
+import torch
+
+from evocomp.data.example import Example
+from evocomp.log import logger
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.selection.top_r import top_r
+from evocomp.training.batch import compressor_input
+from evocomp.training.module import CompressorModule
+
+
+class SelectionAccuracy(L.Callback):
+    """After every epoch: share of the selection questions that the frozen MLLM answers rightly when it sees the
+    compressor's top r tokens, for each r. Logged as `val/accuracy_R`; `val/accuracy` is their mean.
+
+    Args:
+        every: epochs between measurements; the last epoch is always measured.
+    """
+
+    def __init__(self, mllm: FrozenMLLM, examples: Sequence[Example], kept: Sequence[int], batch: int, every: int = 1):
+        self.mllm = mllm
+        self.examples = list(examples)
+        self.kept = tuple(kept)
+        self.batch = batch
+        self.every = every
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if not self.examples or not (last or (trainer.current_epoch + 1) % self.every == 0):
+            return
+        # ranks take every world-th question and sum up
+        mine = self.examples[trainer.global_rank :: trainer.world_size]
+        right = torch.tensor(self.count_right(module, mine), dtype=torch.float64)
+        asked = torch.tensor(float(len(mine)), dtype=torch.float64)
+        if trainer.world_size > 1:
+            right = trainer.strategy.reduce(right.to(module.device), reduce_op="sum").cpu()
+            asked = trainer.strategy.reduce(asked.to(module.device), reduce_op="sum").cpu()
+        shares = (right / asked).tolist()
+        for count, share in zip(self.kept, shares, strict=True):
+            module.log(f"val/accuracy_{count}", share, rank_zero_only=False, sync_dist=False)
+        module.log("val/accuracy", float(np.mean(shares)), prog_bar=True, sync_dist=False)
+        listed = "  ".join(f"{count}: {share:.3f}" for count, share in zip(self.kept, shares, strict=True))
+        logger.info("epoch %d  selection accuracy by kept tokens  %s", trainer.current_epoch, listed)
+
+    def count_right(self, module: CompressorModule, examples: Sequence[Example]) -> list[int]:
+        """Right answers at each kept count."""
+        right = [0] * len(self.kept)
+        for start in range(0, len(examples), self.batch):
+            part = examples[start : start + self.batch]
+            features = self.mllm.features(part)
+            inputs = compressor_input(self.mllm, features)
+            scores = None
+            for place, count in enumerate(self.kept):
+                if scores is None or module.compressor.config.budget_input:
+                    scores = module.score(inputs, float(count))
+                prompts = []
+                for one, ranking in zip(features, scores, strict=True):
+                    index = top_r(torch.from_numpy(ranking), min(count, len(ranking))).to(one.visual.device)
+                    prompts.append((one, one.visual[index], index))
+                answers, _ = self.mllm.answer(prompts, max_new_tokens=4)
+                right[place] += sum(a == e.answer for a, e in zip(answers, part, strict=True))
+        return right

@@ -1,0 +1,65 @@
+"""Muon for the layer's matrices and AdamW for the rest, as one optimizer; and the learning-rate schedule."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from evocomp.config.schema import OptimConfig
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """One optimizer to Lightning (so that accumulation, clipping and schedules work), two inside.
+
+    Args:
+        matrices: 2-D weights of hidden layers, for Muon (torch.optim.Muon, scaled to match AdamW's steps).
+        rest: everything else, for AdamW.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], rest: Iterable[nn.Parameter], lr: float, weight_decay: float):
+        self.parts = {
+            "muon": torch.optim.Muon(
+                list(matrices), lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            ),
+            "adamw": torch.optim.AdamW(list(rest), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay),
+        }
+        super().__init__([p for part in self.parts.values() for g in part.param_groups for p in g["params"]], {"lr": lr})
+        # the groups themselves are shared, so that a scheduler's learning rates reach both
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts.values():
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state_dict[name])
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer for all trainable weights of a compressor."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if config.name == "adamw":
+        return torch.optim.AdamW(
+            [p for _, p in trainable], lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
+        )
+    hidden = [p for name, p in trainable if p.ndim == 2 and "layers" in name]
+    ours = {id(p) for p in hidden}
+    return MuonWithAdamW(hidden, [p for _, p in trainable if id(p) not in ours], config.lr, config.weight_decay)
+
+
+def learning_rate(step: int, total: int, warmup: int, flat: float) -> float:
+    """Factor on the peak rate: linear warm-up, constant until `flat` of the steps, linear to 1 %."""
+    done = step / max(1, total)
+    fall = 1 - max(0.0, (done - flat) / max(1e-9, 1 - flat))
+    return min(1.0, (step + 1) / max(1, warmup)) * (0.99 * max(0.0, fall) + 0.01)

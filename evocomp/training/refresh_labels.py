@@ -1,0 +1,111 @@
+"""The callback that keeps labels fresh: makes a round of the store before the epoch that trains on it."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from evocomp.config.schema import LabelConfig
+from evocomp.labels.labeller import Interrupted, Labeller, LabelProgress
+from evocomp.log import logger
+from evocomp.mllm.features import Features
+from evocomp.training.batch import compressor_input
+from evocomp.training.datamodule import LabelledQuestions
+from evocomp.training.module import CompressorModule
+from evocomp.training.progress import LabelBar
+
+
+class RefreshLabels(L.Callback):
+    """At the start of an epoch, sees to it that its round of labels is there, and hands it to the datamodule.
+
+    `ensure` is idempotent and is called from both `on_train_start` (which alone is called when a run resumes in
+    mid-epoch) and `on_train_epoch_start`. The labeller, and with it the frozen MLLM, lives here and not in the
+    LightningModule: checkpoints hold the compressor only.
+    """
+
+    def __init__(self, labeller: Labeller, data: LabelledQuestions, config: LabelConfig, keep_rounds: int = 2):
+        self.labeller = labeller
+        self.data = data
+        self.config = config
+        self.keep_rounds = keep_rounds
+        self.round = -1
+        self.epoch = -1
+        self.seconds = 0.0
+
+    def round_of(self, epoch: int) -> int:
+        """The round that an epoch trains on."""
+        return 0 if self.config.refresh == "none" else epoch // self.config.refresh_every
+
+    def on_train_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        self.ensure(trainer, module, trainer.current_epoch)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        self.ensure(trainer, module, trainer.current_epoch)
+
+    def ensure(self, trainer: L.Trainer, module: CompressorModule, epoch: int) -> None:
+        """Labels for this epoch, made if they are not there yet."""
+        if epoch == self.epoch:
+            return
+        round = self.round_of(epoch)
+        before = self.data.records
+        if round != self.round:
+            records = self._fill(trainer, module, round)
+            self._log(trainer, round, records, before)
+            self.round = round
+            self._forget_old()
+        else:
+            records = before
+        self.data.use(round, records, epoch)
+        self.epoch = epoch
+
+    def _fill(self, trainer: L.Trainer, module: CompressorModule, round: int) -> dict:
+        started = time.perf_counter()
+        bar = LabelBar(trainer)
+        try:
+            return self.labeller.ensure(
+                round,
+                scores=self._scores(module) if self.config.warm_start == "scores" else None,
+                report=bar.show,
+                stop=lambda: trainer.received_sigterm,
+            )
+        except Interrupted:
+            logger.info("stopped while labelling; run the same command again to go on")
+            raise
+        finally:
+            bar.close()
+            self.seconds += time.perf_counter() - started
+
+    def _scores(self, module: CompressorModule):
+        def scores(features: Sequence[Features]) -> list[np.ndarray]:
+            return module.score(compressor_input(self.labeller.mllm, features))
+
+        return scores
+
+    def _log(self, trainer: L.Trainer, round: int, records: dict, before: dict) -> None:
+        """Curves by round: how good the labels are, and what the refresh changed."""
+        metrics: dict[str, float] = {"labels/round": float(round)}
+        for name in ("full_loss", "first_mean", "first_best", "best_loss"):
+            values = [record[name] for record in records.values() if name in record]
+            if values:
+                metrics[f"labels/{name}"] = float(np.mean(values))
+        shared = [id for id in records if id in before and "kept" in records[id] and "kept" in before[id]]
+        if shared:
+            changed = [not np.array_equal(records[id]["kept"], before[id]["kept"]) for id in shared]
+            gain = [before[id]["best_loss"] - records[id]["best_loss"] for id in shared]
+            metrics["labels/share_changed"] = float(np.mean(changed))
+            metrics["labels/gain"] = float(np.mean(gain))
+        metrics["labels/wait_seconds"] = self.labeller.waited
+        for one in trainer.loggers:
+            one.log_metrics(metrics, step=trainer.global_step)
+
+    def _forget_old(self) -> None:
+        """The newest checkpoint may go back one round, never further."""
+        if self.labeller.mllm is not None and L.fabric.utilities.rank_zero.rank_zero_only.rank == 0:
+            for round in self.labeller.store.rounds():
+                if 0 < round <= self.round - self.keep_rounds:
+                    self.labeller.store.remove(round)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"round": self.round}

@@ -1,0 +1,72 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evocomp.ops import vocabulary_argmax
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 8192])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 123, 19), (64, 577, 32)])
+def test_is_the_argmax_of_the_full_cosine_matrix(shape, chunk):
+    n, v, d = shape
+    generator = torch.Generator().manual_seed(n)
+    tokens = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    table = torch.randn(v, d, generator=generator, dtype=torch.float64) * torch.rand(
+        v, 1, generator=generator
+    )
+    full = F.cosine_similarity(tokens[:, None], table[None], dim=-1)
+    index, cosine = vocabulary_argmax(tokens, table, chunk=chunk)
+    assert torch.equal(index, full.argmax(-1))
+    torch.testing.assert_close(cosine, full.amax(-1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 20), st.integers(1, 40), st.integers(1, 41))
+def test_small_integers_tie_to_the_lowest_id_for_any_chunk(seed, n, v, chunk):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(-2, 3, (n, 3), generator=generator).float()
+    # powers of two only: every product, sum and norm is exact, so equal cosines are equal bits
+    table = torch.zeros(v, 3)
+    table[torch.arange(v), torch.randint(0, 3, (v,), generator=generator)] = 2.0 ** torch.randint(
+        -2, 3, (v,), generator=generator
+    )
+    scores = tokens @ F.normalize(table, dim=-1).T
+    lowest = torch.tensor([[row.index(max(row))] for row in scores.tolist()]).squeeze(1)
+    assert torch.equal(vocabulary_argmax(tokens, table, chunk=chunk)[0], lowest)
+
+
+def test_zero_nan_and_masked_rows_never_win(generator):
+    tokens = torch.randn(30, 8, generator=generator)
+    table = torch.randn(20, 8, generator=generator)
+    table[3], table[4, 2] = 0, torch.nan
+    table[5] = tokens[0]  # the perfect answer, but masked
+    mask = torch.ones(20, dtype=torch.bool)
+    mask[5] = False
+    index, cosine = vocabulary_argmax(tokens, table, mask, chunk=6)
+    assert not set(index.tolist()) & {3, 4, 5}
+    assert cosine.isfinite().all()
+
+
+def test_zero_token_has_cosine_zero():
+    index, cosine = vocabulary_argmax(torch.zeros(2, 4), torch.eye(4), chunk=2)
+    assert index.tolist() == [0, 0] and cosine.tolist() == [0, 0]
+
+
+def test_without_an_allowed_row_the_cosine_says_so():
+    _, cosine = vocabulary_argmax(torch.ones(2, 4), torch.eye(4), torch.zeros(4, dtype=torch.bool))
+    assert (cosine == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_scored_in_fp32(dtype, generator):
+    tokens = torch.randn(64, 48, generator=generator).to(dtype)
+    table = torch.randn(500, 48, generator=generator).to(dtype)
+    exact_index, _ = vocabulary_argmax(tokens.double(), table.double())
+    with torch.autocast("cpu", torch.bfloat16):  # must not leak into the scores
+        index, cosine = vocabulary_argmax(tokens, table, chunk=100)
+    assert cosine.dtype == torch.float32
+    full = F.cosine_similarity(tokens.double()[:, None], table.double()[None], dim=-1)
+    regret = full.gather(1, exact_index[:, None]) - full.gather(1, index[:, None])
+    assert regret.max() <= 1e-6
