@@ -8,6 +8,7 @@ import numpy as np
 from evocomp.grouping.groups import Groups
 from evocomp.log import UserError
 from evocomp.search.genome import keys as genome_keys
+from evocomp.search.operators import truncation
 from evocomp.search.strategy import State, Strategy
 
 Score = Callable[[np.ndarray], np.ndarray]
@@ -83,19 +84,20 @@ def run(
         rng: see `genome.stream`.
         generations: populations after the first one (the paper's L). A warm start has its first one already.
         warm_start: continue the search that gave it: its stored losses are not scored again.
-        prior: [N] token scores, higher is better, for the first population.
+        prior: [N] token scores, higher is better, from which a share of the first population is drawn. In a
+            warm start these seeds take the places of the worst of the stored population.
     """
     if generations < 0:
         raise UserError(f"search needs generations of at least 0, got {generations}")
     memo = _Memo(groups, score)
+    trace = []
     if warm_start is None:
         state = strategy.start(groups, rng, prior=prior)
-        trace = []
-        rounds = generations + 1
     else:
-        state = _resume(strategy, groups, rng, warm_start, memo)
-        trace = [(warm_start.losses.min(), warm_start.losses.mean(), state.best_loss)]
-        rounds = generations
+        state = _resume(strategy, groups, rng, warm_start, prior, memo)
+    if state.losses is not None:
+        trace.append((state.losses.min(), state.losses.mean(), state.best_loss))
+    rounds = generations + 1 - len(trace)
     for _ in range(rounds):
         state, genomes = strategy.ask(state)
         losses = memo(genomes)
@@ -105,9 +107,18 @@ def run(
 
 
 def _resume(
-    strategy: Strategy, groups: Groups, rng: np.random.Generator, warm: WarmStart, memo: "_Memo"
+    strategy: Strategy,
+    groups: Groups,
+    rng: np.random.Generator,
+    warm: WarmStart,
+    prior: np.ndarray | None,
+    memo: "_Memo",
 ) -> State:
-    state = strategy.start(groups, rng, warm.population, warm.losses)
+    if prior is None:
+        state = strategy.start(groups, rng, warm.population, warm.losses)
+    else:
+        ranked = truncation(warm.population, warm.losses, len(warm.population))
+        state = strategy.start(groups, rng, ranked, prior=prior)
     memo.add(warm.population, warm.losses)
     memo.add(warm.best[None], np.array([warm.best_loss], dtype=np.float32))
     if warm.best_loss < state.best_loss:

@@ -87,21 +87,23 @@ class Strategy:
         Args:
             groups: groups of the sample.
             rng: see `genome.stream`; one key is drawn from it.
-            population: [P, G] genomes to begin with; too few are filled up at random.
-            losses: [P] their losses, when known: the first `ask` then gives their children.
-            prior: [N] token scores, higher is better, from which a part of the first population is drawn.
+            population: [P, G] genomes to begin with, best first.
+            losses: [P] their losses, when known: the first `ask` then gives their children. Otherwise it
+                gives these genomes, as many as fit, filled up at random.
+            prior: [N] token scores, higher is better (a compressor's logits, say): a share `seeded` of the
+                first population is drawn from them. Not with `losses`.
         """
         key = tuple(int(word) for word in rng.integers(0, 2**64, size=2, dtype=np.uint64))
         state = State(groups, key)
+        population = _fit(np.empty((0, groups.count)) if population is None else population, groups)
         if losses is not None:
-            assert population is not None and len(population) == len(losses)
-            return self.tell(replace(state, pending=_fit(population, groups)), losses)
-        if population is None:
-            population = np.empty((0, groups.count), dtype=np.int32)
-            if prior is not None:
-                count = round(self.seeded * self.q)
-                population = seed_genomes(groups, prior, state.rng(), count, self.temperature)
-        return replace(state, step=1, population=_fit(population, groups)[: self.q])
+            assert prior is None, "after a population with losses come its children: no place for seeds"
+            return self.tell(replace(state, pending=population), losses)
+        seeds = 0 if prior is None else round(self.seeded * self.q)
+        if seeds:
+            drawn = seed_genomes(groups, prior, state.rng(), seeds, self.temperature)
+            population = np.concatenate([population[: self.q - seeds], drawn])
+        return replace(state, step=1, population=population[: self.q])
 
     def ask(self, state: State) -> tuple[State, np.ndarray]:
         """The candidates [Q, G] to be evaluated next, and the state that `tell` wants."""

@@ -285,3 +285,22 @@ def test_bookkeeping_takes_less_than_300_microseconds_a_generation(name):
         search(name, groups, lambda kept: effect[kept].sum(1), generations=10)
         times.append(time.process_time() - started)
     assert min(times) / 11 < 300e-6
+
+
+def test_in_a_warm_start_seeds_take_the_place_of_the_worst():
+    groups = Groups.from_ids(np.random.default_rng(0).integers(0, 6, 60))
+    score = Landscape(60, 0)
+    first = run(Published(q=10, p=4), groups, score, stream(0, 0, 0), 2)
+    prior = np.full(60, -100.0)
+    prior[groups.members[:, 0]] = 0.0  # one mask has all the odds
+    strategy = Published(q=10, p=4)
+    known = {tuple(row) for row in groups.kept(first.population).tolist()}
+    score.asked.clear()
+    second = run(strategy, groups, score, stream(0, 0, 1), 0, first.warm_start, prior)
+    seed = tuple(np.sort(groups.members[:, 0]).tolist())
+    assert set(score.asked) == {seed} - known
+    best = first.population[np.argsort(first.losses, kind="stable")[:5]]
+    assert second.population[:5].tolist() == best.tolist() and (second.population[5:] == 0).all()
+    assert second.loss == min(first.loss, *Landscape(60, 0)(np.array([seed])).tolist())
+    third = run(strategy, groups, score, stream(0, 0, 1), 2, first.warm_start, prior)
+    assert third.trace.shape == (3, 3)
