@@ -113,9 +113,9 @@ def test_zero_and_tiny_rows_follow_the_reference(generator):
 
 
 def test_same_bits_twice_and_inputs_untouched(generator):
-    arguments = example(generator, (2, 577, 16))
+    arguments = example(generator, (2, 70, 16))
     before = [x.clone() for x in arguments]
-    ups = [torch.ones(2, 577, device=DEVICE), torch.ones(2, device=DEVICE)]
+    ups = [torch.ones(2, 70, device=DEVICE), torch.ones(2, device=DEVICE)]
     first, second = (outcome(kernel, *arguments, torch.float32, ups) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, arguments, strict=True))

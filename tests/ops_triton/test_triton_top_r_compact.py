@@ -42,9 +42,9 @@ def test_special_values(generator):
     special = torch.tensor(
         [0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45], device=DEVICE
     )
-    pick = torch.randint(0, len(special), (6, 100), generator=generator, device=DEVICE)
-    _, embeddings, valid = example(generator, 6, 100)
-    for r in (1, 20, 50, 99, 100):
+    pick = torch.randint(0, len(special), (3, 100), generator=generator, device=DEVICE)
+    _, embeddings, valid = example(generator, 3, 100)
+    for r in (1, 50, 99):
         check(special[pick], r, embeddings, valid)
         check(special[pick], r, embeddings, None)
 

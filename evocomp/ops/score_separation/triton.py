@@ -181,11 +181,11 @@ def _backward_kernel(
         tl.store(grad_weight + (b * tl.num_programs(1) + chunk) * D + d, weight_sum, mask=d < D)
 
 
-def _launch(hidden: Tensor) -> dict[str, int]:
-    """A tile of at most 16k values: 64 fp32 registers for each of 256 threads."""
-    block_d = triton.next_power_of_2(hidden.shape[2])
-    tile = max(1, min(4, 16384 // block_d))
-    return {"ROWS": ROWS, "TILE": tile, "BLOCK_D": block_d, "num_warps": 4 if block_d <= 1024 else 8}
+def _launch(width: int, values: int) -> dict[str, int]:
+    """Launch options for tiles of at most `values` numbers and rows of `width`; checked not to spill."""
+    block_d = triton.next_power_of_2(width)
+    tile = max(1, min(4, values // block_d))
+    return {"ROWS": ROWS, "TILE": tile, "BLOCK_D": block_d, "num_warps": min(16, max(4, block_d // 512))}
 
 
 @torch.library.custom_op("evocomp::score_separation", mutates_args=())
@@ -218,7 +218,7 @@ def _forward(
             HAS_HEAD=weight is not None,
             HAS_BIAS=bias is not None,
             HAS_VALID=valid is not None,
-            **_launch(hidden),
+            **_launch(d, 16384),
         )
     with dispatch.launch_on(hidden):
         _finish_kernel[(b, blocks)](sums, sizes, means, size, products, chunks, d, BLOCK=FINISH_BLOCK)
@@ -270,7 +270,7 @@ def _backward_op(
             EPS=EPS,
             HAS_HEAD=weight is not None,
             HAS_VALID=valid is not None,
-            **_launch(hidden),
+            **_launch(d, 8192),
         )
     return grad_hidden, partial.sum(0)
 

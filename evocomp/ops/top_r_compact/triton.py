@@ -52,6 +52,7 @@ def _gather_kernel(embeddings, index, out, R, D, stride_b, stride_n, stride_d, B
 def top_r_index(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
     """See `evocomp.ops.top_r_compact`: [B, R] ascending positions of the r best tokens."""
     b, n = scores.shape
+    block = triton.next_power_of_2(n)
     index = torch.empty(b, r, dtype=torch.long, device=scores.device)
     with dispatch.launch_on(scores):
         _index_kernel[(b,)](
@@ -62,8 +63,8 @@ def top_r_index(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
             r,
             *scores.stride(),
             HAS_VALID=valid is not None,
-            BLOCK_N=triton.next_power_of_2(n),
-            num_warps=4 if n <= 2048 else 8,
+            BLOCK_N=block,
+            num_warps=min(16, max(1, block // 256)),  # eight 64-bit keys a thread: more would spill
         )
     return index
 

@@ -74,11 +74,11 @@ def _argmax_kernel(
     tl.store(index + out, at, mask=n < N)
 
 
-def _blocks(tokens: Tensor) -> tuple[int, int, int]:
-    """Tile of tokens, rows and columns: full tensor-core tiles for 16 bits, half of that for fp32."""
+def _blocks(itemsize: int) -> tuple[int, int, int]:
+    """Tile of tokens, rows, columns: full tensor-core tiles for 16 bits, half of that for fp32 products."""
     if dispatch.interpreting():
         return 16, 32, 16  # the interpreter's time goes with the number of lanes
-    return (128, 128, 64) if tokens.element_size() == 2 else (64, 64, 32)
+    return (128, 128, 64) if itemsize == 2 else (64, 64, 32)
 
 
 def _splits(tokens: Tensor, token_blocks: int, row_blocks: int) -> int:
@@ -93,7 +93,9 @@ def _splits(tokens: Tensor, token_blocks: int, row_blocks: int) -> int:
 def vocabulary_argmax(tokens: Tensor, table: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `evocomp.ops.vocabulary_argmax`."""
     (n, d), v = tokens.shape, table.shape[0]
-    block_n, block_v, block_d = _blocks(tokens)
+    common = torch.promote_types(tokens.dtype, table.dtype)  # tl.dot takes no mixed dtypes
+    tokens, table = tokens.to(common), table.to(common)
+    block_n, block_v, block_d = _blocks(tokens.element_size())
     token_blocks, row_blocks = triton.cdiv(n, block_n), triton.cdiv(v, block_v)
     rows_per_split = block_v * triton.cdiv(row_blocks, _splits(tokens, token_blocks, row_blocks))
     splits = triton.cdiv(v, rows_per_split)
@@ -113,11 +115,11 @@ def vocabulary_argmax(tokens: Tensor, table: Tensor, mask: Tensor | None) -> tup
             *tokens.stride(),
             *table.stride(),
             HAS_MASK=mask is not None,
-            # tl.dot on bf16 is wrong in the interpreter, and it takes no mixed dtypes anywhere
-            UPCAST=tokens.dtype != table.dtype or dispatch.interpreting(),
+            UPCAST=dispatch.interpreting(),  # where tl.dot on bf16 is wrong
             BLOCK_N=block_n,
             BLOCK_V=block_v,
             BLOCK_D=block_d,
+            num_warps=8 if block_n == 128 else 4,  # with 4 the 128 x 128 products spill
         )
     top, split = best.max(dim=0)  # the first maximum: the lower slice, so still the lowest id
     norm = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
