@@ -144,7 +144,8 @@ class LabelConfig:
     """Questions whose proposed masks' losses spread less are dropped [nats] (refresh=on_policy)."""
 
     def __post_init__(self):
-        for name in ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks", "proposals", "samples_per_refresh"):
+        counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
+        for name in (*counts, "proposals", "samples_per_refresh"):
             _require(getattr(self, name) >= 1, f"labels.{name}={getattr(self, name)}: must be at least 1")
 
 

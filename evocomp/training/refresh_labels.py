@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 
 from evocomp.config.schema import LabelConfig
-from evocomp.labels.labeller import Interrupted, Labeller, LabelProgress
+from evocomp.labels.labeller import Interrupted, Labeller
 from evocomp.log import logger
 from evocomp.mllm.features import Features
 from evocomp.training.batch import compressor_input, has_label
