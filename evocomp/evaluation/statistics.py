@@ -72,24 +72,30 @@ class ImageBootstrap:
 
     def interval(self, scores: np.ndarray) -> Interval:
         """Mean of the scores [n] with its percentile interval."""
-        return Interval(float(np.mean(scores)), *self._percentiles(self.means(scores)))
+        return self.interval_of(np.mean(scores), self.means(scores))
 
     def difference(self, first: np.ndarray, second: np.ndarray) -> Difference:
-        """Mean of `first - second` over the same questions [n], its interval and the paired bootstrap p.
+        """Mean of `first - second` over the same questions [n], its interval and the paired bootstrap p."""
+        gap = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+        return self.difference_of(gap.mean(), self.means(gap))
+
+    def interval_of(self, mean: float, drawn: np.ndarray) -> Interval:
+        """The interval when the resampled means [resamples] are known already."""
+        tail = (1 - self.level) / 2
+        low, high = np.quantile(drawn, (tail, 1 - tail))
+        return Interval(float(mean), float(low), float(high))
+
+    def difference_of(self, mean: float, drawn: np.ndarray) -> Difference:
+        """The difference when its resamples [resamples] are known already.
 
         p is twice the share of resamples on the far side of zero, one resample added to either count (Davison
         & Hinkley 1997, section 4.4), so that p is never below 2 / (resamples + 1).
         """
-        gap = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-        drawn = self.means(gap)
-        far = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
+        rounding = 1e-12  # means of fractional scores that are equal may differ in the last bit
+        far = min(np.count_nonzero(drawn <= rounding), np.count_nonzero(drawn >= -rounding))
+        interval = self.interval_of(mean, drawn)
         p = min(1.0, 2 * (far + 1) / (self.resamples + 1))
-        return Difference(float(gap.mean()), *self._percentiles(drawn), p)
-
-    def _percentiles(self, drawn: np.ndarray) -> tuple[float, float]:
-        tail = (1 - self.level) / 2
-        low, high = np.quantile(drawn, (tail, 1 - tail))
-        return float(low), float(high)
+        return Difference(interval.mean, interval.low, interval.high, p)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
