@@ -18,7 +18,6 @@ from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection import selector
-from evocomp.viz import SheetItem, kept_sheet
 
 BASIC = ("uniform_stride", "average_pool")
 FULL = (

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from evocomp.data.example import Example
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.features import Features
+
+_PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -46,6 +49,7 @@ class FrozenMLLM:
         self.cache_bytes = cache_bytes
         self._bytes = 0
         self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._prompts: dict[int, Features] = {}
 
     @classmethod
     def load(
@@ -143,6 +147,9 @@ class FrozenMLLM:
         return self._pictures[image_id]
 
     def _features(self, example: Example) -> Features:
+        known = self._prompts.get(example.id)
+        if known is not None and example.image_id in self._pictures:
+            return replace(known, visual=self._picture(example.image_id, {})[0])
         inputs = self._process(example)
         visual, numbers = self._picture(example.image_id, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -155,7 +162,7 @@ class FrozenMLLM:
                 "does its text hold an image token?"
             )
         positions = families.position_ids(self.model, inputs)
-        return Features(
+        features = Features(
             id=example.id,
             image_id=example.image_id,
             visual=visual,
@@ -165,6 +172,11 @@ class FrozenMLLM:
             answer_ids=answer.to(self.device),
             image_numbers=numbers,
         )
+        if len(self._prompts) >= _PROMPTS:
+            self._prompts.clear()
+        # without its picture, which has a place of its own
+        self._prompts[example.id] = replace(features, visual=visual[:0])
+        return features
 
     @property
     def patch_size(self) -> int:
@@ -217,23 +229,10 @@ class FrozenMLLM:
             positions[0] = torch.arange(positions.shape[-1], device=positions.device)
         return embeds, positions
 
-    def candidate_losses(self, features: Features, kept: Tensor) -> Tensor:
-        """Answer loss of each candidate: mean negative log-likelihood of the answer's tokens.
-
-        Args:
-            kept: [Q, R] kept visual tokens, ascending; every candidate keeps equally many.
-
-        Returns:
-            [Q] float32 [nats]. Source: method, section 2 (fitness).
-        """
-        logits = self.answer_logits(features, features.visual[kept], kept)
-        target = features.answer_ids.expand(len(kept), -1)
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
-
     @torch.no_grad()
     def answer_logits(self, features: Features, tokens: Tensor, index: Tensor) -> Tensor:
         """Teacher-forced logits [Q, A, V] (float32) at the answer's positions, for visual `tokens` [Q, R, D]."""
-        self._check_scorable()
+        self.check_scorable()
         embeds, positions = self.assemble(features, tokens, index)
         answer = features.answer_ids
         if len(answer) > 1:
@@ -258,7 +257,7 @@ class FrozenMLLM:
         Returns:
             The answers as text, and the logits [B, V] of the first answer token.
         """
-        self._check_scorable()
+        self.check_scorable()
         rows = [self.assemble(f, tokens[None], index[None]) for f, tokens, index in prompts]
         longest = max(embeds.shape[1] for embeds, _ in rows)
         pads = [longest - embeds.shape[1] for embeds, _ in rows]
@@ -293,7 +292,8 @@ class FrozenMLLM:
         texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
         return [text.strip() for text in texts], first
 
-    def _check_scorable(self) -> None:
+    def check_scorable(self) -> None:
+        """Raise UserError if this family's decoder cannot be run on shortened embeddings alone."""
         policy = families.policy(self.model)
         if policy.deepstack or policy.blocks:
             raise UserError(
