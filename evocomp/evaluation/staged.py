@@ -3,7 +3,9 @@
 In the table a method stands twice: under its own name it selects before the LLM, with scores of an LLM that has
 read all tokens (an upper reference); as `..._inside` it runs here, with all tokens at the LLM's door. Budgets are
 met as the authors meet them: FastV and DART keep that many after their one drop; SparseVLM takes its published
-lists, PyramidDrop a layer average. What the LLM has really processed stands in `kept_average`.
+lists, PyramidDrop a layer average. Both of these are made for 32 layers: in an LLM too shallow for their drop
+layers a layer average means little, and the budget is what the last drop keeps. What the LLM has really processed
+stands in `kept_average`.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,8 +84,11 @@ def one_drop(n: int, kept: int, depth: int) -> Plan:
 def sparsevlm_plan(n: int, kept: int, depth: int) -> Plan:
     """The published list whose share of 576 is nearest to the wanted share, scaled to it."""
     budget = min(sparsevlm.KEPT, key=lambda b: abs(np.log(b / 576 * n / kept)))
-    lists = [max(1, round(count * kept / budget)) for count in sparsevlm.KEPT[budget]]
-    layers = at_depth([layer + 1 for layer in sparsevlm.LAYERS], depth)
+    published = sparsevlm.KEPT[budget]
+    before = [layer + 1 for layer in sparsevlm.LAYERS]
+    meant = budget if depth > before[-1] else published[-1]
+    lists = [max(1, round(count * kept / meant)) for count in published]
+    layers = at_depth(before, depth)
     keep = tuple(min(lists[stage], n) for stage in layers.values())
     stages = sparsevlm.sparsevlm_stages(n, keep, tuple(layer - 1 for layer in layers))
     # the ranking keeps one row fewer than there are at most
@@ -93,17 +98,18 @@ def sparsevlm_plan(n: int, kept: int, depth: int) -> Plan:
 
 
 def pyramiddrop_plan(n: int, kept: int, depth: int) -> Plan:
-    """Equal ratios that average `kept`; where the layers before the first drop forbid that, the last keeps `kept`."""
+    """Equal ratios that average `kept`, or leave `kept` at last where no schedule averages that."""
     layers = tuple(at_depth(EARLY_LAYERS, depth))
-    try:
+    if depth > EARLY_LAYERS[-1] and layer_average(n, (Stage(layers[0], 1),), depth) <= kept:
         stages = pyramiddrop_stages_for_average(n, kept, depth, layers)
         note = f"layer average {kept}"
-    except ValueError:
+    else:
         share = (kept / n) ** (1 / len(layers))
         stages = tuple(Stage(layer, round(n * share ** (i + 1))) for i, layer in enumerate(layers))
-        note = f"no schedule averages {kept} here: {kept} after the last drop"
+        note = f"{kept} after the last drop"
     stages = tuple(Stage(stage.before_layer, max(1, stage.visual)) for stage in stages)
-    return Plan(stages, tuple(s.visual for s in stages), f"{note}; our drop layers; {_where(layers, stages, depth)}")
+    note += "; equal ratios and drop layers are ours, the authors give none for this budget"
+    return Plan(stages, tuple(stage.visual for stage in stages), f"{note}; {_where(layers, stages, depth)}")
 
 
 def _where(layers: Sequence[int], stages: Sequence[Stage], depth: int) -> str:

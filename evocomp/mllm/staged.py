@@ -104,7 +104,7 @@ class LayerLoop:
             return "some layers attend to a sliding window"
         if not all(hasattr(layer.self_attn, "q_proj") and hasattr(layer, "input_layernorm") for layer in self._layers):
             return "attention without q_proj and k_proj"
-        self.mllm._check_scorable()
+        self.mllm.check_scorable()
         return None
 
     @property
