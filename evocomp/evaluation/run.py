@@ -13,6 +13,7 @@ from evocomp.data.splits import test_questions
 from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.report import make_report, write_report
+from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
@@ -73,7 +74,7 @@ def evaluate_run(
         mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=lambda text: logger.debug(text)
     )
     names = FULL if panel == "full" else BASIC
-    outcomes = all_outcomes(judge, config, {"evocomp": compressor}, names)
+    outcomes = all_outcomes(judge, config, {"evocomp": compressor}, names, inside=panel == "full")
     report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
@@ -86,15 +87,21 @@ def evaluate_run(
 
 @torch.inference_mode()
 def all_outcomes(
-    judge: Panel, config: RunConfig, compressors: dict[str, EvoCompCompressor], names: Sequence[str]
+    judge: Panel,
+    config: RunConfig,
+    compressors: dict[str, EvoCompCompressor],
+    names: Sequence[str],
+    inside: bool = False,
 ) -> list[Outcome]:
-    """Every method of the panel at every kept count."""
+    """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers."""
     kept = config.eval.kept
     rivals = [Rival(selector("random_tokens"), "random", seed) for seed in range(config.eval.seeds)]
     rivals += [Rival(build_rival(name, judge.mllm), name) for name in names]
     outcomes = [judge.full(), judge.no_image(), judge.wrong_image()]
     outcomes += [judge.downsampling(count) for count in kept]
     outcomes += judge.selectors(rivals, kept)
+    if inside:
+        outcomes += staged_outcomes(judge, kept)
     for name, compressor in compressors.items():
         outcomes += [judge.compressor(compressor, count, name) for count in kept]
     return outcomes
