@@ -43,3 +43,10 @@ def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device)[None] < lengths[:, None]
+
+
+def grid_of(features: Features) -> tuple[int, int]:
+    """(rows, columns) of the visual tokens: square where their number is, else one row."""
+    count = len(features.visual)
+    side = round(count**0.5)
+    return (side, side) if side * side == count else (1, count)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from evocomp.data.example import Example
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.features import Features
+
+_PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -46,6 +49,7 @@ class FrozenMLLM:
         self.cache_bytes = cache_bytes
         self._bytes = 0
         self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._prompts: dict[int, Features] = {}
 
     @classmethod
     def load(
@@ -143,6 +147,9 @@ class FrozenMLLM:
         return self._pictures[image_id]
 
     def _features(self, example: Example) -> Features:
+        known = self._prompts.get(example.id)
+        if known is not None and example.image_id in self._pictures:
+            return replace(known, visual=self._picture(example.image_id, {})[0])
         inputs = self._process(example)
         visual, numbers = self._picture(example.image_id, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -155,7 +162,7 @@ class FrozenMLLM:
                 "does its text hold an image token?"
             )
         positions = families.position_ids(self.model, inputs)
-        return Features(
+        features = Features(
             id=example.id,
             image_id=example.image_id,
             visual=visual,
@@ -165,6 +172,38 @@ class FrozenMLLM:
             answer_ids=answer.to(self.device),
             image_numbers=numbers,
         )
+        if len(self._prompts) >= _PROMPTS:
+            self._prompts.clear()
+        # without its picture, which has a place of its own
+        self._prompts[example.id] = replace(features, visual=visual[:0])
+        return features
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the square of pixels that becomes one visual token."""
+        vision = getattr(self.model.config, "vision_config", None)
+        return int(getattr(vision, "patch_size", 14)) * int(getattr(vision, "spatial_merge_size", 1) or 1)
+
+    @torch.no_grad()
+    def encode_resized(self, example: Example, size: tuple[int, int] | None) -> Tensor:
+        """Visual tokens [n, D] of the picture at another size (height, width) [pixels]; None = the processor's own.
+
+        Position embeddings are interpolated. Raises `UserError` if the tower cannot take other sizes.
+        """
+        settings = {}
+        if size is not None:
+            if self.model.config.model_type != "llava":
+                raise UserError(f"{self.model.config.model_type}: pictures of other sizes are made for LLaVA only yet")
+            # from the size that the model was made for, so that only resolution is lost
+            settings = {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
+        image = Image.fromarray(as_array(example.image))
+        pixels = self.processor.image_processor(image, return_tensors="pt", **settings)["pixel_values"]
+        output = self.model.base_model.get_image_features(
+            pixel_values=pixels.to(self.device, self.vocabulary.dtype),
+            interpolate_pos_encoding=size is not None,
+            return_dict=True,
+        )
+        return torch.cat(families.entries(output))
 
     # ------------------------------------------------------------ the LLM on a shortened sequence
 
@@ -190,23 +229,10 @@ class FrozenMLLM:
             positions[0] = torch.arange(positions.shape[-1], device=positions.device)
         return embeds, positions
 
-    def candidate_losses(self, features: Features, kept: Tensor) -> Tensor:
-        """Answer loss of each candidate: mean negative log-likelihood of the answer's tokens.
-
-        Args:
-            kept: [Q, R] kept visual tokens, ascending; every candidate keeps equally many.
-
-        Returns:
-            [Q] float32 [nats]. Source: method, section 2 (fitness).
-        """
-        logits = self.answer_logits(features, features.visual[kept], kept)
-        target = features.answer_ids.expand(len(kept), -1)
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
-
     @torch.no_grad()
     def answer_logits(self, features: Features, tokens: Tensor, index: Tensor) -> Tensor:
         """Teacher-forced logits [Q, A, V] (float32) at the answer's positions, for visual `tokens` [Q, R, D]."""
-        self._check_scorable()
+        self.check_scorable()
         embeds, positions = self.assemble(features, tokens, index)
         answer = features.answer_ids
         if len(answer) > 1:
@@ -231,7 +257,7 @@ class FrozenMLLM:
         Returns:
             The answers as text, and the logits [B, V] of the first answer token.
         """
-        self._check_scorable()
+        self.check_scorable()
         rows = [self.assemble(f, tokens[None], index[None]) for f, tokens, index in prompts]
         longest = max(embeds.shape[1] for embeds, _ in rows)
         pads = [longest - embeds.shape[1] for embeds, _ in rows]
@@ -266,7 +292,8 @@ class FrozenMLLM:
         texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
         return [text.strip() for text in texts], first
 
-    def _check_scorable(self) -> None:
+    def check_scorable(self) -> None:
+        """Raise UserError if this family's decoder cannot be run on shortened embeddings alone."""
         policy = families.policy(self.model)
         if policy.deepstack or policy.blocks:
             raise UserError(

@@ -1,0 +1,245 @@
+"""The panel: every method answers the same questions with the same number of visual tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.data.example import Example
+from evocomp.evaluation.outcome import REFERENCE, Outcome, Questions
+from evocomp.evaluation.tasks import score_answer
+from evocomp.log import UserError
+from evocomp.mllm.features import Features, grid_of, pad_right
+from evocomp.mllm.hf import FrozenMLLM, as_array
+from evocomp.mllm.probes import Probes
+from evocomp.selection.base import NotApplicable, SelectionInputs, Selector
+from evocomp.selection.downsample import downsample
+from evocomp.selection.top_r import top_r
+
+Compressed = tuple[Tensor, Tensor]
+"""Visual tokens [R, D] and the places [R], ascending, that they take among the N."""
+
+
+@dataclass
+class Asked:
+    """One question with what the frozen MLLM made of it."""
+
+    example: Example
+    features: Features
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A training-free method as it stands in the table."""
+
+    method: Selector
+    label: str
+    seed: int = 0
+    note: str = ""
+
+
+class Panel:
+    """Runs methods on one set of questions.
+
+    Args:
+        mllm: the frozen model.
+        examples: the questions.
+        batch: questions answered in one forward.
+        max_new_tokens: longest answer.
+        report: told what is being run; long panels show progress with it.
+    """
+
+    def __init__(
+        self,
+        mllm: FrozenMLLM,
+        examples: Sequence[Example],
+        batch: int = 100,
+        max_new_tokens: int = 8,
+        report: Callable[[str], None] = lambda text: None,
+    ):
+        self.mllm = mllm
+        self.batch = batch
+        self.max_new_tokens = max_new_tokens
+        self.report = report
+        self.asked = [Asked(e, f) for e, f in zip(examples, mllm.features(examples), strict=True)]
+        self.probes = Probes(mllm)
+
+    @property
+    def questions(self) -> Questions:
+        """What every outcome answers."""
+        examples = [asked.example for asked in self.asked]
+        return Questions(
+            images=[e.image_id for e in examples],
+            kinds=[e.kind or "all" for e in examples],
+            gold=[e.answer for e in examples],
+            prompts=[e.prompt for e in examples],
+        )
+
+    # ------------------------------------------------------------ references and floors
+
+    def full(self) -> Outcome:
+        """Every visual token kept."""
+        return self._outcome("full", self._tokens(), lambda i, asked: _everything(asked.features), group=REFERENCE)
+
+    def no_image(self) -> Outcome:
+        """No visual token at all: what the question alone gives away."""
+
+        def nothing(i: int, asked: Asked) -> Compressed:
+            visual = asked.features.visual
+            return visual[:0], torch.zeros(0, dtype=torch.long, device=visual.device)
+
+        return self._outcome("no_image", 0, nothing, group=REFERENCE)
+
+    def wrong_image(self) -> Outcome:
+        """All tokens of another question's picture: what a model that looks, but at nothing useful, gets right."""
+        by_size: dict[int, list[int]] = {}
+        for i, asked in enumerate(self.asked):
+            by_size.setdefault(len(asked.features.visual), []).append(i)
+
+        def other(i: int, asked: Asked) -> Compressed:
+            alike = by_size[len(asked.features.visual)]
+            start = alike.index(i) + len(alike) // 2
+            for step in range(len(alike)):
+                candidate = self.asked[alike[(start + step) % len(alike)]]
+                if candidate.example.image_id != asked.example.image_id:
+                    return candidate.features.visual, torch.arange(len(candidate.features.visual))
+            return _everything(asked.features)
+
+        return self._outcome("wrong_image", self._tokens(), other, group=REFERENCE)
+
+    # ------------------------------------------------------------ methods
+
+    def downsampling(self, kept: int) -> Outcome:
+        """The picture made smaller before the vision tower, to at most `kept` tokens."""
+        sizes: list[int] = []
+
+        def smaller(i: int, asked: Asked) -> Compressed:
+            grid = grid_of(asked.features)
+            target = downsample(grid, kept, self.mllm.patch_size)
+            tokens = self.mllm.encode_resized(asked.example, target.size)
+            sizes.append(len(tokens))
+            return tokens, _spread(grid, target.grid)
+
+        try:
+            outcome = self._outcome("downsampling", kept, smaller)
+        except UserError as error:
+            return _not_applicable("downsampling", kept, str(error))
+        return replace(outcome, note=f"picture resized to {max(sizes)} tokens (the most that fit {kept})")
+
+    def selectors(self, methods: Sequence[Rival], kept: Sequence[int]) -> list[Outcome]:
+        """Training-free methods at several counts, their selections made before the LLM.
+
+        Question by question, so that what several methods read (attention, keys) is gathered once.
+        """
+        self.report(f"selecting with {len(methods)} methods")
+        chosen: dict[tuple[int, int], list[Compressed]] = {}
+        reasons: dict[int, str] = {}
+        for asked in self.asked:
+            for number, rival in enumerate(methods):
+                if number in reasons:
+                    continue
+                try:
+                    for count in kept:
+                        compressed = self._select(rival, asked, count)
+                        chosen.setdefault((number, count), []).append(compressed)
+                except NotApplicable as error:
+                    reasons[number] = str(error)
+        outcomes = []
+        for number, rival in enumerate(methods):
+            for count in kept:
+                if number in reasons:
+                    outcomes.append(_not_applicable(rival.label, count, reasons[number]))
+                    continue
+                rows = chosen.pop((number, count))
+                outcome = self._outcome(rival.label, count, lambda i, asked, rows=rows: rows[i])
+                most = max(len(index) for _, index in rows)
+                note = rival.note + (f"; {most} tokens at {count}" if most != count else "")
+                outcomes.append(replace(outcome, needs_llm=rival.method.needs_llm, note=note.lstrip("; ")))
+        return outcomes
+
+    def _select(self, rival: "Rival", asked: Asked, kept: int) -> Compressed:
+        visual = asked.features.visual
+        generator = torch.Generator().manual_seed((asked.example.id + rival.seed * 1_000_003) % 2**63)
+        known = self.probes.gather(asked.example, asked.features, rival.method.needs)
+        grid = grid_of(asked.features)
+        inputs = SelectionInputs(tokens=visual, grid=grid, generator=generator, **known)
+        selection = rival.method(inputs, min(kept, len(visual)))
+        if selection.tokens is None:
+            return visual[selection.indices], selection.indices
+        order = selection.positions.argsort(stable=True)
+        return selection.tokens[order], selection.positions[order]
+
+    def compressor(self, compressor: EvoCompCompressor, kept: int, name: str = "evocomp") -> Outcome:
+        """A trained compressor: its top r tokens."""
+        indices = self.compressor_indices(compressor, kept)
+        return self._outcome(name, kept, lambda i, asked: (asked.features.visual[indices[i]], indices[i]))
+
+    @torch.no_grad()
+    def compressor_indices(self, compressor: EvoCompCompressor, kept: int) -> list[Tensor]:
+        """The tokens that a compressor keeps of each question's picture."""
+        compressor.eval()
+        budget = float(kept) if compressor.config.budget_input else None
+        found: list[Tensor] = []
+        for start in range(0, len(self.asked), self.batch):
+            part = [asked.features for asked in self.asked[start : start + self.batch]]
+            visual, visual_mask = pad_right([f.visual.float() for f in part])
+            prompt, prompt_mask = pad_right([self.mllm.prompt_embeds(f).float() for f in part])
+            logits = compressor(
+                visual,
+                prompt,
+                None if bool(prompt_mask.all()) else prompt_mask,
+                None if bool(visual_mask.all()) else visual_mask,
+                budget=budget,
+            ).logits
+            for row, features in zip(logits, part, strict=True):
+                count = len(features.visual)
+                found.append(top_r(row[:count], min(kept, count)))
+        return found
+
+    # ------------------------------------------------------------ inside
+
+    def _tokens(self) -> int:
+        return max(len(asked.features.visual) for asked in self.asked)
+
+    def _outcome(
+        self, method: str, kept: int, compressed: Callable[[int, Asked], Compressed], group: str = ""
+    ) -> Outcome:
+        self.report(f"{method} at {kept}")
+        answers: list[str] = []
+        for start in range(0, len(self.asked), self.batch):
+            part = self.asked[start : start + self.batch]
+            prompts = [(asked.features, *compressed(start + i, asked)) for i, asked in enumerate(part)]
+            texts, _ = self.mllm.answer(prompts, self.max_new_tokens)
+            answers.extend(texts)
+        scores = [score_answer(asked.example, text) for asked, text in zip(self.asked, answers, strict=True)]
+        return Outcome(method, kept, np.array(scores), answers, group=group)
+
+
+def _everything(features: Features) -> Compressed:
+    return features.visual, torch.arange(len(features.visual), device=features.visual.device)
+
+
+def _spread(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
+    """The places of `grid` that lie under the middles of `smaller`'s cells, row-major."""
+    rows = ((torch.arange(smaller[0]) + 0.5) * grid[0] / smaller[0]).long()
+    columns = ((torch.arange(smaller[1]) + 0.5) * grid[1] / smaller[1]).long()
+    return (rows[:, None] * grid[1] + columns).flatten()
+
+
+def _not_applicable(method: str, kept: int, reason: str) -> Outcome:
+    return Outcome(method, kept, np.zeros(0), not_applicable=reason)
+
+
+def picture(example: Example) -> np.ndarray:
+    """The example's picture as pixels, small enough for a sheet."""
+    pixels = as_array(example.image)
+    longest = max(pixels.shape[:2])
+    if longest <= 448:
+        return pixels
+    scale = 448 / longest
+    size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))

@@ -1,0 +1,149 @@
+"""Judge a finished run: the panel on fresh questions, and the report."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.config import load as config_files
+from evocomp.config.schema import RunConfig
+from evocomp.data.splits import test_questions
+from evocomp.evaluation.outcome import Outcome
+from evocomp.evaluation.panel import Panel, Rival, picture
+from evocomp.evaluation.report import make_report, write_report
+from evocomp.evaluation.tables import terminal
+from evocomp.log import UserError, logger
+from evocomp.mllm.features import grid_of
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.selection import selector
+from evocomp.viz import SheetItem, kept_sheet
+
+BASIC = ("uniform_stride", "average_pool")
+FULL = (
+    *BASIC,
+    "cls_attention",
+    "tome",
+    "prumerge",
+    "prumerge_plus",
+    "hired",
+    "visionzip",
+    "vispruner",
+    "divprune",
+    "cdpruner",
+    "fastv",
+    "sparsevlm",
+    "pyramiddrop",
+    "dart",
+)
+
+
+def evaluate_run(
+    run_dir: Path,
+    out: Path | None = None,
+    questions: int | None = None,
+    seed: int | None = None,
+    panel: str | None = None,
+) -> list[dict]:
+    """Run the panel on a run's compressor and write report.json, report.md, report.html and kept.png.
+
+    Args:
+        run_dir: what `evocomp train` wrote.
+        out: where the report goes; default: the run folder.
+        questions, seed: other test questions than the run's settings say.
+        panel: "basic" (floors and simple baselines, the default) or "full" (every rival).
+
+    Returns:
+        The rows of report.json.
+    """
+    if panel not in (None, "basic", "full"):
+        raise UserError(f"--panel={panel}: must be basic or full")
+    config = config_files.load([run_dir / "config.yaml"])
+    if not (run_dir / "compressor" / "config.json").is_file():
+        raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
+    if out is None and (questions is not None or seed is not None):
+        raise UserError("other questions than the run's own need a place of their own: give --out DIR")
+    out = out or run_dir
+    examples = test_questions(config.data, questions, seed)
+    mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention)
+    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval()
+    logger.info("judging on %d questions", len(examples))
+    judge = Panel(
+        mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=lambda text: logger.debug(text)
+    )
+    names = FULL if panel == "full" else BASIC
+    outcomes = all_outcomes(judge, config, {"evocomp": compressor}, names)
+    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed)
+    sheet = out / "kept.png"
+    out.mkdir(parents=True, exist_ok=True)
+    draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
+    write_report(report, out, sheet)
+    print(terminal(report))
+    logger.info("written: %s", out / "report.md")
+    return report.rows
+
+
+@torch.inference_mode()
+def all_outcomes(
+    judge: Panel, config: RunConfig, compressors: dict[str, EvoCompCompressor], names: Sequence[str]
+) -> list[Outcome]:
+    """Every method of the panel at every kept count."""
+    kept = config.eval.kept
+    rivals = [Rival(selector("random_tokens"), "random", seed) for seed in range(config.eval.seeds)]
+    rivals += [Rival(build_rival(name, judge.mllm), name) for name in names]
+    outcomes = [judge.full(), judge.no_image(), judge.wrong_image()]
+    outcomes += [judge.downsampling(count) for count in kept]
+    outcomes += judge.selectors(rivals, kept)
+    for name, compressor in compressors.items():
+        outcomes += [judge.compressor(compressor, count, name) for count in kept]
+    return outcomes
+
+
+def build_rival(name: str, mllm: FrozenMLLM):
+    """A rival at its published settings; layers beyond the LLM's depth come down to its last."""
+    depth = len(mllm.decoder.layers)
+    method = selector(name)
+    if name == "pyramiddrop" and method.layer >= depth:
+        return selector(name, layer=depth - 1)
+    return method
+
+
+def middle(kept: Sequence[int]) -> int:
+    """The middle of the kept counts."""
+    return sorted(kept)[len(kept) // 2]
+
+
+def draw_sheet(
+    judge: Panel, outcomes: Sequence[Outcome], compressor: EvoCompCompressor, count: int, kept: int, path: Path
+) -> None:
+    """A sheet of pictures with the kept tokens lit, the question and both answers under each."""
+    answers = {(o.method, o.kept): o.answers for o in outcomes if o.not_applicable is None}
+    full = next(o.answers for o in outcomes if o.method == "full")
+    ours = answers["evocomp", kept]
+    indices = judge.compressor_indices(compressor, kept)
+    # one question of each picture, as far as the pictures last
+    by_picture: dict[str, list[int]] = {}
+    for i, asked in enumerate(judge.asked):
+        by_picture.setdefault(asked.example.image_id, []).append(i)
+    items = []
+    for number, own in enumerate(list(by_picture.values())[:count]):
+        i = own[number % len(own)]  # another place each time, so that all kinds of question come up
+        asked = judge.asked[i]
+        items.append(
+            SheetItem(
+                image=picture(asked.example),
+                kept=indices[i].cpu().numpy(),
+                grid=grid_of(asked.features),
+                question=asked.example.prompt,
+                full=full[i],
+                compressed=ours[i],
+                gold=asked.example.answer,
+            )
+        )
+    kept_sheet(items, path)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a report.json."""
+    return json.loads(path.read_text())

@@ -1,0 +1,77 @@
+"""Scores in [0, 1] of one answer, by the rules that the benchmarks publish."""
+
+import re
+
+from evocomp.data.example import Example
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
+
+
+def score_answer(example: Example, answer: str) -> float:
+    """The example's own rule (`extra["scoring"]`), exact match where it names none."""
+    rule = example.extra.get("scoring", "exact")
+    return RULES[rule](example, answer)
+
+
+def exact_match(example: Example, answer: str) -> float:
+    """1 if the normalised texts agree (GQA, scenes)."""
+    return float(normalise(answer) == normalise(example.answer))
+
+
+def yes_no(example: Example, answer: str) -> float:
+    """POPE: an answer with a "no" or "not" in its first sentence means no, everything else yes."""
+    words = normalise(re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0]).split()
+    said = "no" if {"no", "not"} & set(words) else "yes"
+    return float(said == normalise(example.answer))
+
+
+def multiple_choice(example: Example, answer: str) -> float:
+    """MMBench, MMStar, MMMU, ScienceQA: the letter that is named, else the only option whose text is named."""
+    return float(chosen_letter(answer, example.choices) == example.answer.strip().upper())
+
+
+def vqa_soft(example: Example, answer: str) -> float:
+    """VQAv2, VizWiz, TextVQA: mean over annotators left out in turn of min(1, agreeing others / 3)."""
+    accepted = [normalise(text) for text in example.extra.get("answers", [example.answer])]
+    said = normalise(answer)
+    if len(accepted) == 1:
+        return float(said == accepted[0])
+    shares = []
+    for left_out in range(len(accepted)):
+        agreeing = sum(text == said for i, text in enumerate(accepted) if i != left_out)
+        shares.append(min(1.0, agreeing / 3))
+    return sum(shares) / len(shares)
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation or articles, small numbers as digits.
+
+    >>> normalise("The red circle.")
+    'red circle'
+    """
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower().strip())
+    words = re.sub(r"[^\w\s'.:-]|(?<!\d)\.|\.(?!\d)", " ", text).split()
+    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def chosen_letter(answer: str, choices: tuple[str, ...]) -> str:
+    """The option letter that an answer names; "" if it names none, or several.
+
+    >>> chosen_letter("(B) a dog", ("a cat", "a dog")), chosen_letter("a cat", ("a cat", "a dog"))
+    ('B', 'A')
+    """
+    letters = [chr(ord("A") + i) for i in range(len(choices) or 5)]
+    found = re.match(r"\s*\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
+    if found and found[1] in letters:
+        return found[1]
+    found = re.search(r"(?:answer|option) (?:is|:)?\s*\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
+    if found and found[1] in letters:
+        return found[1]
+    said = normalise(answer)
+    texts = [normalise(text) for text in choices]
+    named = [letter for letter, text in zip(letters, texts, strict=False) if text and text in said]
+    return named[0] if len(named) == 1 else ""
+
+
+RULES = {"exact": exact_match, "yes_no": yes_no, "multiple_choice": multiple_choice, "vqa_soft": vqa_soft}

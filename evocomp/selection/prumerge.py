@@ -1,0 +1,121 @@
+"""LLaVA-PruMerge and PruMerge+ (arXiv 2403.15388; code 42Shawn/LLaVA-PruMerge)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evocomp.selection.base import Selection, SelectionInputs, Selector
+from evocomp.selection.similarity import cosine
+from evocomp.selection.top_r import descending
+from evocomp.selection.uniform_stride import uniform_stride
+
+NEIGHBOURS = 32
+
+
+def class_attention(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention of CLS (row 0) on the patches [N], from [N+1, C] projections taken as ONE head.
+
+    Softmax over all N+1 keys at scale C^-0.5, then the CLS column is dropped.
+    """
+    scores = keys.float() @ queries[0].float() / keys.shape[1] ** 0.5
+    return scores.softmax(0)[1:]
+
+
+def outlier_ratio(attention: Tensor) -> float:
+    """Share of patches whose attention [N] lies above the third quartile by 1.5 interquartile ranges."""
+    attention = attention.double()
+    low, high = torch.quantile(attention, attention.new_tensor([0.25, 0.75]))
+    return int((attention > high + 1.5 * (high - low)).sum()) / len(attention)
+
+
+def plus_centres(attention: Tensor, ratio: float, adaptive: bool = True) -> Tensor:
+    """PruMerge+ centres [K] as published: the top int(N * ratio) by attention [N], then patches of a grid.
+
+    Grid patches run from 0 with stride int(int(1 / ratio) / 3) up to, not including, N - 1, without those
+    already there. In the training variant (`adaptive` false) they run from int(step / 2) with stride step =
+    int(1 / ratio), and duplicates stay. Where the original fails we take stride 1 (ratio above 1/3) and, for
+    ratio 0, the stride of a single outlier.
+    """
+    n = len(attention)
+    top = descending(attention)[: int(n * ratio)]
+    step = max(1, int(1 / ratio)) if ratio > 0 else n
+    start, stride = (0, max(1, step // 3)) if adaptive else (step // 2, step)
+    grid = torch.arange(start, max(n - 1, start + 1), stride, device=attention.device)
+    return torch.cat([top, grid[~torch.isin(grid, top)] if adaptive else grid])
+
+
+def plus_centres_exact(attention: Tensor, count: int) -> Tensor:
+    """`count` distinct centres for a fixed budget, our choice: a quarter by attention, the rest evenly spaced
+    over the other patches, since three grid patches an outlier is what the adaptive rule aims at."""
+    top = descending(attention)[: -(-count // 4)]
+    free = torch.ones_like(attention, dtype=torch.bool).index_fill(0, top, False).nonzero()[:, 0]
+    return torch.cat([top, free[uniform_stride(len(free), count - len(top), free.device)]])
+
+
+def merge(features: Tensor, keys: Tensor, attention: Tensor, centres: Tensor) -> Tensor:
+    """One row a centre and one for all the rest [K+1, C], from patch features and keys [N, C].
+
+    A centre becomes itself plus its 32 nearest other patches by cosine of keys (all of them when there are
+    fewer), each times its raw attention [N], not normalised. The last row sums the patches that are no
+    centre, times attention. Repeated centres, which only the training variant of PruMerge+ has, cost the
+    last row that many of the first such patches, as published.
+    """
+    x, n = features.float(), len(features)
+    nearness = cosine(keys[centres], keys).scatter(1, centres[:, None], -torch.inf)
+    near = descending(nearness)[:, : min(NEIGHBOURS, n - 1)]
+    weights = torch.zeros_like(nearness).scatter(1, near, attention.float()[near])
+    free = torch.ones(n, dtype=torch.bool, device=x.device).index_fill(0, centres, False)
+    repeated = len(centres) - int((~free).sum())
+    rest = free.nonzero()[repeated:, 0]
+    rows = torch.cat([x[centres] + weights @ x, (attention.float()[rest] @ x[rest])[None]])
+    return rows.to(features.dtype)
+
+
+@dataclass(frozen=True)
+class PruMerge(Selector):
+    """Outliers of CLS attention, each with its neighbours merged in, plus one row for all the rest.
+
+    `keep` rows = `keep` - 1 centres + the extra row. Not ascending: centres come in descending attention and
+    the extra row, put at position N - 1, last. The published queries and keys are those of the CLIP layer
+    AFTER the one that the projector reads (`clip_next_*`); a tower cut off there has none, then those of the
+    used layer stand in and extra["layer"] says "used".
+    """
+
+    name = "prumerge"
+    needs = frozenset({"clip_hidden", "clip_keys", "clip_queries", "project"})
+    source = "arXiv 2403.15388, github.com/42Shawn/LLaVA-PruMerge"
+
+    adaptive: bool = False
+    """Let the image decide how many rows there are, as published; `keep` is then ignored."""
+
+    def centres(self, attention: Tensor, keep: int) -> Tensor:
+        """Patch numbers of the centres [K] in output order."""
+        count = int(len(attention) * outlier_ratio(attention)) if self.adaptive else keep - 1
+        return descending(attention)[:count]
+
+    def missing(self, inputs: SelectionInputs) -> set[str]:
+        has_next = inputs.clip_next_keys is not None and inputs.clip_next_queries is not None
+        return super().missing(inputs) - ({"clip_keys", "clip_queries"} if has_next else set())
+
+    def select(self, inputs: SelectionInputs, keep: int) -> Selection:
+        queries, keys, layer = inputs.clip_next_queries, inputs.clip_next_keys, "next"
+        if queries is None or keys is None:
+            queries, keys, layer = inputs.clip_queries, inputs.clip_keys, "used"
+        attention = class_attention(queries, keys)
+        centres = self.centres(attention, keep)
+        rows = merge(inputs.clip_hidden[1:], keys[1:], attention, centres)
+        positions = torch.cat([centres, centres.new_tensor([len(attention) - 1])])
+        return Selection(positions, tokens=inputs.project(rows), extra={"centres": centres, "layer": layer})
+
+
+@dataclass(frozen=True)
+class PruMergePlus(PruMerge):
+    """PruMerge with evenly spaced centres added: centres by attention, then by grid, then the extra row."""
+
+    name = "prumerge_plus"
+
+    def centres(self, attention: Tensor, keep: int) -> Tensor:
+        if self.adaptive:
+            return plus_centres(attention, outlier_ratio(attention))
+        return plus_centres_exact(attention, keep - 1)

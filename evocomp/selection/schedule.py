@@ -1,0 +1,38 @@
+"""When an LLM drops visual tokens layer by layer: how many it has processed on average.
+
+"192 tokens" is said both of the count at the LLM's door and of this average; a table should print both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From one layer on, fewer visual tokens."""
+
+    before_layer: int
+    """First LLM layer (0-based) that runs on the shorter sequence."""
+    visual: int
+    """Visual rows from there on."""
+
+
+def layer_average(n: int, stages: Sequence[Stage], layers: int = 32) -> float:
+    """Visual tokens per layer, averaged over an LLM of `layers` layers, `n` at its door; stages in order."""
+    total, now, since = 0, n, 0
+    for stage in stages:
+        total += now * (stage.before_layer - since)
+        now, since = stage.visual, stage.before_layer
+    return (total + now * (layers - since)) / layers
+
+
+def kept_for_average(n: int, average: float, before_layer: int, layers: int = 32) -> int:
+    """Tokens to keep in one drop before a layer so that the layer average comes nearest to `average`.
+
+    166, 98, 30 of 576 before layer 2 for 192, 128, 64. Raises ValueError when the layers before the drop
+    alone process more than that.
+    """
+    kept = round((average * layers - n * before_layer) / (layers - before_layer))
+    if not 1 <= kept <= n:
+        raise ValueError(f"no drop of {n} tokens before layer {before_layer} of {layers} averages {average}")
+    return kept
