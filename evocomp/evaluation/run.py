@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from evocomp import distributed
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
@@ -66,6 +67,7 @@ def evaluate_run(
     if out is None and (questions is not None or seed is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     out = out or run_dir
+    distributed.set_threads(config.threads)
     examples = test_questions(config.data, questions, seed)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention)
     compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval()
@@ -143,8 +145,8 @@ def draw_sheet(
                 kept=indices[i].cpu().numpy(),
                 grid=grid_of(asked.features),
                 question=asked.example.prompt,
-                full=full[i],
-                compressed=ours[i],
+                full_answer=full[i],
+                answer=ours[i],
                 gold=asked.example.answer,
             )
         )
