@@ -48,3 +48,13 @@ def test_chunks_need_at_most_a_quarter_of_the_memory():
 def test_factorised_separation_is_five_times_faster_at_2880_tokens():
     for row in bench_separation(Shape(B=1, N=2880, D=64, V=0, R=500), "cpu", repeats=3):
         assert row["ratio"] >= 5, row
+
+
+@pytest.mark.gpu
+def test_gains_on_a_gpu():
+    # what the op is for: at least so many times faster, or smaller
+    gates = {"cosine separation": 3, "grouping, peak memory": 10, "GHM-C": 5, "top-r compaction": 2}
+    for row in run("cuda"):
+        for bench, gate in gates.items():
+            if row["bench"].startswith(bench):
+                assert row["ratio"] >= gate, row
