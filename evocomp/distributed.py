@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -134,7 +133,7 @@ def _job_store() -> dist.TCPStore:
         if me != 0:
             try:
                 _store = dist.TCPStore(*address[0], None, False, timeout=patience, wait_for_workers=False)
-            except (RuntimeError, socket.error) as error:
+            except (OSError, RuntimeError) as error:
                 raise UserError(f"rank {me} cannot reach the label queue at {address[0]}: {error}") from None
     return _store
 

@@ -10,7 +10,7 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import test_questions
-from evocomp.evaluation.outcome import Outcome, Roles
+from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.report import make_report, write_report
 from evocomp.evaluation.staged import staged_outcomes
@@ -19,6 +19,7 @@ from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection import selector
+from evocomp.viz import SheetItem, kept_sheet
 
 BASIC = ("uniform_stride", "average_pool")
 FULL = (
@@ -61,7 +62,7 @@ def evaluate_run(
         raise UserError(f"--panel={panel}: must be basic or full")
     config = config_files.load([run_dir / "config.yaml"])
     if not (run_dir / "compressor" / "config.json").is_file():
-        raise UserError(f"{run_dir} has no trained compressor; finish it with evocomp train --config {run_dir}/config.yaml")
+        raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
     if out is None and (questions is not None or seed is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     out = out or run_dir
@@ -129,14 +130,13 @@ def draw_sheet(
     ours = answers["evocomp", kept]
     indices = judge.compressor_indices(compressor, kept)
     # one question of each picture, as far as the pictures last
-    seen: set[str] = set()
-    items = []
+    by_picture: dict[str, list[int]] = {}
     for i, asked in enumerate(judge.asked):
-        if asked.example.image_id in seen or len(items) == count:
-            continue
-        seen.add(asked.example.image_id)
-        asked = judge.asked[i + len(items) % 3] if i + len(items) % 3 < len(judge.asked) else asked
-        i = judge.asked.index(asked)
+        by_picture.setdefault(asked.example.image_id, []).append(i)
+    items = []
+    for number, own in enumerate(list(by_picture.values())[:count]):
+        i = own[number % len(own)]  # another place each time, so that all kinds of question come up
+        asked = judge.asked[i]
         items.append(
             SheetItem(
                 image=picture(asked.example),

@@ -53,20 +53,27 @@ def main_table(report: "Report") -> Table:
 
 
 def lead_table(report: "Report") -> Table | None:
-    """How far ours is ahead of each method, in points, with interval and p."""
+    """How far ours is ahead of each method and of the uncompressed model, in points, with interval and p."""
+    ours = {row["kept"]: row for row in report.rows if row["method"] == report.roles.ours}
 
     def cells(method: str, rows: list[Row]) -> list[Cell]:
-        at = {row["kept"]: row for row in rows}
-        found = [at.get(budget) for budget in report.budgets]
-        sure = [row is not None and (row["p_vs_evocomp"] or 1) < 0.05 for row in found]
-        return [_name(report, method), *map(Cell, map(_lead, found), sure)]
+        if method == report.roles.full:
+            found = [_lead(ours.get(budget), "full", 1) for budget in report.budgets]
+        else:
+            at = {row["kept"]: row for row in rows}
+            found = [_lead(at.get(budget), "evocomp", -1) for budget in report.budgets]
+        return [_name(report, method), *found]
 
-    rows = [row for row in report.rows if row["difference_vs_evocomp"] is not None]
+    rows = [
+        row
+        for row in report.rows
+        if row["difference_vs_evocomp"] is not None or row["method"] == report.roles.full
+    ]
     title = (
         f"Points by which {label(report.roles.ours)} leads [95 % interval], paired p; strong where p < 0.05"
     )
     header = ["over", *(f"{budget} kept" for budget in report.budgets)]
-    return Table(title, header, _sections(report, rows, cells)) if rows else None
+    return Table(title, header, _sections(report, rows, cells)) if ours else None
 
 
 def measures_table(report: "Report") -> Table:
@@ -112,14 +119,14 @@ def how_made(report: "Report") -> str:
         f"({per_picture:.1f} a picture). A number is the share of them answered rightly; in round brackets, "
         f"that share as a percentage of what the uncompressed model gets. Square brackets hold a 95 % "
         f"interval: the pictures were drawn again {report.resamples:,} times with replacement, all questions "
-        f"of a picture together because they stand or fall together, and the interval spans the middle 95 % of "
-        f"what was found. Differences are taken question by question on the same draws, so they are surer than "
-        f"two overlapping intervals suggest. p is two-sided and not corrected for the number of comparisons."
-        f"\n\n"
+        f"of a picture together because they stand or fall together, and the interval spans the middle 95 % "
+        f"of what was found. Differences are taken question by question on the same draws, so they are surer "
+        f"than two overlapping intervals suggest. p is two-sided and not corrected for the number of "
+        f"comparisons.\n\n"
         f'"Kept" counts visual tokens at the LLM\'s door; where a method drops or merges tokens later, their '
-        f"average over the LLM's layers stands in the notes. Kept above chance is (accuracy - accuracy without "
-        f"the picture) / (uncompressed - accuracy without the picture). Hard questions are those that the "
-        f"uncompressed model gets right and a smaller picture of at most as many tokens gets wrong."
+        f"average over the LLM's layers stands in the notes. Kept above chance is (accuracy - accuracy "
+        f"without the picture) / (uncompressed - accuracy without the picture). Hard questions are those "
+        f"that the uncompressed model gets right and a smaller picture of at most as many tokens gets wrong."
     )
 
 
@@ -270,13 +277,16 @@ def _short(row: Row | None) -> str:
     return f"{row['accuracy']:.3f}" + ("" if row["relative"] is None else f" ({100 * row['relative']:5.1f})")
 
 
-def _lead(row: Row | None) -> str:
-    if row is None or row["difference_vs_evocomp"] is None:
-        return _NOTHING
-    # the rows hold the method minus ours
-    lead, low, high = (-100 * row[f"difference_vs_evocomp{end}"] + 0.0 for end in ("", "_high", "_low"))
-    p = row["p_vs_evocomp"]
-    return f"{lead:+.1f} [{low:+.1f}, {high:+.1f}] " + ("p < 0.001" if p < 0.001 else f"p = {p:.3f}")
+def _lead(row: Row | None, other: str, sign: int) -> Cell:
+    """The row's difference to `other`, times `sign` (rows hold method - ours and method - uncompressed)."""
+    name = f"difference_vs_{other}"
+    if row is None or row[name] is None:
+        return Cell(_NOTHING)
+    ends = sorted(100 * sign * row[f"{name}_{end}"] for end in ("low", "high"))
+    p = row[f"p_vs_{other}"]
+    # adding zero turns -0.0 into 0.0
+    numbers = f"{100 * sign * row[name] + 0.0:+.1f} [{ends[0] + 0.0:+.1f}, {ends[1] + 0.0:+.1f}]"
+    return Cell(f"{numbers} " + ("p < 0.001" if p < 0.001 else f"p = {p:.3f}"), p < 0.05)
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ class CandidateScorer:
         for start in range(0, len(features), together):
             some = features[start : start + together]
             own = kept[start : start + together]
-            parts.append(self._in_parts(own, lambda part, some=some: self.losses.batch(some, part), own.shape[1], len(own)))
+            score = partial(self.losses.batch, some)
+            parts.append(self._in_parts(own, score, pairs=own.shape[1], size=len(own)))
         return np.concatenate(parts)
 
     def full(self, features: Features) -> float:

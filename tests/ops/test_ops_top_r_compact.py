@@ -8,9 +8,9 @@ from evocomp.ops import top_r_compact
 
 
 def expected_index(scores, r, valid):
-    """Python's sort: by (padding, -score, position), then positions in order."""
+    """Python's sort: by (padding, -score, position), padding by position alone; then positions in order."""
     value = [-torch.inf if s != s else s for s in scores]
-    order = sorted(range(len(scores)), key=lambda i: (not valid[i], -value[i], i))
+    order = sorted(range(len(scores)), key=lambda i: (not valid[i], -value[i] if valid[i] else 0, i))
     return sorted(order[:r])
 
 

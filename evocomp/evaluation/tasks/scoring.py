@@ -66,7 +66,7 @@ def chosen_letter(answer: str, choices: tuple[str, ...]) -> str:
     >>> chosen_letter("(B) a dog", ("a cat", "a dog")), chosen_letter("a cat", ("a cat", "a dog"))
     ('B', 'A')
     """
-    letters = [chr(ord("A") + i) for i in range(max(len(choices), 5 if not choices else len(choices)))]
+    letters = [chr(ord("A") + i) for i in range(len(choices) or 5)]
     found = re.match(r"\s*\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
     if found and found[1] in letters:
         return found[1]
@@ -74,7 +74,8 @@ def chosen_letter(answer: str, choices: tuple[str, ...]) -> str:
     if found and found[1] in letters:
         return found[1]
     said = normalise(answer)
-    named = [letter for letter, text in zip(letters, choices, strict=False) if normalise(text) and normalise(text) in said]
+    texts = [normalise(text) for text in choices]
+    named = [letter for letter, text in zip(letters, texts, strict=False) if text and text in said]
     return named[0] if len(named) == 1 else ""
 
 
