@@ -36,7 +36,8 @@ class DataConfig:
     val_source: str | None = None
     """Selection split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
     test_source: str | None = None
-    """Test split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
+    """Test split as JSON or folder, or BENCHMARK:FOLDER (gqa, pope, vqav2, vizwiz, textvqa, mmbench, mmbench_cn,
+    mmstar, mmmu, scienceqa) in its published format; default: drawn scenes, or questions held out of `source`."""
     relation: bool = False
     """Scenes: ask the two-hop `relation` questions too."""
     questions_per_image: int = 0
