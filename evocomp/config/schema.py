@@ -226,6 +226,8 @@ class EvalConfig:
     """Longest answer [tokens]."""
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
+    beside: tuple[str, ...] = ()
+    """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12
     """Pictures on kept.png."""
 
