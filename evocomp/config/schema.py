@@ -53,6 +53,7 @@ class DataConfig:
     """Records with a missing or broken picture that are skipped before the run gives up."""
 
     def __post_init__(self):
+        _require(self.image_size >= 72, f"data.image_size={self.image_size}: scenes need at least 72 pixels")
         for name in ("max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image"):
             _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
 
