@@ -54,6 +54,7 @@ class DataConfig:
     """Records with a missing or broken picture that are skipped before the run gives up."""
 
     def __post_init__(self):
+        _require(self.image_size >= 72, f"data.image_size={self.image_size}: scenes need at least 72 pixels")
         for name in ("max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image"):
             _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
 
@@ -225,6 +226,8 @@ class EvalConfig:
     """Longest answer [tokens]."""
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
+    beside: tuple[str, ...] = ()
+    """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12
     """Pictures on kept.png."""
 

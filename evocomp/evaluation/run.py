@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from evocomp import distributed
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
@@ -66,16 +67,18 @@ def evaluate_run(
     if out is None and (questions is not None or seed is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     out = out or run_dir
+    distributed.set_threads(config.threads)
     examples = test_questions(config.data, questions, seed)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention)
     compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval()
+    others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(
         mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=lambda text: logger.debug(text)
     )
     names = FULL if panel == "full" else BASIC
-    outcomes = all_outcomes(judge, config, {"evocomp": compressor}, names, inside=panel == "full")
-    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed)
+    outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
+    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed, remarks=remarks)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
     draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
@@ -83,6 +86,28 @@ def evaluate_run(
     print(terminal(report))
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def siblings(
+    config: RunConfig, run_dir: Path, own: EvoCompCompressor
+) -> tuple[dict[str, EvoCompCompressor], list[str]]:
+    """Compressors of `eval.beside`, and a remark on each that is not there; named by their recipes."""
+    found: dict[str, EvoCompCompressor] = {}
+    remarks = [f"evocomp is this run: recipe {config.recipe}, {run_dir}."]
+    for place in config.eval.beside:
+        folder = Path(place)
+        if not (folder / "compressor" / "config.json").is_file():
+            remarks.append(f"{folder} would stand beside it, but has not been trained yet.")
+            continue
+        other = EvoCompCompressor.from_pretrained(folder / "compressor").eval()
+        if other.config.hidden_size != own.config.hidden_size:
+            remarks.append(f"{folder} is for another model and is left out.")
+            continue
+        name = f"evocomp_{other.config.metadata.get('recipe', folder.name)}"
+        name = name if name not in found else f"evocomp_{folder.name}"
+        found[name] = other
+        remarks.append(f"{name} is {folder}.")
+    return found, remarks
 
 
 @torch.inference_mode()
@@ -143,8 +168,8 @@ def draw_sheet(
                 kept=indices[i].cpu().numpy(),
                 grid=grid_of(asked.features),
                 question=asked.example.prompt,
-                full=full[i],
-                compressed=ours[i],
+                full_answer=full[i],
+                answer=ours[i],
                 gold=asked.example.answer,
             )
         )

@@ -76,7 +76,9 @@ def compress_inputs(
     short["attention_mask"] = valid.long()
     short["position_ids"] = _positions(model, inputs, index, valid, dense=positions == "dense")
     short["mm_encoder_outputs"] = {
-        kind: _slice(output, kept[ids == families.token_ids(model)[kind]]) for kind, output in encoded.items()
+        kind: _slice(output, kept[place], numbers[place & kept])
+        for kind, output in encoded.items()
+        for place in [ids == families.token_ids(model)[kind]]
     }
     return short
 
@@ -131,16 +133,20 @@ def _positions(
     return short
 
 
-def _slice(output, kept: Tensor):
-    """A copy of an encoder's output with the visual tokens that stay. kept bool [total], entries one after
-    another."""
+def _slice(output, kept: Tensor, numbers: Tensor):
+    """A copy of an encoder's output with the visual tokens that stay.
+
+    kept bool [total]: its tokens, entry after entry; numbers [tokens that stay]: the image of each.
+    """
     entries = families.entries(output)
     masks = kept.split([len(entry) for entry in entries])
     short = copy.copy(output)
     rows = [entry[mask] for entry, mask in zip(entries, masks, strict=True)]
     if isinstance(output.pooler_output, Tensor):
-        equal = len({len(row) for row in rows}) == 1
-        short.pooler_output = torch.stack(rows) if equal else torch.cat(rows)[None]
+        # a tensor has to stay one: of images if they keep equally many tokens, else of all tokens
+        sizes = numbers.unique(return_counts=True)[1].tolist()
+        images = len(sizes) if sizes and min(sizes) == max(sizes) else 1
+        short.pooler_output = torch.cat(rows).unflatten(0, (images, -1)) if sizes else torch.cat(rows)[None]
     else:
         short.pooler_output = rows
     if getattr(output, "deepstack_features", None) is not None:

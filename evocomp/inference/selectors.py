@@ -14,6 +14,7 @@ from;
 prompt's other embeddings (the whole template, without padding and without answer tokens given as `labels`).
 """
 
+import math
 from pathlib import Path
 from typing import Protocol
 
@@ -88,27 +89,36 @@ class FunctionPicker:
 
 
 class SelectionPicker:
-    """Asks a baseline of `evocomp.selection` once per image."""
+    """Asks a selector of `evocomp.selection` once per image."""
 
-    offered = {"tokens", "text"}
+    offered = {"tokens", "grid", "text"}
 
     def __init__(self, method):
-        missing = set(method.needs) - self.offered
-        if missing:
+        self.method, self.name = method, getattr(method, "name", type(method).__name__)
+        if missing := set(method.needs) - self.offered:
             raise UserError(
-                f"{type(method).__name__} needs {', '.join(sorted(missing))}, which compress() does not "
-                "have; use a method that needs tokens and text only"
+                f"{self.name} needs {', '.join(sorted(missing))}, which compress() does not have; "
+                "use a method that needs tokens and text only"
             )
-        self.method = method
 
     def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int]) -> list[Pick]:
-        from evocomp.selection.inputs import SelectionInputs
+        return [self._one(v, t, r) for v, t, r in zip(visual, text, keep, strict=True)]
 
-        picks = []
-        for v, t, r in zip(visual, text, keep, strict=True):
-            selection = self.method(SelectionInputs(tokens=v, text=t), r)
-            picks.append((selection.indices.to(v.device).sort().values, getattr(selection, "scores", None)))
-        return picks
+    def _one(self, visual: Tensor, text: Tensor, keep: int) -> Pick:
+        if keep == 0:
+            return torch.zeros(0, dtype=torch.long, device=visual.device), None
+        side = math.isqrt(len(visual))
+        grid = (side, side) if side * side == len(visual) else (1, len(visual))
+        selection = self.method(_selection_inputs()(tokens=visual, grid=grid, text=text), keep)
+        if selection.indices is None:
+            raise UserError(f"{self.name} merges tokens; compress() drops tokens only, use another method")
+        return selection.indices.to(visual.device).sort().values, None
+
+
+def _selection_inputs():
+    from evocomp.selection.base import SelectionInputs
+
+    return SelectionInputs
 
 
 def picker_for(selector, model: nn.Module) -> Picker:

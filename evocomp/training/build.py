@@ -55,7 +55,7 @@ def run(config: RunConfig) -> bool:
     if _claim_folder(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
         return False
-    set_threads(config.threads)
+    distributed.set_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
@@ -89,7 +89,7 @@ def run(config: RunConfig) -> bool:
 
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
-    set_threads(config.threads)
+    distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     if distributed.launched_by_torchrun() and not torch.distributed.is_initialized():
@@ -234,16 +234,6 @@ def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
         raise UserError(
             f"eval.kept={too_many[0]} is more than the {available} visual tokens of a picture; give smaller counts"
         )
-
-
-def set_threads(threads: int) -> None:
-    """CPU threads of torch; 0 = all cores if they are idle (two threads on a busy machine are slower than one)."""
-    if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
-        cores = os.cpu_count() or 1
-        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        threads = max(1, min(4, int(cores - busy)))
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Path) -> None:
