@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,7 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
             node = OmegaConf.create(_nested(key.split("."), value))
         config = _merge(config, node, origin="command line")
     try:
-        OmegaConf.resolve(config)
-        return OmegaConf.to_object(config)
+        return OmegaConf.to_object(config)  # resolves ${...} on the way
     except OmegaConfBaseException as error:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, UserError):
@@ -107,16 +107,26 @@ def _read(path: Path) -> DictConfig:
 
 
 def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
-    for key in _leaves(OmegaConf.to_container(change)):
+    keys = list(_leaves(OmegaConf.to_container(change)))
+    for key in keys:
         _check_known(key, origin)
     try:
         return OmegaConf.merge(config, change)
     except OmegaConfBaseException as error:
-        raise UserError(f"{origin}: {_one_line(error)}") from None
+        text = _one_line(error)
+        # OmegaConf does not always say where; a setting of the command line is one key
+        named = text if len(keys) > 1 or text.startswith(keys[0]) else f"{keys[0]}: {text}"
+        raise UserError(f"{origin}: {named}") from None
+
+
+@cache
+def _known() -> list[str]:
+    """Every setting by its dotted key; once a process, for a saved run names about a hundred."""
+    return [name for name, _, _ in _settings(RunConfig, "")]
 
 
 def _check_known(key: str, origin: str) -> None:
-    known = [name for name, _, _ in _settings(RunConfig, "")]
+    known = _known()
     sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
     if key in known or key in sections or key.startswith("trainer."):
         return
