@@ -146,7 +146,8 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     scorer = CandidateScorer(mllm, settings.batch, None if settings.dtype == "model" else settings.dtype)
     rounds: Rounds
     if settings.target == "credit":
-        rounds = CreditLabels(splits.train, scorer, settings, config.seed, config.loss.name != "listwise")
+        some = splits.train[: settings.credit_samples or None]
+        rounds = CreditLabels(some, scorer, settings, config.seed, config.loss.name != "listwise")
     else:
         special = mllm.processor.tokenizer.all_special_ids
         rounds = HardLabels(ids, scorer, config.grouping, config.search, settings, config.seed, special)
