@@ -93,7 +93,7 @@ def siblings(
 ) -> tuple[dict[str, EvoCompCompressor], list[str]]:
     """Compressors of `eval.beside`, and a remark on each that is not there; named by their recipes."""
     found: dict[str, EvoCompCompressor] = {}
-    remarks = [f"evocomp is this run: recipe {config.recipe}, {run_dir}."]
+    remarks = [f"evocomp is this run: recipe {config.recipe}, {run_dir}{_cost(run_dir)}."]
     for place in config.eval.beside:
         folder = Path(place)
         if not (folder / "compressor" / "config.json").is_file():
@@ -106,8 +106,22 @@ def siblings(
         name = f"evocomp_{other.config.metadata.get('recipe', folder.name)}"
         name = name if name not in found else f"evocomp_{folder.name}"
         found[name] = other
-        remarks.append(f"{name} is {folder}.")
+        remarks.append(f"{name} is {folder}{_cost(folder)}.")
     return found, remarks
+
+
+def _cost(run_dir: Path) -> str:
+    """What a run has cost, in words."""
+    try:
+        cost = json.loads((run_dir / "trained.json").read_text())["cost"]
+    except (OSError, KeyError, ValueError):
+        return ""
+    parts = []
+    for purpose, share in cost.items():
+        if isinstance(share, dict):
+            work = f"{share['forwards']:,} scored pairs, {share['flops'] / 1e12:.2f} TFLOP"
+            parts.append(f"{purpose} {share['cpu_seconds']:.0f} CPU s ({work})")
+    return f"; {cost['labelled']:,} labelled questions; " + ", ".join(parts)
 
 
 @torch.inference_mode()
