@@ -29,6 +29,7 @@ from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
@@ -71,8 +72,9 @@ def run(config: RunConfig) -> bool:
     module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
     refresh = RefreshLabels(labeller, data, config.labels)
     monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
+    curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = [EMAWeightAveraging(decay=config.optim.ema)] if config.optim.ema else []
-    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, *average])
+    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, curves, *average])
     last = folder / "checkpoints" / "last.ckpt"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
