@@ -173,7 +173,7 @@ def generate(words: Sequence[str]) -> int:
     keep = _number(options, "keep", float)
     if not Path(options["image"]).is_file():
         raise UserError(f"--image={options['image']}: no such file")
-    from evocomp.inference.generate import answer_from_command_line
+    from evocomp.inference.command import answer_from_command_line
 
     answer_from_command_line(
         model=options["model"],

@@ -136,6 +136,8 @@ class LabelConfig:
     """Sizes r of the random masks (target=credit); below 1: a share of N."""
     credit_masks: int = 64
     """Random masks of each size (target=credit)."""
+    credit_samples: int = 0
+    """Training questions that get credits (target=credit); 0 = all. Refreshes draw from all of them either way."""
     proposals: int = 16
     """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
     proposal_sizes: tuple[float, ...] = (8, 16, 32, 48)
@@ -226,6 +228,8 @@ class EvalConfig:
     """Longest answer [tokens]."""
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
+    beside: tuple[str, ...] = ()
+    """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12
     """Pictures on kept.png."""
 

@@ -71,13 +71,14 @@ def evaluate_run(
     examples = test_questions(config.data, questions, seed)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention)
     compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval()
+    others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(
         mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=lambda text: logger.debug(text)
     )
     names = FULL if panel == "full" else BASIC
-    outcomes = all_outcomes(judge, config, {"evocomp": compressor}, names, inside=panel == "full")
-    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed)
+    outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
+    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed, remarks=remarks)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
     draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
@@ -85,6 +86,42 @@ def evaluate_run(
     print(terminal(report))
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def siblings(
+    config: RunConfig, run_dir: Path, own: EvoCompCompressor
+) -> tuple[dict[str, EvoCompCompressor], list[str]]:
+    """Compressors of `eval.beside`, and a remark on each that is not there; named by their recipes."""
+    found: dict[str, EvoCompCompressor] = {}
+    remarks = [f"evocomp is this run: recipe {config.recipe}, {run_dir}{_cost(run_dir)}."]
+    for place in config.eval.beside:
+        folder = Path(place)
+        if not (folder / "compressor" / "config.json").is_file():
+            remarks.append(f"{folder} would stand beside it, but has not been trained yet.")
+            continue
+        other = EvoCompCompressor.from_pretrained(folder / "compressor").eval()
+        if other.config.hidden_size != own.config.hidden_size:
+            remarks.append(f"{folder} is for another model and is left out.")
+            continue
+        name = f"evocomp_{other.config.metadata.get('recipe', folder.name)}"
+        name = name if name not in found else f"evocomp_{folder.name}"
+        found[name] = other
+        remarks.append(f"{name} is {folder}{_cost(folder)}.")
+    return found, remarks
+
+
+def _cost(run_dir: Path) -> str:
+    """What a run has cost, in words."""
+    try:
+        cost = json.loads((run_dir / "trained.json").read_text())["cost"]
+    except (OSError, KeyError, ValueError):
+        return ""
+    parts = []
+    for purpose, share in cost.items():
+        if isinstance(share, dict):
+            work = f"{share['forwards']:,} scored pairs, {share['flops'] / 1e12:.2f} TFLOP"
+            parts.append(f"{purpose} {share['cpu_seconds']:.0f} CPU s ({work})")
+    return f"; {cost['labelled']:,} labelled questions; " + ", ".join(parts)
 
 
 @torch.inference_mode()

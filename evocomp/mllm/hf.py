@@ -132,7 +132,8 @@ class FrozenMLLM:
             )
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"example {example.id} ({example.prompt!r}): {self.name}'s processor refuses it: {reason}") from None
+            what = f"example {example.id} ({example.prompt!r})"
+            raise UserError(f"{what}: {self.name}'s processor refuses it: {reason}") from None
         return inputs.to(self.device)
 
     def _picture(self, key: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
@@ -70,11 +71,16 @@ def run(config: RunConfig) -> bool:
         config.seed,
     )
     module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
-    refresh = RefreshLabels(labeller, data, config.labels)
+    cost = CostMeter(labeller.scorer)
+    refresh = RefreshLabels(labeller, data, config.labels, cost)
     monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
     curves = Curves(refresh, monitor, config_files.to_dict(config))
-    average = [EMAWeightAveraging(decay=config.optim.ema)] if config.optim.ema else []
-    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, curves, *average])
+    average = []
+    if config.optim.ema:
+        # not from the start: the average would drag along what the compressor was before it had learned anything
+        start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
+        average = [EMAWeightAveraging(decay=config.optim.ema, update_starting_at_epoch=start)]
+    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
     last = folder / "checkpoints" / "last.ckpt"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
@@ -84,8 +90,8 @@ def run(config: RunConfig) -> bool:
         raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
     if trainer.is_global_zero:
         save_compressor(module.compressor, config, folder)
-        cost = {"label_forwards": labeller.scorer.forwards, "label_seconds": round(refresh.seconds, 1)}
-        _write(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, **cost})
+        spent = {"labelled": len(splits.train), **cost.summary()}
+        _write(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
     return True
 
 
@@ -142,7 +148,8 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     scorer = CandidateScorer(mllm, settings.batch, None if settings.dtype == "model" else settings.dtype)
     rounds: Rounds
     if settings.target == "credit":
-        rounds = CreditLabels(splits.train, scorer, settings, config.seed, config.loss.name != "listwise")
+        some = splits.train[: settings.credit_samples or None]
+        rounds = CreditLabels(some, scorer, settings, config.seed, config.loss.name != "listwise")
     else:
         special = mllm.processor.tokenizer.all_special_ids
         rounds = HardLabels(ids, scorer, config.grouping, config.search, settings, config.seed, special)

@@ -1,6 +1,7 @@
 """Splits share no picture, and are the same in every process."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,8 @@ def test_what_is_held_out_depends_on_names_not_on_order(folder, tmp_path):
     other = load_splits(DataConfig(source=str(tmp_path), image_folder=str(folder), **settings))
     assert pictures(one.test) == pictures(other.test) and pictures(one.val) == pictures(other.val)
     assert_apart(one)
+    # golden: the same in every process and version, or a run's test would leak into another's training
+    assert pictures(one.test) == {f"images/scene-71-0000{n:02}.png" for n in (2, 3, 7, 10, 16, 19)}
 
 
 def test_own_files_for_the_splits(folder, tmp_path):
@@ -98,4 +101,12 @@ def test_files_have_no_seed(folder):
 def test_the_digest_sees_what_is_asked():
     examples = drawn(DataConfig(), 5, 6)
     assert digest(examples) == digest(drawn(DataConfig(), 5, 6))
-    assert len({digest(examples), digest(examples[:5]), digest(examples[::-1]), digest(drawn(DataConfig(), 6, 6))}) == 4
+    changed = [
+        examples[:5],
+        examples[::-1],
+        drawn(DataConfig(), 6, 6),
+        [replace(examples[0], answer="else"), *examples[1:]],
+        [replace(examples[0], prompt="else"), *examples[1:]],
+        [replace(examples[0], history=(("q", "a"),)), *examples[1:]],
+    ]
+    assert len({digest(examples), *map(digest, changed)}) == 7

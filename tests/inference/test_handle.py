@@ -15,7 +15,16 @@ from evocomp.log import UserError
 from evocomp.mllm import families
 from tests.inference.layer_loop import expected_logits
 from tests.inference.test_hooks import answer, jumble, sizes
-from tests.inference.tiny_models import FAMILIES, IMAGE, PICTURE_TOKENS, VIDEO, build, prompts, quiet
+from tests.inference.tiny_models import (
+    FAMILIES,
+    IMAGE,
+    PICTURE_TOKENS,
+    VIDEO,
+    build,
+    processor_for_llava,
+    prompts,
+    quiet,
+)
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -330,7 +339,7 @@ def test_the_selector_never_reads_the_answer(llava, inputs):
 
 
 def test_pipeline_works_unchanged(llava):
-    processor = _processor()
+    processor = processor_for_llava()
     pipe = tf.pipeline("image-text-to-text", model=llava, processor=processor)
     from PIL import Image
 
@@ -350,30 +359,6 @@ def test_pipeline_works_unchanged(llava):
     # callers cut the answer off by the length of the prompt that they gave
     tail = processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     assert len(tail.split()) == 4 and short[0]["generated_text"].endswith(tail)
-
-
-def _processor():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE, "<video>": VIDEO}
-    words |= {f"w{i}": i for i in range(128) if i not in words.values()}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = tf.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    pictures = tf.CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=True
-    )
-    return tf.LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    )
 
 
 @pytest.mark.parametrize("layer", [0, 2])

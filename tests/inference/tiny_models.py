@@ -310,3 +310,28 @@ PICTURE_TOKENS = {
 def quiet(model) -> dict:
     """Keywords for `generate`: greedy, no invented placeholders (those would be taken for pictures)."""
     return dict(do_sample=False, suppress_tokens=[IMAGE, VIDEO])
+
+
+def processor_for_llava():
+    """A processor with words w7, w8, ... for ids 7, 8, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE, "<video>": VIDEO}
+    words |= {f"w{i}": i for i in range(128) if i not in words.values()}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    pictures = tf.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=True
+    )
+    return tf.LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
