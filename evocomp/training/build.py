@@ -30,6 +30,7 @@ from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.cost import CostMeter
+from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
@@ -73,12 +74,13 @@ def run(config: RunConfig) -> bool:
     cost = CostMeter(labeller.scorer)
     refresh = RefreshLabels(labeller, data, config.labels, cost)
     monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
+    curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = []
     if config.optim.ema:
         # not from the start: the average would drag along what the compressor was before it had learned anything
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
         average = [EMAWeightAveraging(decay=config.optim.ema, update_starting_at_epoch=start)]
-    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, *average])
+    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
     last = folder / "checkpoints" / "last.ckpt"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
