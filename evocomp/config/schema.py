@@ -230,6 +230,8 @@ class EvalConfig:
     """Longest answer [tokens]."""
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
+    apart: tuple[str, ...] = ("relation",)
+    """Types of question with a report of their own; they are left out of the main one."""
     beside: tuple[str, ...] = ()
     """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from evocomp import distributed
@@ -11,7 +13,7 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import test_questions
-from evocomp.evaluation.outcome import Outcome
+from evocomp.evaluation.outcome import Outcome, Questions
 from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.report import make_report, write_report
 from evocomp.evaluation.staged import staged_outcomes
@@ -78,14 +80,39 @@ def evaluate_run(
     )
     names = FULL if panel == "full" else BASIC
     outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
-    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed, remarks=remarks)
+    asked = {kind: np.array(judge.questions.kinds) == kind for kind in config.eval.apart}
+    asked = {kind: own for kind, own in asked.items() if own.any() and not own.all()}
+    main = ~np.logical_or.reduce([*asked.values(), np.zeros(len(judge.questions), dtype=bool)])
+    settings = {"resamples": config.eval.resamples, "seed": config.seed, "remarks": remarks}
+    report = make_report(*part(outcomes, judge.questions, main), **settings)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
     draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
     write_report(report, out, sheet)
     print(terminal(report))
+    for kind, own in asked.items():
+        special = make_report(*part(outcomes, judge.questions, own), title=f"{kind}, reported apart", **settings)
+        write_report(special, out / kind)
+        print(f"\n{kind}, reported apart\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def part(outcomes: Sequence[Outcome], questions: Questions, own: np.ndarray) -> tuple[list[Outcome], Questions]:
+    """Outcomes and questions of those that `own` [n] marks."""
+
+    def pick(values: Sequence) -> list:
+        return [value for value, marked in zip(values, own, strict=True) if marked] if len(values) else []
+
+    some = [
+        outcome
+        if outcome.not_applicable
+        else replace(outcome, correct=np.asarray(outcome.correct)[own], answers=pick(outcome.answers))
+        for outcome in outcomes
+    ]
+    return some, Questions(
+        pick(questions.images), pick(questions.kinds), pick(questions.gold), pick(questions.prompts)
+    )
 
 
 def siblings(
