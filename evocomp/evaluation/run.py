@@ -11,6 +11,7 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import test_questions
+from evocomp.evaluation.k_token_merging import k_token_outcomes
 from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.report import make_report, write_report
@@ -78,6 +79,8 @@ def evaluate_run(
     )
     names = FULL if panel == "full" else BASIC
     outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
+    if panel == "full":
+        outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
     report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed, remarks=remarks)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
