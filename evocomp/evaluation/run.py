@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def evaluate_run(
     questions: int | None = None,
     seed: int | None = None,
     panel: str | None = None,
+    source: str | None = None,
 ) -> list[dict]:
     """Run the panel on a run's compressor and write report.json, report.md, report.html and kept.png.
 
@@ -56,6 +58,7 @@ def evaluate_run(
         out: where the report goes; default: the run folder.
         questions, seed: other test questions than the run's settings say.
         panel: "basic" (floors and simple baselines, the default) or "full" (every rival).
+        source: another `data.test_source`, for a run that is judged on several benchmarks.
 
     Returns:
         The rows of report.json.
@@ -65,13 +68,15 @@ def evaluate_run(
     config = config_files.load([run_dir / "config.yaml"])
     if not (run_dir / "compressor" / "config.json").is_file():
         raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
-    if out is None and (questions is not None or seed is not None):
+    if out is None and (questions is not None or seed is not None or source is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     out = out or run_dir
     distributed.set_threads(config.threads)
-    examples = test_questions(config.data, questions, seed)
-    mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention)
-    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval()
+    data = config.data if source is None else replace(config.data, test_source=source)
+    examples = test_questions(data, questions, seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval().to(device)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(
