@@ -202,6 +202,8 @@ class OptimConfig:
     """`muon`: Muon on the layer's matrices, AdamW on the rest."""
     lr: float = 2e-3
     """Peak learning rate."""
+    refresh_lr: float = 0.0
+    """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 30

@@ -30,6 +30,7 @@ from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.cost import CostMeter
+from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
@@ -37,6 +38,7 @@ from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
 
 DONE = "trained.json"
+DEFAULT_EPOCHS = 6
 
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its own tips are not news of this run
@@ -69,16 +71,18 @@ def run(config: RunConfig) -> bool:
         config.labels.samples_per_epoch or config.labels.passes * len(splits.train),
         config.seed,
     )
-    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
+    share = config.labels.refresh_start / max(1, trainer_settings.get("max_epochs", DEFAULT_EPOCHS))
+    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, share)
     cost = CostMeter(labeller.scorer)
     refresh = RefreshLabels(labeller, data, config.labels, cost)
     monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
+    curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = []
     if config.optim.ema:
         # not from the start: the average would drag along what the compressor was before it had learned anything
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
         average = [EMAWeightAveraging(decay=config.optim.ema, update_starting_at_epoch=start)]
-    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, *average])
+    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
     last = folder / "checkpoints" / "last.ckpt"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
@@ -181,7 +185,7 @@ def build_trainer(
     bars = [RichProgressBar()] if terminal else []
     loggers = build_logger(config, folder)
     defaults: dict[str, Any] = {
-        "max_epochs": 6,
+        "max_epochs": DEFAULT_EPOCHS,
         "accelerator": "auto",
         "devices": 1,
         "gradient_clip_val": 1.0,
