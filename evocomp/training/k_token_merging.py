@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from evocomp import log
+from evocomp import distributed, log
 from evocomp.config import load as config_files
 from evocomp.config.schema import DataConfig
 from evocomp.data.example import Example
@@ -29,7 +29,7 @@ from evocomp.inference.k_token_merging import KTokenMerger
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.training.build import load_mllm, set_threads
+from evocomp.training.build import load_mllm
 from evocomp.training.optim import learning_rate
 
 
@@ -48,6 +48,10 @@ class KTokenModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self._model[0].train(False)
+
+    def transfer_batch_to_device(self, batch: list[Features], device: torch.device, index: int) -> list[Features]:
+        """Features are made where the frozen model is."""
+        return batch
 
     def training_step(self, batch: list[Features], batch_index: int) -> Tensor:
         loss = self._model[0].losses(batch).mean()
@@ -102,7 +106,7 @@ def train_for_run(run: Path, questions: int = 8000, steps: int = 500, kept: Sequ
     Scenes cost nothing to draw and answers are no labels: `questions` of them are drawn, more than are labelled.
     """
     config = config_files.load([run / "config.yaml"])
-    set_threads(config.threads)
+    distributed.set_threads(config.threads)
     mllm = load_mllm(config)
     examples = training_questions(config.data, questions)
     count = len(mllm.features(examples[:1])[0].visual)

@@ -106,7 +106,7 @@ def expected(scenes, compressor, keep):
 
 @needs_lmms_eval
 def test_a_real_run(place, scenes, tmp_path):
-    nano = f"pretrained={ASSETS / 'nano'},device=cpu"
+    nano = f"pretrained={ASSETS / 'nano'}"
     torch.manual_seed(0)
     compressor = EvoCompCompressor.from_mllm(FrozenMLLM.load("nano").model)
     compressor.save_pretrained(tmp_path / "compressor")
@@ -125,7 +125,7 @@ def test_a_real_run(place, scenes, tmp_path):
 @needs_lmms_eval
 def test_an_error_ends_the_run_without_a_score(place, tmp_path):
     """A method that merges tokens is found out inside of `generate`."""
-    nano = f"pretrained={ASSETS / 'nano'},device=cpu,method=average_pool,keep=9"
+    nano = f"pretrained={ASSETS / 'nano'},method=average_pool,keep=9"
     run = lmms_eval(place, tmp_path / "out", "evocomp_llava_hf", nano)
     assert run.returncode != 0
     assert "generate failed" in run.stderr and "merges tokens" in run.stderr
