@@ -105,7 +105,16 @@ def train(words: Sequence[str]) -> int:
     config = _config(words)
     from evocomp.training.build import run
 
-    run(config)
+    run_dir = Path(config.run_dir)
+    is_new = run(config)
+    if not log.is_rank_zero():
+        return 0
+    if is_new or not (run_dir / "report.json").exists():
+        from evocomp.evaluation.run import evaluate_run
+
+        evaluate_run(run_dir)
+    else:
+        print((run_dir / "report.md").read_text())
     return 0
 
 

@@ -2,11 +2,11 @@
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from evocomp.log import UserError, logger
@@ -28,6 +28,16 @@ def world_size() -> int:
 def launched_by_torchrun() -> bool:
     """Whether a launcher has set the variables of a job of several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of torch; 0 = all cores if they are idle (two threads on a busy machine are slower than one)."""
+    if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
+        cores = os.cpu_count() or 1
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        threads = max(1, min(4, int(cores - busy)))
+    if threads:
+        torch.set_num_threads(threads)
 
 
 class StopRequest:
@@ -134,7 +144,7 @@ def _job_store() -> dist.TCPStore:
         if me != 0:
             try:
                 _store = dist.TCPStore(*address[0], None, False, timeout=patience, wait_for_workers=False)
-            except (RuntimeError, socket.error) as error:
+            except (OSError, RuntimeError) as error:
                 raise UserError(f"rank {me} cannot reach the label queue at {address[0]}: {error}") from None
     return _store
 

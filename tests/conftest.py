@@ -6,9 +6,42 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from evocomp import log
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_messages():
+    """The command line attaches a handler to the stderr of its moment, and warnings are said once a process."""
+    yield
+    log.logger.handlers.clear()
+    log.logger.propagate = True
+    log.logger.setLevel("NOTSET")
+    log._said.clear()
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """The shipped MLLM, loaded once; leave it as you found it."""
+    from evocomp.mllm.hf import FrozenMLLM
+
+    return FrozenMLLM.load("nano")
+
+
+@pytest.fixture(scope="session")
+def questions():
+    """60 questions of all seven kinds about drawn scenes that no setting uses."""
+    from evocomp.data.scenes import scene_examples
+
+    return scene_examples(seed=515151, start=0, count=5, relation=True)[:60]
+
+
+@pytest.fixture(scope="session")
+def encoded(nano, questions):
+    return nano.features(questions)

@@ -36,7 +36,8 @@ class DataConfig:
     val_source: str | None = None
     """Selection split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
     test_source: str | None = None
-    """Test split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
+    """Test split as JSON or folder, or BENCHMARK:FOLDER (gqa, pope, vqav2, vizwiz, textvqa, mmbench, mmbench_cn,
+    mmstar, mmmu, scienceqa) in its published format; default: drawn scenes, or questions held out of `source`."""
     relation: bool = False
     """Scenes: ask the two-hop `relation` questions too."""
     questions_per_image: int = 0
@@ -53,6 +54,7 @@ class DataConfig:
     """Records with a missing or broken picture that are skipped before the run gives up."""
 
     def __post_init__(self):
+        _require(self.image_size >= 72, f"data.image_size={self.image_size}: scenes need at least 72 pixels")
         for name in ("max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image"):
             _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
 
@@ -112,10 +114,16 @@ class LabelConfig:
     """`hard`: the best mask (published); `credit`: per-token credits; `random`: the control with no information."""
     refresh: Literal["none", "search", "on_policy"] = "search"
     """What RefreshLabels does at the start of later epochs."""
+    refresh_start: int = 1
+    """First epoch (counted from 0) that begins with a refresh."""
     refresh_every: int = 1
     """Epochs between refreshes."""
+    dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
+    """Number format of the LLM while it scores masks; `model` = the frozen weights' own."""
     passes: int = 3
-    """How often each labelled question comes in an epoch."""
+    """How often each labelled question comes in an epoch, if `samples_per_epoch` is 0."""
+    samples_per_epoch: int = 0
+    """Questions that an epoch trains on, over all processes; 0 = `passes` times all that are labelled."""
     generations_per_refresh: int = 1
     """Rounds of search that a refresh adds (refresh=search)."""
     warm_start: Literal["population", "scores"] = "population"
@@ -138,7 +146,8 @@ class LabelConfig:
     """Questions whose proposed masks' losses spread less are dropped [nats] (refresh=on_policy)."""
 
     def __post_init__(self):
-        for name in ("refresh_every", "passes", "chunk_size", "batch", "credit_masks", "proposals", "samples_per_refresh"):
+        counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
+        for name in (*counts, "proposals", "samples_per_refresh"):
             _require(getattr(self, name) >= 1, f"labels.{name}={getattr(self, name)}: must be at least 1")
 
 
@@ -215,6 +224,10 @@ class EvalConfig:
     """Bootstrap resamples over pictures."""
     max_new_tokens: int = 8
     """Longest answer [tokens]."""
+    monitor_every: int = 1
+    """Epochs between measurements on the selection split; the last epoch is always measured."""
+    beside: tuple[str, ...] = ()
+    """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12
     """Pictures on kept.png."""
 
@@ -251,6 +264,14 @@ class RunConfig:
         _require(
             not credit or self.loss.name in ("listwise", "bce", "ghm", "ghm_cs"),
             f"loss.name={self.loss.name} needs hard labels: choose listwise, bce, ghm or ghm_cs with credits",
+        )
+        _require(
+            self.labels.refresh != "on_policy" or credit,
+            "labels.refresh=on_policy goes on from credits: set labels.target=credit",
+        )
+        _require(
+            self.labels.refresh != "search" or not credit,
+            "labels.refresh=search goes on from searched masks: use labels.refresh=on_policy or none with credits",
         )
         _require(
             self.loss.name != "listwise" or credit,

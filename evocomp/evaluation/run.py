@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
+from evocomp import distributed
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import test_questions
-from evocomp.evaluation.outcome import Outcome, Roles
+from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.report import make_report, write_report
+from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
@@ -61,20 +63,22 @@ def evaluate_run(
         raise UserError(f"--panel={panel}: must be basic or full")
     config = config_files.load([run_dir / "config.yaml"])
     if not (run_dir / "compressor" / "config.json").is_file():
-        raise UserError(f"{run_dir} has no trained compressor; finish it with evocomp train --config {run_dir}/config.yaml")
+        raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
     if out is None and (questions is not None or seed is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     out = out or run_dir
+    distributed.set_threads(config.threads)
     examples = test_questions(config.data, questions, seed)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention)
     compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval()
+    others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(
         mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=lambda text: logger.debug(text)
     )
     names = FULL if panel == "full" else BASIC
-    outcomes = all_outcomes(judge, config, {"evocomp": compressor}, names)
-    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed)
+    outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
+    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed, remarks=remarks)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
     draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
@@ -84,17 +88,45 @@ def evaluate_run(
     return report.rows
 
 
+def siblings(
+    config: RunConfig, run_dir: Path, own: EvoCompCompressor
+) -> tuple[dict[str, EvoCompCompressor], list[str]]:
+    """Compressors of `eval.beside`, and a remark on each that is not there; named by their recipes."""
+    found: dict[str, EvoCompCompressor] = {}
+    remarks = [f"evocomp is this run: recipe {config.recipe}, {run_dir}."]
+    for place in config.eval.beside:
+        folder = Path(place)
+        if not (folder / "compressor" / "config.json").is_file():
+            remarks.append(f"{folder} would stand beside it, but has not been trained yet.")
+            continue
+        other = EvoCompCompressor.from_pretrained(folder / "compressor").eval()
+        if other.config.hidden_size != own.config.hidden_size:
+            remarks.append(f"{folder} is for another model and is left out.")
+            continue
+        name = f"evocomp_{other.config.metadata.get('recipe', folder.name)}"
+        name = name if name not in found else f"evocomp_{folder.name}"
+        found[name] = other
+        remarks.append(f"{name} is {folder}.")
+    return found, remarks
+
+
 @torch.inference_mode()
 def all_outcomes(
-    judge: Panel, config: RunConfig, compressors: dict[str, EvoCompCompressor], names: Sequence[str]
+    judge: Panel,
+    config: RunConfig,
+    compressors: dict[str, EvoCompCompressor],
+    names: Sequence[str],
+    inside: bool = False,
 ) -> list[Outcome]:
-    """Every method of the panel at every kept count."""
+    """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers."""
     kept = config.eval.kept
     rivals = [Rival(selector("random_tokens"), "random", seed) for seed in range(config.eval.seeds)]
     rivals += [Rival(build_rival(name, judge.mllm), name) for name in names]
     outcomes = [judge.full(), judge.no_image(), judge.wrong_image()]
     outcomes += [judge.downsampling(count) for count in kept]
     outcomes += judge.selectors(rivals, kept)
+    if inside:
+        outcomes += staged_outcomes(judge, kept)
     for name, compressor in compressors.items():
         outcomes += [judge.compressor(compressor, count, name) for count in kept]
     return outcomes
@@ -123,22 +155,21 @@ def draw_sheet(
     ours = answers["evocomp", kept]
     indices = judge.compressor_indices(compressor, kept)
     # one question of each picture, as far as the pictures last
-    seen: set[str] = set()
-    items = []
+    by_picture: dict[str, list[int]] = {}
     for i, asked in enumerate(judge.asked):
-        if asked.example.image_id in seen or len(items) == count:
-            continue
-        seen.add(asked.example.image_id)
-        asked = judge.asked[i + len(items) % 3] if i + len(items) % 3 < len(judge.asked) else asked
-        i = judge.asked.index(asked)
+        by_picture.setdefault(asked.example.image_id, []).append(i)
+    items = []
+    for number, own in enumerate(list(by_picture.values())[:count]):
+        i = own[number % len(own)]  # another place each time, so that all kinds of question come up
+        asked = judge.asked[i]
         items.append(
             SheetItem(
                 image=picture(asked.example),
                 kept=indices[i].cpu().numpy(),
                 grid=grid_of(asked.features),
                 question=asked.example.prompt,
-                full=full[i],
-                compressed=ours[i],
+                full_answer=full[i],
+                answer=ours[i],
                 gold=asked.example.answer,
             )
         )

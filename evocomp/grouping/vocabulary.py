@@ -7,6 +7,8 @@ narrow cone, so with few words the raw cosine puts most of them into one group.
 import torch
 
 from evocomp.grouping.groups import Groups
+from evocomp.log import UserError
+from evocomp.ops.vocabulary_argmax import vocabulary_argmax
 
 # share of the mean variance that is added to every direction before whitening: an image has fewer tokens
 # than dimensions, and the directions without variance must not blow up
@@ -56,7 +58,13 @@ def nearest_words(
         table = table.float() - rows.float().mean(0)
     if whiten:
         tokens, table = _whitened(tokens, table)
-    return _vocabulary_argmax(tokens, table, mask, chunk)
+    index, cosine = vocabulary_argmax(tokens, table, mask, chunk)
+    if not torch.isfinite(cosine).all():
+        raise UserError(
+            "visual tokens cannot be grouped: a token is not finite, or no word may win; "
+            "load the model in bfloat16 or float32 and check which words are left out"
+        )
+    return index, cosine
 
 
 def _whitened(tokens: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,24 +75,3 @@ def _whitened(tokens: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, 
     # scaled so that directions without variance keep their length: cosines do not see the common factor
     gain = (floor / (variance + floor)).sqrt() - 1.0
     return tuple(x + (x @ directions.T * gain) @ directions for x in (tokens, table))
-
-
-def _vocabulary_argmax(
-    tokens: torch.Tensor, table: torch.Tensor, mask: torch.Tensor | None = None, chunk: int = 8192
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.nn.functional.normalize(tokens.float(), dim=-1)
-    best = torch.full((len(tokens),), -torch.inf, device=tokens.device)
-    index = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    for start in range(0, len(table), chunk):
-        rows = table[start : start + chunk].float()
-        norm = rows.norm(dim=-1)
-        banned = norm == 0
-        if mask is not None:
-            banned |= ~mask[start : start + chunk]
-        cosine = tokens @ (rows / norm.clamp_min(torch.finfo(norm.dtype).tiny)[:, None]).T
-        value, word = cosine.masked_fill(banned, -torch.inf).max(dim=-1)
-        better = value > best  # strictly: an earlier chunk wins a tie
-        best = torch.where(better, value, best)
-        index = torch.where(better, word + start, index)
-    assert torch.isfinite(best).all(), "no row of the word table may win, or a token is not finite"
-    return index, best

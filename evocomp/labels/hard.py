@@ -1,6 +1,6 @@
 """Hard labels: the lowest-loss mask that a search finds for a sample (method, sections 1 and 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from evocomp.grouping.budget import fit_groups
 from evocomp.grouping.dpc_knn import dpc_knn_groups
 from evocomp.grouping.groups import Groups
 from evocomp.grouping.vocabulary import vocabulary_groups
+from evocomp.labels.labeller import Encode, Scores, cut
 from evocomp.labels.records import Record
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
@@ -18,15 +19,17 @@ from evocomp.search.run import SearchResult, WarmStart, run
 
 
 class HardLabels:
-    """Makes the records of one sample: its groups, the population, and the best mask found so far.
+    """Rounds of the published search: a sample's groups, its population, and the best mask found so far.
 
     Args:
+        ids: the samples, in order.
         scorer: losses of candidate masks.
         special_ids: rows of the vocabulary that are left out if `grouping.mask_special`.
     """
 
     def __init__(
         self,
+        ids: Sequence[int],
         scorer: CandidateScorer,
         grouping: GroupingConfig,
         search: SearchConfig,
@@ -34,6 +37,7 @@ class HardLabels:
         seed: int,
         special_ids: Sequence[int] = (),
     ):
+        self.ids = ids
         self.scorer = scorer
         self.grouping = grouping
         self.search = search
@@ -45,8 +49,29 @@ class HardLabels:
         if grouping.mask_special:
             self.words[list(special_ids)] = False
 
-    def first(self, features: Features) -> Record:
-        """Round 0: groups, first population, L generations."""
+    def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
+        """The same chunks in every round."""
+        return cut(self.ids, self.labels.chunk_size)
+
+    def make(
+        self,
+        round: int,
+        ids: Sequence[int],
+        encode: Encode,
+        previous: dict[int, Record],
+        scores: Scores | None,
+    ) -> Iterator[Record]:
+        """Round 0: groups, first population, L generations. Later: further generations."""
+        encoded = encode(ids)
+        if round == 0:
+            yield from map(self._first, encoded)
+            return
+        seeded = scores is not None and self.labels.warm_start == "scores"
+        ranked = scores(encoded, None) if seeded else [None] * len(encoded)
+        for features, ranking in zip(encoded, ranked, strict=True):
+            yield self._again(features, round, previous[features.id], ranking)
+
+    def _first(self, features: Features) -> Record:
         groups = self.groups(features)
         rng = stream(self.seed, features.id, 0)
         full = self.scorer.full(features)
@@ -55,12 +80,8 @@ class HardLabels:
         result = run(self.strategy, groups, self._score(features), rng, self.search.generations)
         return self._record(features.id, groups, result, full, first_best=result.first_best)
 
-    def again(self, features: Features, round: int, previous: Record, scores: np.ndarray | None) -> Record:
-        """A later round: further generations from the stored population.
-
-        Args:
-            scores: [N] the compressor's scores; then half of the population is replaced by masks drawn from them.
-        """
+    def _again(self, features: Features, round: int, previous: Record, scores: np.ndarray | None) -> Record:
+        """Further generations; with scores [N] half of the population is first replaced by masks drawn from them."""
         if self.labels.target == "random":
             return previous
         groups = Groups(previous["groups"])

@@ -1,7 +1,7 @@
 """From examples to a complete round of the label store: resumable, the same bytes however it was run."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,16 +16,29 @@ from evocomp.log import UserError
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 
-Scores = Callable[[Sequence[Features]], list[np.ndarray]]
-"""The compressor's scores [N] of each sample, as plain arrays."""
+Scores = Callable[[Sequence[Features], Sequence[float] | None], list[np.ndarray]]
+"""The compressor's scores [N] of each sample, for budgets where it reads them, as plain arrays."""
+
+Encode = Callable[[Sequence[int]], list[Features]]
 
 
-class Labels(Protocol):
-    """One kind of label: how a sample's record is made in the first and in later rounds."""
+class Rounds(Protocol):
+    """One kind of label: what a round consists of, and how the records of one of its chunks are made."""
 
-    def first(self, features: Features) -> Record: ...
+    def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
+        """Sample ids of each chunk; a pure function of its arguments and the settings."""
+        ...
 
-    def again(self, features: Features, round: int, previous: Record, scores: np.ndarray | None) -> Record: ...
+    def make(
+        self,
+        round: int,
+        ids: Sequence[int],
+        encode: Encode,
+        previous: dict[int, Record],
+        scores: Scores | None,
+    ) -> Iterator[Record]:
+        """Records of a chunk, one after another."""
+        ...
 
 
 @dataclass
@@ -73,30 +86,28 @@ class Interrupted(UserError):
 class Labeller:
     """Fills rounds of a label store.
 
-    A round is a pure function of configuration, seed, example and previous round; chunks are cut from the examples
-    in their order. So neither the number of processes nor a crash changes a byte.
+    A round is a pure function of configuration, seed, examples, previous round and (where it starts from them) the
+    compressor's scores. So neither the number of processes nor a crash changes a byte.
 
     Args:
         mllm: the frozen model.
-        labels: what kind of label to make.
-        examples: what to label, in order.
-        chunk_size: samples in a chunk.
+        rounds: what kind of label to make.
+        examples: what to label.
     """
 
     def __init__(
         self,
         mllm: FrozenMLLM,
         scorer: CandidateScorer,
-        labels: Labels,
+        rounds: Rounds,
         store: LabelStore,
         examples: Sequence[Example],
-        chunk_size: int,
     ):
         self.mllm = mllm
         self.scorer = scorer
-        self.labels = labels
+        self.rounds = rounds
         self.store = store
-        self.chunks = [examples[i : i + chunk_size] for i in range(0, len(examples), chunk_size)]
+        self.examples = {example.id: example for example in examples}
         self.waited = 0.0
 
     def ensure(
@@ -122,37 +133,31 @@ class Labeller:
         return self.store.read(round)
 
     def _fill(self, round, previous, scores, report, stop) -> None:
-        everything = range(len(self.chunks))
-        todo = self.store.missing(round, everything)
-        todo.sort(key=lambda chunk: -self._cost(chunk))
+        chunks = self.rounds.chunks(round, previous)
+        todo = self.store.missing(round, range(len(chunks)))
+        todo.sort(key=lambda chunk: -self._cost(chunks[chunk]))
         todo = broadcast(todo)  # ranks look at different moments, but must count through one list
-        progress = LabelProgress(round, sum(len(chunk) for chunk in self.chunks))
-        progress.done = progress.total - sum(len(self.chunks[chunk]) for chunk in todo)
+        progress = LabelProgress(round, sum(len(ids) for ids in chunks))
+        progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
         queue = WorkQueue(f"{self.store.path}/{round}", lambda chunk: self.store.has(round, chunk))
         self.scorer.on_batch = queue.beat
         with StopRequest() as request:
             for chunk in queue(todo):
-                records = self._make(chunk, round, previous, scores, progress, report,
-                                     lambda: stop() or request.asked)
+                records = self._make(
+                    round, chunks[chunk], previous, scores, progress, report, lambda: stop() or request.asked
+                )
                 self.store.write(round, chunk, records)
         self.waited = queue.waited
         if rank() == 0:
-            self.store.commit(round, everything)
+            self.store.commit(round, range(len(chunks)))
         self._await_commit(round)
 
-    def _make(self, chunk, round, previous, scores, progress, report, stopped) -> list[Record]:
-        examples = self.chunks[chunk]
-        encoded = self.mllm.features(examples)
-        ranked = scores(encoded) if scores is not None and round else [None] * len(encoded)
+    def _make(self, round, ids, previous, scores, progress, report, stopped) -> list[Record]:
+        started, before = time.perf_counter(), self.scorer.forwards
         records = []
-        for features, ranking in zip(encoded, ranked, strict=True):
+        for record in self.rounds.make(round, ids, self._encode, previous, scores):
             if stopped():
                 raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
-            started, before = time.perf_counter(), self.scorer.forwards
-            if round == 0:
-                record = self.labels.first(features)
-            else:
-                record = self.labels.again(features, round, previous[features.id], ranking)
             records.append(record)
             progress.done += 1
             progress.made += 1
@@ -161,11 +166,16 @@ class Labeller:
             progress.saved += int(record.get("saved", 0))
             progress.loss_sum += float(record.get("best_loss", np.nan))
             report(progress)
+            started, before = time.perf_counter(), self.scorer.forwards
         return records
 
-    def _cost(self, chunk: int) -> int:
-        """Longer prompts and answers cost more; the words are known without the model."""
-        return sum(len(e.prompt) + len(e.answer) + sum(map(len, sum(e.history, ()))) for e in self.chunks[chunk])
+    def _encode(self, ids: Sequence[int]) -> list[Features]:
+        return self.mllm.features([self.examples[id] for id in ids])
+
+    def _cost(self, ids: Sequence[int]) -> int:
+        """Longer prompts and answers cost more; their texts are known without the model."""
+        examples = [self.examples[id] for id in ids]
+        return sum(len(e.prompt) + len(e.answer) + sum(map(len, sum(e.history, ()))) for e in examples)
 
     def _await_commit(self, round: int, patience: float = 600.0) -> None:
         started = time.time()
@@ -173,3 +183,8 @@ class Labeller:
             if time.time() - started > patience:
                 raise UserError(f"rank 0 has not committed round {round} for {patience:.0f} s; look at its log")
             time.sleep(0.05)
+
+
+def cut(ids: Sequence[int], size: int) -> list[list[int]]:
+    """Chunks of `size` ids, in order."""
+    return [list(ids[i : i + size]) for i in range(0, len(ids), size)]

@@ -49,7 +49,8 @@ def decode(content: bytes, path: Path) -> list[Record]:
             for record, value in zip(records, tensors[name].tolist(), strict=True):
                 record[name] = value
             continue
-        values = np.split(tensors[f"{name}.data"], tensors[f"{name}.offsets"][1:-1])
+        # a copy: what safetensors gives cannot be written to, and torch warns of such arrays
+        values = np.split(tensors[f"{name}.data"].copy(), tensors[f"{name}.offsets"][1:-1])
         shapes = tensors.get(f"{name}.shape")
         for row, (record, value) in enumerate(zip(records, values, strict=True)):
             record[name] = value if shapes is None else value.reshape(shapes[row])

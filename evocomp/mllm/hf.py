@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from evocomp.data.example import Example
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.features import Features
+
+_PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -46,6 +49,7 @@ class FrozenMLLM:
         self.cache_bytes = cache_bytes
         self._bytes = 0
         self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._prompts: dict[int, Features] = {}
 
     @classmethod
     def load(
@@ -118,33 +122,41 @@ class FrozenMLLM:
         bos = getattr(self.processor.tokenizer, "bos_token", None)
         picture = example.image
         image = Image.open(picture) if isinstance(picture, str) else Image.fromarray(picture)
-        return self.processor(
-            text=[text],
-            images=[image.convert("RGB")],
-            return_tensors="pt",
-            # as transformers itself does: templates that write the start mark must not get a second one
-            add_special_tokens=not (bos and text.startswith(bos)),
-        ).to(self.device)
+        try:
+            inputs = self.processor(
+                text=[text],
+                images=[image.convert("RGB")],
+                return_tensors="pt",
+                # as transformers itself does: templates that write the start mark must not get a second one
+                add_special_tokens=not (bos and text.startswith(bos)),
+            )
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"example {example.id} ({example.prompt!r}): {self.name}'s processor refuses it: {reason}") from None
+        return inputs.to(self.device)
 
-    def _picture(self, image_id: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _picture(self, key: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Visual tokens [N, D] and the number of the image that each belongs to [N]; remembered while there is room."""
-        if image_id in self._pictures:
-            self._pictures.move_to_end(image_id)
-            return self._pictures[image_id]
+        if key in self._pictures:
+            self._pictures.move_to_end(key)
+            return self._pictures[key]
         inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(self.vocabulary.dtype)}
         encoded = families.encode(self.model, inputs)
         numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)[0]
         tokens = families.visual_tokens(self.model, inputs["input_ids"], encoded)
-        self._pictures[image_id] = (tokens, numbers[numbers >= 0])
+        self._pictures[key] = (tokens, numbers[numbers >= 0])
         self._bytes += tokens.numel() * tokens.element_size()
         while self._bytes > self.cache_bytes and len(self._pictures) > 1:
             _, (old, _) = self._pictures.popitem(last=False)
             self._bytes -= old.numel() * old.element_size()
-        return self._pictures[image_id]
+        return self._pictures[key]
 
     def _features(self, example: Example) -> Features:
+        known, key = self._prompts.get(example.id), picture_key(example)
+        if known is not None and key in self._pictures:
+            return replace(known, visual=self._picture(key, {})[0])
         inputs = self._process(example)
-        visual, numbers = self._picture(example.image_id, inputs)
+        visual, numbers = self._picture(key, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:
             raise UserError(f"the answer {example.answer!r} of example {example.id} has no token; leave it out")
@@ -155,7 +167,7 @@ class FrozenMLLM:
                 "does its text hold an image token?"
             )
         positions = families.position_ids(self.model, inputs)
-        return Features(
+        features = Features(
             id=example.id,
             image_id=example.image_id,
             visual=visual,
@@ -165,6 +177,11 @@ class FrozenMLLM:
             answer_ids=answer.to(self.device),
             image_numbers=numbers,
         )
+        if len(self._prompts) >= _PROMPTS:
+            self._prompts.clear()
+        # without its picture, which has a place of its own
+        self._prompts[example.id] = replace(features, visual=visual[:0])
+        return features
 
     @property
     def patch_size(self) -> int:
@@ -217,23 +234,10 @@ class FrozenMLLM:
             positions[0] = torch.arange(positions.shape[-1], device=positions.device)
         return embeds, positions
 
-    def candidate_losses(self, features: Features, kept: Tensor) -> Tensor:
-        """Answer loss of each candidate: mean negative log-likelihood of the answer's tokens.
-
-        Args:
-            kept: [Q, R] kept visual tokens, ascending; every candidate keeps equally many.
-
-        Returns:
-            [Q] float32 [nats]. Source: method, section 2 (fitness).
-        """
-        logits = self.answer_logits(features, features.visual[kept], kept)
-        target = features.answer_ids.expand(len(kept), -1)
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(1)
-
     @torch.no_grad()
     def answer_logits(self, features: Features, tokens: Tensor, index: Tensor) -> Tensor:
         """Teacher-forced logits [Q, A, V] (float32) at the answer's positions, for visual `tokens` [Q, R, D]."""
-        self._check_scorable()
+        self.check_scorable()
         embeds, positions = self.assemble(features, tokens, index)
         answer = features.answer_ids
         if len(answer) > 1:
@@ -258,7 +262,7 @@ class FrozenMLLM:
         Returns:
             The answers as text, and the logits [B, V] of the first answer token.
         """
-        self._check_scorable()
+        self.check_scorable()
         rows = [self.assemble(f, tokens[None], index[None]) for f, tokens, index in prompts]
         longest = max(embeds.shape[1] for embeds, _ in rows)
         pads = [longest - embeds.shape[1] for embeds, _ in rows]
@@ -293,7 +297,8 @@ class FrozenMLLM:
         texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
         return [text.strip() for text in texts], first
 
-    def _check_scorable(self) -> None:
+    def check_scorable(self) -> None:
+        """Raise UserError if this family's decoder cannot be run on shortened embeddings alone."""
         policy = families.policy(self.model)
         if policy.deepstack or policy.blocks:
             raise UserError(
@@ -322,6 +327,11 @@ def _messages(example: Example) -> list[dict]:
             answer = example.history[number][1]
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+def picture_key(example: Example) -> str:
+    """What a picture is remembered by: its file, for pictures of one name may lie in several folders."""
+    return example.image if isinstance(example.image, str) else example.image_id
 
 
 def as_array(image: str | np.ndarray) -> np.ndarray:

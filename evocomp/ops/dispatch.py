@@ -36,9 +36,7 @@ def _announce(backend: str, device: str) -> None:
 @torch.compiler.assume_constant_result
 def _choose(forced: str, device: str, double: bool) -> str:
     if forced not in ("", *BACKENDS):
-        raise UserError(
-            f"EVOCOMP_OPS={forced!r} is unknown; set it to reference or triton, or unset it"
-        )
+        raise UserError(f"EVOCOMP_OPS={forced!r} is unknown; set it to reference or triton, or unset it")
     runs_here = device == "cuda" or interpreting()
     if forced == "triton":
         if not triton_installed():
@@ -61,3 +59,8 @@ def choose(tensor: Tensor) -> str:
     Raises UserError when EVOCOMP_OPS names an unknown backend or one that cannot run here.
     """
     return _choose(os.environ.get("EVOCOMP_OPS", ""), tensor.device.type, tensor.dtype == torch.float64)
+
+
+def launch_on(tensor: Tensor) -> torch.cuda.device_of:
+    """Context in which Triton launches on the tensor's own GPU, whichever is current; nothing on the CPU."""
+    return torch.cuda.device_of(tensor)

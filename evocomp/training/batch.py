@@ -68,6 +68,11 @@ def compressor_input(mllm: FrozenMLLM, features: Sequence[Features]) -> Compress
     )
 
 
+def has_label(record: Record) -> bool:
+    """Whether there is something to learn from: samples whose proposals were all alike have nothing."""
+    return "draws" not in record or record["draws"].size > 0
+
+
 def train_batch(
     mllm: FrozenMLLM, features: Sequence[Features], records: Sequence[Record], round: int
 ) -> TrainBatch:

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 import evocomp
@@ -21,7 +22,9 @@ from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import Splits, digest, load_splits
 from evocomp.labels.hard import HardLabels
-from evocomp.labels.labeller import Interrupted, Labeller
+from evocomp.labels.labeller import Interrupted, Labeller, Rounds
+from evocomp.labels.on_policy import OnPolicyRounds
+from evocomp.labels.random_credit import CreditLabels
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
@@ -33,6 +36,9 @@ from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
 
 DONE = "trained.json"
+
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its own tips are not news of this run
 
 
 def run(config: RunConfig) -> bool:
@@ -49,19 +55,24 @@ def run(config: RunConfig) -> bool:
     if _claim_folder(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
         return False
-    set_threads(config.threads)
+    distributed.set_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     check_kept(config, mllm, splits.train[0])
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(
-        mllm, splits.train, config.optim.batch_size, config.labels.passes, seed=config.seed
+        mllm,
+        splits.train,
+        config.optim.batch_size,
+        config.labels.samples_per_epoch or config.labels.passes * len(splits.train),
+        config.seed,
     )
     module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
     refresh = RefreshLabels(labeller, data, config.labels)
-    monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch)
-    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor])
+    monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
+    average = [EMAWeightAveraging(decay=config.optim.ema)] if config.optim.ema else []
+    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, *average])
     last = folder / "checkpoints" / "last.ckpt"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
@@ -78,7 +89,7 @@ def run(config: RunConfig) -> bool:
 
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
-    set_threads(config.threads)
+    distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     if distributed.launched_by_torchrun() and not torch.distributed.is_initialized():
@@ -103,7 +114,7 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
     """The labeller with its store, fingerprinted by everything that the labels depend on."""
     store_folder = Path(config.labels.dir) if config.labels.dir else folder / "labels"
     settings = config_files.to_dict(config)
-    for irrelevant in ("dir", "overwrite", "batch", "passes"):
+    for irrelevant in ("dir", "overwrite", "batch", "passes", "samples_per_epoch"):
         settings["labels"].pop(irrelevant)
     fingerprint = {
         "model": mllm.name,
@@ -113,17 +124,29 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         "grouping": settings["grouping"],
         "search": settings["search"],
         "labels": settings["labels"],
+        "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
         "seed": config.seed,
     }
     if distributed.rank() == 0:
         LabelStore.open(store_folder, fingerprint, config.labels.overwrite)
     distributed.broadcast(None)
     store = LabelStore.open(store_folder, fingerprint)
-    scorer = CandidateScorer(mllm, config.labels.batch)
-    labels = HardLabels(
-        scorer, config.grouping, config.search, config.labels, config.seed, mllm.processor.tokenizer.all_special_ids
-    )
-    return Labeller(mllm, scorer, labels, store, splits.train, config.labels.chunk_size)
+    return build_rounds(config, mllm, splits, store)
+
+
+def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore) -> Labeller:
+    """The labeller for the kind of label that the settings name."""
+    settings, ids = config.labels, [example.id for example in splits.train]
+    scorer = CandidateScorer(mllm, settings.batch, None if settings.dtype == "model" else settings.dtype)
+    rounds: Rounds
+    if settings.target == "credit":
+        rounds = CreditLabels(splits.train, scorer, settings, config.seed, config.loss.name != "listwise")
+    else:
+        special = mllm.processor.tokenizer.all_special_ids
+        rounds = HardLabels(ids, scorer, config.grouping, config.search, settings, config.seed, special)
+    if settings.refresh == "on_policy":
+        rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed)
+    return Labeller(mllm, scorer, rounds, store, splits.train)
 
 
 def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
@@ -211,16 +234,6 @@ def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
         raise UserError(
             f"eval.kept={too_many[0]} is more than the {available} visual tokens of a picture; give smaller counts"
         )
-
-
-def set_threads(threads: int) -> None:
-    """CPU threads of torch; 0 = all cores if they are idle (two threads on a busy machine are slower than one)."""
-    if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
-        cores = os.cpu_count() or 1
-        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        threads = max(1, min(4, int(cores - busy)))
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Path) -> None:

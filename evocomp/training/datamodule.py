@@ -23,7 +23,7 @@ class LabelledQuestions(L.LightningDataModule):
         mllm: encodes pictures; kept outside of every LightningModule.
         examples: the training questions.
         batch_size: questions a step and process.
-        passes: how often each labelled question comes in an epoch.
+        samples_per_epoch: questions that an epoch trains on, over all processes.
         seed: of the order.
         workers: loader processes; they only hand out positions.
     """
@@ -33,8 +33,7 @@ class LabelledQuestions(L.LightningDataModule):
         mllm: FrozenMLLM,
         examples: Sequence[Example],
         batch_size: int,
-        passes: int = 1,
-        slots: int | None = None,
+        samples_per_epoch: int,
         seed: int = 0,
         workers: int = 0,
     ):
@@ -42,7 +41,7 @@ class LabelledQuestions(L.LightningDataModule):
         self.mllm = mllm
         self.examples = {example.id: example for example in examples}
         self.batch_size = batch_size
-        self.slots = slots or passes * len(examples)
+        self.slots = samples_per_epoch
         self.seed = seed
         self.workers = workers
         self.records: dict[int, Record] = {}

@@ -15,6 +15,8 @@ from evocomp.losses import build_loss, policy_loss
 from evocomp.training.batch import CompressorInput, TrainBatch
 from evocomp.training.optim import build_optimizer, learning_rate
 
+NEUTRAL_BUDGET = 16.0  # where the budget's input to the compressor is zero
+
 
 class CompressorModule(L.LightningModule):
     """Trains a compressor on whatever labels come: hard masks, credits, or populations with advantages.
@@ -73,8 +75,8 @@ class CompressorModule(L.LightningModule):
         return total
 
     def _any_budget(self, batch: TrainBatch) -> float | None:
-        """Labels that hold for every size say nothing about the budget: 16 is where its input is zero."""
-        return 16.0 if self.compressor.config.budget_input else None
+        """Labels that hold for every size say nothing about the budget."""
+        return NEUTRAL_BUDGET if self.compressor.config.budget_input else None
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(counts, reduce_op="sum") if self.trainer.world_size > 1 else counts
@@ -89,12 +91,13 @@ class CompressorModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @torch.no_grad()
-    def score(self, inputs: CompressorInput, budget: float | None = None) -> list[np.ndarray]:
-        """Scores [N] of each sample, in evaluation mode, as arrays on the CPU."""
+    def score(self, inputs: CompressorInput, budgets: Sequence[float] | None = None) -> list[np.ndarray]:
+        """Scores [N] of each sample, for its budget if the compressor reads one, in evaluation mode, on the CPU."""
         training = self.compressor.training
         self.compressor.eval()
-        if self.compressor.config.budget_input and budget is None:
-            budget = 16.0
+        budget: Tensor | float | None = None
+        if self.compressor.config.budget_input:
+            budget = NEUTRAL_BUDGET if budgets is None else torch.tensor(budgets, device=self.device)
         logits = self(inputs, budget).logits.float().cpu()
         self.compressor.train(training)
         sizes: Sequence[int] = [logits.shape[1]] * len(logits)

@@ -57,7 +57,7 @@ class SelectionAccuracy(L.Callback):
             scores = None
             for place, count in enumerate(self.kept):
                 if scores is None or module.compressor.config.budget_input:
-                    scores = module.score(inputs, float(count))
+                    scores = module.score(inputs, [float(count)] * len(part))
                 prompts = []
                 for one, ranking in zip(features, scores, strict=True):
                     index = top_r(torch.from_numpy(ranking), min(count, len(ranking))).to(one.visual.device)

@@ -24,7 +24,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             ),
             "adamw": torch.optim.AdamW(list(rest), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay),
         }
-        super().__init__([p for part in self.parts.values() for g in part.param_groups for p in g["params"]], {"lr": lr})
+        weights = [p for part in self.parts.values() for group in part.param_groups for p in group["params"]]
+        super().__init__(weights, {"lr": lr})
         # the groups themselves are shared, so that a scheduler's learning rates reach both
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 

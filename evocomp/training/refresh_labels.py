@@ -8,13 +8,15 @@ import lightning as L
 import numpy as np
 
 from evocomp.config.schema import LabelConfig
-from evocomp.labels.labeller import Interrupted, Labeller, LabelProgress
+from evocomp.labels.labeller import Interrupted, Labeller
 from evocomp.log import logger
 from evocomp.mllm.features import Features
-from evocomp.training.batch import compressor_input
+from evocomp.training.batch import compressor_input, has_label
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
 from evocomp.training.progress import LabelBar
+
+SCORED_TOGETHER = 64  # samples in one forward of the compressor
 
 
 class RefreshLabels(L.Callback):
@@ -36,7 +38,8 @@ class RefreshLabels(L.Callback):
 
     def round_of(self, epoch: int) -> int:
         """The round that an epoch trains on."""
-        return 0 if self.config.refresh == "none" else epoch // self.config.refresh_every
+        started = self.config.refresh != "none" and epoch >= self.config.refresh_start
+        return 1 + (epoch - self.config.refresh_start) // self.config.refresh_every if started else 0
 
     def on_train_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
         self.ensure(trainer, module, trainer.current_epoch)
@@ -53,6 +56,7 @@ class RefreshLabels(L.Callback):
         if round != self.round:
             records = self._fill(trainer, module, round)
             self._log(trainer, round, records, before)
+            records = {id: record for id, record in records.items() if has_label(record)}
             self.round = round
             self._forget_old()
         else:
@@ -66,7 +70,7 @@ class RefreshLabels(L.Callback):
         try:
             return self.labeller.ensure(
                 round,
-                scores=self._scores(module) if self.config.warm_start == "scores" else None,
+                scores=self._scores(module),
                 report=bar.show,
                 stop=lambda: trainer.received_sigterm,
             )
@@ -78,15 +82,22 @@ class RefreshLabels(L.Callback):
             self.seconds += time.perf_counter() - started
 
     def _scores(self, module: CompressorModule):
-        def scores(features: Sequence[Features]) -> list[np.ndarray]:
-            return module.score(compressor_input(self.labeller.mllm, features))
+        def scores(features: Sequence[Features], budgets: Sequence[float] | None) -> list[np.ndarray]:
+            found: list[np.ndarray] = []
+            for start in range(0, len(features), SCORED_TOGETHER):
+                part = slice(start, start + SCORED_TOGETHER)
+                inputs = compressor_input(self.labeller.mllm, features[part])
+                found += module.score(inputs, None if budgets is None else budgets[part])
+            return found
 
         return scores
 
     def _log(self, trainer: L.Trainer, round: int, records: dict, before: dict) -> None:
         """Curves by round: how good the labels are, and what the refresh changed."""
         metrics: dict[str, float] = {"labels/round": float(round)}
-        for name in ("full_loss", "first_mean", "first_best", "best_loss"):
+        usable = [has_label(record) for record in records.values()]
+        metrics["labels/share_usable"] = float(np.mean(usable))
+        for name in ("full_loss", "first_mean", "first_best", "best_loss", "spread"):
             values = [record[name] for record in records.values() if name in record]
             if values:
                 metrics[f"labels/{name}"] = float(np.mean(values))

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from evocomp.grouping import nearest_words, vocabulary_groups
+from evocomp.log import UserError
 
 
 def brute_force(tokens, table, mask=None):
@@ -85,3 +86,10 @@ def test_inputs_stay_unchanged(generator):
     before = tokens.clone(), table.clone()
     nearest_words(tokens, table, whiten=True)
     assert torch.equal(tokens, before[0]) and torch.equal(table, before[1])
+
+
+def test_tokens_that_are_not_finite_and_empty_vocabularies_are_refused():
+    table = torch.eye(3)
+    for tokens, mask in ((torch.full((2, 3), torch.nan), None), (torch.ones(2, 3), torch.zeros(3).bool())):
+        with pytest.raises(UserError, match="cannot be grouped"):
+            nearest_words(tokens, table, mask)

@@ -72,7 +72,7 @@ def test_credits_of_a_searchs_masks():
     expected = brute_force([result.scored_kept], losses, 6, np.sqrt)
     assert np.allclose(values, expected, rtol=1e-6, atol=1e-6)
     assert values[0, 5] == pytest.approx(0, abs=1e-6)  # in every mask: nothing is known
-    # gains against the mean mask, times the root of the masks: token 3 .667 sqrt(2), 0 .5 sqrt(3), 4 .167 sqrt(2)
+    # gain over the mean times the root of the count: .667 sqrt(2), .5 sqrt(3), .167 sqrt(2), 0 and below
     assert np.argsort(-values[0]).tolist() == [3, 0, 4, 5, 1, 2]
 
 

@@ -99,6 +99,13 @@ def test_nothing_valid_is_zero():
     assert loss == 0 and (logits.grad == 0).all()
 
 
+def test_a_nan_logit_makes_a_nan_loss_and_no_crash():
+    logits = torch.tensor([0.5, torch.nan], requires_grad=True)
+    loss = ghm_bce(logits, torch.ones(2))
+    loss.backward()
+    assert loss.isnan() and logits.grad[1].isnan()
+
+
 def test_extreme_logits_stay_finite():
     logits = torch.tensor([1e4, -1e4, 1e4, -1e4], requires_grad=True)
     targets = torch.tensor([1.0, 0, 0, 1])

@@ -68,14 +68,14 @@ def test_outliers_as_numpy_counts_them(generator):
 
 
 def test_plus_adds_a_grid_a_third_as_wide_as_outliers_are_rare(generator):
-    attention = torch.rand(60, generator=generator)
+    attention = torch.rand(61, generator=generator)
     attention[[5, 15, 50]] += 10
-    centres = plus_centres(attention, 3 / 60).tolist()  # step 20, stride 6, 0 to 58
+    centres = plus_centres(attention, 3 / 61).tolist()  # step 20, stride 6, up to 59: 60 is left out
     assert set(centres[:3]) == {5, 15, 50}
     assert centres[3:] == [0, 6, 12, 18, 24, 30, 36, 42, 48, 54]
     attention[12] += 20
-    assert plus_centres(attention, 3 / 60).tolist()[3:] == [0, 6, 18, 24, 30, 36, 42, 48, 54]
-    assert plus_centres(attention, 3 / 60, adaptive=False).tolist()[3:] == [10, 30, 50]
+    assert plus_centres(attention, 3 / 61).tolist()[3:] == [0, 6, 18, 24, 30, 36, 42, 48, 54]
+    assert plus_centres(attention, 3 / 61, adaptive=False).tolist()[3:] == [10, 30, 50]
 
 
 def test_plus_where_the_original_fails():
@@ -89,6 +89,7 @@ def test_plus_with_a_budget_is_a_quarter_attention_and_the_rest_spread(generator
     attention[[2, 9]] = 1
     # 14 patches are left for 6 places: numbers 1, 3, 5, 8, 10, 12 of them
     assert plus_centres_exact(attention, 8).tolist() == [2, 9, 1, 4, 6, 10, 12, 14]
+    assert plus_centres_exact(torch.arange(16.0), 9)[:4].tolist() == [15, 14, 13, 1]  # a quarter, rounded up
     for count in range(1, 17):
         assert len(plus_centres_exact(attention, count).unique()) == count
 

@@ -28,6 +28,7 @@ def test_published_stages(cases, arrays):
 
 def test_published_default_processes_270_tokens():
     assert layer_average(576, pyramiddrop_stages(576)) == 270
+    assert [stage.visual for stage in pyramiddrop_stages(30)] == [15, 7, 3]
 
 
 @pytest.mark.parametrize("average", [192, 128, 64])

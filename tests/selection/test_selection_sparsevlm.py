@@ -99,6 +99,10 @@ def test_equally_dense_neighbours_are_not_both_centres():
     assert torch.allclose(merged, torch.tensor([[0.25, 0.0], [8.25, 0.0]]), atol=1e-4)
 
 
+def test_duplicates_leave_no_cluster_empty():
+    assert torch.allclose(cluster_and_merge(torch.ones(4, 3), 2), torch.ones(2, 3), atol=1e-4)
+
+
 def test_recycled_counts():
     assert [recycled_count(d) for d in (0, 1, 3, 30, 276)] == [(0, 0), (1, 1), (1, 1), (10, 2), (83, 9)]
 

@@ -44,6 +44,11 @@ def vqa_soft(example: Example, answer: str) -> float:
     return sum(shares) / len(shares)
 
 
+def one_of(example: Example, answer: str) -> float:
+    """MMMU's open questions: 1 if the normalised text is an accepted one."""
+    return float(normalise(answer) in {normalise(text) for text in example.extra.get("answers", [example.answer])})
+
+
 def normalise(text: str) -> str:
     """Lower case, no punctuation or articles, small numbers as digits.
 
@@ -61,7 +66,7 @@ def chosen_letter(answer: str, choices: tuple[str, ...]) -> str:
     >>> chosen_letter("(B) a dog", ("a cat", "a dog")), chosen_letter("a cat", ("a cat", "a dog"))
     ('B', 'A')
     """
-    letters = [chr(ord("A") + i) for i in range(max(len(choices), 5 if not choices else len(choices)))]
+    letters = [chr(ord("A") + i) for i in range(len(choices) or 5)]
     found = re.match(r"\s*\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
     if found and found[1] in letters:
         return found[1]
@@ -69,8 +74,15 @@ def chosen_letter(answer: str, choices: tuple[str, ...]) -> str:
     if found and found[1] in letters:
         return found[1]
     said = normalise(answer)
-    named = [letter for letter, text in zip(letters, choices, strict=False) if normalise(text) and normalise(text) in said]
+    texts = [normalise(text) for text in choices]
+    named = [letter for letter, text in zip(letters, texts, strict=False) if text and text in said]
     return named[0] if len(named) == 1 else ""
 
 
-RULES = {"exact": exact_match, "yes_no": yes_no, "multiple_choice": multiple_choice, "vqa_soft": vqa_soft}
+RULES = {
+    "exact": exact_match,
+    "yes_no": yes_no,
+    "multiple_choice": multiple_choice,
+    "vqa_soft": vqa_soft,
+    "one_of": one_of,
+}

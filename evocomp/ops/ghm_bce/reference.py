@@ -18,7 +18,8 @@ def _clean(logits: Tensor, targets: Tensor, valid: Tensor | None) -> tuple[Tenso
 
 
 def _bin(slope: Tensor, bins: int) -> Tensor:
-    return (slope.abs() * bins).long().clamp_(max=bins - 1)
+    # the lower clamp is for NaN, whose integer may be anything: the loss shall be NaN, not an index error
+    return (slope.abs() * bins).long().clamp_(0, bins - 1)
 
 
 def ghm_histogram(logits: Tensor, targets: Tensor, valid: Tensor | None = None, bins: int = 10) -> Tensor:

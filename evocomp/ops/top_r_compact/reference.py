@@ -7,6 +7,8 @@ from torch import Tensor
 def top_r_index(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
     """[B, R] ascending positions of the r best tokens; ties to the lowest position, padding last."""
     ranked = torch.nan_to_num(scores.detach(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if valid is not None:
+        ranked = ranked.masked_fill(~valid, -torch.inf)  # what padding holds must not rank it
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     if valid is not None:
         # a second stable sort, so that padding loses even to a token of score -inf

@@ -1,0 +1,192 @@
+"""Outcomes to rows: every number of the report, with its interval, beside what it must be compared with.
+
+A row is a plain dict, one per method and budget; `report.json` is the list of them. All shares are fractions.
+
+====================================  ======================================================================
+method, kept, group, note, needs_llm  as handed in; `kept` counts visual tokens at the LLM's door
+accuracy, low, high, n                mean score over n questions with its interval (pictures resampled)
+relative                              accuracy / accuracy of the uncompressed model
+retention_above_chance                (accuracy - no image) / (uncompressed - no image)
+loyalty                               share of questions answered as the uncompressed model answers them
+hard, hard_n                          accuracy on the questions that need detail, and their number: right with
+                                      all tokens, wrong with image downsampling to the same budget
+difference_vs_evocomp, _low, _high    this method minus EvoComp at the same budget, per question
+p_vs_evocomp, mcnemar_vs_evocomp      two-sided p of it: paired bootstrap over pictures; McNemar's, exact
+difference_vs_full, _low, _high       this method minus the uncompressed model; `p_vs_full` as above
+by_kind                               accuracy by type of question
+kept_average                          visual tokens averaged over the LLM's layers
+seeds, seed_std                       runs that were averaged, and the spread of their accuracies
+not_applicable                        why there is no number (then all numbers are None), else None
+====================================  ======================================================================
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evocomp.evaluation.outcome import AFTER_LLM, BEFORE_LLM, Outcome, Questions, Roles
+from evocomp.evaluation.statistics import (
+    ImageBootstrap,
+    compression_hard,
+    loyalty,
+    mcnemar,
+    retention_above_chance,
+    spread,
+)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method at a budget, its seeds joined."""
+
+    first: Outcome
+    scores: np.ndarray
+    """[seeds, n]"""
+    answers: list[Sequence[str]]
+    """[n] for each seed that has them."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.scores.mean(axis=0)
+
+
+Runs = dict[tuple[str, int], Run]
+
+
+def summarise(
+    outcomes: Sequence[Outcome],
+    questions: Questions,
+    roles: Roles = Roles(),  # noqa: B008 (frozen)
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[Row]:
+    """One row per method and budget, in the order in which they first come.
+
+    Raises:
+        ValueError: the uncompressed model is missing, or an outcome has not one score a question.
+    """
+    runs = join_seeds(outcomes, questions)
+    if only(runs, roles.full) is None:
+        raise ValueError(f"no outcome called {roles.full!r}: nothing to be relative to")
+    bootstrap = ImageBootstrap(questions.images, resamples, seed)
+    scored = [key for key, run in runs.items() if run.first.not_applicable is None]
+    drawn = bootstrap.means(np.stack([runs[key].mean for key in scored], axis=1))
+    panel = _Panel(runs, dict(zip(scored, drawn.T, strict=True)), bootstrap, questions, roles)
+    return [panel.row(key) if key in panel.drawn else _empty_row(run.first) for key, run in runs.items()]
+
+
+def join_seeds(outcomes: Sequence[Outcome], questions: Questions) -> Runs:
+    """Outcomes by (method, kept); those of the same method and budget are its seeds."""
+    together: dict[tuple[str, int], list[Outcome]] = {}
+    for outcome in outcomes:
+        together.setdefault((outcome.method, outcome.kept), []).append(outcome)
+    n = len(questions)
+    runs = {}
+    for key, seeds in together.items():
+        if seeds[0].not_applicable is not None:
+            runs[key] = Run(seeds[0], np.empty((0, n)), [])
+            continue
+        if any(np.shape(seed.correct) != (n,) or len(seed.answers) not in (0, n) for seed in seeds):
+            raise ValueError(f"{key[0]} at {key[1]} kept: give one score and one answer a question")
+        scores = np.stack([np.asarray(outcome.correct, dtype=np.float64) for outcome in seeds])
+        runs[key] = Run(seeds[0], scores, [outcome.answers for outcome in seeds if len(outcome.answers)])
+    return runs
+
+
+def only(runs: Runs, method: str) -> Run | None:
+    """The run of a method that has no budget to vary; the largest, should it have several."""
+    found = [run for (name, _), run in runs.items() if name == method and len(run.scores)]
+    return max(found, key=lambda run: run.first.kept, default=None)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """All runs with the resampled means of each [resamples], ready to be compared."""
+
+    runs: Runs
+    drawn: dict[tuple[str, int], np.ndarray]
+    bootstrap: ImageBootstrap
+    questions: Questions
+    roles: Roles
+
+    def row(self, key: tuple[str, int]) -> Row:
+        run, full, floor = self.runs[key], only(self.runs, self.roles.full), only(self.runs, self.roles.floor)
+        interval = self.bootstrap.interval_of(run.mean.mean(), self.drawn[key])
+        seeds = spread(run.scores.mean(axis=1))
+        whole = float(full.mean.mean())
+        row = _empty_row(run.first) | {
+            "accuracy": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "n": len(self.questions),
+            "relative": interval.mean / whole if whole > 0 else None,
+            "by_kind": _by_kind(run.mean, self.questions.kinds),
+            "kept_average": float(
+                run.first.kept if run.first.kept_average is None else run.first.kept_average
+            ),
+            "seeds": seeds.seeds,
+            "seed_std": seeds.std,
+        }
+        if floor is not None:
+            row["retention_above_chance"] = retention_above_chance(interval.mean, floor.mean.mean(), whole)
+        if full.answers and run.answers:
+            row["loyalty"] = float(np.mean([loyalty(answers, full.answers[0]) for answers in run.answers]))
+        row |= self._hard(run, full, self.runs.get((self.roles.downsampled, key[1])))
+        if run is not full:
+            row |= self._difference("full", key, (self.roles.full, full.first.kept))
+        ours = (self.roles.ours, key[1])
+        if ours in self.drawn and ours != key:
+            row |= self._difference("evocomp", key, ours) | self._mcnemar(run, self.runs[ours])
+        return row
+
+    def _difference(self, other: str, key: tuple[str, int], other_key: tuple[str, int]) -> Row:
+        gap = (self.runs[key].mean - self.runs[other_key].mean).mean()
+        found = self.bootstrap.difference_of(gap, self.drawn[key] - self.drawn[other_key])
+        name = f"difference_vs_{other}"
+        return {
+            name: found.mean,
+            f"{name}_low": found.low,
+            f"{name}_high": found.high,
+            f"p_vs_{other}": found.p,
+        }
+
+    @staticmethod
+    def _mcnemar(run: Run, ours: Run) -> Row:
+        """Only for answers that are right or wrong, not for averages over seeds or fractional scores."""
+        binary = np.isin(np.concatenate([run.mean, ours.mean]), (0.0, 1.0)).all()
+        return {"mcnemar_vs_evocomp": mcnemar(run.mean, ours.mean) if binary else None}
+
+    @staticmethod
+    def _hard(run: Run, full: Run, downsampled: Run | None) -> Row:
+        if downsampled is None or not len(downsampled.scores):
+            return {}
+        hard = compression_hard(full.mean, downsampled.mean)
+        return {"hard": float(run.mean[hard].mean()) if hard.any() else None, "hard_n": int(hard.sum())}
+
+
+def _by_kind(scores: np.ndarray, kinds: Sequence[str]) -> dict[str, float]:
+    kinds = np.asarray(kinds, dtype=str)
+    return {str(kind): float(scores[kinds == kind].mean()) for kind in np.unique(kinds)}
+
+
+def _empty_row(outcome: Outcome) -> Row:
+    numbers = (
+        "accuracy low high n relative retention_above_chance loyalty hard hard_n difference_vs_evocomp "
+        "difference_vs_evocomp_low difference_vs_evocomp_high p_vs_evocomp mcnemar_vs_evocomp "
+        "difference_vs_full difference_vs_full_low difference_vs_full_high p_vs_full kept_average seeds "
+        "seed_std"
+    )
+    return {
+        "method": outcome.method,
+        "kept": outcome.kept,
+        **dict.fromkeys(numbers.split()),
+        "by_kind": {},
+        "needs_llm": outcome.needs_llm,
+        "group": outcome.group or (AFTER_LLM if outcome.needs_llm else BEFORE_LLM),
+        "note": outcome.note,
+        "not_applicable": outcome.not_applicable,
+    }

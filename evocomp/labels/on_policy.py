@@ -1,0 +1,135 @@
+"""On-policy rounds: the compressor proposes the population, the frozen MLLM says how good each proposal is.
+
+A round draws samples by priority (how much the losses of their last proposals spread), K masks each by Gumbel
+top-r from the compressor's scores, and stores draws, group-relative advantages and old log-probabilities. The
+training step is then an ordinary loss on stored records. Ours; the seed's "iteratively refines its own labels".
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from evocomp.config.schema import LabelConfig
+from evocomp.labels.labeller import Encode, Rounds, Scores, cut
+from evocomp.labels.random_credit import mask_sizes
+from evocomp.labels.records import Record
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.log import UserError
+from evocomp.losses import group_relative_advantages, plackett_luce_log_prob
+from evocomp.mllm.features import Features
+from evocomp.search.genome import stream
+
+CAP = 1.5
+"""Priority of a sample that was never scored, and the highest there is [nats]."""
+
+FLOOR = 0.03
+"""Added to every priority, so that a sample found flat once is looked at again some day [nats]."""
+
+
+class OnPolicyRounds:
+    """Round 0 is another kind's; later rounds are populations that the compressor proposed.
+
+    Every round holds a record for every sample: {draws [K, r] in draw order, advantages [K], log_prob [K], spread},
+    with empty arrays for samples that were not drawn this time (their spread is carried on) or proved flat. So a
+    round and the one before are all the state there is.
+    """
+
+    def __init__(
+        self, first: Rounds, ids: Sequence[int], scorer: CandidateScorer, labels: LabelConfig, seed: int
+    ):
+        self.first = first
+        self.ids = sorted(ids)
+        self.scorer = scorer
+        self.labels = labels
+        self.seed = seed
+        self._sizes: dict[int, float] = {}
+
+    def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
+        """The drawn samples in chunks, and last of all the others."""
+        if round == 0:
+            return self.first.chunks(round, previous)
+        drawn = self.draw(round, previous)
+        self._sizes = {
+            id: self.labels.proposal_sizes[i % len(self.labels.proposal_sizes)] for i, id in enumerate(drawn)
+        }
+        taken = set(drawn)
+        return [*cut(drawn, self.labels.chunk_size), [id for id in self.ids if id not in taken]]
+
+    def draw(self, round: int, previous: dict[int, Record]) -> list[int]:
+        """Ids of this round, without replacement, with odds priority + 0.03."""
+        odds = np.array([self._priority(id, round, previous) for id in self.ids]) + FLOOR
+        count = min(self.labels.samples_per_refresh, len(self.ids))
+        # exponential clocks: the `count` that ring first, which is drawing without replacement by odds
+        clocks = -np.log1p(-stream(self.seed, 0, round).random(len(self.ids))) / odds
+        return [self.ids[i] for i in np.argsort(clocks, kind="stable")[:count]]
+
+    def make(
+        self,
+        round: int,
+        ids: Sequence[int],
+        encode: Encode,
+        previous: dict[int, Record],
+        scores: Scores | None,
+    ) -> Iterator[Record]:
+        """Propose, score, compare; or carry on."""
+        if round == 0:
+            yield from self.first.make(round, ids, encode, previous, scores)
+            return
+        if not ids or ids[0] not in self._sizes:
+            yield from (self._carried(id, self._priority(id, round, previous)) for id in ids)
+            return
+        if scores is None:
+            raise UserError("labels.refresh=on_policy needs a compressor that trains; evocomp label makes round 0 only")
+        features = encode(ids)
+        sizes = [mask_sizes([self._sizes[one.id]], len(one.visual))[0] for one in features]
+        logits = scores(features, [float(size) for size in sizes])
+        made: dict[int, Record] = {}
+        for size in sorted(set(sizes)):
+            rows = [i for i, own in enumerate(sizes) if own == size]
+            some = [features[i] for i in rows]
+            made |= self._propose(round, some, [logits[i] for i in rows], size)
+        yield from (made[id] for id in ids)
+
+    def _propose(
+        self, round: int, features: list[Features], logits: list[np.ndarray], size: int
+    ) -> dict[int, Record]:
+        """K masks of one size for each sample, scored and compared within the sample."""
+        draws = np.stack([self._sample(round, f.id, row, size) for f, row in zip(features, logits, strict=True)])
+        losses = torch.from_numpy(self.scorer.each(features, np.sort(draws, axis=-1)))
+        advantages = group_relative_advantages(losses)
+        spreads = losses.clamp(max=6.0).std(dim=1)
+        records = {}
+        for row, (one, own) in enumerate(zip(features, logits, strict=True)):
+            spread = float(spreads[row])
+            if spread <= self.labels.flat:
+                records[one.id] = self._carried(one.id, spread)
+                continue
+            log_prob = plackett_luce_log_prob(torch.from_numpy(own)[None], torch.from_numpy(draws[row])[None])[0]
+            records[one.id] = {
+                "id": one.id,
+                "draws": draws[row].astype(np.uint16),
+                "advantages": advantages[row].numpy().astype(np.float32),
+                "log_prob": log_prob.numpy().astype(np.float32),
+                "spread": np.float32(spread),
+            }
+        return records
+
+    def _sample(self, round: int, id: int, logits: np.ndarray, size: int) -> np.ndarray:
+        """K draws of `size` tokens without replacement, odds exp(logit): Gumbel top-r [K, r] in draw order."""
+        uniform = stream(self.seed, id, round).random((self.labels.proposals, len(logits)))
+        noise = -np.log(-np.log(np.clip(uniform, 1e-12, 1 - 1e-12)))
+        return np.argsort(-(logits[None] + noise), axis=1, kind="stable")[:, :size]
+
+    def _priority(self, id: int, round: int, previous: dict[int, Record]) -> float:
+        """Spread of the sample's last proposals; the first time nothing is known."""
+        return CAP if round <= 1 else min(CAP, float(previous[id]["spread"]))
+
+    def _carried(self, id: int, spread: float) -> Record:
+        return {
+            "id": id,
+            "draws": np.zeros((0, 0), np.uint16),
+            "advantages": np.zeros(0, np.float32),
+            "log_prob": np.zeros(0, np.float32),
+            "spread": np.float32(spread),
+        }

@@ -1,0 +1,20 @@
+"""Pictures: each function returns a matplotlib Figure or writes a file; no window, no global setting."""
+
+from evocomp.viz.curves import accuracy_against_latency, retention_curve, search_trace
+from evocomp.viz.method import method_figure
+from evocomp.viz.style import save_png, to_svg
+from evocomp.viz.tokens import SheetItem, groups_over_image, kept_sheet, kept_tokens, light_up
+
+__all__ = [
+    "SheetItem",
+    "accuracy_against_latency",
+    "groups_over_image",
+    "kept_sheet",
+    "kept_tokens",
+    "light_up",
+    "method_figure",
+    "retention_curve",
+    "save_png",
+    "search_trace",
+    "to_svg",
+]

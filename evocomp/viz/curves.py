@@ -1,0 +1,228 @@
+"""Curves: accuracy against tokens kept and against time, from a report's rows; the course of a search."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from evocomp.viz.style import (
+    ACCENT,
+    COLORS,
+    FAINT,
+    INK,
+    MARKERS,
+    PAPER,
+    SOFT,
+    new_figure,
+    plain_axes,
+    spread_labels,
+)
+
+Row = dict[str, Any]
+_GREYS = ("#9aa1b2", "#6b7285", "#b9bfcc", "#4a5266")
+_READING = "band and bars: 95 % intervals; dashed: ran the LLM on all tokens first"
+
+
+def retention_curve(rows: Sequence[Row], ours: str = "evocomp") -> Figure:
+    """Percent of the uncompressed accuracy against tokens kept, with intervals.
+
+    Methods without a budget to vary (uncompressed, no image) are level lines; methods that ran the LLM on all
+    tokens first are dashed. Rows are those of report.json; rows without an accuracy are left out.
+
+    Raises:
+        ValueError: no method has an accuracy at a budget.
+    """
+    curves, levels = _curves(rows)
+    figure = new_figure(9.6, 5.6)
+    ax = plain_axes(figure, "visual tokens kept", "accuracy, % of uncompressed")
+    budgets = sorted({row["kept"] for found in curves.values() for row in found}, reverse=True)
+    ends, looks = [], _looks(curves, ours)
+    for method, found in curves.items():
+        color, marker = looks[method]
+        x = np.array([row["kept"] for row in found])
+        y, low, high = (
+            np.array([_relative(row, name) for row in found]) for name in ("accuracy", "low", "high")
+        )
+        mine = method == ours
+        if mine:
+            ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0, zorder=4)
+        else:
+            ax.vlines(x, low, high, color=color, linewidth=1, alpha=0.55, zorder=2)
+        ax.plot(
+            x,
+            y,
+            color=color,
+            marker=marker,
+            markersize=8 if mine else 6,
+            linewidth=3.2 if mine else 1.6,
+            linestyle=(0, (4, 2)) if found[0].get("needs_llm") else "-",
+            markeredgecolor=PAPER,
+            zorder=5 if mine else 3,
+        )
+        ends.append((method, float(y[-1]), color, mine))
+    for method, level in levels.items():
+        ax.axhline(level, color=SOFT, linewidth=1.2, linestyle=":", zorder=1)
+        ends.append((method, level, SOFT, False))
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(budgets))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_xlim(budgets[0] * 1.12, budgets[-1] / 1.08)
+    bottom = min(
+        [_relative(row, "low") for found in curves.values() for row in found] + list(levels.values())
+    )
+    ax.set_ylim(max(0, bottom - 5), 104)
+    ax.xaxis.set_label_coords(0, -0.12)
+    ax.xaxis.label.set(ha="left", va="center")
+    figure.text(0.985, 0.025, _READING, ha="right", va="center", fontsize=10.5, color=SOFT)
+    figure.subplots_adjust(left=0.09, right=0.75, top=0.97, bottom=0.13)
+    _name_ends(ax, ends, gap=0.052)
+    return figure
+
+
+def accuracy_against_latency(rows: Sequence[Row], ours: str = "evocomp") -> Figure:
+    """Accuracy with its interval against `latency_ms`, a point for each method and budget.
+
+    Raises:
+        ValueError: no row has both an accuracy and a `latency_ms`.
+    """
+    timed = [row for row in rows if row.get("accuracy") is not None and row.get("latency_ms") is not None]
+    if not timed:
+        raise ValueError("no row has both accuracy and latency_ms")
+    methods: dict[str, list[Row]] = {}
+    for row in sorted(timed, key=lambda row: row["latency_ms"]):
+        methods.setdefault(row["method"], []).append(row)
+    figure = new_figure(9.6, 5.6)
+    ax = plain_axes(figure, "time for one question [ms]", "accuracy")
+    looks = _looks(methods, ours)
+    for method, found in methods.items():
+        color, marker = looks[method]
+        x, y = ([row[name] for row in found] for name in ("latency_ms", "accuracy"))
+        ax.vlines(
+            x, [r["low"] for r in found], [r["high"] for r in found], color=color, linewidth=1, alpha=0.55
+        )
+        width, dashes = (
+            (3.0, "-") if method == ours else (1.4, (0, (4, 2)) if found[0].get("needs_llm") else "-")
+        )
+        ax.plot(
+            x,
+            y,
+            color=color,
+            marker=marker,
+            markersize=8,
+            linewidth=width,
+            linestyle=dashes,
+            label=_label(method),
+        )
+        for row in found:
+            place = (row["latency_ms"], row["accuracy"])
+            offset = (0, 9 if method == ours else -17)
+            ax.annotate(
+                row["kept"], place, offset, textcoords="offset points", ha="center", fontsize=10, color=INK
+            )
+    ax.set_xlim(0, max(row["latency_ms"] for row in timed) * 1.06)
+    ax.margins(y=0.1)
+    figure.subplots_adjust(left=0.09, right=0.75, top=0.97, bottom=0.13)
+    legend = ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=12)
+    legend.set_title("numbers: tokens kept", prop={"size": 11})
+    return figure
+
+
+def search_trace(traces: np.ndarray, xlabel: str = "generation") -> Figure:
+    """How the answer loss went down: [runs, rounds, 3] of lowest, mean and best-so-far loss.
+
+    Lines are medians over the runs, bands their middle half.
+    """
+    traces = np.asarray(traces, dtype=float)
+    assert traces.ndim == 3 and traces.shape[2] == 3, "traces [runs, rounds, 3]"
+    figure = new_figure(7.6, 4.8)
+    ax = plain_axes(figure, xlabel, "answer loss")
+    generations = np.arange(traces.shape[1])
+    ends = []
+    for column, name, color, line in (
+        (1, "mean", COLORS[0], "-"),
+        (0, "lowest", COLORS[1], (0, (3, 2))),
+        (2, "best so far", ACCENT, "-"),
+    ):
+        low, middle, high = np.quantile(traces[:, :, column], (0.25, 0.5, 0.75), axis=0)
+        if name != "lowest":  # its band would hide that of the best so far
+            ax.fill_between(generations, low, high, color=color, alpha=0.14, linewidth=0)
+        ax.plot(
+            generations, middle, color=color, linewidth=3 if name == "best so far" else 1.8, linestyle=line
+        )
+        ends.append((name, float(middle[-1]), color, name == "best so far"))
+    if traces.min() > 0:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_xlim(0, max(1, traces.shape[1] - 1))
+    figure.subplots_adjust(left=0.13, right=0.81, top=0.96, bottom=0.15)
+    _name_ends(ax, ends, gap=0.065)
+    return figure
+
+
+def _curves(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, float]]:
+    """Methods with budgets, most tokens first; and the level of each reference that is kept elsewhere."""
+    rows = [row for row in rows if row["accuracy"] is not None and row["relative"] is not None]
+    budgets = {row["kept"] for row in rows if not _is_reference(row)}
+    methods: dict[str, list[Row]] = {}
+    levels: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: -row["kept"]):
+        if row["kept"] in budgets:
+            methods.setdefault(row["method"], []).append(row)
+        else:
+            levels[row["method"]] = 100 * row["relative"]
+    if not methods:
+        raise ValueError("no method has an accuracy at a budget: nothing to draw")
+    in_order = dict.fromkeys(row["method"] for row in rows if row["method"] in methods)
+    return {method: methods[method] for method in in_order}, levels
+
+
+def _is_reference(row: Row) -> bool:
+    return row.get("group", "").startswith("reference")
+
+
+def _relative(row: Row, name: str) -> float:
+    """`name` (accuracy, low, high) in percent of the uncompressed accuracy."""
+    whole = row["accuracy"] / row["relative"] if row["relative"] else 1.0
+    return 100 * row[name] / whole
+
+
+def _looks(methods: dict[str, list[Row]], ours: str) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each method: references grey, the rest in turn."""
+    looks, greys, colors = {ours: (ACCENT, MARKERS[0])}, 0, 0
+    for method, found in methods.items():
+        if method == ours:
+            continue
+        if _is_reference(found[0]):
+            looks[method] = (_GREYS[greys % len(_GREYS)], MARKERS[-1 - greys % 4])
+            greys += 1
+        else:
+            looks[method] = (COLORS[colors % len(COLORS)], MARKERS[1 + colors % 6])
+            colors += 1
+    return looks
+
+
+def _label(method: str) -> str:
+    return "EvoComp" if method == "evocomp" else method.replace("_", " ")
+
+
+def _name_ends(ax: Axes, ends: list[tuple[str, float, str, bool]], gap: float) -> None:
+    """Names at the right edge beside the ends of their lines, moved apart where they would overlap."""
+    to_axes = ax.transData + ax.transAxes.inverted()
+    x = ax.get_xlim()[1]
+    wanted = [float(to_axes.transform((x, y))[1]) for _, y, _, _ in ends]
+    for (name, _, color, strong), at, place in zip(ends, wanted, spread_labels(wanted, gap), strict=True):
+        ax.plot([1.0, 1.03], [at, place], transform=ax.transAxes, color=FAINT, linewidth=1, clip_on=False)
+        ax.text(
+            1.035,
+            place,
+            _label(name),
+            transform=ax.transAxes,
+            va="center",
+            fontsize=13 if strong else 12,
+            weight="bold" if strong else "normal",
+            color=INK if color in (SOFT, *_GREYS) else color,
+        )

@@ -1,0 +1,293 @@
+import json
+import os
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evocomp.evaluation import report as report_module
+from evocomp.evaluation.report import (
+    AFTER_LLM,
+    BEFORE_LLM,
+    REFERENCE,
+    Outcome,
+    Questions,
+    Roles,
+    make_report,
+    summarise,
+    write_report,
+)
+from evocomp.evaluation.statistics import ImageBootstrap, mcnemar
+from evocomp.evaluation.tables import markdown, terminal
+
+PROMISED = {
+    "method",
+    "kept",
+    "accuracy",
+    "low",
+    "high",
+    "n",
+    "relative",
+    "by_kind",
+    "loyalty",
+    "group",
+    "note",
+}
+PROMISED |= {"retention_above_chance", "p_vs_evocomp", "difference_vs_evocomp", "hard", "kept_average"}
+
+
+def panel(seed: int = 0, pictures: int = 12, a_picture: int = 5):
+    """Answers drawn at random, with every part of a real panel in it."""
+    rng = np.random.default_rng(seed)
+    n = pictures * a_picture
+    gold = rng.choice(["red", "blue", "4"], n)
+    questions = Questions(
+        images=[f"picture {i // a_picture}" for i in range(n)],
+        kinds=rng.choice(["color", "count"], n).tolist(),
+        gold=gold.tolist(),
+        prompts=[f"question <{i}> | what" for i in range(n)],
+    )
+
+    def outcome(method, kept, share, **rest):
+        answers = np.where(rng.random(n) < share, gold, "none")
+        return Outcome(method, kept, answers == gold, answers.tolist(), **rest)
+
+    outcomes = [
+        outcome("full", 64, 0.95, group=REFERENCE),
+        outcome("no_image", 0, 0.2, group=REFERENCE),
+        *(outcome("random", kept, 0.4, group=REFERENCE) for kept in (16, 4) for _ in range(3)),
+        outcome("downsampling", 16, 0.6, group=REFERENCE),
+        outcome("downsampling", 4, 0.4, group=REFERENCE, kept_average=1.0),
+        outcome("Div|Prune", 16, 0.8),
+        outcome("Div|Prune", 4, 0.6, note="greedy"),
+        outcome("evocomp", 16, 0.9),
+        outcome("evocomp", 4, 0.8),
+        outcome("FastV", 16, 0.85, needs_llm=True, kept_average=40.0),
+        outcome("FastV", 4, 0.8, needs_llm=True, kept_average=34.0),
+        *(Outcome("HiRED", kept, np.zeros(0), not_applicable="needs several crops") for kept in (16, 4)),
+    ]
+    return outcomes, questions
+
+
+def by_key(rows):
+    return {(row["method"], row["kept"]): row for row in rows}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_rows_keep_their_invariants(seed):
+    outcomes, questions = panel(seed)
+    rows = summarise(outcomes, questions, resamples=60)
+    found = by_key(rows)
+    assert len(rows) == len(found) == len({(o.method, o.kept) for o in outcomes})
+    assert len({frozenset(row) for row in rows}) == 1 and set(rows[0]) >= PROMISED
+    for row in rows:
+        if row["not_applicable"]:
+            assert row["accuracy"] is None and row["low"] is None
+            continue
+        assert 0 <= row["low"] <= row["high"] <= 1 and 0 <= row["loyalty"] <= 1
+        sizes = {kind: questions.kinds.count(kind) for kind in row["by_kind"]}
+        total = sum(row["by_kind"][kind] * size for kind, size in sizes.items())
+        assert total / row["n"] == pytest.approx(row["accuracy"])
+    full = found["full", 64]
+    assert full["relative"] == full["loyalty"] == full["retention_above_chance"] == 1.0
+    assert found["no_image", 0]["retention_above_chance"] == 0.0
+    assert full["difference_vs_full"] is None and found["evocomp", 16]["p_vs_evocomp"] is None
+
+
+def test_every_number_of_a_row_against_the_answers_themselves():
+    outcomes, questions = panel(1)
+    rows = by_key(summarise(outcomes, questions, resamples=300, seed=4))
+    right = {(o.method, o.kept): np.asarray(o.correct, dtype=float) for o in outcomes if o.method != "random"}
+    row, full, ours = rows["FastV", 16], right["full", 64], right["evocomp", 16]
+    mine, small, none = right["FastV", 16], right["downsampling", 16], right["no_image", 0]
+    bootstrap = ImageBootstrap(questions.images, 300, seed=4)
+    interval, difference = bootstrap.interval(mine), bootstrap.difference(mine, ours)
+    assert row["accuracy"] == pytest.approx(mine.mean())
+    assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
+    assert row["relative"] == pytest.approx(mine.mean() / full.mean())
+    assert row["difference_vs_evocomp"] == pytest.approx(difference.mean)
+    ends = (row["difference_vs_evocomp_low"], row["difference_vs_evocomp_high"])
+    assert ends == pytest.approx((difference.low, difference.high))
+    assert row["p_vs_evocomp"] == pytest.approx(difference.p)
+    assert row["mcnemar_vs_evocomp"] == pytest.approx(mcnemar(mine, ours))
+    assert row["difference_vs_full"] == pytest.approx(mine.mean() - full.mean())
+    above = (mine.mean() - none.mean()) / (full.mean() - none.mean())
+    assert row["retention_above_chance"] == pytest.approx(above)
+    hard = [i for i in range(len(questions)) if full[i] == 1 and small[i] == 0]
+    assert row["hard_n"] == len(hard) > 5 and row["hard"] == pytest.approx(mine[hard].mean())
+    assert rows["downsampling", 16]["hard"] == 0.0
+    assert row["kept_average"] == 40.0 and rows["evocomp", 16]["kept_average"] == 16.0
+    assert (row["group"], rows["evocomp", 4]["group"]) == (AFTER_LLM, BEFORE_LLM)
+
+
+def test_seeds_are_averaged_question_by_question_and_their_spread_is_kept():
+    outcomes, questions = panel(2)
+    row = by_key(summarise(outcomes, questions, resamples=50))["random", 4]
+    seeds = [o for o in outcomes if (o.method, o.kept) == ("random", 4)]
+    accuracies = [np.mean(o.correct) for o in seeds]
+    assert row["seeds"] == 3 and row["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert row["seed_std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert row["mcnemar_vs_evocomp"] is None  # thirds of a right answer are nothing that McNemar knows
+    full = outcomes[0].answers
+    same = [np.mean([a == b for a, b in zip(o.answers, full, strict=True)]) for o in seeds]
+    assert row["loyalty"] == pytest.approx(np.mean(same))
+
+
+def test_fractional_scores_and_missing_answers():
+    questions = Questions(["a", "a", "b"], ["x"] * 3, ["1", "2", "3"])
+    outcomes = [Outcome("full", 9, np.ones(3)), Outcome("evocomp", 3, np.array([0.5, 1.0, 0.0]))]
+    row = by_key(summarise(outcomes, questions, resamples=20))["evocomp", 3]
+    assert row["accuracy"] == 0.5 and row["loyalty"] is None and row["retention_above_chance"] is None
+    assert row["hard"] is None and row["by_kind"] == {"x": 0.5}
+
+
+def test_a_panel_that_cannot_be_compared_is_refused():
+    outcomes, questions = panel()
+    with pytest.raises(ValueError, match="no outcome called 'full'"):
+        summarise(outcomes[1:], questions)
+    with pytest.raises(ValueError, match="FastV at 9 kept: give one score"):
+        summarise([*outcomes, Outcome("FastV", 9, np.ones(3))], questions)
+    with pytest.raises(ValueError, match="FastV at 9 kept"):
+        summarise([*outcomes, Outcome("FastV", 9, np.ones(len(questions)), ["one answer"])], questions)
+
+
+@pytest.mark.parametrize("seed", [3, 12, 13])
+def test_cases_are_questions_that_compression_decided(seed):
+    outcomes, questions = panel(seed)
+    report = make_report(outcomes, questions, resamples=20, detail=4)
+    right = {(o.method, o.kept): np.asarray(o.correct) for o in outcomes}
+    full, ours, small = right["full", 64], right["evocomp", 4], right["downsampling", 4]
+    lost = {questions.prompts[i] for i in np.flatnonzero(full & ~ours)}
+    won = {questions.prompts[i] for i in np.flatnonzero(full & ours & ~small)}
+    shown = [[case.prompt for case in report.cases if case.lost == which] for which in (True, False)]
+    assert shown[0] and set(shown[0]) <= lost and len(shown[0]) == min(12, len(lost))
+    assert shown[1] and set(shown[1]) <= won and len(set(shown[1])) == len(shown[1]) == min(12, len(won))
+
+
+def test_files_hold_the_same_numbers(tmp_path):
+    outcomes, questions = panel(4)
+    report = make_report(outcomes, questions, resamples=50, remarks=["The whole is made up."])
+    paths = write_report(report, tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.html", "report.json", "report.md"]
+    assert json.loads(paths["json"].read_text()) == report.rows
+    text = paths["md"].read_text()
+    row = by_key(report.rows)["evocomp", 16]
+    cell = f"{row['accuracy']:.3f} ({100 * row['relative']:.1f} %) [{row['low']:.3f}, {row['high']:.3f}]"
+    assert cell in text and cell in paths["html"].read_text()
+    for words in (
+        *(REFERENCE, BEFORE_LLM, AFTER_LLM),
+        "60 questions about 12 pictures",
+        "The whole is made up.",
+    ):
+        assert words in text
+    assert "FastV: average tokens over the LLM's layers: 40.0 at 16, 34.0 at 4." in text
+    assert "HiRED: not applicable: needs several crops." in text and "| HiRED | - | n/a | n/a |" in text
+
+
+def test_markdown_tables_are_rectangular_and_marks_are_escaped():
+    text = markdown(make_report(*panel(5), resamples=20))
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 4 and "Div\\|Prune" in text
+    for lines in blocks:
+        assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+
+
+def test_best_of_each_column_is_strong_whoever_it_is():
+    questions = Questions(list("abcd"), ["x"] * 4, ["1"] * 4)
+    outcomes = [
+        Outcome("full", 9, np.ones(4), group=REFERENCE),
+        Outcome("random", 3, np.ones(4), group=REFERENCE),
+        Outcome("evocomp", 3, np.array([1, 0, 0, 0])),
+        Outcome("ToMe", 3, np.array([1, 1, 0, 0])),
+    ]
+    lines = markdown(make_report(outcomes, questions, resamples=20)).splitlines()
+    strong = [line for line in lines if line.startswith("| ToMe | - | **0.500 (50.0 %)")]
+    assert len(strong) == 1
+    assert any(line.startswith("| random | - | 1.000") for line in lines)
+
+
+def test_leads_have_our_sign():
+    outcomes, questions = panel(6)
+    report = make_report(outcomes, questions, resamples=100)
+    row = by_key(report.rows)["random", 4]
+    assert row["difference_vs_evocomp"] < 0
+    line = next(
+        x for x in markdown(report).split("Points by which")[1].splitlines() if x.startswith("| random")
+    )
+    assert f"{-100 * row['difference_vs_evocomp']:+.1f} [" in line.split("|")[3]
+    full = next(
+        x for x in markdown(report).split("Points by which")[1].splitlines() if x.startswith("| full")
+    )
+    assert f"{100 * by_key(report.rows)['evocomp', 4]['difference_vs_full']:+.1f} [" in full.split("|")[3]
+
+
+def test_terminal_table_is_aligned():
+    text = terminal(make_report(*panel(7), resamples=20))
+    rows = [line for line in text.splitlines() if line.startswith(("EvoComp", "FastV", "downsampling"))]
+    assert len(rows) == 3 and len({len(line) for line in rows}) == 1
+    assert text.splitlines()[0].endswith("  4 kept") and max(map(len, text.splitlines()[:-1])) < 100
+
+
+class _Balance(HTMLParser):
+    """Collects tags that are not closed, and every address that a browser would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "path", "use"):
+            self.open.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href") and not v.startswith(("data:", "#"))]
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "use"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_needs_no_other_file_and_escapes_what_was_asked(tmp_path):
+    sheet = tmp_path / "kept.png"
+    sheet.write_bytes(b"\x89PNG not really")
+    page = write_report(make_report(*panel(8), resamples=20), tmp_path, sheet)["html"].read_text()
+    parser = _Balance()
+    parser.feed(page)
+    assert parser.open == [] and parser.fetched == []
+    assert "question <" in parser.text and "question <" not in page
+    assert "data:image/png;base64,iVBORyBub3QgcmVhbGx5" in page
+    svg = page[page.index("<svg") : page.index("</svg>") + 6]
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_an_old_report_stays_whole_when_writing_fails(tmp_path, monkeypatch):
+    report = make_report(*panel(9), resamples=20)
+    paths = write_report(report, tmp_path)
+    before = paths["md"].read_text()
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report_module.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(make_report(*panel(10), resamples=20), tmp_path)
+    monkeypatch.undo()
+    assert paths["md"].read_text() == before and len(os.listdir(tmp_path)) == 3
+
+
+def test_roles_may_have_other_names():
+    outcomes, questions = panel(11)
+    names = {"evocomp": "mine", "full": "whole", "no_image": "blind", "downsampling": "small"}
+    renamed = [Outcome(**(vars(o) | {"method": names.get(o.method, o.method)})) for o in outcomes]
+    usual = summarise(outcomes, questions, resamples=30)
+    other = summarise(renamed, questions, Roles("mine", "whole", "blind", "small"), resamples=30)
+    for a, b in zip(usual, other, strict=True):
+        assert {k: v for k, v in a.items() if k != "method"} == {k: v for k, v in b.items() if k != "method"}

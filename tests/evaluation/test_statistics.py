@@ -1,0 +1,146 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from evocomp.evaluation.statistics import (
+    ImageBootstrap,
+    compression_hard,
+    loyalty,
+    mcnemar,
+    retention_above_chance,
+    spread,
+)
+
+
+def test_interval_of_independent_questions_has_the_binomial_standard_error():
+    rng = np.random.default_rng(0)
+    right = rng.random(900) < 0.7
+    drawn = ImageBootstrap(range(900), resamples=20000, seed=1).means(right)
+    expected = math.sqrt(right.mean() * (1 - right.mean()) / 900)
+    # the standard error of a standard deviation from 20,000 draws is 0.5 %
+    assert drawn.std() == pytest.approx(expected, rel=0.02)
+    result = ImageBootstrap(range(900), resamples=20000, seed=1).interval(right)
+    assert result.mean == right.mean()
+    assert result.low == pytest.approx(right.mean() - 1.96 * expected, abs=0.002)
+    assert result.high == pytest.approx(right.mean() + 1.96 * expected, abs=0.002)
+
+
+def test_agreeing_questions_of_a_picture_widen_the_interval_by_the_design_effect():
+    rng = np.random.default_rng(0)
+    per_picture, pictures = 9, 200
+    right = np.repeat(rng.random(pictures) < 0.6, per_picture)
+    images = np.repeat(np.arange(pictures), per_picture)
+    clustered = ImageBootstrap(images, resamples=8000).means(right).std()
+    independent = ImageBootstrap(range(len(right)), resamples=8000).means(right).std()
+    # all nine agree, so the picture counts as one question: sqrt(9) times the error
+    assert clustered / independent == pytest.approx(3.0, rel=0.05)
+
+
+def test_every_resample_of_two_pictures_is_one_of_the_three_possible():
+    # pictures of 1 and 3 questions: both drawn twice, or one of each
+    values = np.array([1.0, 0.0, 0.5, 1.0])
+    drawn = ImageBootstrap(["a", "b", "b", "b"], resamples=4000, seed=3).means(values)
+    outcomes, counts = np.unique(drawn.round(12), return_counts=True)
+    np.testing.assert_allclose(outcomes, [0.5, 0.625, 1.0])
+    np.testing.assert_allclose(counts / 4000, [0.25, 0.5, 0.25], atol=0.03)
+
+
+def test_columns_share_resamples_and_chunks_do_not_change_them(monkeypatch):
+    rng = np.random.default_rng(0)
+    scores, images = rng.random((60, 3)), rng.integers(0, 20, 60)
+    bootstrap = ImageBootstrap(images, resamples=50, seed=5)
+    together = bootstrap.means(scores)
+    assert together.shape == (50, 3)
+    for column in range(3):
+        np.testing.assert_allclose(together[:, column], bootstrap.means(scores[:, column]), rtol=1e-12)
+    monkeypatch.setattr("evocomp.evaluation.statistics._CHUNK", 7 * len(set(images.tolist())))
+    np.testing.assert_allclose(bootstrap.means(scores), together, rtol=1e-12)
+
+
+def test_seed_decides_and_image_names_do_not():
+    right = np.random.default_rng(0).random(40) < 0.5
+    images = [f"picture-{i // 4}" for i in range(40)]
+    first = ImageBootstrap(images, 100, seed=1).means(right)
+    np.testing.assert_array_equal(
+        first, ImageBootstrap([i // 4 for i in range(40)], 100, seed=1).means(right)
+    )
+    assert not np.array_equal(first, ImageBootstrap(images, 100, seed=2).means(right))
+
+
+def test_paired_difference_against_the_interval_of_the_two_columns():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 50, 400)
+    second = (rng.random(400) < 0.55).astype(float)
+    first = np.where(rng.random(400) < 0.1, 1 - second, second)
+    bootstrap = ImageBootstrap(images, 2000, seed=2)
+    result = bootstrap.difference(first, second)
+    drawn = bootstrap.means(first) - bootstrap.means(second)
+    assert result.mean == pytest.approx(first.mean() - second.mean())
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))))
+    against = min((drawn < 1e-12).sum(), (drawn > -1e-12).sum())
+    assert 5 < against < 1000  # neither certain nor nothing
+    assert result.p == pytest.approx(2 * (against + 1) / 2001)
+    assert bootstrap.difference(np.ones(400), np.zeros(400)).p == pytest.approx(2 / 2001)
+
+
+def test_p_of_no_difference_is_uniform_enough_and_of_identical_answers_is_one():
+    rng = np.random.default_rng(0)
+    same = rng.random(30) < 0.5
+    assert ImageBootstrap(range(30), 500).difference(same, same).p == 1.0
+    small = 0
+    for trial in range(200):
+        gap = rng.normal(size=60)
+        small += ImageBootstrap(range(60), 200, seed=trial).difference(gap, np.zeros(60)).p <= 0.1
+    # 200 trials of chance 0.1 (a little more for a bootstrap of 60): five standard errors are 0.11
+    assert 0.03 <= small / 200 <= 0.21
+
+
+@pytest.mark.parametrize("only_first, only_second", [(0, 0), (1, 0), (0, 4), (3, 3), (2, 9), (10, 1)])
+def test_mcnemar_by_enumerating_every_way_the_coins_fall(only_first, only_second):
+    trials = only_first + only_second
+    first = np.array([True] * only_first + [False] * only_second + [True, False])
+    second = np.array([False] * only_first + [True] * only_second + [True, False])
+    uneven = abs(only_first - only_second)
+    ways = [abs(trials - 2 * sum(coins)) >= uneven for coins in itertools.product((0, 1), repeat=trials)]
+    assert mcnemar(first, second) == pytest.approx(sum(ways) / len(ways))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_mcnemar_against_scipys_binomial_test(a, b):
+    first = np.array([True] * a + [False] * b, dtype=bool)
+    expected = stats.binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
+    assert mcnemar(first, ~first) == pytest.approx(expected, rel=1e-8, abs=1e-300)
+
+
+def test_retention_above_chance_is_that_of_the_published_example():
+    # SCOPE on MMStar at 10 % kept: 78.8 % plainly, 64 % above the chance of four choices
+    assert retention_above_chance(48.74, 25.0, 61.88) == pytest.approx(0.6437, abs=1e-4)
+    assert retention_above_chance(0.5, 0.3, 0.3) is None
+    assert retention_above_chance(0.3, 0.3, 0.9) == 0.0
+
+
+def test_loyalty_ignores_case_and_blanks_only():
+    assert loyalty(["Red", " 4", "no", "ring"], ["red", "4 ", "yes", "rings"]) == 0.5
+
+
+def test_compression_hard_is_right_then_wrong():
+    full, small = [1, 1, 0, 0, 0.6, 0.6], [1, 0, 1, 0, 0.4, 0.5]
+    np.testing.assert_array_equal(compression_hard(full, small), [False, True, False, False, True, False])
+
+
+def test_spread_over_seeds():
+    result = spread([0.5, 0.7, 0.6])
+    assert (result.mean, result.std) == pytest.approx((0.6, 0.1))
+    assert (result.low, result.high, result.seeds) == (0.5, 0.7, 3)
+    assert spread([0.4]).std == 0.0
+
+
+def test_nothing_to_resample_is_refused():
+    with pytest.raises(ValueError, match="at least one question"):
+        ImageBootstrap([])
