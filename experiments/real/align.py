@@ -26,9 +26,11 @@ import torch.nn.functional as F
 import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evocomp.log import UserError
+from experiments.real.assemble import assemble
 from experiments.real.features import EncodedScenes, encode_scenes, scene_words
 from experiments.real.model import build_real, real_processor, save_eyes
 from experiments.real.packing import IGNORE, pack, packed_logits, question_scores, trimmed
@@ -224,7 +226,11 @@ def summary(rows: list[tuple[int, int, float, bool]]) -> dict:
         "accuracy": mean(0, 3),
         "accuracy_wrong_picture": mean(1, 3),
         "by_kind": {
-            name: {"accuracy": mean(0, 3, k), "wrong_picture": mean(1, 3, k), "gap": round(mean(1, 2, k) - mean(0, 2, k), 3)}
+            name: {
+                "accuracy": mean(0, 3, k),
+                "wrong_picture": mean(1, 3, k),
+                "gap": round(mean(1, 2, k) - mean(0, 2, k), 3),
+            }
             for k, name in enumerate(KINDS)
         },
     }
@@ -302,16 +308,18 @@ def align(recipe: Recipe) -> dict:
     with torch.autocast(module.device.type, torch.bfloat16):
         figures = {"recipe": asdict(recipe), **module.scores(test)}
     (out / "gate.json").write_text(json.dumps(figures, indent=1) + "\n")
-    save(module, processor, out)
+    save(module, out)
     return figures
 
 
-def save(module: Alignment, processor, out: Path) -> None:
-    """The small files that were learned, and the merged model as a Hugging Face folder."""
+def save(module: Alignment, out: Path) -> None:
+    """The small files that were learned, in float16, and the merged model as a Hugging Face folder."""
     module.vlm.save_pretrained(out / "lora")
+    adapter = out / "lora" / "adapter_model.safetensors"
+    save_file({name: value.half() for name, value in load_file(adapter).items()}, adapter, {"format": "pt"})
     save_eyes(module.vlm.get_base_model(), out / "projector.safetensors")
-    merged = module.vlm.merge_and_unload()
-    merged.to(torch.bfloat16).save_pretrained(out / "model")
+    model, processor = assemble(out, module.recipe.side, module.recipe.size)
+    model.save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
 
 

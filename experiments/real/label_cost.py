@@ -10,6 +10,7 @@ the answer only. Both must agree on the losses. A label is 528 masks; times are 
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,9 @@ def measure(mllm: FrozenMLLM, examples, masks: int, seed: int = 0) -> dict:
         kept = partition.kept(np.stack([rng.integers(0, partition.sizes) for _ in range(masks)]))
         scorer(features, kept[:2])
         losses = {}
-        for name, run in (("loop", lambda: plain_loop(mllm, features, kept)), ("scorer", lambda: scorer(features, kept))):
+        for name, run in (("loop", partial(plain_loop, mllm)), ("scorer", scorer)):
             wall, cpu = time.perf_counter(), time.process_time()
-            losses[name] = run()
+            losses[name] = run(features, kept)
             spent[name][0] += time.perf_counter() - wall
             spent[name][1] += time.process_time() - cpu
         worst = max(worst, float(np.abs(losses["loop"] - losses["scorer"]).max()))

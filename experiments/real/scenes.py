@@ -99,7 +99,8 @@ def pictures_folder() -> Path:
 
 def pictures_installed() -> bool:
     """Whether both archives are there."""
-    return all(any(pictures_folder().glob(f"{name}-*.tgz")) for name in ("lobehub-fluent-emoji-3d", "unicode-emoji-json"))
+    names = ("lobehub-fluent-emoji-3d", "unicode-emoji-json")
+    return all(any(pictures_folder().glob(f"{name}-*.tgz")) for name in names)
 
 
 def _archive(name: str) -> Path:
