@@ -45,7 +45,7 @@ def main() -> None:
     for picture in tokens[:20]:
         for allowed in masks.values():
             wanted |= set(nearest_words(picture, table, allowed)[0].tolist())
-    wanted |= set(tokenizer.all_special_ids)
+    wanted |= set(tokenizer.get_added_vocab().values())
     rest = np.random.default_rng(0).permutation(sorted(set(range(len(tokenizer))) - wanted))
     rows = sorted([*wanted, *rest.tolist()[: max(0, ROWS - len(wanted))]])
     chosen = [i for i, scene in enumerate(test.scenes) if len(scene.items) >= 3][:SCENES]

@@ -78,9 +78,11 @@ def plain_words(tokenizer, size: int) -> Tensor:
 
 def vocabulary_masks(tokenizer, table: Tensor) -> dict[str, Tensor | None]:
     """From no mask, as published, to the strictest."""
+    # all reserved tokens; transformers' `all_special_ids` knows only the three that have a role
+    reserved = sorted(tokenizer.get_added_vocab().values())
     special = torch.ones(len(table), dtype=torch.bool)
-    special[tokenizer.all_special_ids] = False
-    trained = trained_rows(table, tokenizer.all_special_ids)
+    special[reserved] = False
+    trained = trained_rows(table, reserved)
     return {
         "none": None,
         "special": special,
