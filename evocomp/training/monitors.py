@@ -12,6 +12,7 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection.top_r import top_r
 from evocomp.training.batch import compressor_input
 from evocomp.training.module import CompressorModule
+from evocomp.training.strategy import whole
 
 
 class SelectionAccuracy(L.Callback):
@@ -35,7 +36,7 @@ class SelectionAccuracy(L.Callback):
             return
         # ranks take every world-th question and sum up
         mine = self.examples[trainer.global_rank :: trainer.world_size]
-        right = torch.tensor(self.count_right(module, mine), dtype=torch.float64)
+        right = torch.tensor(self.count_right(whole(module), mine), dtype=torch.float64)
         asked = torch.tensor(float(len(mine)), dtype=torch.float64)
         if trainer.world_size > 1:
             right = trainer.strategy.reduce(right.to(module.device), reduce_op="sum").cpu()
