@@ -83,6 +83,16 @@ def _object_device() -> torch.device | None:
     return torch.device("cpu") if "gloo" in dist.get_backend_config() else None
 
 
+def set_threads(threads: int) -> None:
+    """CPU threads of torch; 0 = all cores if they are idle (two threads on a busy machine are slower than one)."""
+    if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
+        cores = os.cpu_count() or 1
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        threads = max(1, min(4, int(cores - busy)))
+    if threads:
+        torch.set_num_threads(threads)
+
+
 class StopRequest:
     """Notes SIGTERM instead of dying of it, so that the piece of work in hand can be finished.
 

@@ -21,6 +21,7 @@ class EvoCompConfig(PreTrainedConfig):
     positions:     "original" or "dense": positions of the kept tokens in the LLM, as used for the labels
     keep:          tokens to keep per image unless the caller says otherwise (int, or a float share in (0, 1])
     prune_layer:   decoder layer before which tokens are dropped (the paper's l)
+    init_layer:    decoder layer of the LLM that the weights started from, None for a random start
     base_model_name_or_path: the multimodal LLM that the compressor was made for
     metadata:      free text for the model card, for example data, label settings, results
     """
@@ -38,6 +39,7 @@ class EvoCompConfig(PreTrainedConfig):
         positions: str = "original",
         keep: int | float = 192,
         prune_layer: int = 0,
+        init_layer: int | None = None,
         base_model_name_or_path: str | None = None,
         metadata: dict[str, Any] | None = None,
         **kwargs,
@@ -58,6 +60,7 @@ class EvoCompConfig(PreTrainedConfig):
         self.positions = positions
         self.keep = keep
         self.prune_layer = prune_layer
+        self.init_layer = init_layer
         self.base_model_name_or_path = base_model_name_or_path
         self.metadata = metadata or {}
         super().__init__(**kwargs)

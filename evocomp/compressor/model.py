@@ -27,6 +27,21 @@ class CompressorOutput(ModelOutput):
     hidden: Tensor | None = None
 
 
+class BudgetInput(nn.Module):
+    """Tells the layer how many tokens R may stay: log2(R / 16) times a learned vector, zero at the start."""
+
+    def __init__(self, hidden_size: int, use_text: bool):
+        super().__init__()
+        self.visual = nn.Parameter(torch.zeros(hidden_size))
+        # without text this vector would never get a gradient, which DDP refuses
+        self.text = nn.Parameter(torch.zeros(hidden_size)) if use_text else None
+
+    def forward(self, visual: Tensor, prompt: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """visual [B,N,D], prompt [B,T,D], kept [B] -> visual and prompt with the budget added."""
+        level = torch.log2(kept / 16).to(visual.dtype)[:, None, None]
+        return visual + level * self.visual, prompt if self.text is None else prompt + level * self.text
+
+
 class EvoCompCompressor(PreTrainedModel):
     """Scores visual tokens: which are worth keeping for this prompt.
 
@@ -48,12 +63,14 @@ class EvoCompCompressor(PreTrainedModel):
         size = config.hidden_size
         self.head_norm = nn.LayerNorm(size) if config.head_norm == "layer" else nn.Identity()
         self.score = nn.Linear(size, 1)
-        if config.budget_input:
-            self.visual_budget = nn.Parameter(torch.zeros(size))
-            # without text this vector would never get a gradient, which DDP refuses
-            self.text_budget = nn.Parameter(torch.zeros(size)) if config.use_text else None
+        self.budget = BudgetInput(size, config.use_text) if config.budget_input else None
         self.post_init()
         self.reset_layers()
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the hidden size of the LLM that it reads tokens of."""
+        return self.config.hidden_size
 
     @torch.no_grad()
     def reset_layers(self) -> None:
@@ -82,7 +99,7 @@ class EvoCompCompressor(PreTrainedModel):
         batch, n_visual, _ = visual.shape
         if prompt is None or not self.config.use_text:
             prompt, prompt_mask = visual.new_zeros(batch, 0, visual.shape[-1]), None
-        source = self._add_budget(visual, prompt, budget)
+        source = torch.cat(self._with_budget(visual, prompt, budget), dim=1)
         if visual_mask is None and prompt_mask is None:
             mask = None
         else:
@@ -93,18 +110,13 @@ class EvoCompCompressor(PreTrainedModel):
         hidden = out.last_hidden_state[:, :n_visual] + visual
         return CompressorOutput(logits=self.score(self.head_norm(hidden)).squeeze(-1), hidden=hidden)
 
-    def _add_budget(self, visual: Tensor, prompt: Tensor, budget: Tensor | float | None) -> Tensor:
-        """[B,N+T,D]: visual and prompt tokens, each plus log2(R / 16) times its learned vector."""
-        if not self.config.budget_input:
-            return torch.cat([visual, prompt], dim=1)
+    def _with_budget(self, visual: Tensor, prompt: Tensor, budget: Tensor | float | None):
+        if self.budget is None:
+            return visual, prompt
         if budget is None:
             raise ValueError("this compressor has budget_input=True: pass budget=, the number of kept tokens")
         kept = torch.as_tensor(budget, dtype=torch.float32, device=visual.device).clamp(min=1)
-        level = torch.log2(kept / 16).to(visual.dtype).expand(len(visual))[:, None, None]
-        visual = visual + level * self.visual_budget
-        if self.text_budget is not None:
-            prompt = prompt + level * self.text_budget
-        return torch.cat([visual, prompt], dim=1)
+        return self.budget(visual, prompt, kept.expand(len(visual)))
 
     @staticmethod
     def _default_positions(source: Tensor, mask: Tensor | None) -> Tensor:
@@ -118,6 +130,7 @@ class EvoCompCompressor(PreTrainedModel):
         source = unwrap(model).get_decoder().layers
         for offset, target in enumerate(self.encoder.layers):
             target.load_state_dict(source[layer + offset].state_dict(), strict=True)
+        self.config.init_layer = layer
         return self
 
     @classmethod

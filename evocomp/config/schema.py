@@ -36,7 +36,8 @@ class DataConfig:
     val_source: str | None = None
     """Selection split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
     test_source: str | None = None
-    """Test split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
+    """Test split as JSON or folder, or BENCHMARK:FOLDER (gqa, pope, vqav2, vizwiz, textvqa, mmbench, mmbench_cn,
+    mmstar, mmmu, scienceqa) in its published format; default: drawn scenes, or questions held out of `source`."""
     relation: bool = False
     """Scenes: ask the two-hop `relation` questions too."""
     questions_per_image: int = 0
@@ -53,6 +54,7 @@ class DataConfig:
     """Records with a missing or broken picture that are skipped before the run gives up."""
 
     def __post_init__(self):
+        _require(self.image_size >= 72, f"data.image_size={self.image_size}: scenes need at least 72 pixels")
         for name in ("max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image"):
             _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
 
@@ -134,6 +136,8 @@ class LabelConfig:
     """Sizes r of the random masks (target=credit); below 1: a share of N."""
     credit_masks: int = 64
     """Random masks of each size (target=credit)."""
+    credit_samples: int = 0
+    """Training questions that get credits (target=credit); 0 = all. Refreshes draw from all of them either way."""
     proposals: int = 16
     """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
     proposal_sizes: tuple[float, ...] = (8, 16, 32, 48)
@@ -198,6 +202,8 @@ class OptimConfig:
     """`muon`: Muon on the layer's matrices, AdamW on the rest."""
     lr: float = 2e-3
     """Peak learning rate."""
+    refresh_lr: float = 0.0
+    """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 30
@@ -224,6 +230,10 @@ class EvalConfig:
     """Longest answer [tokens]."""
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
+    apart: tuple[str, ...] = ("relation",)
+    """Types of question with a report of their own; they are left out of the main one."""
+    beside: tuple[str, ...] = ()
+    """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12
     """Pictures on kept.png."""
 

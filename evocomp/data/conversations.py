@@ -50,9 +50,12 @@ def read_conversations(source: str | Path, image_folder: str | Path | None = Non
         raise UserError(f"data.image_folder={folder}: no such folder")
     reading = Reading()
     checked: dict[Path, str | None] = {}
+    seen: set[int] = set()
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
             raise UserError(f"{path}: record {number} has no list `conversations`")
+        if not all(isinstance(turn, dict) for turn in record["conversations"]):
+            raise UserError(f"{path}: record {number} has a turn that is not {{from, value}}")
         name = record.get("image")
         if not name:
             reading.text_only += 1
@@ -69,7 +72,10 @@ def read_conversations(source: str | Path, image_folder: str | Path | None = Non
                     f"(last: {reading.bad[-1]}); mend the data or raise data.max_bad"
                 )
             continue
-        reading.examples.extend(_turns(record, number, picture, str(name)))
+        for example in _turns(record, picture, str(name)):
+            if example.id not in seen:  # a record that stands there twice is labelled once
+                seen.add(example.id)
+                reading.examples.append(example)
     if reading.text_only:
         logger.info("%s: %d text-only records left out", path, reading.text_only)
     if not reading.examples:
@@ -87,6 +93,8 @@ def write_scenes(
     """
     if (out / "data.json").exists():
         raise UserError(f"--out={out} already holds data.json; choose another folder")
+    if out.is_file():
+        raise UserError(f"--out={out} is a file; give a folder")
     (out / "images").mkdir(parents=True, exist_ok=True)
     records, written = [], set()
     for example in scene_examples(seed, 0, count, spec, relation):
@@ -128,7 +136,7 @@ def _fault(picture: Path) -> str | None:
     return None
 
 
-def _turns(record: dict, number: int, picture: Path, image_id: str) -> Iterator[Example]:
+def _turns(record: dict, picture: Path, image_id: str) -> Iterator[Example]:
     history: list[tuple[str, str]] = []
     question = None
     for turn in record["conversations"]:
@@ -139,7 +147,8 @@ def _turns(record: dict, number: int, picture: Path, image_id: str) -> Iterator[
         elif role == "assistant" and question is not None:
             if text:
                 yield Example(
-                    id=stable_id("conversation", record.get("id", number), image_id, len(history)),
+                    # with the words: LLaVA's mixture names several records after one COCO picture
+                    id=stable_id("conversation", record.get("id", ""), image_id, len(history), question, text),
                     image=str(picture),
                     image_id=image_id,
                     prompt=question,

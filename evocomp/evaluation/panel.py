@@ -116,11 +116,14 @@ class Panel:
     def downsampling(self, kept: int) -> Outcome:
         """The picture made smaller before the vision tower, to at most `kept` tokens."""
         sizes: list[int] = []
+        known: dict[str, Tensor] = {}
 
         def smaller(i: int, asked: Asked) -> Compressed:
             grid = grid_of(asked.features)
             target = downsample(grid, kept, self.mllm.patch_size)
-            tokens = self.mllm.encode_resized(asked.example, target.size)
+            if asked.example.image_id not in known:
+                known[asked.example.image_id] = self.mllm.encode_resized(asked.example, target.size)
+            tokens = known[asked.example.image_id]
             sizes.append(len(tokens))
             return tokens, _spread(grid, target.grid)
 

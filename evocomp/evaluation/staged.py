@@ -1,11 +1,11 @@
 """In-LLM methods as published: tokens drop out between the layers of the frozen LLM, not before it.
 
-In the table a method stands twice: under its own name it selects before the LLM, with scores of an LLM that has
-read all tokens (an upper reference); as `..._inside` it runs here, with all tokens at the LLM's door. Budgets are
-met as the authors meet them: FastV and DART keep that many after their one drop; SparseVLM takes its published
-lists, PyramidDrop a layer average. Both of these are made for 32 layers: in an LLM too shallow for their drop
-layers a layer average means little, and the budget is what the last drop keeps. What the LLM has really processed
-stands in `kept_average`.
+In the table a method stands twice: under its own name it selects before the LLM, with scores of an LLM that
+has read all tokens (an upper reference); as `..._inside` it runs here, with all tokens at the LLM's door.
+Budgets are met as the authors meet them: FastV and DART keep that many after their one drop; SparseVLM takes
+its published lists, PyramidDrop a layer average. Both of these are made for 32 layers: in an LLM too shallow
+for their drop layers a layer average means little, and the budget is what the last drop keeps. What the LLM
+has really processed stands in `kept_average`.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,8 @@ def at_depth(layers: Sequence[int], depth: int) -> dict[int, int]:
     if depth > layers[-1]:
         return {layer: stage for stage, layer in enumerate(layers)}
     return {
-        min(max(1, round(layer * depth / PUBLISHED_DEPTH)), depth - 1): stage for stage, layer in enumerate(layers)
+        min(max(1, round(layer * depth / PUBLISHED_DEPTH)), depth - 1): stage
+        for stage, layer in enumerate(layers)
     }
 
 
@@ -147,7 +148,8 @@ def dart_drop(loop: LayerLoop, running: Running, door: Running, kept: int) -> Ru
 
 
 def sparsevlm_drop(loop: LayerLoop, running: Running, door: Running, kept: int) -> Running:
-    """By the raters' attention in the layer just executed; part of the dropped comes back merged; positions from 0."""
+    """By the raters' attention in the layer just executed; part of the dropped comes back merged; positions
+    from 0."""
     text = door.hidden[door.start + door.count :]
     attention = loop.attention(running.previous, len(text))
     columns = attention[..., running.start : running.start + running.count]
@@ -168,7 +170,8 @@ STAGED = (
 
 
 def run_staged(loop: LayerLoop, method: Staged, path: Sequence[Running], kept: int) -> Running:
-    """A prompt through the LLM with the method's drops; `path` is `loop.path`, shared by methods and budgets."""
+    """A prompt through the LLM with the method's drops; `path` is `loop.path`, shared by methods and
+    budgets."""
     plan = method.plan(path[0].count, min(kept, path[0].count), loop.depth)
 
     def drop(running: Running) -> Running:
@@ -213,7 +216,9 @@ def _outcome(panel: Panel, method: Staged, kept: int, answers: list[str], n: int
     return Outcome(
         method.label,
         kept,
-        np.array([score_answer(asked.example, text) for asked, text in zip(panel.asked, answers, strict=True)]),
+        np.array(
+            [score_answer(asked.example, text) for asked, text in zip(panel.asked, answers, strict=True)]
+        ),
         answers,
         kept_average=layer_average(n, plan.stages, depth),
         needs_llm=True,

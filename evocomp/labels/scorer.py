@@ -23,7 +23,6 @@ class CandidateScorer:
 
     Attributes:
         forwards: (mask, question) pairs scored so far.
-        packed: forwards of the LLM that shared scoring needed for its pairs.
         seconds: wall time spent scoring.
     """
 
@@ -32,7 +31,6 @@ class CandidateScorer:
         self.losses = AnswerLosses(mllm, getattr(torch, dtype) if dtype else None)
         self.batch = batch
         self.forwards = 0
-        self.packed = 0
         self.seconds = 0.0
         self.on_batch: Callable[[], None] = lambda: None
 
@@ -42,7 +40,6 @@ class CandidateScorer:
 
     def shared(self, features: Sequence[Features], kept: np.ndarray) -> np.ndarray:
         """The same masks for all questions about a picture: kept [Q, R] -> losses float32 [J, Q]."""
-        self.packed += len(kept)
         losses = self._in_parts(kept, lambda part: self.losses.shared(features, part), pairs=len(features))
         return np.ascontiguousarray(losses.T)
 

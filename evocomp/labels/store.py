@@ -50,8 +50,8 @@ class LabelStore:
         fingerprint = json.loads(json.dumps(fingerprint))
         try:
             store.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{path} is a file; give a folder for the labels") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be a folder for the labels: {error.strerror}") from None
         # listed before meta.json is looked for: another rank may be starting the same store
         entries = [entry for entry in store.path.iterdir() if not entry.name.startswith("meta.json.tmp.")]
         found = store._meta()
@@ -83,7 +83,6 @@ class LabelStore:
             if path.read_bytes() != content:
                 logger.warning("%s exists with other content; the first one is kept", path)
             return
-        path.parent.mkdir(exist_ok=True)
         self._replace(path, content)
 
     def has(self, round: int, chunk: int) -> bool:
@@ -104,9 +103,13 @@ class LabelStore:
 
     def read_chunk(self, round: int, chunk: int) -> list[Record]:
         """The records of a chunk; UserError when it is absent, broken or not what was committed."""
+        commit = self._folder(round) / "COMMIT.json"
+        return self._read_chunk(round, chunk, self._hashes(round) if commit.exists() else {})
+
+    def _read_chunk(self, round: int, chunk: int, hashes: dict[str, str]) -> list[Record]:
         path = self._chunk(round, chunk)
         content = _content(path)
-        if self.committed(round) and self._commit(round).get(str(chunk)) != _sha256(content):
+        if str(chunk) in hashes and hashes[str(chunk)] != _sha256(content):
             raise UserError(f"label chunk {path} is not what was committed; {ANEW}")
         return decode(content, path)
 
@@ -127,12 +130,13 @@ class LabelStore:
             content = _content(path)
             tensors_of(content, path)
             hashes[str(chunk)] = _sha256(content)
-        self._folder(round).mkdir(exist_ok=True)
         self._replace(self._folder(round) / "COMMIT.json", _json({"chunks": hashes}))
 
     def committed(self, round: int) -> bool:
-        """Whether the round is complete."""
-        return (self._folder(round) / "COMMIT.json").exists()
+        """Whether the round is complete; no longer if somebody deleted one of its chunks."""
+        if not (self._folder(round) / "COMMIT.json").exists():
+            return False
+        return not self.missing(round, map(int, self._hashes(round)))
 
     def rounds(self) -> list[int]:
         """The complete rounds, ascending."""
@@ -142,15 +146,22 @@ class LabelStore:
     def read(self, round: int) -> dict[int, Record]:
         """All records of a complete round by sample id."""
         records: dict[int, Record] = {}
-        for chunk in self.chunks(round):
-            for record in self.read_chunk(round, chunk):
+        chunks = self.chunks(round)
+        hashes = self._hashes(round)
+        for chunk in chunks:
+            for record in self._read_chunk(round, chunk, hashes):
                 assert record["id"] not in records, f"sample {record['id']} is in two chunks of round {round}"
                 records[record["id"]] = record
         return records
 
     def chunks(self, round: int) -> list[int]:
         """Chunk numbers of a complete round, ascending; for reading it piece by piece."""
-        return sorted(int(chunk) for chunk in self._commit(round))
+        if not self.committed(round):
+            raise UserError(
+                f"round {round} of label store {self.path} is not complete; "
+                "run the labelling again to finish it"
+            )
+        return sorted(map(int, self._hashes(round)))
 
     def digest(self, round: int) -> str:
         """SHA-256 over the bytes of all chunks of a complete round, in order."""
@@ -190,13 +201,8 @@ class LabelStore:
         except (ValueError, KeyError, TypeError, AssertionError):
             raise UserError(f"{path} is not readable; restore it or choose another folder") from None
 
-    def _commit(self, round: int) -> dict[str, str]:
+    def _hashes(self, round: int) -> dict[str, str]:
         path = self._folder(round) / "COMMIT.json"
-        if not path.exists():
-            raise UserError(
-                f"round {round} of label store {self.path} is not complete; "
-                "run the labelling again to finish it"
-            )
         try:
             return dict(json.loads(path.read_bytes())["chunks"])
         except (ValueError, KeyError, TypeError):
@@ -214,11 +220,15 @@ class LabelStore:
         self._writes += 1
         temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}.{self._writes}")
         try:
+            if not path.parent.exists():
+                path.parent.mkdir(exist_ok=True)
+                _sync(path.parent.parent)
             with open(temporary, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            _sync(path.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -227,11 +237,6 @@ class LabelStore:
                     "the chunks that are finished are kept"
                 ) from error
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def _sweep(self) -> None:
         """Delete what killed writers left behind; other ranks may be writing at this moment."""
@@ -259,6 +264,19 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"label chunk {path} is missing; run the labelling again") from None
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot do this for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(content: bytes) -> str:

@@ -122,36 +122,42 @@ class FrozenMLLM:
         bos = getattr(self.processor.tokenizer, "bos_token", None)
         picture = example.image
         image = Image.open(picture) if isinstance(picture, str) else Image.fromarray(picture)
-        return self.processor(
-            text=[text],
-            images=[image.convert("RGB")],
-            return_tensors="pt",
-            # as transformers itself does: templates that write the start mark must not get a second one
-            add_special_tokens=not (bos and text.startswith(bos)),
-        ).to(self.device)
+        try:
+            inputs = self.processor(
+                text=[text],
+                images=[image.convert("RGB")],
+                return_tensors="pt",
+                # as transformers itself does: templates that write the start mark must not get a second one
+                add_special_tokens=not (bos and text.startswith(bos)),
+            )
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            what = f"example {example.id} ({example.prompt!r})"
+            raise UserError(f"{what}: {self.name}'s processor refuses it: {reason}") from None
+        return inputs.to(self.device)
 
-    def _picture(self, image_id: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _picture(self, key: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Visual tokens [N, D] and the number of the image that each belongs to [N]; remembered while there is room."""
-        if image_id in self._pictures:
-            self._pictures.move_to_end(image_id)
-            return self._pictures[image_id]
+        if key in self._pictures:
+            self._pictures.move_to_end(key)
+            return self._pictures[key]
         inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(self.vocabulary.dtype)}
         encoded = families.encode(self.model, inputs)
         numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)[0]
         tokens = families.visual_tokens(self.model, inputs["input_ids"], encoded)
-        self._pictures[image_id] = (tokens, numbers[numbers >= 0])
+        self._pictures[key] = (tokens, numbers[numbers >= 0])
         self._bytes += tokens.numel() * tokens.element_size()
         while self._bytes > self.cache_bytes and len(self._pictures) > 1:
             _, (old, _) = self._pictures.popitem(last=False)
             self._bytes -= old.numel() * old.element_size()
-        return self._pictures[image_id]
+        return self._pictures[key]
 
     def _features(self, example: Example) -> Features:
-        known = self._prompts.get(example.id)
-        if known is not None and example.image_id in self._pictures:
-            return replace(known, visual=self._picture(example.image_id, {})[0])
+        known, key = self._prompts.get(example.id), picture_key(example)
+        if known is not None and key in self._pictures:
+            return replace(known, visual=self._picture(key, {})[0])
         inputs = self._process(example)
-        visual, numbers = self._picture(example.image_id, inputs)
+        visual, numbers = self._picture(key, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:
             raise UserError(f"the answer {example.answer!r} of example {example.id} has no token; leave it out")
@@ -322,6 +328,11 @@ def _messages(example: Example) -> list[dict]:
             answer = example.history[number][1]
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+def picture_key(example: Example) -> str:
+    """What a picture is remembered by: its file, for pictures of one name may lie in several folders."""
+    return example.image if isinstance(example.image, str) else example.image_id
 
 
 def as_array(image: str | np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evocomp.data.example import Example
 from evocomp.mllm.features import Features
-from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.hf import FrozenMLLM, picture_key
 
 _VISION = {
     "clip_hidden",
@@ -45,8 +45,9 @@ class Probes:
             after = features.prompt_ids[int(features.visual_at[-1]) + 1 :]
             found["text"] = self.mllm.embed(after)
         if _VISION & set(needs):
-            if self._vision[0] != example.image_id:
-                self._vision = (example.image_id, self._look(example))
+            key = picture_key(example)
+            if self._vision[0] != key:
+                self._vision = (key, self._look(example))
             found |= self._vision[1]
         if _LLM & set(needs):
             if self._llm[0] != features.id:

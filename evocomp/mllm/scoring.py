@@ -23,12 +23,16 @@ class AnswerLosses:
         mllm: the frozen model.
         dtype: format of decoder and head while scoring; another one than the model's own is a copy of both.
             bfloat16 is about 2.5 times as fast on CPUs that have it, and moves losses by about 0.02.
+
+    Attributes:
+        sequences, tokens: what the decoder has run on so far.
     """
 
     def __init__(self, mllm: FrozenMLLM, dtype: torch.dtype | None = None):
         mllm.check_scorable()
         self.mllm = mllm
         self.decoder, self.head = mllm.decoder, mllm.head
+        self.sequences = self.tokens = 0
         self.dtype = dtype or mllm.vocabulary.dtype
         if self.dtype != mllm.vocabulary.dtype:
             self.decoder = copy.deepcopy(mllm.decoder).to(self.dtype)
@@ -123,6 +127,8 @@ class AnswerLosses:
         return torch.cat([embeds, tail], dim=1), _continue(positions, positions.shape[-1] + tail.shape[1])
 
     def _run(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        self.sequences += embeds.shape[0]
+        self.tokens += embeds.shape[0] * embeds.shape[1]
         return self.decoder(
             inputs_embeds=embeds.to(self.dtype), attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state

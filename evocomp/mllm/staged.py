@@ -1,8 +1,8 @@
 """A frozen LLM run layer by layer, so that a method may shorten the sequence between two layers.
 
-The published in-LLM methods (FastV, SparseVLM, PyramidDrop, DART) are defined on what a layer itself computes:
-its queries, keys and output. Here one prompt at a time passes through the unchanged decoder layers; whatever
-stands between two layers is a `Running`, which methods turn into a shorter one.
+The published in-LLM methods (FastV, SparseVLM, PyramidDrop, DART) are defined on what a layer itself
+computes: its queries, keys and output. Here one prompt at a time passes through the unchanged decoder layers;
+whatever stands between two layers is a `Running`, which methods turn into a shorter one.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from evocomp.mllm.hf import FrozenMLLM
 
 
 class LayerCache:
-    """Keys and values per layer, each of its own length. Speaks as much of transformers' cache as a layer asks for.
+    """Keys and values per layer, each of its own length. Speaks as much of transformers' cache as a layer
+    asks for.
 
     A copy shares what was there before and goes its own way from then on.
     """
@@ -30,7 +31,9 @@ class LayerCache:
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append [1, heads, L, d] to a layer's keys and values; returns all of them."""
         if layer in self.held:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.held[layer], (keys, values), strict=True))
+            keys, values = (
+                torch.cat(pair, dim=2) for pair in zip(self.held[layer], (keys, values), strict=True)
+            )
         self.held[layer] = (keys, values)
         return keys, values
 
@@ -67,7 +70,8 @@ class Running:
         return self.hidden[self.start : self.start + self.count]
 
     def keep(self, rows: Tensor, renumber: bool) -> "Running":
-        """Only these of the visual rows, counted within them, ascending [R]; positions stay or start from 0 again."""
+        """Only these of the visual rows, counted within them, ascending [R]; positions stay or start from 0
+        again."""
         text = torch.arange(len(self.hidden), device=rows.device)
         index = torch.cat([text[: self.start], self.start + rows, text[self.start + self.count :]])
         positions = torch.arange(len(index), device=rows.device) if renumber else self.positions[index]
@@ -85,7 +89,8 @@ class LayerLoop:
     """Runs a frozen MLLM's decoder layer by layer, without gradients.
 
     Raises:
-        UserError: positions with several rows (M-RoPE), sliding windows, DeepStack, or layers without plain q and k.
+        UserError: positions with several rows (M-RoPE), sliding windows, DeepStack, or layers without plain q
+            and k.
     """
 
     def __init__(self, mllm: FrozenMLLM):
@@ -94,7 +99,9 @@ class LayerLoop:
         self.depth = len(self.decoder.layers)
         fault = self._fault()
         if fault:
-            raise UserError(f"{mllm.model.config.model_type}: {fault}; the layer loop is made for Llama-like decoders")
+            raise UserError(
+                f"{mllm.model.config.model_type}: {fault}; the layer loop is made for Llama-like decoders"
+            )
 
     def _fault(self) -> str | None:
         config = self.decoder.config
@@ -102,7 +109,9 @@ class LayerLoop:
             return "positions have several rows (M-RoPE)"
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             return "some layers attend to a sliding window"
-        if not all(hasattr(layer.self_attn, "q_proj") and hasattr(layer, "input_layernorm") for layer in self._layers):
+        if not all(
+            hasattr(layer.self_attn, "q_proj") and hasattr(layer, "input_layernorm") for layer in self._layers
+        ):
             return "attention without q_proj and k_proj"
         self.mllm.check_scorable()
         return None
@@ -143,13 +152,16 @@ class LayerLoop:
         )
 
     def path(self, features: Features) -> list[Running]:
-        """The prompt before each layer when nothing is dropped: entry i is before layer i, the last after all."""
+        """The prompt before each layer when nothing is dropped: entry i is before layer i, the last after
+        all."""
         runs = [self.door(features)]
         for _ in range(self.depth):
             runs.append(self.step(runs[-1]))
         return runs
 
-    def finish(self, running: Running, drop: Callable[[Running], Running] = lambda running: running) -> Running:
+    def finish(
+        self, running: Running, drop: Callable[[Running], Running] = lambda running: running
+    ) -> Running:
         """Through all remaining layers; `drop` is asked before each of them."""
         while running.layer < self.depth:
             running = self.step(drop(running))
@@ -174,7 +186,11 @@ class LayerLoop:
         """Attention probabilities [H, rows, L] of the last `rows` queries in the next layer, float32."""
         query, key = self.queries_and_keys(running)
         key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
-        scores = query[:, -rows:].float() @ key.float().transpose(1, 2) * self._layers[running.layer].self_attn.scaling
+        scores = (
+            query[:, -rows:].float()
+            @ key.float().transpose(1, 2)
+            * self._layers[running.layer].self_attn.scaling
+        )
         length = key.shape[1]
         seen = torch.ones(rows, length, dtype=torch.bool, device=key.device).tril(length - rows)
         return scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -219,5 +235,7 @@ class LayerLoop:
         """Causal mask [1, 1, L, L]; FlashAttention makes its own."""
         if "flash" in (self.decoder.config._attn_implementation or ""):
             return None
-        blocked = torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
+        blocked = torch.full(
+            (length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device
+        )
         return blocked.triu(1)[None, None]

@@ -39,6 +39,8 @@ from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import ASSETS, FrozenMLLM
+from evocomp.training.cost import CostMeter
+from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.folder import DONE, claim_folder, last_checkpoint, write_json
 from evocomp.training.module import CompressorModule
@@ -47,6 +49,9 @@ from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
 from evocomp.training.stop import StopCleanly
 from evocomp.training.strategy import job_size, whole, with_strategy
+
+DEFAULT_EPOCHS = 6
+
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its own tips are not news of this run
 
@@ -66,7 +71,7 @@ def run(config: RunConfig) -> bool:
     if claim_folder(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
         return False
-    set_threads(config.threads)
+    distributed.set_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
@@ -79,11 +84,18 @@ def run(config: RunConfig) -> bool:
         config.labels.samples_per_epoch or config.labels.passes * len(splits.train),
         config.seed,
     )
-    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
-    refresh = RefreshLabels(labeller, data, config.labels)
+    share = config.labels.refresh_start / max(1, trainer_settings.get("max_epochs", DEFAULT_EPOCHS))
+    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, share)
+    cost = CostMeter(labeller.scorer)
+    refresh = RefreshLabels(labeller, data, config.labels, cost)
     monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
-    average = [EMAWeightAveraging(decay=config.optim.ema)] if config.optim.ema else []
-    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, *average])
+    curves = Curves(refresh, monitor, config_files.to_dict(config))
+    average = []
+    if config.optim.ema:
+        # not from the start: the average would drag along what the compressor was before it had learned anything
+        start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
+        average = [EMAWeightAveraging(decay=config.optim.ema, update_starting_at_epoch=start)]
+    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
     last = last_checkpoint(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
@@ -91,11 +103,10 @@ def run(config: RunConfig) -> bool:
         trainer.fit(module, data, ckpt_path=last, weights_only=False)
     if trainer.received_sigterm or trainer.interrupted:
         raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
-    finished = whole(module)
+    finished, spent = whole(module), {"labelled": len(splits.train), **cost.summary()}
     if trainer.is_global_zero:
         save_compressor(finished.compressor, config, folder)
-        cost = {"label_forwards": labeller.scorer.forwards, "label_seconds": round(refresh.seconds, 1)}
-        write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, **cost})
+        write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
     distributed.leave()
     return True
 
@@ -103,7 +114,7 @@ def run(config: RunConfig) -> bool:
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
     distributed.join()
-    set_threads(config.threads)
+    distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     folder = Path(config.run_dir)
@@ -190,7 +201,8 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     scorer = CandidateScorer(mllm, settings.batch, None if settings.dtype == "model" else settings.dtype)
     rounds: Rounds
     if settings.target == "credit":
-        rounds = CreditLabels(splits.train, scorer, settings, config.seed, config.loss.name != "listwise")
+        some = splits.train[: settings.credit_samples or None]
+        rounds = CreditLabels(some, scorer, settings, config.seed, config.loss.name != "listwise")
     else:
         special = mllm.processor.tokenizer.all_special_ids
         rounds = HardLabels(ids, scorer, config.grouping, config.search, settings, config.seed, special)
@@ -224,7 +236,7 @@ def build_trainer(
     bars = [RichProgressBar()] if terminal else []
     loggers = build_logger(config, folder)
     defaults: dict[str, Any] = {
-        "max_epochs": 6,
+        "max_epochs": DEFAULT_EPOCHS,
         "accelerator": "auto",
         "gradient_clip_val": 1.0,
         "use_distributed_sampler": False,
@@ -289,16 +301,6 @@ def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
         raise UserError(
             f"eval.kept={too_many[0]} is more than the {available} visual tokens of a picture; give smaller counts"
         )
-
-
-def set_threads(threads: int) -> None:
-    """CPU threads of torch; 0 = all cores if they are idle (two threads on a busy machine are slower than one)."""
-    if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
-        cores = os.cpu_count() or 1
-        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        threads = max(1, min(4, int(cores - busy)))
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """The callback that keeps labels fresh: makes a round of the store before the epoch that trains on it."""
 
 import pickle
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from evocomp.labels.labeller import Interrupted, Labeller
 from evocomp.log import logger
 from evocomp.mllm.features import Features
 from evocomp.training.batch import compressor_input, has_label
+from evocomp.training.cost import CostMeter
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
 from evocomp.training.progress import LabelBar
@@ -31,13 +31,18 @@ class RefreshLabels(L.Callback):
     LightningModule: checkpoints hold the compressor only.
     """
 
-    def __init__(self, labeller: Labeller, data: LabelledQuestions, config: LabelConfig):
+    def __init__(self, labeller: Labeller, data: LabelledQuestions, config: LabelConfig, cost: CostMeter):
         self.labeller = labeller
         self.data = data
         self.config = config
         self.round = -1
         self.epoch = -1
-        self.seconds = 0.0
+        self.cost = cost
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent on labels so far."""
+        return self.cost.spent["labelling"].seconds + self.cost.spent["refresh"].seconds
 
     def round_of(self, epoch: int) -> int:
         """The round that an epoch trains on."""
@@ -68,16 +73,15 @@ class RefreshLabels(L.Callback):
         self.epoch = epoch
 
     def _fill(self, trainer: L.Trainer, module: CompressorModule, round: int) -> dict:
-        started = time.perf_counter()
         bar = LabelBar(trainer)
         try:
-            return self.labeller.ensure(round, scores=self._scores(whole(module)), report=bar.show)
+            with self.cost.labelling(round):
+                return self.labeller.ensure(round, scores=self._scores(whole(module)), report=bar.show)
         except Interrupted:
             logger.info("stopped while labelling; run the same command again to go on")
             raise
         finally:
             bar.close()
-            self.seconds += time.perf_counter() - started
 
     def _scores(self, module: CompressorModule):
         def scores(features: Sequence[Features], budgets: Sequence[float] | None) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 INK, SOFT, FAINT, PAPER = "#1f2430", "#6b7285", "#d9dde6", "#ffffff"
 ACCENT = "#D55E00"
@@ -61,16 +60,14 @@ def to_svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def save_png(figure: Figure, path: str | Path, colors: int | None = None) -> Path:
-    """Write a PNG, replacing an older one in one step; `colors` (up to 256) makes it small by a palette."""
+def save_png(figure: Figure, path: str | Path) -> Path:
+    """Write a PNG, as small as it gets without loss, replacing an older one in one step."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, format="png", facecolor=figure.get_facecolor())
-        if colors is not None:
-            with Image.open(temporary) as full:
-                small = full.convert("RGB").quantize(colors, dither=Image.Dither.NONE)
-            small.save(temporary, format="png", optimize=True)
+        figure.savefig(
+            temporary, format="png", facecolor=figure.get_facecolor(), pil_kwargs={"optimize": True}
+        )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -83,7 +83,7 @@ def test_gradients_stay_finite_when_a_row_is_all_padding():
 @every_family
 def test_saves_and_loads_through_the_auto_classes(family, tmp_path):
     compressor, (visual, prompt) = make(family, budget_input=True, metadata={"data": "scenes"}), tokens()
-    torch.nn.init.normal_(compressor.visual_budget)
+    torch.nn.init.normal_(compressor.budget.visual)
     compressor.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix in (".safetensors", ".bin")) == [
         "model.safetensors"
@@ -91,6 +91,7 @@ def test_saves_and_loads_through_the_auto_classes(family, tmp_path):
     again = AutoModel.from_pretrained(tmp_path).eval()
     assert isinstance(AutoConfig.from_pretrained(tmp_path), EvoCompConfig)
     assert again.config.metadata == {"data": "scenes"} and again.config.budget_input
+    assert again.config.init_layer == 1
     state = compressor.state_dict()
     assert state.keys() == again.state_dict().keys() and not any("embed_tokens" in key for key in state)
     assert all(torch.equal(state[key], value) for key, value in again.state_dict().items())
@@ -131,13 +132,13 @@ def test_budget_vectors_move_visual_and_prompt_by_log2_of_r_over_16():
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         assert torch.equal(compressor(visual, prompt, budget=64).logits, plain(visual, prompt).logits)
-        compressor.visual_budget.normal_(generator=generator)
-        compressor.text_budget.normal_(generator=generator)
+        compressor.budget.visual.normal_(generator=generator)
+        compressor.budget.text.normal_(generator=generator)
         out = compressor(visual, prompt, budget=torch.tensor([64.0, 4.0]))
         level = torch.tensor([2.0, -2.0])[:, None, None]
-        moved = plain(visual + level * compressor.visual_budget, prompt + level * compressor.text_budget)
+        moved = plain(visual + level * compressor.budget.visual, prompt + level * compressor.budget.text)
     # the skip adds the visual token itself, without its budget vector
-    expected = moved.hidden - level * compressor.visual_budget
+    expected = moved.hidden - level * compressor.budget.visual
     assert_close(out.hidden, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="budget"):
         compressor(visual, prompt)

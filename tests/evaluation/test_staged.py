@@ -1,4 +1,4 @@
-"""In-LLM methods: against the unmodified model, and against transformers' own decoder run on the tail layers."""
+"""In-LLM methods: against the unmodified model, and against transformers' own decoder run on the tail."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_what_follows_the_last_drop_is_transformers_on_the_shorter_sequence(pane
 
 @torch.no_grad()
 def test_fastv_is_attention_of_the_layer_before_and_a_mask_from_there_on(panel, loop):
-    """The published drop, made by hand: eager attention of layer 1, then keys of the dropped hidden from layer 2."""
+    """The published drop by hand: eager attention of layer 1, keys of the dropped hidden from layer 2 on."""
     asked, kept = panel.asked[2], 20
     eager = FrozenMLLM.load("nano", attention="eager")
     door = loop.door(asked.features)

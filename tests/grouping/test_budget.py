@@ -55,3 +55,10 @@ def test_the_right_number_stays_as_it_is(generator):
     assert fit_groups(torch.randn(4, 2, generator=generator), groups, 3).of.tolist() == groups.of.tolist()
     with pytest.raises(UserError):
         fit_groups(torch.ones(4, 2), groups, 0)
+
+
+def test_a_merged_group_counts_with_all_its_tokens():
+    angles = np.radians([0.0, 5.0, 60.0, 70.0, 70.0])
+    tokens = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    # 0 joins 1; then 2 is the smallest and joins 3
+    assert fit_groups(tokens, Groups(np.array([0, 1, 2, 3, 3])), 2).of.tolist() == [0, 0, 1, 1, 1]

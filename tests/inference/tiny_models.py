@@ -117,7 +117,7 @@ def internvl():
 
 
 def gemma3():
-    text = dict(TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=24)
+    text = dict(TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=8)
     text["layer_types"] = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     config = tf.Gemma3Config(
         vision_config=tf.SiglipVisionConfig(**VISION, image_size=32, patch_size=4, vision_use_head=False),
@@ -133,6 +133,19 @@ def paligemma():
     config = tf.PaliGemmaConfig(
         vision_config=tf.SiglipVisionConfig(**vision),
         text_config=tf.GemmaConfig(**TEXT, head_dim=8),
+        image_token_index=IMAGE,
+        projection_dim=HIDDEN,
+    )
+    return tf.PaliGemmaForConditionalGeneration(config)
+
+
+def paligemma2():
+    text = dict(TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=8)
+    text["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    vision = dict(VISION, image_size=16, patch_size=4, vision_use_head=False, projection_dim=HIDDEN)
+    config = tf.PaliGemmaConfig(
+        vision_config=tf.SiglipVisionConfig(**vision),
+        text_config=tf.Gemma2Config(**text),
         image_token_index=IMAGE,
         projection_dim=HIDDEN,
     )
@@ -164,6 +177,7 @@ FAMILIES = {
         internvl,
         gemma3,
         paligemma,
+        paligemma2,
         mistral3,
     )
 }
@@ -189,7 +203,7 @@ def _built(family: str, attention: str):
 
 def build(family: str, attention: str = "sdpa"):
     """The tiny model of a family (one object per family and attention: leave it as you found it)."""
-    return _built(family, attention)
+    return _built(family, "eager" if family == "paligemma2" else attention)  # Gemma 2 has no other
 
 
 def _pixels(*shape, seed=0):
@@ -228,6 +242,7 @@ PIXELS = {
     "internvl": lambda: dict(pixel_values=_pixels(4, 3, 16, 16)),
     "gemma3": _plain(32),
     "paligemma": _plain(16),
+    "paligemma2": _plain(16),
     "mistral3": lambda: dict(
         pixel_values=_pixels(3, 3, 32, 32), image_sizes=torch.tensor([[32, 32], [16, 32], [32, 24]])
     ),
@@ -246,7 +261,7 @@ def _picture(family, n):
     if family == "mistral3":
         rows = [[IMAGE] * 4 + [12] for _ in range(n // 4)]
         return sum(rows, [])[:-1] + [13]
-    if family == "paligemma":
+    if family.startswith("paligemma"):
         return [IMAGE] * n
     return [3] + [IMAGE] * n + [4]
 
@@ -256,7 +271,7 @@ def prompts(family: str) -> dict[str, torch.Tensor]:
     inputs = PIXELS[family]()
     a, b, c = PICTURE_TOKENS[family]
     # PaliGemma puts pictures first, with nothing between
-    first, between = ([], []) if family == "paligemma" else ([1, *_words(3, 1)], _words(2, 2))
+    first, between = ([], []) if family.startswith("paligemma") else ([1, *_words(3, 1)], _words(2, 2))
     rows = [
         [*first, *_picture(family, a), *_words(9, 3)],
         [*first, *_picture(family, b), *between, *_picture(family, c), *_words(5, 4)],
@@ -269,7 +284,7 @@ def prompts(family: str) -> dict[str, torch.Tensor]:
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     if family == "gemma3":
         inputs["token_type_ids"] = (ids == IMAGE).long()
-    if family == "paligemma":
+    if family.startswith("paligemma"):
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
 
@@ -287,6 +302,7 @@ PICTURE_TOKENS = {
     "internvl": (32, 16, 16),
     "gemma3": (16, 16, 16),
     "paligemma": (16, 16, 16),
+    "paligemma2": (16, 16, 16),
     "mistral3": (16, 8, 12),
 }
 
@@ -294,3 +310,28 @@ PICTURE_TOKENS = {
 def quiet(model) -> dict:
     """Keywords for `generate`: greedy, no invented placeholders (those would be taken for pictures)."""
     return dict(do_sample=False, suppress_tokens=[IMAGE, VIDEO])
+
+
+def processor_for_llava():
+    """A processor with words w7, w8, ... for ids 7, 8, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE, "<video>": VIDEO}
+    words |= {f"w{i}": i for i in range(128) if i not in words.values()}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = tf.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    pictures = tf.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_center_crop=True
+    )
+    return tf.LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )

@@ -63,6 +63,10 @@ def test_a_round_reads_back_as_written(store):
     records = LabelStore.open(store.path, MADE_BY).read(3)
     assert sorted(records) == list(range(12))
     assert all(equal(record(id), records[id]) for id in records)
+    records[0]["kept"][0] = 7  # records may be written to
+    names = sorted(path.name for path in store.path.rglob("*"))
+    chunks = [f"chunk-00000{number}.safetensors" for number in range(3)]
+    assert names == sorted(["COMMIT.json", "meta.json", "round-0003", *chunks])
     assert [r["id"] for r in store.read_chunk(3, 1)] == [4, 5, 6, 7]
 
 
@@ -181,7 +185,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(UserError, match="neither empty nor a label store"):
             LabelStore.open(tmp_path, MADE_BY, overwrite)
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="cannot be a folder"):
         LabelStore.open(tmp_path / "thesis.tmp.tex", MADE_BY)
     assert (tmp_path / "thesis.tmp.tex").exists()
 
@@ -215,12 +219,20 @@ def test_a_damaged_chunk_is_named(store, damage):
         path.write_bytes(content)
     store.commit(0, range(2))
     harm()
-    with pytest.raises(UserError, match="chunk-000001.safetensors"):
+    if damage != "gone":
+        for read in (lambda: store.read(0), lambda: store.read_chunk(0, 1)):
+            with pytest.raises(UserError, match="chunk-000001.safetensors is not what was committed"):
+                read()
+        assert store.committed(0)
+        path.unlink()
+    # the way out that the message names: without the file the round is incomplete, and is made complete
+    assert not store.committed(0) and store.rounds() == [] and store.missing(0, range(2)) == [1]
+    with pytest.raises(UserError, match="not complete"):
         store.read(0)
-    # the way out that the message names
-    path.unlink(missing_ok=True)
-    assert store.missing(0, range(2)) == [1]
+    with pytest.raises(UserError, match="chunk-000001.safetensors is missing"):
+        store.read_chunk(0, 1)
     store.write(0, 1, chunk(1))
+    store.commit(0, range(2))
     assert len(store.read(0)) == 8
 
 
@@ -236,6 +248,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_store_intact(store, monkeypatch)
         with pytest.raises(UserError, match="no space left"):
             store.write(0, 1, chunk(1))
     assert sorted(p.name for p in store.path.rglob("*")) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="no space left"):
+            store.write(1, 0, chunk(1))  # a new round's folder
+    assert store.rounds() == [] and not store.has(1, 0)
     assert store.missing(0, range(2)) == [1] and len(store.read_chunk(0, 0)) == 4
 
 

@@ -76,3 +76,17 @@ def test_reads_nothing_back_to_the_host():
 def test_impossible_r(r):
     with pytest.raises(UserError, match="from 1 to 9"):
         top_r_compact(torch.zeros(1, 9), r, torch.zeros(1, 9, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_does_not_synchronise_a_gpu(backend, monkeypatch):
+    monkeypatch.setenv("EVOCOMP_OPS", backend)
+    scores, embeddings = torch.randn(8, 577, device="cuda"), torch.randn(8, 577, 64, device="cuda")
+    mask = scores < 1
+    top_r_compact(scores, 64, embeddings, None, mask)  # builds the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        top_r_compact(scores, 64, embeddings, None, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

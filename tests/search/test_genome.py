@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from evocomp.grouping import Groups
 from evocomp.search import random_genomes, seed_genomes, stream
+from evocomp.search.genome import sample_genomes
 
 
 def test_golden_numbers_of_the_stream():
@@ -70,3 +71,14 @@ def test_seed_genomes_work_for_many_groups():
 def test_temperature_must_be_positive():
     with pytest.raises(AssertionError):
         seed_genomes(Groups(np.array([0])), np.zeros(1), stream(0, 0, 0), 1, temperature=0)
+
+
+def test_a_token_without_odds_is_never_drawn():
+    class Zeros:
+        def random(self, shape):
+            return np.zeros(shape)
+
+    groups = Groups(np.array([0, 0, 1, 1, 1]))
+    odds = np.array([0.0, 1.0, 0.0, 0.0, 2.0])
+    assert sample_genomes(odds, groups, Zeros(), 1).tolist() == [[1, 2]]
+    assert (sample_genomes(odds, groups, stream(0, 0, 0), 200) == [1, 2]).all()

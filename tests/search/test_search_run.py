@@ -304,3 +304,19 @@ def test_in_a_warm_start_seeds_take_the_place_of_the_worst():
     assert second.loss == min(first.loss, *Landscape(60, 0)(np.array([seed])).tolist())
     third = run(strategy, groups, score, stream(0, 0, 1), 2, first.warm_start, prior)
     assert third.trace.shape == (3, 3)
+
+
+def test_survivors_of_uniform_crossover_are_the_best_distinct_ever():
+    groups = Groups(np.array([0, 0, 0, 1, 1]))  # six masks, so that children repeat
+    strategy = STRATEGIES["uniform_crossover"](q=10, p=4)
+    score = Landscape(5, 0)
+    state = strategy.start(groups, stream(0, 0, 0))
+    told = {}
+    for _ in range(4):
+        state, genomes = strategy.ask(state)
+        losses = score(groups.kept(genomes))
+        told |= {tuple(genome): loss for genome, loss in zip(genomes.tolist(), losses, strict=True)}
+        state = strategy.tell(state, losses)
+        best = sorted(told, key=told.get)[:4]
+        assert [tuple(genome) for genome in state.population.tolist()] == best
+        assert state.losses.tolist() == [told[genome] for genome in best]

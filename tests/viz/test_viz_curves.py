@@ -109,8 +109,8 @@ def test_svg_is_the_same_every_time_and_well_formed():
 
 
 def test_method_figure_is_small_enough_for_a_readme_and_repeatable(tmp_path):
-    one = save_png(method_figure(), tmp_path / "one.png", colors=256)
-    two = save_png(method_figure(), tmp_path / "two.png", colors=256)
+    one = save_png(method_figure(), tmp_path / "one.png")
+    two = save_png(method_figure(), tmp_path / "two.png")
     assert one.read_bytes() == two.read_bytes() and one.stat().st_size < 300_000
     assert Image.open(one).size == (1800, 1095)
 

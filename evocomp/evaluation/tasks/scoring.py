@@ -44,6 +44,11 @@ def vqa_soft(example: Example, answer: str) -> float:
     return sum(shares) / len(shares)
 
 
+def one_of(example: Example, answer: str) -> float:
+    """MMMU's open questions: 1 if the normalised text is an accepted one."""
+    return float(normalise(answer) in {normalise(text) for text in example.extra.get("answers", [example.answer])})
+
+
 def normalise(text: str) -> str:
     """Lower case, no punctuation or articles, small numbers as digits.
 
@@ -74,4 +79,10 @@ def chosen_letter(answer: str, choices: tuple[str, ...]) -> str:
     return named[0] if len(named) == 1 else ""
 
 
-RULES = {"exact": exact_match, "yes_no": yes_no, "multiple_choice": multiple_choice, "vqa_soft": vqa_soft}
+RULES = {
+    "exact": exact_match,
+    "yes_no": yes_no,
+    "multiple_choice": multiple_choice,
+    "vqa_soft": vqa_soft,
+    "one_of": one_of,
+}

@@ -6,24 +6,29 @@ from torch import Tensor
 from evocomp.ops.precision import compute_dtype, full_precision
 
 
+def _nearest(tokens: Tensor, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(score <v, e> / |e| [N], position [N]) of the best of these rows."""
+    rows = rows.to(tokens.dtype)
+    norm = torch.linalg.vector_norm(rows, dim=-1)
+    allowed = norm > 0  # false for NaN rows too
+    if mask is not None:
+        allowed &= mask
+    # only the rows' norms matter to the argmax; in place, as the scores are the peak of memory
+    scores = (tokens @ rows.T).div_(norm).masked_fill_(~allowed, -torch.inf)
+    return scores.max(dim=-1)
+
+
 def vocabulary_argmax(
     tokens: Tensor, table: Tensor, mask: Tensor | None = None, chunk: int = 8192
 ) -> tuple[Tensor, Tensor]:
     """See `evocomp.ops.vocabulary_argmax`."""
-    dtype = compute_dtype(tokens)
     with full_precision(tokens), torch.no_grad():
-        tokens = tokens.to(dtype)
+        tokens = tokens.to(compute_dtype(tokens))
         best = tokens.new_full((tokens.shape[0],), -torch.inf)
         index = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
         for start in range(0, table.shape[0], chunk):
-            rows = table[start : start + chunk].to(dtype)
-            norm = torch.linalg.vector_norm(rows, dim=-1)
-            allowed = norm > 0  # false for NaN rows too
-            if mask is not None:
-                allowed &= mask[start : start + chunk]
-            # only the row's norm matters to the argmax: a token's own positive scale moves nothing
-            scores = (tokens @ rows.T) / norm
-            top, at = scores.masked_fill_(~allowed, -torch.inf).max(dim=-1)
+            part = slice(start, start + chunk)
+            top, at = _nearest(tokens, table[part], None if mask is None else mask[part])
             better = top > best  # strict, so that the lowest id keeps a tie between chunks
             best = torch.where(better, top, best)
             index = torch.where(better, at + start, index)

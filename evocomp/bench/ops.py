@@ -1,0 +1,203 @@
+"""Benchmarks of the ops against what one would write without them: small on the CPU, real sizes on a GPU."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evocomp.bench.timing import compare, peak_memory
+from evocomp.ops import cosine_separation, ghm_bce, top_r_compact, vocabulary_argmax
+from evocomp.ops.dispatch import choose
+
+Rows = list[dict[str, Any]]
+
+
+class Shape(NamedTuple):
+    """Sizes of one measurement, in the package's alphabet."""
+
+    B: int
+    N: int
+    D: int
+    V: int
+    R: int
+
+
+# CPU: narrow states, so that all of it ends within a minute on one thread. CUDA: LLaVA-1.5 and LLaVA-NeXT.
+SHAPES = {
+    "cpu": [Shape(B=2, N=576, D=128, V=32_000, R=64), Shape(B=1, N=2880, D=128, V=16_000, R=160)],
+    "cuda": [Shape(B=8, N=576, D=4096, V=32_000, R=64), Shape(B=8, N=2880, D=4096, V=32_000, R=160)],
+}
+
+
+def run(device: str = "cpu", repeats: int = 5, shapes: list[Shape] | None = None) -> Rows:
+    """All rows for the device ("cpu" or "cuda"): separation, grouping (time and memory), GHM, compaction.
+
+    Each row holds baseline, ours, times, "ratio" (above 1: ours is faster or smaller), device and versions.
+
+    Raises:
+        AssertionError: an op and its baseline disagree.
+    """
+    rows = []
+    for shape in shapes or SHAPES[torch.device(device).type]:
+        for bench in (bench_separation, bench_grouping, bench_ghm, bench_compaction):
+            rows += bench(shape, device, repeats)
+    return rows
+
+
+def _close(rtol: float = 1e-4, atol: float = 1e-5) -> Callable[[Any, Any], None]:
+    return lambda a, b: torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def _ours(tensor: Tensor, name: str) -> str:
+    return f"{name} ({choose(tensor)})"
+
+
+def pairwise_separation(hidden: Tensor, retained: Tensor) -> Tensor:
+    """[B] mean cosine of discarded with retained tokens, as published: over the |I0| x |I1| pairs."""
+    unit = F.normalize(hidden, dim=-1)
+    return torch.stack([(u[~kept] @ u[kept].T).mean() for u, kept in zip(unit, retained, strict=True)])
+
+
+def pairwise_separation_batched(hidden: Tensor, retained: Tensor) -> Tensor:
+    """The same without a host sync: a masked N x N matrix of the whole batch."""
+    unit = F.normalize(hidden, dim=-1)
+    pairs = (~retained)[:, :, None] & retained[:, None, :]
+    return (unit @ unit.mT * pairs).sum((1, 2)) / pairs.sum((1, 2))
+
+
+def bench_separation(shape: Shape, device: str, repeats: int) -> Rows:
+    """Cosine separation, factorised against all pairs; forward + backward."""
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(shape.B, shape.N, shape.D, generator=generator, device=device, requires_grad=True)
+    retained = torch.rand(shape.B, shape.N, generator=generator, device=device) < shape.R / shape.N
+
+    def step(separation: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        value = separation(hidden, retained)
+        return value.detach(), torch.autograd.grad(value.sum(), hidden)[0]
+
+    return [
+        compare(
+            "cosine separation, forward + backward",
+            f"B={shape.B} N={shape.N} D={shape.D} R={shape.R}",
+            (name, lambda baseline=baseline: step(baseline)),
+            (_ours(hidden, "factorised"), lambda: step(cosine_separation)),
+            _close(),
+            device,
+            repeats,
+        )
+        for name, baseline in (
+            ("pairs |I0| x |I1|", pairwise_separation),
+            ("masked N x N", pairwise_separation_batched),
+        )
+    ]
+
+
+def full_matrix_argmax(tokens: Tensor, table: Tensor) -> Tensor:
+    """[N] nearest rows through the whole N x V matrix of scores, normalised in place."""
+    return (tokens @ table.T).div_(torch.linalg.vector_norm(table, dim=-1)).argmax(-1)
+
+
+def bench_grouping(shape: Shape, device: str, repeats: int) -> Rows:
+    """Nearest vocabulary row, chunked against the full matrix: one row for time, one for peak memory."""
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randn(shape.N, shape.D, generator=generator, device=device)
+    chunk = shape.V // 8
+    table = torch.randn(shape.V, shape.D, generator=generator, device=device)
+
+    def full() -> Tensor:
+        return full_matrix_argmax(tokens, table)
+
+    def chunked() -> Tensor:
+        return vocabulary_argmax(tokens, table, chunk=chunk)[0]
+
+    def no_regret(a: Tensor, b: Tensor) -> None:
+        best, got = (F.cosine_similarity(tokens, table[index], dim=-1) for index in (a, b))
+        torch.testing.assert_close(got, best, rtol=0, atol=1e-6)
+
+    sizes = f"N={shape.N} D={shape.D} V={shape.V}"
+    names = "full N x V matrix", _ours(tokens, f"chunks of {chunk}")
+    time_row = compare(
+        "grouping, time", sizes, (names[0], full), (names[1], chunked), no_regret, device, repeats
+    )
+    memory = [peak_memory(work, device) / 2**20 for work in (full, chunked)]
+    kept = ("shape", "baseline", "ours", "device", "threads", "torch", "triton", "python", "evocomp")
+    memory_row = {"bench": "grouping, peak memory"} | {key: time_row[key] for key in kept}
+    memory_row |= {"baseline_mib": memory[0], "ours_mib": memory[1], "ratio": memory[0] / memory[1]}
+    return [time_row, memory_row]
+
+
+def eager_ghm(logits: Tensor, targets: Tensor, bins: int = 10) -> Tensor:
+    """GHM-C as commonly written: a Python loop over the bins, autograd through a weighted BCE."""
+    norm = (torch.sigmoid(logits.detach()) - targets).abs()
+    edges = torch.arange(bins + 1, device=logits.device) / bins
+    edges[-1] += 1e-6
+    weight = torch.zeros_like(norm)
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (norm >= low) & (norm < high)
+        weight = torch.where(inside, 1 / (inside.sum().clamp_min(1) * bins), weight)
+    return F.binary_cross_entropy_with_logits(logits, targets, weight=weight, reduction="sum")
+
+
+def bench_ghm(shape: Shape, device: str, repeats: int) -> Rows:
+    """GHM-C, fused against eager; forward + backward, on the logits of 32 images."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(32, shape.N, generator=generator, device=device).mul_(2)
+    targets = (torch.rand(32, shape.N, generator=generator, device=device) < shape.R / shape.N).float()
+    place = (logits.sigmoid() - targets).abs() * 10
+    # on the edge of a bin, rounding would decide the bin, and the two answers could differ
+    logits[(place - place.round()).abs() < 1e-4] = 0.5
+    logits.requires_grad_()
+
+    def step(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        value = loss(logits, targets)
+        return value.detach(), torch.autograd.grad(value, logits)[0]
+
+    row = compare(
+        "GHM-C, forward + backward",
+        f"B=32 N={shape.N}",
+        ("eager loop over bins", lambda: step(eager_ghm)),
+        (_ours(logits, "fused"), lambda: step(ghm_bce)),
+        _close(),
+        device,
+        repeats,
+    )
+    return [row]
+
+
+def nonzero_compact(
+    scores: Tensor, r: int, embeddings: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Top-r by a boolean mask and nonzero, image by image: two host syncs each on GPUs."""
+    rows, positions = [], []
+    for score, row, position in zip(scores, embeddings, position_ids, strict=True):
+        mask = torch.zeros_like(score, dtype=torch.bool)
+        mask[score.topk(r).indices] = True
+        index = mask.nonzero()[:, 0]
+        rows.append(row[index])
+        positions.append(position[index])
+    return torch.stack(rows), torch.stack(positions)
+
+
+def bench_compaction(shape: Shape, device: str, repeats: int) -> Rows:
+    """Top-r with original order: static shapes against a mask and nonzero."""
+    generator = torch.Generator(device).manual_seed(0)
+    scores = torch.randn(shape.B, shape.N, generator=generator, device=device)
+    embeddings = torch.randn(shape.B, shape.N, shape.D, generator=generator, device=device)
+    positions = torch.arange(shape.N, device=device).expand(shape.B, -1)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        kept = top_r_compact(scores, shape.R, embeddings, positions)
+        return kept.embeddings, kept.position_ids
+
+    row = compare(
+        "top-r compaction",
+        f"B={shape.B} N={shape.N} D={shape.D} R={shape.R}",
+        ("mask + nonzero", lambda: nonzero_compact(scores, shape.R, embeddings, positions)),
+        (_ours(scores, "static shapes"), ours),
+        _close(0, 0),
+        device,
+        repeats,
+    )
+    return [row]

@@ -1,0 +1,90 @@
+"""`evocomp bench KIND`: run one of the benchmarks, print its rows, and append them to a CSV if one is named."""
+
+import csv
+import datetime
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evocomp.log import UserError, logger
+
+KINDS = {"label-search": "label_search", "ops": "ops", "inference": "inference", "training": "training"}
+"""Kind -> module of this package with `run(device)`, which returns rows."""
+
+Row = dict[str, Any]
+
+
+def run_bench(kind: str, out: Path | None = None) -> list[Row]:
+    """Run a benchmark on the GPU if there is one, print its table, append its rows to `out`.
+
+    Args:
+        kind: a key of `KINDS`.
+        out: CSV file, or a folder that gets KIND.csv.
+
+    Raises:
+        UserError: a benchmark that is not there, or `out` that cannot be written.
+    """
+    if kind not in KINDS:
+        raise UserError(f"evocomp bench {kind}: choose one of {', '.join(KINDS)}")
+    name = f"evocomp.bench.{KINDS[kind]}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UserError(f"evocomp bench {kind}: this version has no such benchmark yet") from None
+    path = out / f"{kind}.csv" if out is not None and out.suffix != ".csv" else out
+    if path is not None and not path.parent.exists():
+        path.parent.mkdir(parents=True)
+    rows = module.run("cuda" if torch.cuda.is_available() else "cpu")
+    print(table(rows))
+    if path is not None:
+        append(path, rows)
+        logger.info("%d rows appended to %s", len(rows), path)
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text: what was measured, against what, and the ratio with its 20 % and 80 % quantiles."""
+    cells = [("bench", "shape", "baseline", "ours", "baseline", "ours", "ratio (p20 to p80)")]
+    cells += [(row["bench"], row["shape"], row["baseline"], row["ours"], *_values(row), _ratio(row)) for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    machine = ", ".join(f"{key} {rows[0][key]}" for key in ("device", "threads", "torch") if key in rows[0])
+    return "\n".join([line.rstrip() for line in lines] + [machine])
+
+
+def _values(row: Row) -> tuple[str, str]:
+    for unit, name in (("ms", "ms"), ("MiB", "mib")):
+        if f"ours_{name}" in row:
+            return f"{row[f'baseline_{name}']:.2f} {unit}", f"{row[f'ours_{name}']:.2f} {unit}"
+    return "", ""
+
+
+def _ratio(row: Row) -> str:
+    if "break_even_kept" in row:
+        kept = row["break_even_kept"]
+        return "never pays at what was measured" if kept is None else f"pays up to {kept:.0f} kept"
+    spread = f" ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})" if "ratio_p20" in row else ""
+    return f"{row['ratio']:.2f}{spread}"
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows, with the day, to a CSV; columns that are new to it are added to what it holds."""
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    new = [{"day": day} | row for row in rows]
+    old: list[Row] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    columns = list(dict.fromkeys(key for row in [*old, *new] for key in row))
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *new])
+    temporary.replace(path)

@@ -1,0 +1,145 @@
+"""Honest A/B timing: interleaved, warmed up, quantiles, and the two answers compared in the same run."""
+
+import json
+import math
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import evocomp
+
+# Shorter work is repeated inside the clock: one slice of a busy machine's scheduler takes milliseconds.
+MIN_SAMPLE_SECONDS = 0.03
+# Written before each timed GPU sample, so that inputs come from memory; an L2 cache is smaller (H200: 50 MB).
+FLUSH_BYTES = 256 * 2**20
+
+Work = Callable[[], Any]
+
+
+def compare(
+    bench: str,
+    shape: str,
+    baseline: tuple[str, Work],
+    ours: tuple[str, Work],
+    agree: Callable[[Any, Any], None],
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Time two ways to the same answer, alternating, and return one row.
+
+    Args:
+        bench: what is measured, e.g. "cosine separation, forward + backward".
+        shape: the sizes, readable, e.g. "B=2 N=2880 D=256".
+        baseline, ours: (name, function without arguments that returns its answer).
+        agree: called with both answers of the warm-up; raises AssertionError when they differ.
+        device: device that the work runs on.
+        repeats: timed pairs, at least 5 for a table.
+
+    Returns:
+        row with "baseline_ms" and "ours_ms" (medians), their 20 % and 80 % quantiles ("..._p20_ms" and
+        "..._p80_ms"), "ratio" (median over the pairs of baseline / ours; above 1 is faster), "ratio_p20",
+        "ratio_p80", the names, the shape and `environment(device)`.
+
+    Raises:
+        AssertionError: the answers differ; no time is reported for a wrong answer.
+    """
+    device = torch.device(device)
+    agree(baseline[1](), ours[1]())
+    works = [baseline[1], ours[1]]
+    rounds = [_rounds(work, device) for work in works]
+    times: list[list[float]] = [[], []]
+    for repeat in range(repeats):
+        for i in (0, 1) if repeat % 2 == 0 else (1, 0):  # who goes first alternates too
+            times[i].append(_sample(works[i], rounds[i], device))
+    row: dict[str, Any] = {"bench": bench, "shape": shape, "baseline": baseline[0], "ours": ours[0]}
+    for name, values in (("baseline", times[0]), ("ours", times[1])):
+        low, middle, high = quantiles(values)
+        row |= {f"{name}_ms": middle * 1e3, f"{name}_p20_ms": low * 1e3, f"{name}_p80_ms": high * 1e3}
+    low, middle, high = quantiles([a / b for a, b in zip(*times, strict=True)])
+    return row | {
+        "ratio": middle,
+        "ratio_p20": low,
+        "ratio_p80": high,
+        "repeats": repeats,
+        **environment(device),
+    }
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """20 %, 50 % and 80 % quantiles; of a single value, three times that value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[1], statistics.median(values), tenths[7]
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """What a number depends on: device, threads, versions."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
+        "python": platform.python_version(),
+        "evocomp": evocomp.__version__,
+    }
+
+
+def peak_memory(work: Work, device: torch.device | str = "cpu") -> int:
+    """Most bytes that torch's allocator held at once during work(), above what it held before."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def _rounds(work: Work, device: torch.device) -> int:
+    """Calls in one timed sample, after warm-up; on a GPU one, between a cold cache and an event."""
+    for _ in range(2):
+        work()
+    if device.type == "cuda":
+        return 1
+    once = min(_sample(work, 1, device) for _ in range(3))
+    return max(1, math.ceil(MIN_SAMPLE_SECONDS / once))
+
+
+def _sample(work: Work, rounds: int, device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(rounds):
+            work()
+        return (time.perf_counter() - start) / rounds
+    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,101 @@
+"""The model card of a compressor: what it was made for and from, and how it did, in the README of its
+folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from evocomp.compressor.config import EvoCompConfig
+from evocomp.compressor.lora import save_lora
+from evocomp.compressor.model import EvoCompCompressor
+
+USE = """```python
+import evocomp
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{base}")
+processor = AutoProcessor.from_pretrained("{base}")
+with evocomp.compress(model, "path/to/this/folder", keep={keep}, layer={layer}) as handle:
+    model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
+    print(handle.last.before, handle.last.after)
+```"""
+
+
+def save(
+    compressor: EvoCompCompressor | PeftModel,
+    folder: str | Path,
+    panel: Sequence[Mapping[str, Any]] | None = None,
+    **metadata: Any,
+) -> None:
+    """Save weights (or the LoRA adapter), configuration and card to `folder`.
+
+    panel: results, one mapping of column to value per row, the same columns in each.
+    metadata: joins `config.metadata`. The card knows `data` and `notes` (text), `labels` and `training`
+    (settings: mappings).
+    """
+    adapter = not isinstance(compressor, EvoCompCompressor)
+    config = compressor.get_base_model().config if adapter else compressor.config
+    if panel:
+        # lists, because the file sorts the keys of mappings and columns have an order
+        metadata["panel"] = [list(panel[0]), *([row.get(column, "") for column in panel[0]] for row in panel)]
+    config.metadata = {**config.metadata, **metadata}
+    if adapter:
+        save_lora(compressor, folder)
+    else:
+        compressor.save_pretrained(folder)
+    Path(folder, "README.md").write_text(card(config), encoding="utf-8")
+
+
+def card(config: EvoCompConfig) -> str:
+    """The card as Markdown with Hugging Face front matter. What was not recorded is said to be missing."""
+    known, base = config.metadata, _public_name(config.base_model_name_or_path)
+    front = ["---", "library_name: evocomp", "tags:", "- visual-token-compression", "- image-text-to-text"]
+    front += [f"base_model: {base}"] if base else []
+    settings = {
+        "target model": base or "not recorded",
+        "hidden size": config.hidden_size,
+        "decoder layers": config.num_layers,
+        "reads the prompt": "yes" if config.use_text else "no",
+        "reads the budget": "yes" if config.budget_input else "no",
+        "kept per image (default)": config.keep,
+        "dropped before layer": config.prune_layer,
+        "positions of kept tokens": config.positions,
+    }
+    parts = [
+        "\n".join([*front, "---"]),
+        f"# EvoComp compressor for {base or 'a multimodal LLM'}",
+        "Scores the visual tokens of an image for a prompt; the highest stay, the rest never reach the LLM.",
+        USE.format(base=base or "the target model", keep=config.keep, layer=config.prune_layer),
+        "## Compressor\n\n" + table([("setting", "value"), *settings.items()]),
+        "## Data\n\n" + str(known.get("data") or "Not recorded."),
+        "## Labels\n\n" + _settings(known.get("labels")),
+        "## Training\n\n" + _settings(known.get("training")),
+        "## Results\n\n" + (table(known["panel"]) if known.get("panel") else "Not recorded."),
+    ]
+    if known.get("notes"):
+        parts.append("## Notes\n\n" + str(known["notes"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _settings(values: Mapping[str, Any] | None) -> str:
+    return table([("setting", "value"), *sorted(values.items())]) if values else "Not recorded."
+
+
+def _public_name(name: str | None) -> str | None:
+    """A hub id as it is; of a path on some machine its last part only."""
+    if not name:
+        return None
+    is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    return Path(name.replace("\\", "/")).name if is_path else name
+
+
+def table(lines: Sequence[Sequence[Any]]) -> str:
+    """Lines of cells as a Markdown table; the first holds the column names."""
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in ruled)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,113 @@
+"""From a prompt with images to the tokens that stay: shared by hooks (`compress`) and rewriting
+(`compress_inputs`)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from evocomp.inference.selectors import Picker
+from evocomp.log import UserError, warn_once
+from evocomp.mllm import families
+
+Newline = Literal["keep", "drop"]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What was kept of one batch of prompts, [row][image].
+
+    indices: kept tokens of an image, ascending, counted within the image (newline separators included)
+    scores:  the selector's scores [n] of the image's tokens without separators, None if it has none
+    before, after: visual tokens per row, in the prompt and kept
+    """
+
+    indices: list[list[Tensor]]
+    scores: list[list[Tensor | None]]
+    before: list[int]
+    after: list[int]
+
+
+def check_keep(keep: int | float) -> int | float:
+    """Raise UserError unless `keep` is a whole number >= 0 or a share in (0, 1]."""
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise UserError(f"keep={keep!r}: give the number of tokens per image (int) or their share (float)")
+    if isinstance(keep, float) and not 0 < keep <= 1:
+        raise UserError(f"keep={keep}: a share lies in (0, 1]; for a number of tokens give an int")
+    if keep < 0:
+        raise UserError(f"keep={keep}: the number of tokens cannot be negative")
+    return keep
+
+
+def kept_count(keep: int | float, n: int) -> int:
+    """How many of n tokens stay."""
+    if isinstance(keep, float):
+        return max(1, round(keep * n)) if n else 0
+    if keep > n:
+        warn_once(f"keep={keep} is more than some images have tokens; those images stay whole")
+    return min(keep, n)
+
+
+@torch.no_grad()
+def choose(
+    model: nn.Module,
+    picker: Picker,
+    keep: int | float,
+    newline: Newline,
+    tokens: Tensor,
+    numbers: Tensor,
+    text: Tensor,
+) -> tuple[Tensor, Compression]:
+    """Ask the picker about every image of a batch.
+
+    tokens [B,S,D]: the merged input embeddings; numbers [B,S]: image of each visual token, -1 elsewhere (see
+    `families.image_numbers`); text [B,S]: the tokens that the selector may read. Returns bool [B,S], True at
+    visual tokens that stay, and the record of what was kept.
+    """
+    batch, length = numbers.shape
+    flat = numbers.flatten()
+    places = list((flat >= 0).nonzero().squeeze(1).split(flat[flat >= 0].bincount().tolist()))
+    rows = [int(place[0]) // length for place in places]
+    images = [tokens.reshape(batch * length, -1)[place] for place in places]
+    separators = [families.newline_rows(model, image) for image in images]
+    contents = [(~is_newline).nonzero().squeeze(1) for is_newline in separators]
+    prompts = {row: tokens[row, text[row]] for row in set(rows)}
+    picks = picker.pick(
+        [image[content] for image, content in zip(images, contents, strict=True)],
+        [prompts[row] for row in rows],
+        [kept_count(keep, len(content)) for content in contents],
+    )
+    kept = torch.zeros(batch * length, dtype=torch.bool, device=tokens.device)
+    record = Compression([[] for _ in range(batch)], [[] for _ in range(batch)], [0] * batch, [0] * batch)
+    for row, place, content, is_newline, (picked, scores) in zip(
+        rows, places, contents, separators, picks, strict=True
+    ):
+        stays = is_newline.clone() if newline == "keep" else torch.zeros_like(is_newline)
+        stays[content[picked]] = True
+        kept[place] = stays
+        record.indices[row].append(stays.nonzero().squeeze(1))
+        record.scores[row].append(scores)
+        record.before[row] += len(place)
+        record.after[row] += len(record.indices[row][-1])
+    return kept.view(batch, length), record
+
+
+def short_index(stays: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each place of the shortened, left-padded batch comes from.
+
+    stays bool [B,S] -> index [B,L] into the S places (original order), and valid bool [B,L], False at
+    padding; L is the largest number of kept tokens of a row.
+    """
+    count = stays.sum(1)
+    length = int(count.max())
+    # a stable sort puts dropped places first and leaves the order within both groups as it is
+    index = torch.argsort(stays.to(torch.int8), dim=1, stable=True)[:, stays.shape[1] - length :]
+    valid = torch.arange(length, device=stays.device)[None] >= (length - count)[:, None]
+    return index, valid
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Gather along the sequence. x [..., B or 1, S, D], index [B,L] -> [..., B, L, D]."""
+    index = index.to(x.device)[..., None].expand(*x.shape[:-3], *index.shape, x.shape[-1])
+    return x.expand(*x.shape[:-3], index.shape[-3], *x.shape[-2:]).gather(-2, index)

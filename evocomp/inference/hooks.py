@@ -1,0 +1,70 @@
+"""`compress`: visual tokens drop out inside an unchanged Hugging Face MLLM, by forward pre-hooks.
+
+Hooked are the multimodal model (it sees `input_ids`: where the images are), its decoder (it sees the merged
+embeddings: what the selector reads) and every decoder layer from `layer` on (there the sequence, its rotary
+embedding and its mask become short). No class is subclassed, no method replaced: `generate`, pipelines, PEFT
+and `save_pretrained` work as before, and `handle.remove()` leaves nothing behind.
+"""
+
+from torch import nn
+
+from evocomp.inference.choose import Newline
+from evocomp.inference.handle import Handle, Positions
+from evocomp.inference.selectors import picker_for
+from evocomp.log import UserError
+from evocomp.mllm import families
+
+
+def compress(
+    model: nn.Module,
+    selector,
+    keep: int | float | None = None,
+    layer: int | None = None,
+    positions: Positions | None = None,
+    newline: Newline = "keep",
+    restore_length: bool = False,
+) -> Handle:
+    """Compress the visual tokens of a multimodal LLM from now on.
+
+        with evocomp.compress(model, "path/to/compressor", keep=192) as handle:
+            model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
+            print(handle.last.after)
+
+    Args:
+        model: any supported `...ForConditionalGeneration` (see `evocomp.mllm.families`), PEFT-wrapped or not.
+            One generation at a time: the state of a call lives on the handle.
+        selector: a compressor, its folder or hub id, a function, or a baseline: see
+            `evocomp.inference.selectors`.
+        keep: visual tokens kept per image, a number or a share in (0, 1]. Images with fewer stay whole.
+        layer: decoder layer before which they drop out (the paper's l): 0 is fastest, 2 keeps more accuracy.
+        positions: "original" positions of kept tokens, or "dense" ones (layer 0, families without M-RoPE).
+        newline: whether `image_newline` separators stay, on top of `keep`, or drop out (LLaVA-NeXT and
+            LLaVA-OneVision).
+        restore_length: logits and hidden states of the original length, with zeros at dropped tokens, for
+            callers that compute a loss or slice by the prompt's length.
+
+    `keep`, `layer` and `positions` default to what the compressor was saved with, else to 192, 0, "original".
+
+    Raises:
+        UserError: unsupported family or transformers version, a second handle on the same model, a compressor
+            made for another hidden size, bad settings; and at call time: images over an old cache, labels
+            without `restore_length`.
+    """
+    families.check_supported(model)
+    base, layers = families.unwrap(model).base_model, families.unwrap(model).get_decoder().layers
+    if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in base._forward_pre_hooks.values()):
+        raise UserError("this model is compressed already; call remove() on its handle first")
+    picker = picker_for(selector, model)
+    saved = getattr(getattr(picker, "compressor", None), "config", None)
+    keep = getattr(saved, "keep", 192) if keep is None else keep
+    layer = getattr(saved, "prune_layer", 0) if layer is None else layer
+    positions = getattr(saved, "positions", "original") if positions is None else positions
+    if not 0 <= layer < len(layers):
+        raise UserError(f"layer={layer}: the model has layers 0 to {len(layers) - 1}")
+    if newline not in ("keep", "drop"):
+        raise UserError(f"newline={newline!r}: use 'keep' or 'drop'")
+    if positions not in ("original", "dense"):
+        raise UserError(f"positions={positions!r}: use 'original' or 'dense'")
+    if positions == "dense" and (layer > 0 or families.policy(model).mrope):
+        raise UserError("positions='dense' needs layer=0 and a family without M-RoPE; use 'original'")
+    return Handle(model, picker, keep, layer, positions, newline, restore_length)

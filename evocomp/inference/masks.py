@@ -1,0 +1,84 @@
+"""Attention masks of the layers that run on the shortened sequence."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache, PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+
+def padding_mask(attention_mask, length: int) -> Tensor | None:
+    """Which tokens of the prompt are real, bool [B,length]; None if all are.
+
+    attention_mask: what the model was given: None, [B,S], a prepared [B,1,S,columns], or a dict of these by
+    layer type (with a static cache masks are prepared before the model is called).
+    """
+    if isinstance(attention_mask, dict):
+        given = [attention_mask.get("full_attention"), *attention_mask.values()]
+        attention_mask = next((mask for mask in given if mask is not None), None)
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.ndim == 2:
+        return attention_mask[:, -length:].bool()
+    # the last token sees every real token up to itself
+    last = attention_mask[:, 0, length - 1, :length]
+    return _is_open(last)
+
+
+def is_sliding(config: PreTrainedConfig, layer: int) -> bool:
+    """Whether a decoder layer attends within a sliding window only."""
+    types = getattr(config, "layer_types", None)
+    if types:
+        return types[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) is not None
+
+
+def causal_mask(
+    config: PreTrainedConfig, layer: int, hidden: Tensor, real: Tensor | None, cache: Cache | None
+):
+    """The mask that transformers itself makes for this layer's own number of keys.
+
+    hidden [B,q,D] gives sizes only; real bool [B,keys]: keys that are not padding, None if all are. Position
+    ids are left out: their gaps would be taken for the borders of packed sequences.
+    """
+    make = create_sliding_window_causal_mask if is_sliding(config, layer) else create_causal_mask
+    return make(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=real,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=layer,
+    )
+
+
+def _is_open(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def gathered_mask(
+    full: Tensor, index: Tensor, valid: Tensor, window: int | None, window_spares_blocks: bool, columns: int
+) -> Tensor:
+    """Rows and columns of a prepared mask that stay: keeps the bidirectional blocks of images and prefixes.
+
+    full [B or 1,1,S,columns'] (bool, or 0 and a large negative number); index, valid [B,L]; window: sliding
+    window counted over the shortened sequence, or None; window_spares_blocks: whether blocks reach beyond it;
+    columns: keys of the cache, at least L. -> [B,1,L,columns]
+    """
+    batch, length = index.shape
+    rows = full.expand(batch, -1, -1, -1).gather(2, index[:, None, :, None].expand(-1, 1, -1, full.shape[-1]))
+    short = rows.gather(3, index[:, None, None, :].expand(-1, 1, length, -1))
+    place = torch.arange(length, device=full.device)
+    allowed = valid[:, None, None, :].expand(-1, 1, length, -1)
+    if window is not None:
+        near = place[:, None] - place[None, :] < window
+        # two tokens that see each other are in one block
+        allowed = allowed & (near | _is_open(short).transpose(2, 3) if window_spares_blocks else near)
+    # padding must see something: a row without any key would be NaN, and NaN spreads even with weight zero
+    lonely = (~valid)[:, None, :, None] & (place[:, None] == place[None, :])
+    if short.dtype == torch.bool:
+        return pad((short & allowed) | lonely, (0, columns - length), value=False)
+    lowest = torch.finfo(short.dtype).min
+    return pad(
+        short.masked_fill(~allowed, lowest).masked_fill(lonely, 0.0), (0, columns - length), value=lowest
+    )

@@ -1,0 +1,157 @@
+"""`compress_inputs`: the stateless way for layer 0. Shorter inputs for the model as it is.
+
+For labelling, training, export and compiled decoding, where hooks are in the way. `compress` is the way for
+everything else; both give the same answers.
+"""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evocomp.inference.choose import Compression, Newline, check_keep, choose, short_index
+from evocomp.inference.handle import Positions
+from evocomp.inference.selectors import picker_for
+from evocomp.inference.state import Prompt
+from evocomp.log import UserError
+from evocomp.mllm import families
+
+
+class ShortInputs(dict):
+    """Inputs for `generate` or `forward`, and in `compression` the record of what was kept."""
+
+    compression: Compression | None = None
+
+
+def compress_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    selector,
+    keep: int | float = 192,
+    positions: Positions = "original",
+    newline: Newline = "keep",
+) -> ShortInputs:
+    """Encode the images of a prompt, choose, and return inputs without the dropped tokens.
+
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
+        short = compress_inputs(model, inputs, compressor, keep=192)
+        new_tokens = model.generate(**short)[:, short["input_ids"].shape[1]:]
+
+    Args:
+        model, selector, keep, positions, newline: as in `evocomp.compress`.
+        inputs: what the processor returned, [B,S] tensors and pixels; `labels` are shortened too, and tokens
+            with a label other than -100 (the answer) are hidden from the selector.
+
+    Returns:
+        The rows, left-padded to the longest [B,L], with `attention_mask`, `position_ids` and sliced
+        `mm_encoder_outputs` in place of pixels. Positions are those of `generate`; PaliGemma's `forward`
+        counts from 1 (`families.policy(model).forward_offset`). Inputs without images come back as they are.
+
+    With beams, give families whose encoder returns one tensor (InternVL, Gemma3, PaliGemma) images that keep
+    equally many tokens, or use `compress`: `generate` cannot repeat unequal ones.
+
+    Raises:
+        UserError: as `evocomp.compress`.
+    """
+    families.check_supported(model)
+    picker, ids = picker_for(selector, model), inputs["input_ids"]
+    if positions == "dense" and families.policy(model).mrope:
+        raise UserError("positions='dense' needs a family without M-RoPE; use positions='original'")
+    encoded = families.encode(model, inputs)
+    if not encoded:
+        return ShortInputs(inputs)
+    visual = families.visual_mask(model, ids)
+    real = inputs.get("attention_mask")
+    real = torch.ones_like(visual) if real is None else real.bool()
+    numbers = families.image_numbers(model, ids, encoded)
+    prompt = Prompt(ids, numbers, real, inputs.get("labels"), cached=False)
+    tokens = _merged(model, ids, visual, encoded)
+    kept, compression = choose(model, picker, check_keep(keep), newline, tokens, numbers, prompt.text)
+    index, valid = short_index(real & (kept | ~visual))
+    short = ShortInputs(_shorten_tensors(model, inputs, index, valid))
+    short.compression = compression
+    short["attention_mask"] = valid.long()
+    short["position_ids"] = _positions(model, inputs, index, valid, dense=positions == "dense")
+    short["mm_encoder_outputs"] = {
+        kind: _slice(output, kept[place], numbers[place & kept])
+        for kind, output in encoded.items()
+        for place in [ids == families.token_ids(model)[kind]]
+    }
+    return short
+
+
+def _merged(model: nn.Module, ids: Tensor, visual: Tensor, encoded: Mapping) -> Tensor:
+    """Input embeddings with the visual tokens in their places, [B,S,D]."""
+    # placeholder ids may lie outside of the vocabulary (Gemma)
+    tokens = families.unwrap(model).get_input_embeddings()(ids.masked_fill(visual, 0))
+    tokens = tokens.masked_scatter(visual[..., None], families.visual_tokens(model, ids, encoded).to(tokens))
+    return tokens
+
+
+def _shorten_tensors(
+    model: nn.Module, inputs: Mapping[str, Any], index: Tensor, valid: Tensor
+) -> dict[str, Any]:
+    """[B,S] tensors gathered, what the vision tower read left out, everything else as it is."""
+    padding = {"input_ids": _pad_id(model), "labels": -100}
+    base, shape = families.unwrap(model).base_model, inputs["input_ids"].shape
+    eaten = {"position_ids", "attention_mask"}
+    for kind in ("image", "video"):
+        if (function := getattr(base, f"get_{kind}_features", None)) is not None:
+            eaten |= set(inspect.signature(function).parameters)
+    short = {}
+    for name, value in inputs.items():
+        if name in eaten:
+            continue
+        same = isinstance(value, Tensor) and value.shape == shape
+        short[name] = value.gather(1, index).masked_fill(~valid, padding.get(name, 0)) if same else value
+    return short
+
+
+def _pad_id(model: nn.Module) -> int:
+    """An id for padding that is no placeholder."""
+    pad = getattr(families.unwrap(model).get_decoder().config, "pad_token_id", None)
+    placeholders = families.token_ids(model).values()
+    return next(i for i in (pad, 0, 1, 2) if i is not None and i not in placeholders)
+
+
+def _positions(
+    model: nn.Module, inputs: Mapping[str, Any], index: Tensor, valid: Tensor, dense: bool
+) -> Tensor:
+    """[B,L], or [4,B,L] with M-RoPE."""
+    rank = (valid.cumsum(1) - 1).clamp(min=0)
+    if dense:
+        return rank
+    positions = families.position_ids(model, inputs)
+    if positions.ndim == 2:
+        return positions.gather(1, index).masked_fill(~valid, 0)
+    short = positions.gather(2, index.expand(len(positions), -1, -1)).masked_fill(~valid, 0)
+    # the text row tells masks where packed sequences start: no gaps
+    short[0] = rank
+    return short
+
+
+def _slice(output, kept: Tensor, numbers: Tensor):
+    """A copy of an encoder's output with the visual tokens that stay.
+
+    kept bool [total]: its tokens, entry after entry; numbers [tokens that stay]: the image of each.
+    """
+    entries = families.entries(output)
+    masks = kept.split([len(entry) for entry in entries])
+    short = copy.copy(output)
+    rows = [entry[mask] for entry, mask in zip(entries, masks, strict=True)]
+    if isinstance(output.pooler_output, Tensor):
+        # a tensor has to stay one: of images if they keep equally many tokens, else of all tokens
+        sizes = numbers.unique(return_counts=True)[1].tolist()
+        images = len(sizes) if sizes and min(sizes) == max(sizes) else 1
+        short.pooler_output = torch.cat(rows).unflatten(0, (images, -1)) if sizes else torch.cat(rows)[None]
+    else:
+        short.pooler_output = rows
+    if getattr(output, "deepstack_features", None) is not None:
+        short.deepstack_features = [
+            [entry[mask] for entry, mask in zip(layer, masks, strict=True)]
+            for layer in output.deepstack_features
+        ]
+    return short

@@ -1,0 +1,171 @@
+"""What a handle knows during a call, and what travels with the KV cache from the prefill to later calls."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from evocomp.inference.choose import short_index, take
+from evocomp.log import UserError
+
+
+@dataclass
+class Prompt:
+    """A prompt with images on its way to the decoder.
+
+    numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding
+    """
+
+    ids: Tensor
+    numbers: Tensor
+    real: Tensor
+    labels: Tensor | None
+    cached: bool
+
+    @property
+    def visual(self) -> Tensor:
+        """bool [B,S]"""
+        return self.numbers >= 0
+
+    @property
+    def text(self) -> Tensor:
+        """bool [B,S]: what the selector may read. Answer tokens are hidden from it."""
+        text = self.real & ~self.visual
+        return text if self.labels is None else text & (self.labels == -100)
+
+
+@dataclass
+class Shortened:
+    """How a batch was shortened.
+
+    index, valid [B,L]: see `short_index`; all_real: whether `valid` is all True; full: length of the whole
+    prompt; dropped [B]: tokens dropped per row; next_position [...,B,1]: position of the first token after
+    the prompt
+    """
+
+    index: Tensor
+    valid: Tensor
+    all_real: bool
+    full: int
+    dropped: Tensor
+    next_position: Tensor
+
+    @classmethod
+    def make(cls, prompt: Prompt, kept: Tensor) -> "Shortened":
+        """kept bool [B,S]: visual tokens that stay. Positions are those of a prompt without gaps or
+        padding."""
+        stays = prompt.real & (kept | ~prompt.visual)
+        index, valid = short_index(stays)
+        return cls(
+            index=index,
+            valid=valid,
+            all_real=bool(valid.all()),
+            full=stays.shape[1],
+            dropped=(prompt.real & prompt.visual & ~kept).sum(1),
+            next_position=torch.full((len(stays), 1), stays.shape[1], device=stays.device),
+        )
+
+    @property
+    def dense_positions(self) -> Tensor:
+        """0, 1, ... over the kept tokens, [B,L]."""
+        return (self.valid.cumsum(1) - 1).clamp(min=0)
+
+    def restored(self, short: Tensor) -> Tensor:
+        """Hidden states [B,L,D] at their places in the whole prompt, zeros at dropped tokens. -> [B,S,D]"""
+        whole = short.new_zeros(len(short), self.full, short.shape[-1])
+        row, place = self.valid.to(short.device).nonzero(as_tuple=True)
+        whole[row, self.index.to(short.device)[row, place]] = short[row, place]
+        return whole
+
+    def continue_positions(self, kwargs: dict, past: int, new: int, dense: bool) -> None:
+        """Give `new` tokens their positions, `past` tokens after the prompt: layer 0's cache is short.
+
+        Raises UserError if the caller's tokens are not the next ones (it counted them by that cache).
+        """
+        following, given = self.next_position + past, kwargs.get("position_ids")
+        if given is None:
+            kwargs["position_ids"] = following + torch.arange(new, device=following.device)
+            return
+        if dense:
+            given = kwargs["position_ids"] = given - self.dropped[:, None]
+        any_row = (-1,) * (given.ndim - 2)  # M-RoPE's rows agree at text
+        if new > 1 and bool((given[any_row][:, :1] != following[(-1,) * (following.ndim - 2)]).any()):
+            raise UserError(
+                "this cache was compressed before layer 0, so `generate` cannot tell which tokens are new; "
+                "leave out past_key_values and give the whole conversation again, or use compress(layer=1)"
+            )
+
+
+@dataclass
+class Pass:
+    """One run through the decoder. real [B,keys]: keys that are not padding, None if all are."""
+
+    state: Shortened
+    prefill: bool
+    real: Tensor | None
+    given_mask: Any = None
+    deepstack: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    memo: dict = field(default_factory=dict)
+
+    @classmethod
+    def further(cls, state: Shortened, attention_mask: Any, past: int, new: int) -> "Pass":
+        """A run over `new` tokens that come `past` tokens after the prompt."""
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            tail = attention_mask[:, state.full : state.full + past + new].bool().to(state.valid.device)
+        elif state.all_real:
+            return cls(state, prefill=False, real=None)
+        else:
+            tail = state.valid.new_ones(len(state.valid), past + new)
+        return cls(state, prefill=False, real=torch.cat([state.valid, tail], dim=1))
+
+    def take_over_deepstack(self, kwargs: dict, layer: int) -> None:
+        """Features that the decoder would add after layer i >= `layer` are kept, short, for layer i + 1."""
+        features, mask = kwargs["deepstack_visual_embeds"], kwargs["visual_pos_masks"]
+        short = mask.gather(1, self.state.index) & self.state.valid
+        for number in range(layer, len(features)):
+            rows = features[number].new_zeros(*mask.shape, features[number].shape[-1])
+            rows[mask] = features[number]
+            self.deepstack[number + 1] = (short, take(rows, self.state.index)[short])
+        kwargs["deepstack_visual_embeds"] = features[:layer]
+
+    def add_deepstack(self, hidden: Tensor, number: int) -> Tensor:
+        """Before layer `number`: what belonged after the layer before it."""
+        if number not in self.deepstack:
+            return hidden
+        where, features = (part.to(hidden.device) for part in self.deepstack[number])
+        hidden = hidden.clone()
+        hidden[where] = hidden[where] + features.to(hidden.dtype)
+        return hidden
+
+    def shorten_positions(self, kwargs: dict) -> None:
+        """Rotary embedding and position ids of one layer's keywords."""
+        rotary = kwargs["position_embeddings"]
+        if id(rotary[0]) not in self.memo:
+            self.memo[id(rotary[0])] = tuple(take(part, self.state.index) for part in rotary)
+        kwargs["position_embeddings"] = self.memo[id(rotary[0])]
+        if kwargs.get("position_ids") is not None:
+            # rotation is done: these only tell flash attention where packed sequences start, so no gaps
+            kwargs["position_ids"] = self.state.dense_positions
+
+
+@dataclass
+class Choice:
+    """The choice for a prompt that grows without a cache: generation must not choose anew at every step."""
+
+    prompt: Prompt
+    length: int
+    tokens: Tensor
+    keep: int | float
+    kept: Tensor
+
+    def for_next_step(self, prompt: Prompt, tokens: Tensor, keep: int | float) -> Tensor | None:
+        """`kept` [B,S] for `prompt`, if it is the same prompt with one more generated token; else None."""
+        start, (batch, length) = self.prompt.ids.shape[1], prompt.ids.shape
+        if prompt.cached or length != self.length + 1 or keep != self.keep or batch != len(self.prompt.ids):
+            return None
+        if not torch.equal(self.prompt.ids, prompt.ids[:, :start]) or not torch.equal(self.tokens, tokens):
+            return None
+        self.length = length
+        return pad(self.kept, (0, length - start), value=False)

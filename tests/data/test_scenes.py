@@ -1,0 +1,147 @@
+"""Scenes: the answers follow from the objects, by rules written here once more."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evocomp.data.example import stable_id
+from evocomp.data.scenes import COLORS, KINDS, PLACES, SHAPES, SceneSpec, draw_scene, scene_examples
+
+seeds = st.integers(0, 2**31)
+
+
+def answer_of(text: str, objects) -> str:
+    """The answer, from the words of the question and the list of objects alone."""
+    words = text.split()
+
+    def those(**wanted):
+        return [o for o in objects if all(getattr(o, k) == v for k, v in wanted.items())]
+
+    def only(found):
+        (one,) = found
+        return one
+
+    if words[0] == "digit":
+        return str(only(those(color=words[2], shape=words[3])).digit)
+    if words[0] == "any":
+        return "yes" if those(color=words[1], shape=words[2]) else "no"
+    if words[:2] == ["how", "many"]:
+        return str(len(those(**{"color" if words[2] in COLORS else "shape": words[2]})))
+    if words[1] == "of" and words[0] == "color":
+        return only(those(shape=words[2])).color
+    if words[1] == "of":
+        return only(those(color=words[2])).shape
+    if words[1] == "with":
+        return getattr(only(those(digit=int(words[2]))), words[0])
+    place = next(p for p in PLACES if text.split(" ", 1)[1].startswith(p))
+    color, shape = words[-2:]
+    here = only(those(color=color, shape=shape))
+    down, right = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}[place]
+    return getattr(only([o for o in objects if (o.row, o.column) == (here.row + down, here.column + right)]), words[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(0, 10**6))
+def test_answers_follow_from_the_objects(seed, index):
+    scene = draw_scene(seed, index)
+    assert scene.questions
+    for question in scene.questions:
+        assert answer_of(question.text, scene.objects) == question.answer
+        assert question.kind in KINDS
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_objects_stand_in_their_cells_on_the_patch_grid(seed):
+    spec = SceneSpec()
+    scene = draw_scene(seed, 0)
+    assert spec.min_objects <= len(scene.objects) <= spec.max_objects
+    assert len({(o.row, o.column) for o in scene.objects}) == len(scene.objects)
+    assert len({(o.color, o.shape) for o in scene.objects}) == len(scene.objects)
+    for thing in scene.objects:
+        cell = spec.size / spec.grid
+        assert thing.column * cell < thing.x < (thing.column + 1) * cell
+        assert thing.row * cell < thing.y < (thing.row + 1) * cell
+        # within a pixel of the middle of a patch
+        for at in (thing.x, thing.y):
+            assert abs((at / spec.patch) % 1 - 0.5) <= 1 / spec.patch + 1e-9
+
+
+def test_the_color_of_an_object_is_in_its_pixels():
+    """At the object's rim, past the digit; rings are hollow."""
+    checked = 0
+    for index in range(20):
+        scene = draw_scene(9, index)
+        for thing in scene.objects:
+            if thing.shape == "ring":
+                continue
+            x, y = round(thing.x - 0.55 * thing.radius), round(thing.y)
+            if thing.shape in ("triangle", "diamond"):
+                x, y = round(thing.x), round(thing.y - 0.62 * thing.radius)
+            seen = scene.image[y, x].astype(float)
+            nearest = min(COLORS, key=lambda name: np.abs(seen - COLORS[name]).sum())
+            checked += 1
+            assert nearest == thing.color or np.abs(seen - COLORS[thing.color]).max() < 60
+    assert checked > 60
+
+
+def test_a_scene_is_a_function_of_seed_and_number():
+    assert np.array_equal(draw_scene(3, 5).image, draw_scene(3, 5).image)
+    assert not np.array_equal(draw_scene(3, 5).image, draw_scene(3, 6).image)
+    assert not np.array_equal(draw_scene(3, 5).image, draw_scene(4, 5).image)
+    # golden: the questions must not drift from one version to the next, or published tables lose their meaning
+    text = "|".join(f"{e.id} {e.kind} {e.prompt} {e.answer}" for e in scene_examples(101, 0, 5))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "4dac3cec71bf2845"
+
+
+def test_relation_is_asked_only_if_wanted():
+    plain, all_kinds = scene_examples(1, 0, 10), scene_examples(1, 0, 10, relation=True)
+    assert {e.kind for e in plain} == set(KINDS) - {"relation"}
+    assert {e.kind for e in all_kinds} == set(KINDS)
+    assert [e.id for e in all_kinds if e.kind != "relation"] == [e.id for e in plain]
+
+
+def test_ids_and_picture_names_are_unique_and_stable():
+    examples = scene_examples(1, 0, 20, relation=True)
+    assert len({e.id for e in examples}) == len(examples)
+    assert len({e.image_id for e in examples}) == 20
+    assert [e.id for e in scene_examples(1, 7, 2, relation=True)] == [
+        e.id for e in examples if e.image_id in ("scene-1-000007", "scene-1-000008")
+    ]
+
+
+def test_targets_point_at_the_object_that_is_asked_about():
+    for index in range(10):
+        scene = draw_scene(2, index)
+        for question in scene.questions:
+            if question.kind in ("digit", "find", "color", "shape"):
+                thing = scene.objects[question.target]
+                assert question.answer in (str(thing.digit), thing.color, thing.shape)
+
+
+def test_answers_are_balanced_enough_that_guessing_fails():
+    examples = scene_examples(8, 0, 150)
+    for kind in ("exist", "count"):
+        answers = [e.answer for e in examples if e.kind == kind]
+        assert max(answers.count(a) for a in set(answers)) / len(answers) < 0.65
+
+
+@pytest.mark.parametrize("size", [72, 192])
+def test_other_sizes(size):
+    spec = SceneSpec(size=size)
+    assert draw_scene(1, 0, spec).image.shape == (size, size, 3)
+    assert spec.tokens_per_side == size // 8
+
+
+@given(st.lists(st.one_of(st.integers(), st.text()), max_size=4))
+def test_stable_ids_fit_an_int64_and_are_not_negative(parts):
+    assert 0 <= stable_id(*parts) < 2**63
+
+
+def test_stable_ids_keep_their_parts_apart():
+    assert stable_id("ab", "c") != stable_id("a", "bc")
+    assert stable_id("train", 3) == 1366800676291850055  # golden: label stores are keyed by these
+    assert set(SHAPES).isdisjoint(COLORS)

@@ -1,0 +1,113 @@
+"""Splits share no picture, and are the same in every process."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from evocomp.config.schema import DataConfig
+from evocomp.data.conversations import write_scenes
+from evocomp.data.splits import digest, drawn, load_splits
+from evocomp.data.splits import test_questions as questions_of_the_test
+from evocomp.log import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes") / "data"
+    write_scenes(out, seed=71, count=24)
+    return out
+
+
+def pictures(examples) -> set[str]:
+    return {e.image_id for e in examples}
+
+
+def ids(examples) -> list[int]:
+    return [e.id for e in examples]
+
+
+def assert_apart(splits) -> None:
+    assert pictures(splits.train).isdisjoint(pictures(splits.val))
+    assert pictures(splits.train).isdisjoint(pictures(splits.test))
+    assert pictures(splits.val).isdisjoint(pictures(splits.test))
+    everything = [e.id for e in (*splits.train, *splits.val, *splits.test)]
+    assert len(set(everything)) == len(everything)
+
+
+def test_drawn_splits_have_their_sizes_and_share_no_picture():
+    splits = load_splits(DataConfig(max_samples=50, val_samples=30, test_samples=40))
+    assert [len(s) for s in (splits.train, splits.val, splits.test)] == [50, 30, 40]
+    assert_apart(splits)
+
+
+def test_a_folder_gives_up_pictures_for_test_and_selection(folder):
+    splits = load_splits(DataConfig(source=str(folder), max_samples=0, val_samples=10, test_samples=30))
+    assert_apart(splits)
+    assert 0 < len(splits.val) <= 10 and 0 < len(splits.test) <= 30
+    assert len(pictures(splits.test)) <= 24 // 4 and len(pictures(splits.val)) <= 24 // 8
+    left = load_splits(DataConfig(source=str(folder), max_samples=7, val_samples=10, test_samples=30))
+    assert ids(left.train) == ids(splits.train)[:7] and ids(left.test) == ids(splits.test)
+
+
+def test_what_is_held_out_depends_on_names_not_on_order(folder, tmp_path):
+    records = json.loads((folder / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(records[::-1]))
+    settings = dict(max_samples=0, val_samples=1000, test_samples=1000)
+    one = load_splits(DataConfig(source=str(folder), **settings))
+    other = load_splits(DataConfig(source=str(tmp_path), image_folder=str(folder), **settings))
+    assert pictures(one.test) == pictures(other.test) and pictures(one.val) == pictures(other.val)
+    assert_apart(one)
+    # golden: the same in every process and version, or a run's test would leak into another's training
+    assert pictures(one.test) == {f"images/scene-71-0000{n:02}.png" for n in (2, 3, 7, 10, 16, 19)}
+
+
+def test_own_files_for_the_splits(folder, tmp_path):
+    write_scenes(tmp_path / "test", seed=72, count=3)
+    settings = dict(max_samples=0, val_samples=0, test_samples=20, test_source=str(tmp_path / "test"))
+    splits = load_splits(DataConfig(source=str(folder), **settings))
+    assert len(splits.test) == 20 and splits.val == [] and len(pictures(splits.train)) == 24
+    source = str(tmp_path / "test")
+    drawn_train = load_splits(DataConfig(max_samples=5, val_samples=0, test_samples=20, test_source=source))
+    assert [e.prompt for e in drawn_train.test] == [e.prompt for e in splits.test]
+
+
+def test_one_picture_cannot_be_split(tmp_path):
+    write_scenes(tmp_path, seed=73, count=1)
+    splits = load_splits(DataConfig(source=str(tmp_path), max_samples=0, val_samples=5, test_samples=5))
+    assert splits.test == [] and splits.val == [] and len(pictures(splits.train)) == 1
+
+
+def test_questions_per_picture_are_limited_and_spread_over_kinds():
+    few = drawn(DataConfig(), 5, 200, per_image=4)
+    counts = [sum(e.image_id == name for e in few) for name in pictures(few)]
+    assert max(counts) == 4 and len(counts) == 50
+    assert {e.kind for e in few} == {e.kind for e in drawn(DataConfig(), 5, 200)}
+
+
+def test_other_test_questions():
+    data = DataConfig(test_samples=20)
+    assert ids(questions_of_the_test(data)) == ids(load_splits(data).test)
+    assert len(questions_of_the_test(data, questions=35)) == 35
+    fresh = questions_of_the_test(data, seed=9001)
+    assert len(fresh) == 20 and pictures(fresh).isdisjoint(pictures(load_splits(data).test))
+    assert ids(questions_of_the_test(data, questions=10)) == ids(load_splits(data).test)[:10]
+
+
+def test_files_have_no_seed(folder):
+    with pytest.raises(UserError, match="questions from files, which have no seed"):
+        questions_of_the_test(DataConfig(source=str(folder)), seed=1)
+
+
+def test_the_digest_sees_what_is_asked():
+    examples = drawn(DataConfig(), 5, 6)
+    assert digest(examples) == digest(drawn(DataConfig(), 5, 6))
+    changed = [
+        examples[:5],
+        examples[::-1],
+        drawn(DataConfig(), 6, 6),
+        [replace(examples[0], answer="else"), *examples[1:]],
+        [replace(examples[0], prompt="else"), *examples[1:]],
+        [replace(examples[0], history=(("q", "a"),)), *examples[1:]],
+    ]
+    assert len({digest(examples), *map(digest, changed)}) == 7

@@ -1,0 +1,130 @@
+"""The oracle: one prompt through the decoder layers by hand, without hooks, cache, padding or mask helpers.
+
+Tokens that do not stay are cut out before layer `layer`. What goes in is captured from the unmodified model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evocomp.mllm.families import policy
+from tests.inference.tiny_models import IMAGE, VIDEO, quiet
+
+
+@dataclass
+class Row:
+    """One prompt as the unmodified model hands it to its decoder: no padding."""
+
+    ids: Tensor  # [S]
+    embeds: Tensor  # [S,D]
+    positions: Tensor  # [S], or [3,S]
+    deepstack: list[Tensor]  # [S,D] each, zeros at text
+
+
+def rows(model, inputs) -> list[Row]:
+    """Capture the decoder's inputs in the prefill of `generate`."""
+    seen = {}
+    hook = model.get_decoder().register_forward_pre_hook(lambda _, __, kw: seen.update(kw), with_kwargs=True)
+    model.generate(**inputs, max_new_tokens=1, **quiet(model))
+    hook.remove()
+    embeds, positions = seen["inputs_embeds"], seen["position_ids"]
+    positions = positions[-3:] if positions.ndim == 3 else positions.expand(len(embeds), -1)
+    features = []
+    for part in seen.get("deepstack_visual_embeds") or []:
+        whole = torch.zeros_like(embeds)
+        whole[seen["visual_pos_masks"]] = part
+        features.append(whole)
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    return [
+        Row(
+            inputs["input_ids"][b, real],
+            embeds[b, real],
+            positions[..., b, real],
+            [f[b, real] for f in features],
+        )
+        for b, real in enumerate(mask)
+    ]
+
+
+def extend(model, row: Row, new_ids: Tensor) -> Row:
+    """The prompt with tokens after it, one position each."""
+    embeds = model.get_input_embeddings()(new_ids)
+    step = torch.arange(1, len(new_ids) + 1)
+    return Row(
+        ids=torch.cat([row.ids, new_ids]),
+        embeds=torch.cat([row.embeds, embeds]),
+        positions=torch.cat([row.positions, row.positions[..., -1:] + step], dim=-1),
+        deepstack=[torch.cat([f, torch.zeros_like(embeds)]) for f in row.deepstack],
+    )
+
+
+def attends(model, ids: Tensor, index: Tensor, prompt: int, layer: int) -> Tensor:
+    """bool [L,L]: which token may look at which; index [L]: places in the whole sequence, prompt: its
+    length."""
+    length, blocks = len(index), policy(model).blocks
+    config = model.get_decoder().config
+    place = torch.arange(length)
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        window = None
+    visible, near = place[:, None] >= place[None, :], torch.tensor(True)
+    if window is not None:
+        near = place[:, None] - place[None, :] < window
+    if blocks == "prefix":  # reaches beyond the window
+        return visible & near | (index[:, None] < prompt) & (index[None, :] < prompt)
+    if blocks == "image":  # stays within the window
+        is_image = ids == IMAGE
+        run = (is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:-1]).cumsum(0)
+        block = torch.where(is_image, run, -1)[index]
+        visible |= (block[:, None] == block[None, :]) & (block[:, None] >= 0)
+    return visible & near
+
+
+@torch.no_grad()
+def logits(model, row: Row, prompt: int, stays: Tensor, layer: int) -> Tensor:
+    """Logits [L,V] at the tokens that stay. stays bool [S]; they are cut out before layer `layer`."""
+    llm, policies = model.get_decoder(), policy(model)
+    hidden, index = row.embeds[None], torch.arange(len(row.ids))
+    for number, block in enumerate(llm.layers):
+        if number == layer:
+            index = stays.nonzero().squeeze(1)
+            hidden = hidden[:, index]
+        positions = row.positions[..., index]
+        positions = positions[:, None] if positions.ndim == 2 else positions[None]
+        extra = (llm.config.layer_types[number],) if policies.blocks == "image" else ()
+        mask = torch.zeros(len(index), len(index)).masked_fill(
+            ~attends(model, row.ids, index, prompt, number), torch.finfo(torch.float32).min
+        )
+        hidden = block(
+            hidden,
+            attention_mask=mask[None, None],
+            position_embeddings=llm.rotary_emb(hidden, positions, *extra),
+        )
+        if number < len(row.deepstack):
+            hidden = hidden + row.deepstack[number][index]
+    scores = model.lm_head(llm.norm(hidden))[0]
+    cap = getattr(llm.config, "final_logit_softcapping", None)
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def expected_logits(model, inputs, sizes, last, sequences: Tensor, layer: int) -> list[Tensor]:
+    """For every row, logits [new,V] that should have produced the new tokens of `sequences` [B,S+new].
+
+    sizes [row][image]: visual tokens of the images; last: the record whose kept indices are taken as given.
+    """
+    new = sequences[:, inputs["input_ids"].shape[1] :]
+    found = []
+    for row, of_row, kept, tail in zip(rows(model, inputs), sizes, last.indices, new, strict=True):
+        prompt = len(row.ids)
+        visual = ((row.ids == IMAGE) | (row.ids == VIDEO)).nonzero().squeeze(1)
+        offset, stays = 0, torch.ones(prompt + len(tail) - 1, dtype=torch.bool)
+        stays[visual] = False
+        for image, size in zip(kept, of_row, strict=True):
+            stays[visual[offset : offset + size][image]] = True
+            offset += size
+        assert offset == len(visual)
+        whole = extend(model, row, tail[:-1])
+        found.append(logits(model, whole, prompt, stays, layer)[-len(tail) :])
+    return found

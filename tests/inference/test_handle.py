@@ -1,0 +1,519 @@
+"""The handle in use: what it records, when it refuses, and that it leaves a model as it found it."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch.testing import assert_close
+
+from evocomp import log
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.compressor.transfer import PooledCompressor
+from evocomp.inference.hooks import compress
+from evocomp.log import UserError
+from evocomp.mllm import families
+from tests.inference.layer_loop import expected_logits
+from tests.inference.test_hooks import answer, jumble, sizes
+from tests.inference.tiny_models import (
+    FAMILIES,
+    IMAGE,
+    PICTURE_TOKENS,
+    VIDEO,
+    build,
+    processor_for_llava,
+    prompts,
+    quiet,
+)
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def llava():
+    return copy.deepcopy(build("llava"))
+
+
+@pytest.fixture
+def inputs():
+    return prompts("llava")
+
+
+def first(visual, text, keep):
+    """Keeps the first tokens."""
+    return -torch.arange(len(visual), dtype=torch.float)
+
+
+def hooks(model):
+    """All hooks of all modules (transformers itself leaves some that record hidden states)."""
+    return {
+        name: [list(module._forward_pre_hooks.values()), list(module._forward_hooks.values())]
+        for name, module in model.named_modules()
+    }
+
+
+# --- leaving no trace ---
+
+
+@every_family
+def test_after_remove_everything_is_as_before(family):
+    model, inputs = build(family), prompts(family)
+    plain = answer(model, inputs)
+    attributes, before = {name: set(vars(module)) for name, module in model.named_modules()}, hooks(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    handle = compress(model, jumble, keep=4, layer=1, restore_length=True)
+    answer(model, inputs)
+    handle.remove()
+    handle.remove()
+    assert hooks(model) == before
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    again = answer(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, again.logits, strict=True))
+
+
+def test_hooks_go_when_the_block_ends_with_an_error(llava, inputs):
+    answer(llava, inputs)
+    before = hooks(llava)
+    with pytest.raises(ZeroDivisionError), compress(llava, lambda *_: 1 / 0, keep=4):
+        answer(llava, inputs)
+    assert hooks(llava) == before
+
+
+def test_save_pretrained_writes_the_same_model(llava, inputs, tmp_path):
+    llava.save_pretrained(tmp_path / "before")
+    with compress(llava, jumble, keep=4):
+        answer(llava, inputs, max_new_tokens=1)
+        llava.save_pretrained(tmp_path / "during")
+    for file in (tmp_path / "before").iterdir():
+        assert file.read_bytes() == (tmp_path / "during" / file.name).read_bytes(), file.name
+
+
+def test_a_deep_copy_is_compressed_by_itself(llava, inputs):
+    handle = compress(llava, jumble, keep=4)
+    short = answer(llava, inputs)
+    twin = copy.deepcopy(llava)
+    handle.remove()
+    full = answer(llava, inputs)
+    theirs = answer(twin, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(short.logits, theirs.logits, strict=True))
+    assert not torch.equal(full.logits[0], theirs.logits[0])
+    with pytest.raises(UserError, match="compressed already"):
+        compress(twin, jumble)
+
+
+# --- settings and records ---
+
+
+def test_keep_can_be_set_between_calls(llava, inputs):
+    with compress(llava, first, keep=4) as handle:
+        answer(llava, inputs, max_new_tokens=1)
+        assert handle.last.after == [4, 8] and handle.last.before == [16, 32]
+        assert [image.tolist() for image in handle.last.indices[1]] == [[0, 1, 2, 3]] * 2
+        assert torch.equal(handle.last.scores[0][0], first(torch.zeros(16), None, 4))
+        handle.keep = 0.5
+        answer(llava, inputs, max_new_tokens=1)
+        assert handle.last.after == [8, 16]
+        for bad in (1.5, -1, 0.0, "192", True):
+            with pytest.raises(UserError, match="keep"):
+                handle.keep = bad
+        assert handle.keep == 0.5
+
+
+def test_small_images_stay_whole_with_one_warning(llava, inputs, caplog):
+    log._said.clear()
+    log.logger.propagate = True
+    with compress(llava, first, keep=100) as handle, caplog.at_level("WARNING"):
+        answer(llava, inputs, max_new_tokens=1)
+        answer(llava, inputs, max_new_tokens=1)
+    assert handle.last.after == [16, 32]
+    assert [record.message for record in caplog.records if "keep=100" in record.message] == [
+        "keep=100 is more than some images have tokens; those images stay whole"
+    ]
+
+
+def test_prompts_without_images_run_untouched(llava, inputs):
+    text = {
+        "input_ids": torch.tensor([[1, 30, 31, 32]]),
+        "attention_mask": torch.ones(1, 4, dtype=torch.long),
+    }
+    plain = answer(llava, text)
+    with compress(llava, jumble, keep=4) as handle:
+        answer(llava, inputs)
+        assert handle.last is not None
+        ours = answer(llava, text)
+        assert handle.last is None
+        again = answer(llava, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, ours.logits, strict=True))
+    assert again.sequences.shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_newline_separators_stay_or_go(family):
+    model, inputs = build(family), prompts(family)
+    with torch.no_grad():
+        images = families.image_features(model, inputs)
+    newlines = [families.newline_rows(model, image) for image in images]
+    seen = []
+
+    def spy(visual, text, keep):
+        seen.append(len(visual))
+        return first(visual, text, keep)
+
+    with compress(model, spy, keep=20) as handle:
+        answer(model, inputs, max_new_tokens=1)
+    for kept, newline in zip(sum(handle.last.indices, []), newlines, strict=True):
+        content = (~newline).nonzero().squeeze(1)[:20]
+        assert kept.tolist() == sorted(content.tolist() + newline.nonzero().squeeze(1).tolist())
+    assert seen == [int((~newline).sum()) for newline in newlines]
+    with compress(model, spy, keep=20, newline="drop") as handle:
+        answer(model, inputs, max_new_tokens=1)
+    for kept, newline in zip(sum(handle.last.indices, []), newlines, strict=True):
+        assert kept.tolist() == (~newline).nonzero().squeeze(1)[:20].tolist()
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma", "gemma3"])
+def test_dense_positions_count_kept_tokens_only(family):
+    model, inputs = build(family), prompts(family)
+    with compress(model, jumble, keep=4, positions="dense") as handle:
+        ours = answer(model, inputs)
+    # by hand: the kept tokens as a prompt of their own, with the features put in as embeddings
+    for row in range(2):
+        expected = _dense_by_hand(model, family, inputs, handle.last, row, ours.sequences)
+        assert_close(torch.stack([step[row] for step in ours.logits]), expected, rtol=1e-4, atol=1e-4)
+
+
+def _dense_by_hand(model, family, inputs, last, row, sequences):
+    from tests.inference import layer_loop
+
+    original = layer_loop.rows
+
+    def dense_rows(model, inputs):
+        found = original(model, inputs)
+        for number, (captured, kept) in enumerate(zip(found, last.indices, strict=True)):
+            stays = torch.ones(len(captured.ids), dtype=torch.bool)
+            visual = (captured.ids == IMAGE).nonzero().squeeze(1)
+            stays[visual] = False
+            offset = 0
+            for image, size in zip(kept, sizes(family)[number], strict=True):
+                stays[visual[offset : offset + size][image]] = True
+                offset += size
+            captured.positions = stays.cumsum(0) - 1 + families.policy(model).forward_offset
+        return found
+
+    layer_loop.rows = dense_rows
+    try:
+        return expected_logits(model, inputs, sizes(family), last, sequences, 0)[row]
+    finally:
+        layer_loop.rows = original
+
+
+# --- callers of every kind ---
+
+
+def test_the_decode_loop_may_be_the_callers_own(llava, inputs):
+    for layer in (0, 2):
+        one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
+        with torch.no_grad(), compress(llava, jumble, keep=4, layer=layer) as handle:
+            wanted = answer(llava, one)
+            out = llava(**one)
+            logits = [out.logits[:, -1]]
+            for _ in range(4):
+                token = wanted.sequences[:, one["input_ids"].shape[1] + len(logits) - 1][:, None]
+                out = llava(input_ids=token, past_key_values=out.past_key_values)
+                logits.append(out.logits[:, -1])
+            for ours, theirs in zip(logits, wanted.logits, strict=True):
+                assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert handle.last.after == [8]
+
+
+def test_mrope_positions_continue_in_the_callers_own_loop():
+    model, inputs = build("qwen2_5_vl"), prompts("qwen2_5_vl")
+    one = {name: value[1:] for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
+    one |= {"pixel_values": inputs["pixel_values"][64:], "image_grid_thw": inputs["image_grid_thw"][1:]}
+    del one["attention_mask"]
+    with torch.no_grad(), compress(model, jumble, keep=4):
+        wanted = answer(model, one)
+        out = model(**one)
+        token = wanted.sequences[:, one["input_ids"].shape[1]][:, None]
+        out = model(input_ids=token, past_key_values=out.past_key_values)
+    assert_close(out.logits[:, -1], wanted.logits[1], rtol=1e-4, atol=1e-4)
+
+
+def _next_turn(inputs, turn):
+    ids = torch.cat([turn.sequences, torch.tensor([[40, 41, 42], [50, 51, 52]])], dim=1)
+    new = ids.shape[1] - inputs["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_second_turn_over_the_cache(family, layer):
+    model, inputs = build(family), prompts(family)
+    with compress(model, jumble, keep=0.4, layer=layer) as handle:
+        turn = answer(model, inputs)
+        question = torch.tensor([[40, 41, 42], [50, 51, 52]])
+        ids = torch.cat([turn.sequences, question], dim=1)
+        mask = torch.nn.functional.pad(
+            inputs["attention_mask"], (0, ids.shape[1] - inputs["input_ids"].shape[1]), value=1
+        )
+        second = answer(
+            model, {"input_ids": ids, "attention_mask": mask}, past_key_values=turn.past_key_values
+        )
+    expected = expected_logits(model, inputs, sizes(family), handle.last, second.sequences, layer)
+    for row, wanted in enumerate(expected):
+        got = torch.stack([step[row] for step in second.logits])
+        assert_close(got, wanted[-len(got) :], rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_turn_at_layer_0_is_refused_with_the_way_out(llava, inputs):
+    with compress(llava, jumble, keep=4):
+        turn = answer(llava, inputs)
+        ids = torch.cat([turn.sequences, torch.full((2, 3), 40)], dim=1)
+        mask = torch.nn.functional.pad(
+            inputs["attention_mask"], (0, ids.shape[1] - inputs["input_ids"].shape[1]), value=1
+        )
+        with pytest.raises(UserError, match="layer=1"):
+            answer(llava, {"input_ids": ids, "attention_mask": mask}, past_key_values=turn.past_key_values)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_new_images_over_an_old_cache_are_refused(llava, inputs, layer):
+    with compress(llava, jumble, keep=4, layer=layer), torch.no_grad():
+        cache = llava(**inputs).past_key_values
+        with pytest.raises(UserError, match="empty cache"):
+            llava(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], past_key_values=cache)
+        text = llava(input_ids=torch.tensor([[1, 20]])).past_key_values
+        with pytest.raises(UserError, match="empty cache"):
+            llava(
+                input_ids=inputs["input_ids"][:1],
+                pixel_values=inputs["pixel_values"][:1],
+                past_key_values=text,
+            )
+
+
+@every_family
+def test_restored_length_gives_the_loss_of_a_prompt_with_holes(family):
+    model, inputs = build(family), prompts(family)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-4] = -100
+    with torch.no_grad():
+        plain = model(**inputs, labels=labels)
+        with compress(model, jumble, keep=1.0, restore_length=True):
+            whole = model(**inputs, labels=labels)
+        with compress(model, jumble, keep=0.4, layer=1, restore_length=True) as handle:
+            pruned = model(**inputs, labels=labels)
+    assert torch.equal(whole.loss, plain.loss)
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(whole.logits[real], plain.logits[real])
+    assert pruned.logits.shape == plain.logits.shape
+    shifted = torch.nn.functional.cross_entropy(
+        pruned.logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    assert_close(pruned.loss.double(), shifted, rtol=1e-5, atol=1e-6)
+    assert pruned.loss != plain.loss and handle.last.after != handle.last.before
+
+
+def test_labels_without_restored_length_are_refused(llava, inputs):
+    with compress(llava, jumble, keep=4), pytest.raises(UserError, match="restore_length=True"):
+        llava(**inputs, labels=inputs["input_ids"])
+
+
+def test_the_selector_never_reads_the_answer(llava, inputs):
+    seen = []
+
+    def spy(visual, text, keep):
+        seen.append(text)
+        return first(visual, text, keep)
+
+    labels = inputs["input_ids"].masked_fill(torch.arange(47) < 44, -100)
+    with torch.no_grad(), compress(llava, spy, keep=4, restore_length=True):
+        llava(**inputs)
+        llava(**inputs, labels=labels)
+    embed = llava.get_input_embeddings()
+    for row, texts in ((0, seen[0::3]), (1, seen[1::3])):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        ids = ids[ids != IMAGE]
+        assert torch.equal(texts[0], embed(ids)) and torch.equal(texts[1], embed(ids[:-3]))
+
+
+def test_pipeline_works_unchanged(llava):
+    processor = processor_for_llava()
+    pipe = tf.pipeline("image-text-to-text", model=llava, processor=processor)
+    from PIL import Image
+
+    image = Image.new("RGB", (40, 30), (200, 30, 60))
+    arguments = dict(
+        images=image, text="<image> w30 w31", generate_kwargs={"max_new_tokens": 4, **quiet(llava)}
+    )
+    plain = pipe(**arguments)
+    with compress(llava, jumble, keep=1.0):
+        assert pipe(**arguments) == plain
+    with compress(llava, first, keep=4) as handle:
+        short = pipe(**arguments)
+    assert handle.last.after == [4]
+    prompt = processor(images=image, text="<image> w30 w31", return_tensors="pt")
+    with compress(llava, first, keep=4):
+        tokens = llava.generate(**prompt, max_new_tokens=4, **quiet(llava))
+    # callers cut the answer off by the length of the prompt that they gave
+    tail = processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    assert len(tail.split()) == 4 and short[0]["generated_text"].endswith(tail)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_peft_wrapped_models(llava, inputs, layer):
+    import peft
+
+    with compress(llava, jumble, keep=4, layer=layer):
+        plain = answer(llava, inputs)
+    wrapped = peft.get_peft_model(llava, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)).eval()
+    labels, before = inputs["input_ids"].masked_fill(torch.arange(47) < 44, -100), hooks(wrapped)
+    with compress(wrapped, jumble, keep=4, layer=layer) as handle:
+        ours = answer(wrapped, inputs)  # the adapter adds zeros, in another order of sums
+        with pytest.raises(UserError, match="compressed already"):
+            compress(wrapped.get_base_model(), jumble)
+        with pytest.raises(UserError, match="restore_length"):
+            wrapped(**inputs, labels=labels)
+    assert handle.last.after == [4, 8]
+    for a, b in zip(plain.logits, ours.logits, strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert hooks(wrapped) == before
+
+
+def test_inference_mode_and_bf16(llava, inputs):
+    llava = llava.bfloat16()
+    inputs = inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}
+    compressor = EvoCompCompressor.from_mllm(llava, layer=0)
+    with torch.inference_mode(), compress(llava, compressor, keep=4, layer=1) as handle:
+        out = answer(llava, inputs)
+    assert out.logits[0].isfinite().any() and handle.last.after == [4, 8]
+
+
+def test_prompts_given_as_embeddings_stay_whole(llava, caplog):
+    log._said.clear()
+    log.logger.propagate = True
+    embeds = torch.randn(1, 6, 32)
+    with torch.no_grad():
+        plain = llava(inputs_embeds=embeds).logits
+        with compress(llava, jumble, keep=4), caplog.at_level("WARNING"):
+            assert torch.equal(llava(inputs_embeds=embeds).logits, plain)
+    assert "input_ids" in caplog.text
+
+
+# --- videos ---
+
+
+def _video(family):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(20, 120, (8,), generator=generator).tolist()
+    if family == "llava_onevision":  # 3 frames of 2 x 2 pooled tokens and one separator
+        ids = [1, *words[:3], *[VIDEO] * 13, *words[3:]]
+        extra = {"pixel_values_videos": torch.randn(1, 3, 3, 16, 16, generator=generator)}
+        count = 13
+    else:  # 2 temporal steps of 4 x 4 merged patches
+        frames = [[VIDEO] * 8, [VIDEO] * 8]
+        between = words[:2] if family == "qwen3_vl" else []  # its time stamps part the frames
+        ids = [1, words[2], 3, *frames[0], *([4, *between, 3] if between else []), *frames[1], 4, *words[3:]]
+        pixels = torch.randn(2 * 4 * 8, 3 * 2 * 16, generator=generator)
+        extra = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[2, 4, 8]])}
+        extra["mm_token_type_ids"] = 2 * (torch.tensor([ids]) == VIDEO).int()
+        count = 16
+    ids = torch.tensor([ids])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}, count
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_videos(family, layer):
+    model, (inputs, count) = build(family), _video(family)
+    plain = answer(model, inputs)
+    with compress(model, jumble, keep=1.0, layer=layer) as handle:
+        whole = answer(model, inputs)
+        assert handle.last.before == handle.last.after == [count]
+        handle.keep = 0.4
+        out = answer(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, whole.logits, strict=True))
+    parts = [len(part) for part in handle.last.scores[0]]
+    parts = parts if family == "qwen3_vl" else [count]
+    wanted = expected_logits(model, inputs, [parts], handle.last, out.sequences, layer)[0]
+    assert_close(torch.cat(out.logits), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_images_and_videos_in_one_prompt():
+    model = build("qwen2_5_vl")
+    video, _ = _video("qwen2_5_vl")
+    image = prompts("qwen2_5_vl")
+    ids = torch.cat([video["input_ids"], torch.tensor([[3, *[IMAGE] * 16, 4, 60, 61]])], dim=1)
+    both = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
+        "pixel_values": image["pixel_values"][:64],
+        "image_grid_thw": image["image_grid_thw"][:1],
+        "pixel_values_videos": video["pixel_values_videos"],
+        "video_grid_thw": video["video_grid_thw"],
+    }
+    with compress(model, jumble, keep=5) as handle:
+        out = answer(model, both)
+    assert [len(kept) for kept in handle.last.indices[0]] == [5, 5] and handle.last.before == [32]
+    wanted = expected_logits(model, both, [[16, 16]], handle.last, out.sequences, 0)[0]
+    assert_close(torch.cat(out.logits), wanted, rtol=1e-4, atol=1e-4)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"layer": 4}, "layers 0 to 3"),
+        ({"layer": -1}, "layers 0 to 3"),
+        ({"positions": "dense", "layer": 1}, "layer=0"),
+        ({"positions": "new"}, "positions='new'"),
+        ({"newline": "some"}, "newline='some'"),
+        ({"keep": 2.0}, "keep=2.0"),
+    ],
+)
+def test_bad_settings_are_refused(llava, arguments, message):
+    before = hooks(llava)
+    with pytest.raises(UserError, match=message):
+        compress(llava, jumble, **arguments)
+    assert hooks(llava) == before
+
+
+def test_dense_positions_are_refused_with_mrope():
+    with pytest.raises(UserError, match="M-RoPE"):
+        compress(build("qwen2_vl"), jumble, positions="dense")
+
+
+def test_a_second_handle_is_refused_and_a_later_one_is_not(llava):
+    with compress(llava, jumble), pytest.raises(UserError, match="remove"):
+        compress(llava, jumble)
+    compress(llava, jumble).remove()
+
+
+def test_unsupported_families_are_refused():
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+    with pytest.raises(UserError, match="LlamaForCausalLM.*not supported"):
+        compress(model, jumble)
+
+
+def test_a_compressor_of_another_size_is_refused_with_the_transfer_option(llava, inputs):
+    other = tf.LlamaConfig(
+        vocab_size=8, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    compressor = EvoCompCompressor(EvoCompCompressor.config_class(text_config=other))
+    with pytest.raises(UserError, match=r"48.*32.*PooledCompressor\(compressor, 32\)"):
+        compress(llava, compressor)
+    with compress(llava, PooledCompressor(compressor, 32), keep=4) as handle:
+        answer(llava, inputs, max_new_tokens=1)
+    assert handle.last.after == [4, 8]
+
+
+def test_picture_tokens_of_the_test_bed_are_right():
+    assert all(sum(PICTURE_TOKENS[f]) == int((prompts(f)["input_ids"] == IMAGE).sum()) for f in FAMILIES)

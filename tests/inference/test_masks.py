@@ -1,0 +1,76 @@
+"""Masks of the shortened sequence, against masks of the whole one with rows and columns cut out by loops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evocomp.inference.choose import short_index, take
+from evocomp.inference.masks import gathered_mask, padding_mask
+
+rows = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3).filter(
+    lambda batch: any(map(any, batch))
+)
+
+
+@given(rows)
+def test_short_index_is_the_left_padded_list_of_what_stays(batch):
+    index, valid = short_index(torch.tensor(batch))
+    length = max(map(sum, batch))
+    for row, stays in enumerate(batch):
+        kept = [place for place, stay in enumerate(stays) if stay]
+        assert valid[row].tolist() == [False] * (length - len(kept)) + [True] * len(kept)
+        assert index[row][valid[row]].tolist() == kept
+
+
+@given(rows, st.sampled_from([None, 1, 2, 4]), st.booleans(), st.booleans(), st.integers(0, 3), st.randoms())
+@settings(max_examples=60)
+def test_gathered_mask_is_the_whole_mask_with_the_rest_cut_out(
+    batch, window, spares, floating, extra, random
+):
+    stays = torch.tensor(batch)
+    blocks = torch.tensor([[random.choice([-1, 0, 1]) for _ in range(6)] for _ in batch])
+    whole = torch.ones(len(batch), 1, 6, 6).tril().bool()
+    whole |= ((blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, :, None])[:, None]
+    given_mask = torch.where(whole, 0.0, torch.finfo(torch.float32).min) if floating else whole
+    index, valid = short_index(stays)
+    length = index.shape[1]
+    mask = gathered_mask(given_mask, index, valid, window, spares, length + extra)
+    mask = mask == 0 if floating else mask
+    assert mask.shape == (len(batch), 1, length, length + extra)
+    assert not mask[..., length:].any()
+    assert mask.any(-1).all()  # no row without a key, or attention would be NaN
+    for row in range(len(batch)):
+        for q in range(length):
+            for k in range(length):
+                if not valid[row, q]:
+                    continue
+                a, b = int(index[row, q]), int(index[row, k])
+                same_block = bool(blocks[row, a] == blocks[row, b]) and blocks[row, a] >= 0
+                near = window is None or q - k < window or (spares and same_block)
+                expected = bool(valid[row, k]) and bool(whole[row, 0, a, b]) and near
+                assert bool(mask[row, 0, q, k]) == expected
+
+
+def test_take_gathers_along_the_sequence_whatever_comes_before():
+    x = torch.arange(3 * 2 * 5 * 4).view(3, 2, 5, 4)
+    index = torch.tensor([[0, 3], [2, 4]])
+    expected = torch.stack([torch.stack([x[r, b][index[b]] for b in range(2)]) for r in range(3)])
+    assert torch.equal(take(x, index), expected)
+    assert torch.equal(take(x[0], index), expected[0])
+    assert torch.equal(take(x[0, :1], index), torch.stack([x[0, 0][index[b]] for b in range(2)])[None][0])
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_padding_is_read_off_prepared_masks(as_dict):
+    real = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    causal = torch.ones(4, 4).tril().bool()
+    prepared = torch.nn.functional.pad(
+        (causal & real[:, None])[:, None], (0, 3)
+    )  # a static cache has more columns
+    floating = torch.where(prepared, 0.0, torch.finfo(torch.float32).min)
+    for mask in (prepared, floating):
+        given_mask = {"sliding_attention": None, "full_attention": mask} if as_dict else mask
+        assert torch.equal(padding_mask(given_mask, 4), real)
+    assert padding_mask({"full_attention": None} if as_dict else None, 4) is None
+    assert torch.equal(padding_mask(real.long(), 4), real)

@@ -1,0 +1,184 @@
+"""What may choose: compressors in all forms, functions, and baselines."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from evocomp.compressor.lora import add_lora, save_lora
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.compressor.transfer import ReusedPicks
+from evocomp.inference import selectors
+from evocomp.inference.hooks import compress
+from evocomp.inference.selectors import picker_for, top_r
+from evocomp.log import UserError
+from evocomp.mllm import families
+from tests.inference.test_hooks import answer, jumble
+from tests.inference.tiny_models import FAMILIES, IMAGE, build, prompts
+
+
+def compressor_for(model, **kwargs):
+    torch.manual_seed(3)
+    return EvoCompCompressor.from_mllm(model, layer=0, **kwargs).eval()
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.data())
+def test_top_r_keeps_the_best_earliest_in_order(scores, data):
+    r = data.draw(st.integers(0, len(scores)))
+    kept, _ = top_r(torch.tensor(scores, dtype=torch.float), r)
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:r]
+    assert kept.tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_compressor_scores_are_those_of_each_image_alone(family):
+    model, inputs = build(family), prompts(family)
+    compressor = compressor_for(model, budget_input=True)
+    torch.nn.init.normal_(compressor.budget.visual)
+    with compress(model, compressor, keep=0.4) as handle:
+        answer(model, inputs, max_new_tokens=1)
+    with torch.no_grad():
+        images = families.image_features(model, inputs)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        rows = [0, 1, 1]
+        for row, image, scores in zip(rows, images, sum(handle.last.scores, []), strict=True):
+            text = model.get_input_embeddings()(ids[row][mask[row] & (ids[row] != IMAGE)])
+            content = image[~families.newline_rows(model, image)]
+            alone = compressor(content[None], text[None], budget=float(max(1, round(0.4 * len(content)))))
+            assert_close(scores, alone.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_saved_settings_are_the_defaults(tmp_path):
+    model = build("llava")
+    compressor = compressor_for(model, keep=3, prune_layer=2, positions="original")
+    compressor.save_pretrained(tmp_path)
+    with compress(model, tmp_path) as handle:
+        answer(model, prompts("llava"), max_new_tokens=1)
+        assert (handle.keep, handle.layer, handle.last.after) == (3, 2, [3, 6])
+    with compress(model, str(tmp_path), keep=5, layer=0) as other:
+        answer(model, prompts("llava"), max_new_tokens=1)
+        assert (other.keep, other.layer, other.last.after) == (5, 0, [5, 10])
+    assert torch.equal(handle.last.scores[0][0], other.last.scores[0][0])
+    with compress(model, jumble) as handle:
+        assert (handle.keep, handle.layer, handle.positions) == (192, 0, "original")
+
+
+def test_an_adapter_folder_loads_on_the_models_own_layer(tmp_path):
+    model, inputs = build("llava"), prompts("llava")
+    adapter = add_lora(compressor_for(model), r=2)
+    for name, weight in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    save_lora(adapter, tmp_path)
+    records = []
+    for selector in (adapter, tmp_path, compressor_for(model)):
+        with compress(model, selector, keep=4) as handle:
+            answer(model, inputs, max_new_tokens=1)
+        records.append(handle.last.scores[0][0])
+    assert_close(records[0], records[1], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(records[0], records[2])
+
+
+def test_a_folder_that_holds_no_compressor_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"no compressor at {tmp_path}/none"):
+        picker_for(tmp_path / "none", build("llava"))
+    build("llava").config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'llava', not an EvoComp compressor"):
+        picker_for(tmp_path, build("llava"))
+
+
+def test_things_that_are_no_selector_are_named():
+    with pytest.raises(UserError, match="no selector"):
+        picker_for(192, build("llava"))
+
+
+@pytest.mark.parametrize("bad", [lambda v, t, k: v, lambda v, t, k: torch.zeros(3), lambda v, t, k: [0.0]])
+def test_scores_of_the_wrong_shape_are_named(bad):
+    with (
+        compress(build("llava"), bad, keep=4),
+        pytest.raises(UserError, match="16 visual tokens; return one"),
+    ):
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+
+
+def test_picks_of_a_small_model_are_reused_in_a_big_one():
+    small, big, inputs = build("llava"), build("gemma3"), prompts("gemma3")
+    text_only = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    with compress(small, jumble, keep=4) as chosen:
+        answer(small, text_only, max_new_tokens=1)
+    with compress(big, ReusedPicks(lambda: chosen.last.indices), keep=4) as handle:
+        answer(big, inputs, max_new_tokens=1)
+    for ours, theirs in zip(handle.last.indices, chosen.last.indices, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    other = prompts("qwen2_vl")
+    with compress(build("qwen2_vl"), ReusedPicks(lambda: [[torch.tensor([15])]] * 3), keep=4):
+        with pytest.raises(UserError, match="token 15 was picked but the image has 8"):
+            answer(build("qwen2_vl"), other, max_new_tokens=1)
+    with compress(build("qwen2_vl"), ReusedPicks(lambda: [[torch.tensor([1])]]), keep=4):
+        with pytest.raises(UserError, match="1 images were picked"):
+            answer(build("qwen2_vl"), other, max_new_tokens=1)
+
+
+def test_picks_that_are_no_token_numbers_are_caught():
+    class Broken:
+        def pick(self, visual, text, keep):
+            return [(torch.tensor([99]), None) for _ in visual]
+
+    with compress(build("llava"), Broken(), keep=4), pytest.raises(IndexError):
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+
+
+@dataclass
+class Stride:
+    """In the form of the selectors of `evocomp.selection`."""
+
+    merges: bool = False
+    needs = frozenset({"tokens"})
+
+    def __call__(self, inputs, keep):
+        assert inputs.tokens.shape == (16, 32) and inputs.text.shape[1] == 32 and inputs.grid == (4, 4)
+        indices = torch.arange(0, len(inputs.tokens), len(inputs.tokens) // keep)[:keep].flip(0)
+        return SimpleNamespace(indices=None if self.merges else indices)
+
+
+def test_baselines_choose_by_indices(monkeypatch):
+    monkeypatch.setattr(selectors, "_selection_inputs", lambda: SimpleNamespace)
+    with compress(build("llava"), Stride(), keep=4) as handle:
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+        assert [image.tolist() for image in handle.last.indices[1]] == [[0, 4, 8, 12]] * 2
+        assert handle.last.scores == [[None], [None, None]]
+        handle.keep = 0
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+        assert handle.last.after == [0, 0]
+
+
+def test_baselines_that_merge_are_refused(monkeypatch):
+    monkeypatch.setattr(selectors, "_selection_inputs", lambda: SimpleNamespace)
+    with (
+        compress(build("llava"), Stride(merges=True), keep=4),
+        pytest.raises(UserError, match="Stride merges"),
+    ):
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+
+
+def test_divprune_of_the_selection_room():
+    divprune = pytest.importorskip("evocomp.selection.divprune")
+    model, inputs = build("llava"), prompts("llava")
+    with compress(model, divprune.DivPrune(), keep=4) as handle:
+        answer(model, inputs, max_new_tokens=1)
+    with torch.no_grad():
+        images = families.image_features(model, inputs)
+    for kept, image in zip(sum(handle.last.indices, []), images, strict=True):
+        assert torch.equal(kept, divprune.divprune(image, 4).sort().values)
+
+
+def test_baselines_that_need_more_are_refused():
+    class NeedsAttention:
+        needs = ("tokens", "cls_attention")
+
+    with pytest.raises(UserError, match="NeedsAttention needs cls_attention"):
+        picker_for(NeedsAttention(), build("llava"))

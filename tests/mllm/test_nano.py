@@ -1,0 +1,143 @@
+"""The shipped model: an ordinary Hugging Face folder, and it answers from its picture."""
+
+import json
+import socket
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+from evocomp.data.scenes import COLORS, SHAPES, scene_examples
+from evocomp.mllm.nano import ASSETS, WORDS, build_nano, nano_config, nano_processor
+
+FOLDER = ASSETS / "nano"
+FRESH = 424242  # no setting, no training and no other test draws scenes from this seed
+
+
+def share_right(nano, examples, other_pictures=False, batch=100) -> float:
+    """Share of exact answers with all 144 tokens; or with those of the picture half of the list away."""
+    features = nano.features(examples)
+    everything = torch.arange(144)
+    right = 0
+    for start in range(0, len(examples), batch):
+        prompts = []
+        for i in range(start, min(start + batch, len(examples))):
+            seen = features[(i + len(examples) // 2) % len(examples)] if other_pictures else features[i]
+            assert (seen.image_id != features[i].image_id) == other_pictures
+            prompts.append((features[i], seen.visual, everything))
+        answers, _ = nano.answer(prompts)
+        right += sum(a == e.answer for a, e in zip(answers, examples[start:], strict=False))
+    return right / len(examples)
+
+
+def fresh(count: int) -> list:
+    return scene_examples(FRESH, 0, count // 10)[:count]
+
+
+def test_answers_fresh_questions_and_needs_the_picture(nano):
+    examples = fresh(400)
+    assert len(examples) == 400 and {e.kind for e in examples} == {"color", "shape", "digit", "find", "exist", "count"}
+    assert share_right(nano, examples) >= 0.93
+    assert share_right(nano, examples, other_pictures=True) <= 0.45
+
+
+@pytest.mark.slow
+def test_answers_two_thousand_fresh_questions(nano):
+    examples = fresh(2000)
+    assert len(examples) == 2000
+    assert share_right(nano, examples) >= 0.94
+    assert share_right(nano, examples, other_pictures=True) <= 0.45
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Loaded by transformers alone, with every connection refused."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(*_):
+            raise AssertionError("a connection was opened")
+
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        return AutoModelForImageTextToText.from_pretrained(FOLDER).eval(), AutoProcessor.from_pretrained(FOLDER)
+
+
+def test_auto_classes_load_it_offline(plain):
+    model, processor = plain
+    assert type(model) is LlavaForConditionalGeneration
+    assert model.config.image_seq_length == 144 and model.config.text_config.vocab_size == len(WORDS)
+    assert processor.tokenizer.get_vocab() == {word: i for i, word in enumerate(WORDS)}
+    assert not model.config.text_config.tie_word_embeddings
+
+
+def test_generate_answers_as_the_adapter_does(plain, nano, questions, encoded):
+    model, processor = plain
+    theirs = []
+    for example in questions:
+        content = [{"type": "image", "image": example.image}, {"type": "text", "text": example.prompt}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        theirs.append(processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    ours, _ = nano.answer([(f, f.visual, torch.arange(144)) for f in encoded], max_new_tokens=4)
+    assert ours == theirs
+    assert np.mean([a == e.answer for a, e in zip(ours, questions, strict=True)]) > 0.8  # `relation` is among them
+
+
+def test_the_pipeline_answers(plain, questions):
+    from PIL import Image
+    from transformers import pipeline
+
+    ask = pipeline("image-text-to-text", model=plain[0], processor=plain[1])
+    example = questions[0]
+    content = [{"type": "image", "image": Image.fromarray(example.image)}, {"type": "text", "text": example.prompt}]
+    out = ask(text=[{"role": "user", "content": content}], max_new_tokens=4, return_full_text=False)
+    assert out[0]["generated_text"].strip() == example.answer
+
+
+def test_assets_are_small_enough_to_ship():
+    sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= sizes.keys()
+    assert sum(sizes.values()) < 4_000_000, sizes
+
+
+def test_the_recipe_builds_what_is_shipped(plain):
+    model, processor = plain
+    config = nano_config()
+    again = build_nano(config, torch.Generator().manual_seed(3))
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    shipped = json.loads((FOLDER / "config.json").read_text())
+    rebuilt = json.loads(config.to_json_string(use_diff=False))
+    for section in ("text_config", "vision_config"):
+        for key, value in shipped[section].items():
+            if key not in ("dtype", "_name_or_path"):
+                assert rebuilt[section][key] == value, key
+    made = nano_processor(config)
+    text = "color of circle how many red any pink cross"
+    assert made.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
+    assert made.chat_template == processor.chat_template
+
+
+def test_fresh_weights_depend_on_the_generator_alone():
+    one, same, other = (build_nano(nano_config(), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    equal = [torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True)]
+    assert all(equal)
+    embeddings = [m.get_input_embeddings().weight for m in (one, other)]
+    assert not torch.equal(*embeddings)
+    # stated in the recipe: words are spread widely, pictures come in at unit scale
+    assert abs(embeddings[0].std().item() - 0.5) < 0.02
+
+
+def test_every_word_of_every_question_is_in_the_vocabulary(nano):
+    examples = scene_examples(77, 0, 60, relation=True)
+    texts = {f"{e.prompt} {e.answer}" for e in examples} | {" ".join([*COLORS, *SHAPES, *map(str, range(10))])}
+    unknown = WORDS.index("<unk>")
+    for text in texts:
+        assert unknown not in nano.processor.tokenizer(text).input_ids, text
