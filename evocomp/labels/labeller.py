@@ -117,24 +117,22 @@ class Labeller:
         round: int,
         scores: Scores | None = None,
         report: Callable[[LabelProgress], None] = lambda progress: None,
-        stop: Callable[[], bool] = lambda: False,
     ) -> dict[int, Record]:
         """The records of `round` by sample id; made first if they are not there. Does nothing twice.
 
         Args:
             scores: the compressor, if later rounds are to start from its scores.
             report: called after each sample.
-            stop: asked after each candidate batch; the chunk in hand is given up, finished ones stay.
 
         Raises:
-            Interrupted: `stop` said so, or SIGTERM came.
+            Interrupted: SIGTERM came; the chunk in hand is given up, finished ones stay.
         """
-        if not self.store.committed(round):
+        if not all(gather(self.store.committed(round))):  # a node's own disk may lack what another's holds
             previous = self.store.read(round - 1) if round else {}
-            self._fill(round, previous, scores, report, stop)
+            self._fill(round, previous, scores, report)
         return self.store.read(round)
 
-    def _fill(self, round, previous, scores, report, stop) -> None:
+    def _fill(self, round, previous, scores, report) -> None:
         chunks = self.rounds.chunks(round, previous)
         stored = set().union(*gather(self.store.stored(round)))
         todo = [chunk for chunk in range(len(chunks)) if chunk not in stored]
@@ -143,7 +141,7 @@ class Labeller:
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
         queue = WorkQueue(f"{self.store.path}/{round}", lambda chunk: self.store.has(round, chunk))
-        with StopRequest() as request, self._between_batches(queue, lambda: stop() or request.asked):
+        with StopRequest() as request, self._between_batches(queue, request):
             for chunk in queue(todo):
                 self.store.write(round, chunk, self._make(round, chunks[chunk], previous, scores, progress, report))
         self.waited = queue.waited
@@ -152,12 +150,12 @@ class Labeller:
         self._commit(round, len(chunks), queue, shared)
 
     @contextmanager
-    def _between_batches(self, queue: WorkQueue, stopped: Callable[[], bool]) -> Iterator[None]:
+    def _between_batches(self, queue: WorkQueue, request: StopRequest) -> Iterator[None]:
         """After each candidate batch: say that work goes on, and stop if that was asked for."""
 
         def look() -> None:
             queue.beat()
-            if stopped():
+            if request.asked:
                 raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
 
         self.scorer.on_batch = look

@@ -57,13 +57,54 @@ def send_self(number: int, store: str = "", chunks: int = 0):
     return send
 
 
-def label(folder: str, signal_rank: int = -1, number: int = signal.SIGKILL, chunks: int = 1, settings: tuple = ()):
-    """`evocomp label` into folder; one rank may get a signal in its first chunk, once others are stored."""
+def label(
+    folder: str,
+    signal_rank: int = -1,
+    number: int = signal.SIGKILL,
+    chunks: int = 1,
+    static: bool = False,
+    own_disks: bool = False,
+):
+    """`evocomp label` into folder, or into one a rank.
+
+    One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
+    """
     distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.3, 4.0
+    if own_disks:
+        os.environ["LOCAL_RANK"] = "0"
+        folder = f"{folder}/{rank()}"
     if rank() == signal_rank:
         before_batch(2, send_self(number, folder, chunks))
-    code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY, *settings])
+    if static:
+        distributed.WorkQueue.__call__ = lambda self, chunks: iter(chunks[rank() :: distributed.world_size()])
+    code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY])
     return {"code": code, "digest": digest(folder) if code == 0 else None}
+
+
+def uneven(work: float):
+    """A chunk that takes longer than collectives may and than a deadly silence; then the same before a barrier."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.2, work / 3
+    distributed.join()
+    queue, done = distributed.WorkQueue("uneven", lambda chunk: False), []
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=work / 2), dist.group.WORLD)
+    for chunk in queue(list(range(4))):
+        if chunk == 0:
+            time.sleep(work)
+        done.append(chunk)
+    everyone = distributed.gather(done)  # the group is as good as new
+    if rank() == 1:
+        time.sleep(work)
+    try:
+        dist.barrier()
+        barrier = "passed"
+    except RuntimeError:
+        barrier = "failed"
+    return {"done": everyone, "barrier": barrier, "waited": queue.waited}
 
 
 class Spy:
