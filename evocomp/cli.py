@@ -134,14 +134,16 @@ def label(words: Sequence[str]) -> int:
 
 def evaluate(words: Sequence[str]) -> int:
     """evocomp eval --run RUN [--out DIR] [--questions N] [--seed S] [--panel basic|full]
+                 [--source FILE_OR_BENCHMARK:FOLDER]
 
     Judges a finished run on fresh questions and writes report.json, report.md and kept.png.
     The run's own report is replaced only if --out is not given and the questions are the same.
 
       evocomp eval --run runs/nano
       evocomp eval --run runs/nano --out judged --questions 3000 --seed 9001
+      evocomp eval --run runs/llava --out judged_pope --source pope:data/pope
     """
-    known = {"run": "", "out": None, "questions": None, "seed": None, "panel": None}
+    known = {"run": "", "out": None, "questions": None, "seed": None, "panel": None, "source": None}
     options = _options(words, known, "eval")
     run_dir = Path(options["run"])
     if not (run_dir / "config.yaml").is_file():
@@ -154,6 +156,7 @@ def evaluate(words: Sequence[str]) -> int:
         questions=_number(options, "questions") if options["questions"] else None,
         seed=_number(options, "seed") if options["seed"] else None,
         panel=options["panel"],
+        source=options["source"],
     )
     return 0
 

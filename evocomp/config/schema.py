@@ -202,6 +202,8 @@ class OptimConfig:
     """`muon`: Muon on the layer's matrices, AdamW on the rest."""
     lr: float = 2e-3
     """Peak learning rate."""
+    refresh_lr: float = 0.0
+    """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 30
@@ -228,6 +230,8 @@ class EvalConfig:
     """Longest answer [tokens]."""
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
+    apart: tuple[str, ...] = ("relation",)
+    """Types of question with a report of their own; they are left out of the main one."""
     beside: tuple[str, ...] = ()
     """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12

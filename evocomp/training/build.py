@@ -38,6 +38,7 @@ from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
 
 DONE = "trained.json"
+DEFAULT_EPOCHS = 6
 
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its own tips are not news of this run
@@ -70,7 +71,8 @@ def run(config: RunConfig) -> bool:
         config.labels.samples_per_epoch or config.labels.passes * len(splits.train),
         config.seed,
     )
-    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
+    share = config.labels.refresh_start / max(1, trainer_settings.get("max_epochs", DEFAULT_EPOCHS))
+    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, share)
     cost = CostMeter(labeller.scorer)
     refresh = RefreshLabels(labeller, data, config.labels, cost)
     monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
@@ -183,7 +185,7 @@ def build_trainer(
     bars = [RichProgressBar()] if terminal else []
     loggers = build_logger(config, folder)
     defaults: dict[str, Any] = {
-        "max_epochs": 6,
+        "max_epochs": DEFAULT_EPOCHS,
         "accelerator": "auto",
         "devices": 1,
         "gradient_clip_val": 1.0,

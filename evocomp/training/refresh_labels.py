@@ -43,6 +43,11 @@ class RefreshLabels(L.Callback):
         self.epoch = -1
         self.cost = cost
 
+    @property
+    def seconds(self) -> float:
+        """Wall time spent on labels so far."""
+        return self.cost.spent["labelling"].seconds + self.cost.spent["refresh"].seconds
+
     def round_of(self, epoch: int) -> int:
         """The round that an epoch trains on."""
         started = self.config.refresh != "none" and epoch >= self.config.refresh_start
