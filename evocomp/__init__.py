@@ -21,7 +21,15 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it; imported on first use so that `import evocomp` stays instant
 _PUBLIC = {
+    "CompressorOutput": "evocomp.compressor.model",
+    "EvoCompCompressor": "evocomp.compressor.model",
+    "EvoCompConfig": "evocomp.compressor.config",
+    "FrozenMLLM": "evocomp.mllm.hf",
+    "LabelStore": "evocomp.labels.store",
+    "RunConfig": "evocomp.config.schema",
     "UserError": "evocomp.log",
+    "compress": "evocomp.inference.hooks",
+    "compress_inputs": "evocomp.inference.rewrite",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

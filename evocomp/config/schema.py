@@ -142,6 +142,8 @@ class LabelConfig:
     """Sizes r of the random masks (target=credit); below 1: a share of N."""
     credit_masks: int = 64
     """Random masks of each size (target=credit)."""
+    credit_samples: int = 0
+    """Training questions that get credits (target=credit); 0 = all. Refreshes draw from all of them either way."""
     proposals: int = 16
     """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
     proposal_sizes: tuple[float, ...] = (8, 16, 32, 48)
@@ -215,6 +217,8 @@ class OptimConfig:
     """`muon`: Muon on the layer's matrices, AdamW on the rest."""
     lr: float = 2e-3
     """Peak learning rate."""
+    refresh_lr: float = 0.0
+    """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 30
@@ -247,6 +251,8 @@ class EvalConfig:
     """Longest answer [tokens]."""
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
+    apart: tuple[str, ...] = ("relation",)
+    """Types of question with a report of their own; they are left out of the main one."""
     beside: tuple[str, ...] = ()
     """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12

@@ -63,3 +63,22 @@ def tensors_of(content: bytes, path: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load(content)
     except SafetensorError as error:
         raise UserError(f"label chunk {path} is broken or cut short ({error}); {ANEW}") from None
+
+
+def kept_by(record: Record, tokens: int, keep: int) -> np.ndarray:
+    """Which of N = `tokens` visual tokens a record would keep: bool [N].
+
+    A searched mask as it is; of credits the `keep` highest; of proposed masks the one with the lowest loss, or
+    nothing if none was proposed.
+
+    >>> kept_by({"id": 1, "credits": np.array([0.1, 0.9, 0.4])}, tokens=3, keep=2).tolist()
+    [False, True, True]
+    """
+    chosen = np.zeros(tokens, dtype=bool)
+    if "kept" in record:
+        chosen[record["kept"].astype(np.int64)] = True
+    elif "credits" in record:
+        chosen[np.argsort(-record["credits"].astype(np.float64), kind="stable")[:keep]] = True
+    elif len(record["draws"]):
+        chosen[record["draws"][int(np.argmax(record["advantages"]))].astype(np.int64)] = True
+    return chosen

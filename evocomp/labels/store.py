@@ -92,8 +92,14 @@ class LabelStore:
     def missing(self, round: int, chunks: Iterable[int]) -> list[int]:
         """Those of `chunks` that are not stored yet, in the given order."""
         # one listing: a look-up per chunk costs a round trip each on a network file system
-        stored = set(self._stored(round))
+        stored = set(self.stored(round))
         return [chunk for chunk in chunks if chunk not in stored]
+
+    def stored(self, round: int) -> list[int]:
+        """Chunk numbers that are stored, ascending; their round need not be committed."""
+        paths = self._folder(round).glob("chunk-*")
+        found = (re.fullmatch(r"chunk-(\d+)\.safetensors", path.name) for path in paths)
+        return sorted(int(m[1]) for m in found if m)
 
     def read_chunk(self, round: int, chunk: int) -> list[Record]:
         """The records of a chunk; UserError when it is absent, broken or not what was committed."""
@@ -168,6 +174,10 @@ class LabelStore:
         """Delete a round, complete or not."""
         self._remove(self._folder(round))
 
+    def identity(self) -> int:
+        """Differs between stores, also between equal ones on two disks: when the store was started [ns]."""
+        return (self.path / "meta.json").stat().st_mtime_ns
+
     def size(self) -> int:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
@@ -179,11 +189,6 @@ class LabelStore:
 
     def _chunk(self, round: int, chunk: int) -> Path:
         return self._folder(round) / f"chunk-{chunk:06d}.safetensors"
-
-    def _stored(self, round: int) -> list[int]:
-        paths = self._folder(round).glob("chunk-*")
-        found = (re.fullmatch(r"chunk-(\d+)\.safetensors", path.name) for path in paths)
-        return sorted(int(m[1]) for m in found if m)
 
     def _meta(self) -> dict | None:
         path = self.path / "meta.json"

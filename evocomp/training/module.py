@@ -1,7 +1,6 @@
 """The compressor under Lightning: an ordinary loss on stored label records. It holds no MLLM."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -13,7 +12,8 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import LossConfig, OptimConfig
 from evocomp.losses import build_loss, policy_loss
 from evocomp.training.batch import CompressorInput, TrainBatch
-from evocomp.training.optim import build_optimizer, learning_rate
+from evocomp.training.optim import build_optimizer, schedule
+from evocomp.training.strategy import shard
 
 NEUTRAL_BUDGET = 16.0  # where the budget's input to the compressor is zero
 
@@ -23,10 +23,14 @@ class CompressorModule(L.LightningModule):
 
     Args:
         compressor: what is trained; checkpoints hold nothing else.
+        refresh_share: share of the run after which refreshes begin, for `optim.refresh_lr`.
     """
 
-    def __init__(self, compressor: EvoCompCompressor, loss: LossConfig, optim: OptimConfig):
+    def __init__(
+        self, compressor: EvoCompCompressor, loss: LossConfig, optim: OptimConfig, refresh_share: float = 0.0
+    ):
         super().__init__()
+        self.refresh_share = refresh_share
         self.compressor = compressor
         self.loss_config = loss
         self.optim_config = optim
@@ -39,6 +43,10 @@ class CompressorModule(L.LightningModule):
             temperature=loss.temperature,
             reduce_counts=self._sum_over_ranks if loss.form == "histogram" else None,
         )
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.compressor, self.device_mesh)
 
     def forward(self, inputs: CompressorInput, budget: Tensor | float | None = None):
         return self.compressor(
@@ -83,10 +91,7 @@ class CompressorModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.compressor, self.optim_config)
-        total = int(self.trainer.estimated_stepping_batches)
-        factor = partial(
-            learning_rate, total=total, warmup=self.optim_config.warmup_steps, flat=self.optim_config.flat
-        )
+        factor = schedule(self.optim_config, int(self.trainer.estimated_stepping_batches), self.refresh_share)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,6 +1,7 @@
 """What is watched while a compressor trains: accuracy on the selection split at each kept count."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -8,10 +9,17 @@ import torch
 
 from evocomp.data.example import Example
 from evocomp.log import logger
+from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection.top_r import top_r
 from evocomp.training.batch import compressor_input
 from evocomp.training.module import CompressorModule
+from evocomp.training.strategy import whole
+
+Choose = Callable[[int], list[torch.Tensor]]
+"""Kept count -> indices of the kept tokens of each of some samples, ascending."""
+
+Selection = Callable[[Sequence[Features]], Choose]
 
 
 class SelectionAccuracy(L.Callback):
@@ -35,7 +43,7 @@ class SelectionAccuracy(L.Callback):
             return
         # ranks take every world-th question and sum up
         mine = self.examples[trainer.global_rank :: trainer.world_size]
-        right = torch.tensor(self.count_right(module, mine), dtype=torch.float64)
+        right = torch.tensor(self.count_right(whole(module), mine), dtype=torch.float64)
         asked = torch.tensor(float(len(mine)), dtype=torch.float64)
         if trainer.world_size > 1:
             right = trainer.strategy.reduce(right.to(module.device), reduce_op="sum").cpu()
@@ -48,20 +56,35 @@ class SelectionAccuracy(L.Callback):
         logger.info("epoch %d  selection accuracy by kept tokens  %s", trainer.current_epoch, listed)
 
     def count_right(self, module: CompressorModule, examples: Sequence[Example]) -> list[int]:
-        """Right answers at each kept count."""
-        right = [0] * len(self.kept)
+        """Right answers with the compressor's tokens, at each kept count."""
+        return self.right_answers(examples, partial(self._by_compressor, module), self.kept)
+
+    def right_answers(self, examples: Sequence[Example], selection: Selection, kept: Sequence[int]) -> list[int]:
+        """Right answers at each of the counts `kept`, with the tokens that `selection` chooses."""
+        right = [0] * len(kept)
         for start in range(0, len(examples), self.batch):
             part = examples[start : start + self.batch]
             features = self.mllm.features(part)
-            inputs = compressor_input(self.mllm, features)
-            scores = None
-            for place, count in enumerate(self.kept):
-                if scores is None or module.compressor.config.budget_input:
-                    scores = module.score(inputs, [float(count)] * len(part))
-                prompts = []
-                for one, ranking in zip(features, scores, strict=True):
-                    index = top_r(torch.from_numpy(ranking), min(count, len(ranking))).to(one.visual.device)
-                    prompts.append((one, one.visual[index], index))
+            choose = selection(features)
+            for place, count in enumerate(kept):
+                indices = [index.to(one.visual.device) for one, index in zip(features, choose(count), strict=True)]
+                prompts = [(one, one.visual[index], index) for one, index in zip(features, indices, strict=True)]
                 answers, _ = self.mllm.answer(prompts, max_new_tokens=4)
                 right[place] += sum(a == e.answer for a, e in zip(answers, part, strict=True))
         return right
+
+    def _by_compressor(self, module: CompressorModule, features: Sequence[Features]) -> Choose:
+        inputs = compressor_input(self.mllm, features)
+        any_count = None if module.compressor.config.budget_input else module.score(inputs)
+
+        def choose(count: int) -> list[torch.Tensor]:
+            scores = module.score(inputs, [float(count)] * len(features)) if any_count is None else any_count
+            return [top_r(torch.from_numpy(ranking), min(count, len(ranking))) for ranking in scores]
+
+        return choose
+
+
+def at_random(features: Sequence[Features]) -> Choose:
+    """The floor: tokens drawn evenly, the same for a question in every run; smaller sets lie in larger ones."""
+    orders = [torch.from_numpy(np.random.default_rng(one.id).permutation(len(one.visual))) for one in features]
+    return lambda count: [order[:count].sort().values for order in orders]

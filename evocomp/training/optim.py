@@ -1,12 +1,15 @@
 """Muon for the layer's matrices and AdamW for the rest, as one optimizer; and the learning-rate schedule."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from evocomp.config.schema import OptimConfig
+
+REFRESH_FLAT = 0.5  # share of the second schedule at its peak; tried on the selection split, experiments/LOG.md
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -57,6 +60,21 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     hidden = [p for name, p in trainable if p.ndim == 2 and "layers" in name]
     ours = {id(p) for p in hidden}
     return MuonWithAdamW(hidden, [p for _, p in trainable if id(p) not in ours], config.lr, config.weight_decay)
+
+
+def schedule(config: OptimConfig, total: int, refresh_share: float = 0.0) -> Callable[[int], float]:
+    """Factor on `optim.lr` by step: one rise and fall, or with `optim.refresh_lr` a second one for the refreshes."""
+    if not config.refresh_lr or not 0 < refresh_share < 1:
+        return partial(learning_rate, total=total, warmup=config.warmup_steps, flat=config.flat)
+    first = round(total * refresh_share)
+
+    def factor(step: int) -> float:
+        if step < first:
+            return learning_rate(step, first, config.warmup_steps, config.flat)
+        again = learning_rate(step - first, total - first, config.warmup_steps, REFRESH_FLAT)
+        return again * config.refresh_lr / config.lr
+
+    return factor
 
 
 def learning_rate(step: int, total: int, warmup: int, flat: float) -> float:

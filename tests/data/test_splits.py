@@ -67,7 +67,8 @@ def test_own_files_for_the_splits(folder, tmp_path):
     settings = dict(max_samples=0, val_samples=0, test_samples=20, test_source=str(tmp_path / "test"))
     splits = load_splits(DataConfig(source=str(folder), **settings))
     assert len(splits.test) == 20 and splits.val == [] and len(pictures(splits.train)) == 24
-    drawn_train = load_splits(DataConfig(max_samples=5, val_samples=0, test_samples=20, test_source=str(tmp_path / "test")))
+    source = str(tmp_path / "test")
+    drawn_train = load_splits(DataConfig(max_samples=5, val_samples=0, test_samples=20, test_source=source))
     assert [e.prompt for e in drawn_train.test] == [e.prompt for e in splits.test]
 
 

@@ -1,0 +1,67 @@
+"""`evocomp generate`: one question about one picture, with and without compression."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from evocomp.distributed import set_threads
+from evocomp.inference.generate import TimedAnswer, timed_generate
+from evocomp.inference.hooks import compress
+from evocomp.log import UserError
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.viz import light_up
+
+
+def answer_from_command_line(
+    model: str,
+    compressor: str,
+    image: Path,
+    prompt: str,
+    keep: int | float,
+    layer: int,
+    compare: bool,
+    save: Path | None,
+    max_new_tokens: int,
+) -> None:
+    """Print the answer, tokens before and after, and where the time went; see the verb's help."""
+    try:
+        picture = Image.open(image).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"--image={image} does not decode: {error}") from None
+    if save is not None and save.exists():
+        raise UserError(f"--save={save} exists; give another name")
+    set_threads(0)
+    mllm = FrozenMLLM.load(model)
+    full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None
+    with compress(mllm.model, compressor, keep=keep, layer=layer) as handle:
+        ours = _timed(mllm, picture, prompt, handle, max_new_tokens)
+        kept = handle.last.indices[0][0].cpu().numpy()
+    print(ours.text)
+    print(_describe("compressed", ours))
+    if full is not None:
+        print(_describe("full model", full) + f"   answer: {full.text}")
+        prefill = full.prefill / max(1e-9, ours.prefill)
+        print(f"{'ratio':12} {full.total / ours.total:.2f}x in all, prefill {prefill:.2f}x")
+    if save is not None:
+        _draw(picture, kept, ours.before, save)
+        print(f"kept tokens drawn in {save}")
+
+
+def _timed(mllm: FrozenMLLM, picture: Image.Image, prompt: str, handle, max_new_tokens: int) -> TimedAnswer:
+    timed_generate(mllm.model, mllm.processor, picture, prompt, handle, 1)  # warm up
+    return timed_generate(mllm.model, mllm.processor, picture, prompt, handle, max_new_tokens)
+
+
+def _describe(name: str, answer: TimedAnswer) -> str:
+    parts = ("encode", "compressor", "prefill", "decode")
+    times = "  ".join(f"{part} {1e3 * getattr(answer, part):.1f} ms" for part in parts)
+    return f"{name:12} {answer.before} -> {answer.after} visual tokens   {times}"
+
+
+def _draw(picture: Image.Image, kept: np.ndarray, tokens: int, path: Path) -> None:
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise UserError(f"--save draws square grids of tokens only; this picture has {tokens}")
+    pixels = np.asarray(picture.resize((side * 28, side * 28), Image.Resampling.BICUBIC))
+    Image.fromarray(light_up(pixels, kept, (side, side))).save(path)

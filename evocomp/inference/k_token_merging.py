@@ -1,0 +1,107 @@
+"""K-Token Merging at use: an LLM with LoRA reads each block of K visual tokens as one (arXiv 2604.15153)."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from evocomp.log import UserError
+from evocomp.mllm.features import Features
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.selection.k_token_merging import BlockMerger
+
+
+class KTokenMerger:
+    """A merger and an adapted LLM. The base weights are those of `mllm`, shared and never changed.
+
+    Args:
+        mllm: the frozen model that is adapted; it stays as it is and can be used beside this.
+        block: K, visual tokens that become one.
+        r: rank of LoRA on every linear layer of the LLM's decoder layers.
+
+    Attributes:
+        mllm: the adapted model: the same tower and weights, and LoRA.
+        merger: the block encoder, in training precision (float32).
+    """
+
+    def __init__(self, mllm: FrozenMLLM, block: int, r: int = 8):
+        weights = {id(tensor): tensor for tensor in (*mllm.model.parameters(), *mllm.model.buffers())}
+        self.mllm = FrozenMLLM(copy.deepcopy(mllm.model, weights), mllm.processor, mllm.name)
+        layers = self.mllm.decoder.layers
+        names = sorted({n.rsplit(".", 1)[-1] for n, m in layers.named_modules() if isinstance(m, nn.Linear)})
+        inject_adapter_in_model(LoraConfig(r=r, lora_alpha=2 * r, target_modules=names), layers)
+        self.lora = {name: p for name, p in layers.named_parameters() if "lora_" in name}
+        self.merger = BlockMerger(mllm.hidden_size, block).to(mllm.device)
+        self.block, self.r = block, r
+        self.train(False)
+
+    def train(self, on: bool = True) -> None:
+        """Whether merger and LoRA take gradients; nothing else ever does."""
+        for weight in (*self.lora.values(), *self.merger.parameters()):
+            weight.requires_grad_(on)
+
+    def merge(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Merged tokens [ceil(N / K), D] and the places that they take among the N, ascending."""
+        visual = features.visual
+        merged = self.merger(visual.float()).to(visual.dtype)
+        return merged, self.merger.positions(len(visual)).to(visual.device)
+
+    def losses(self, features: Sequence[Features]) -> Tensor:
+        """Mean negative log-likelihood of each question's answer tokens [B], float32 [nats], with gradients."""
+        rows, ends = [], []
+        for one in features:
+            tokens, index = self.merge(one)
+            embeds, positions = self.mllm.assemble(one, tokens[None], index[None])
+            tail = self.mllm.embed(one.answer_ids[:-1])[None]
+            after = torch.arange(1, tail.shape[1] + 1, device=positions.device)
+            positions = torch.cat([positions, positions[..., -1:] + after], dim=-1)
+            rows.append((torch.cat([embeds, tail], dim=1), positions))
+            ends.append(rows[-1][0].shape[1])
+        longest = max(ends)
+        # padded on the right, where a causal decoder never looks back from
+        embeds = torch.cat([F.pad(e, (0, 0, 0, longest - end)) for (e, _), end in zip(rows, ends, strict=True)])
+        positions = torch.cat([F.pad(p, (0, longest - end)) for (_, p), end in zip(rows, ends, strict=True)], -2)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        hidden = self.mllm.decoder(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        counts = [len(one.answer_ids) for one in features]
+        said = [row[end - count : end] for row, end, count in zip(hidden, ends, counts, strict=True)]
+        target = torch.cat([one.answer_ids for one in features])
+        each = F.cross_entropy(self.mllm.head(torch.cat(said)).float(), target, reduction="none")
+        return torch.stack([part.mean() for part in each.split(counts)])
+
+    @torch.no_grad()
+    def answer(self, features: Sequence[Features], max_new_tokens: int = 8) -> list[str]:
+        """Greedy answers to one batch of questions."""
+        texts, _ = self.mllm.answer([(one, *self.merge(one)) for one in features], max_new_tokens)
+        return texts
+
+    def save(self, folder: Path) -> None:
+        """Write merger and LoRA, some megabytes, to `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {f"merger.{name}": tensor for name, tensor in self.merger.state_dict().items()}
+        weights |= {f"lora.{name}": tensor.detach() for name, tensor in self.lora.items()}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
+        (folder / "config.json").write_text(json.dumps({"block": self.block, "r": self.r, "model": self.mllm.name}))
+
+    @classmethod
+    def load(cls, folder: Path, mllm: FrozenMLLM) -> "KTokenMerger":
+        """What `save` wrote, for the model that it was trained on. Raises UserError for another one."""
+        config = json.loads((folder / "config.json").read_text())
+        if config["model"] != mllm.name:
+            raise UserError(f"{folder} was trained for model.name={config['model']}, not {mllm.name}")
+        found = cls(mllm, config["block"], config["r"])
+        weights = load_file(folder / "weights.safetensors")
+        found.merger.load_state_dict(
+            {name.removeprefix("merger."): t for name, t in weights.items() if name.startswith("merger.")}
+        )
+        for name, weight in found.lora.items():
+            weight.data.copy_(weights[f"lora.{name}"])
+        return found

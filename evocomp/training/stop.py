@@ -1,0 +1,41 @@
+"""A job that is told to stop (SIGTERM: preemption, time limit) leaves a checkpoint of the very step it was at."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from evocomp.distributed import StopRequest
+from evocomp.labels.labeller import Interrupted
+
+
+class StopCleanly(L.Callback):
+    """Ends training at the same step on all ranks when any of them has got SIGTERM, with a checkpoint.
+
+    It takes the place of Lightning's own handler, which starts a collective inside the signal handler and so can
+    meet another one that is under way. Must come first among the callbacks, for others label in `on_train_start`.
+
+    Args:
+        path: of the checkpoint.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.request = StopRequest(chain=False)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.request.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the epoch's end has its own checkpoint; what comes next looks again
+        asked = torch.tensor(int(self.request.asked), device=module.device)
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce(asked, reduce_op="max")
+        if asked:
+            trainer.save_checkpoint(self.path)
+            raise Interrupted("stopped in training; the same command goes on from this step")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.request.__exit__()
