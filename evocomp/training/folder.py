@@ -13,7 +13,7 @@ DONE = "trained.json"
 
 
 def claim_folder(config: RunConfig, folder: Path) -> bool:
-    """Make the folder ours, or see that it is; returns whether its run is finished. Rank 0 looks, for all."""
+    """See that the folder is this run's or free; returns whether its run is finished. Rank 0 looks, for all."""
     answer: bool | UserError = False
     if distributed.rank() == 0:
         try:
@@ -50,13 +50,21 @@ def _claim(config: RunConfig, folder: Path) -> bool:
                 "choose another --run_dir"
             )
         return (folder / DONE).exists()
+    if folder.is_file():
+        raise UserError(f"--run_dir={folder} is a file; give a folder")
     if folder.exists() and any(entry.name not in ("labels", "tensorboard", "config.tmp") for entry in folder.iterdir()):
         raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_rank_zero():
+    return False
+
+
+def keep_settings(config: RunConfig, folder: Path) -> None:
+    """Make the folder this run's. Not before data, model and trainer are known to be right: a command that was
+    refused can then be corrected and given again."""
+    mine = folder / "config.yaml"
+    if is_rank_zero() and not mine.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         config_files.save(config, mine.with_suffix(".tmp"))
         mine.with_suffix(".tmp").replace(mine)
-    return False
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
