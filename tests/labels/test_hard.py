@@ -163,7 +163,10 @@ def test_scores_seed_a_refresh_and_still_lose_nothing(make, ids):
 
 
 def test_a_record_depends_on_seed_and_sample_alone(make, ids):
-    all_of_them, _ = make(ids)
+    all_of_them, scorer = make(ids)
+    # two questions about one picture have the same groups, and masks of their own
+    alike = [id for id in ids if np.array_equal(all_of_them[id]["groups"], all_of_them[ids[0]]["groups"])]
+    assert len(alike) > 1 and scorer.of(alike[0])[1:9] != scorer.of(alike[1])[1:9]
     for order in (ids[::-1], ids[3:5]):
         some, _ = make(order)
         assert all(same(some[id], all_of_them[id]) for id in order)

@@ -88,6 +88,7 @@ def test_questions_that_share_a_forward_are_one_by_one(nano, encoded):
     shared = CandidateScorer(nano, 4).shared(together, kept)
     alone = np.stack([CandidateScorer(nano)(f, kept) for f in together])
     assert shared.shape == (len(together), 6) and np.allclose(shared, alone, atol=2e-5)
+    assert np.allclose(CandidateScorer(nano).shared(together[:1], kept), alone[:1], atol=2e-5)
 
 
 def test_sharing_answers_of_several_tokens(nano, questions):
