@@ -14,6 +14,7 @@ import torch
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy, at_random
 from evocomp.training.refresh_labels import RefreshLabels
+from evocomp.training.strategy import whole
 from evocomp.training.tensorboard import TensorBoardPage
 
 
@@ -111,8 +112,9 @@ class Curves(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
             return
+        scoring = whole(module)
         if self.page is not None:
-            self.page.show_epoch(module, trainer.global_step)
+            self.page.show_epoch(scoring, trainer.global_step)
         times = {
             "time/training_seconds": self._trained - self._started,
             "time/measuring_seconds": time.perf_counter() - self._trained,
