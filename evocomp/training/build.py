@@ -47,7 +47,7 @@ from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
-from evocomp.training.stop import StopCleanly
+from evocomp.training.stop import NoteStop, StopCleanly
 from evocomp.training.strategy import job_size, whole, with_strategy
 
 DEFAULT_EPOCHS = 6
@@ -255,11 +255,11 @@ def build_trainer(
         save_on_train_epoch_end=True,
         enable_version_counter=False,  # a run goes on from last.ckpt, never from last-v1.ckpt
     )
-    stop = StopCleanly(folder / "checkpoints" / "last.ckpt")
+    request = distributed.StopRequest(chain=False)
+    first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
-    return L.Trainer(
-        **{**defaults, **settings}, logger=loggers or False, callbacks=[stop, *callbacks, *rates, checkpoint, *bars]
-    )
+    everything = [first, *callbacks, *rates, last, checkpoint, *bars]
+    return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
 
 
 def build_logger(config: RunConfig, folder: Path) -> list[Logger]:

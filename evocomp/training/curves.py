@@ -14,6 +14,7 @@ import torch
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy, at_random
 from evocomp.training.refresh_labels import RefreshLabels
+from evocomp.training.strategy import whole
 from evocomp.training.tensorboard import TensorBoardPage
 
 
@@ -115,8 +116,9 @@ class Curves(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
             return
+        scoring = whole(module)
         if self.page is not None:
-            self.page.show_epoch(module, trainer.global_step)
+            self.page.show_epoch(scoring, trainer.global_step)
         self._measuring += time.perf_counter() - self._trained
         times = {f"time/{purpose}_seconds": share.seconds for purpose, share in self.refresh.cost.spent.items()}
         times["time/measuring_seconds"] = self._measuring
