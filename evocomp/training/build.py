@@ -100,6 +100,7 @@ def run(config: RunConfig) -> bool:
     last = last_checkpoint(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
         warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*dirpath .* exists.*|.*eval mode.*")
         trainer.fit(module, data, ckpt_path=last, weights_only=False)
     if trainer.received_sigterm or trainer.interrupted:
