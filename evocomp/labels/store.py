@@ -29,7 +29,15 @@ SCHEMA = 1
 
 
 class LabelStore:
-    """Label records by round and chunk. Make one with `LabelStore.open`."""
+    """Label records by round and chunk. Make one with `LabelStore.open`.
+
+    >>> import tempfile
+    >>> store = LabelStore.open(tempfile.mkdtemp(), {"model": "nano"})
+    >>> store.write(round=0, chunk=0, records=[{"id": 5, "kept": np.array([1, 4]), "best_loss": 0.25}])
+    >>> store.commit(round=0, chunks=[0])
+    >>> store.rounds(), store.read(0)[5]["kept"].tolist()
+    ([0], [1, 4])
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

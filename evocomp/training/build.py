@@ -42,7 +42,7 @@ from evocomp.mllm.hf import ASSETS, FrozenMLLM
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
-from evocomp.training.folder import DONE, claim_folder, last_checkpoint, write_json
+from evocomp.training.folder import DONE, claim_folder, is_finished, last_checkpoint, write_json
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
@@ -68,7 +68,7 @@ def run(config: RunConfig) -> bool:
     folder = Path(config.run_dir)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
     distributed.join()
-    if claim_folder(config, folder):
+    if is_finished(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
         return False
     distributed.set_threads(config.threads)
@@ -76,6 +76,7 @@ def run(config: RunConfig) -> bool:
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     check_kept(config, mllm, splits.train[0])
+    claim_folder(config, folder)
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(
         mllm,
@@ -99,6 +100,7 @@ def run(config: RunConfig) -> bool:
     last = last_checkpoint(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
         warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*dirpath .* exists.*|.*eval mode.*")
         trainer.fit(module, data, ckpt_path=last, weights_only=False)
     if trainer.received_sigterm or trainer.interrupted:

@@ -29,7 +29,8 @@ class Curves(L.Callback):
       between the ranks that waited most and least.
     - `val/random_R` and `val/full` each epoch: what as many tokens drawn evenly, and all of them, give on the
       questions of `val/accuracy_R`. Measured once, drawn as level lines.
-    - `time/...`: seconds of the epoch that went to labels, training and measuring.
+    - `time/...`: seconds so far that went to labelling, refreshes, training, and measuring (which starts anew where a
+      run is resumed).
 
     Args:
         refresh, monitor: the run's own.
@@ -54,10 +55,14 @@ class Curves(L.Callback):
         self.references: dict[str, float] = {}
         self.page: TensorBoardPage | None = None
         self._round = -1
-        self._before = (0, 0.0)
-        self._started = self._trained = time.perf_counter()
+        self._before = (0.0, 0.0)
+        self._measuring = 0.0
+        self._trained = time.perf_counter()
 
     # ------------------------------------------------------------ start and end
+
+    def on_fit_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        self._before = self._label_cost()  # a resumed run has spent something already
 
     def on_train_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
@@ -107,7 +112,6 @@ class Curves(L.Callback):
             self._log(trainer, self._label_speed(module))
             if self.page is not None:
                 self.page.show_round(trainer.global_step)
-        self._started = self._trained = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
@@ -115,21 +119,19 @@ class Curves(L.Callback):
         scoring = whole(module)
         if self.page is not None:
             self.page.show_epoch(scoring, trainer.global_step)
-        times = {
-            "time/training_seconds": self._trained - self._started,
-            "time/measuring_seconds": time.perf_counter() - self._trained,
-            "time/labels_seconds": self.refresh.seconds,  # so far: labels are made between epochs
-        }
-        self._log(trainer, {**self.references, **times})
+        self._measuring += time.perf_counter() - self._trained
+        times = {f"time/{purpose}_seconds": share.seconds for purpose, share in self.refresh.cost.spent.items()}
+        times["time/measuring_seconds"] = self._measuring
+        for name, value in self.references.items():
+            module.log(name, value)  # at the very step of the accuracies beside which it is drawn
+        self._log(trainer, times)
 
     def _label_speed(self, module: CompressorModule) -> dict[str, float]:
         """Speed of the round that has just been made, over all ranks; nothing if it lay in the store."""
         labeller, records = self.refresh.labeller, self.refresh.data.records
-        forwards, seconds = labeller.scorer.forwards, self.refresh.seconds
-        mine = torch.tensor(
-            [forwards - self._before[0], seconds - self._before[1], labeller.waited], device=module.device
-        )
-        self._before = (forwards, seconds)
+        now, before = self._label_cost(), self._before
+        self._before = now
+        mine = torch.tensor([now[0] - before[0], now[1] - before[1], labeller.waited], device=module.device)
         ranks = module.all_gather(mine).reshape(-1, 3).cpu().tolist()
         made, spent, waited = zip(*ranks, strict=True)
         metrics = {f"labels/wait_seconds_{rank}": wait for rank, wait in enumerate(waited)}
@@ -145,6 +147,11 @@ class Curves(L.Callback):
         if saved + scored:
             metrics["labels/share_saved"] = saved / (saved + scored)
         return metrics
+
+    def _label_cost(self) -> tuple[float, float]:
+        """Masks scored by this process, and the seconds that this took, in all rounds so far."""
+        shares = [self.refresh.cost.spent[purpose] for purpose in ("labelling", "refresh")]
+        return float(sum(share.forwards for share in shares)), sum(share.seconds for share in shares)
 
     @staticmethod
     def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:

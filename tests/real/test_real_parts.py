@@ -10,6 +10,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from evocomp.data.example import Example
 from evocomp.mllm import nano
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.scoring import AnswerLosses
 from experiments.real.efficientnet import CHANNELS, EfficientNetLite2, EfficientNetLiteConfig, SameConv
 from experiments.real.features import token_words
 from experiments.real.packing import IGNORE, pack, packed_logits, question_scores
@@ -94,13 +95,26 @@ def test_adapter_takes_stock_llava_with_this_tower(tiny):
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     features = mllm.features([Example(1, image, "a", "color of circle", "red")])[0]
     assert features.visual.shape == (16, 32)
-    loss = mllm.candidate_losses(features, torch.arange(16)[None])
+    loss = AnswerLosses(mllm).candidates(features, torch.arange(16)[None])
     pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     ids = torch.cat([features.prompt_ids, features.answer_ids])[None]
     with torch.inference_mode():
         logits = model(input_ids=ids, pixel_values=pixels).logits[0]
     expected = F.cross_entropy(logits[-2:-1], features.answer_ids)
     torch.testing.assert_close(loss[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_saved_folder_loads_as_any_model_does(tiny, tmp_path):
+    """The way of `evocomp --model.name FOLDER`: sdpa kernel, weights and buffers of the tower included."""
+    model, processor = tiny
+    model.model.vision_tower.scale.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = FrozenMLLM.load(str(tmp_path))
+    image = np.random.default_rng(2).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    example = Example(3, image, "c", "how many red", "2")
+    expected = FrozenMLLM(model, processor, "tiny").features([example])[0].visual
+    torch.testing.assert_close(loaded.features([example])[0].visual, expected)
 
 
 def test_packed_questions_score_as_if_asked_alone(tiny):
