@@ -1,6 +1,7 @@
 """Who am I in this job, and which piece of work is mine next. Everything here also works in one process."""
 
 import atexit
+import itertools
 import os
 import signal
 import threading
@@ -137,7 +138,7 @@ class WorkQueue:
     the job. A rank whose heartbeat stops is named, and its chunk is handed out again.
 
     Args:
-        name: must differ from that of any earlier queue of the job.
+        name: the same on all ranks, which make their queues in the same order.
         finished: tells whether a chunk's result is there already (in the store of labels), by whomever made.
     """
 
@@ -146,7 +147,7 @@ class WorkQueue:
         self.finished = finished
         self.waited = 0.0
         self._board = _job_board() if world_size() > 1 else None
-        self._keys = self._board.keys(f"queue/{name}") if self._board else None
+        self._keys = self._board.keys(f"queue/{next(_numbers)}/{name}") if self._board else None
 
     def __call__(self, chunks: Sequence[int]) -> Iterator[int]:
         """The chunks that this process is to work on; ends when all chunks of the job are finished."""
@@ -314,6 +315,7 @@ class _Board:
         return silent | left
 
 
+_numbers = itertools.count()  # of the queues of this job: none may find an earlier one's counters
 _board: _Board | None = None
 _server: dist.TCPStore | None = None
 

@@ -85,13 +85,20 @@ class LabelStore:
 
     def write(self, round: int, chunk: int, records: list[Record]) -> None:
         """Store a chunk. One that is there already stays as it is, for chunks are immutable."""
+        self.put(round, chunk, encode(records))
+
+    def put(self, round: int, chunk: int, content: bytes) -> None:
+        """`write`, with the bytes that `content` gave in another store."""
         path = self._chunk(round, chunk)
-        content = encode(records)
         if path.exists():
             if path.read_bytes() != content:
                 logger.warning("%s exists with other content; the first one is kept", path)
             return
         self._replace(path, content)
+
+    def content(self, round: int, chunk: int) -> bytes:
+        """A chunk's bytes."""
+        return _content(self._chunk(round, chunk))
 
     def has(self, round: int, chunk: int) -> bool:
         """Whether the chunk is stored (its round need not be committed)."""

@@ -65,6 +65,7 @@ def test_two_ranks_are_one_rank_with_the_joined_batch(train, single, strategy):
     assert all(key.startswith("compressor.") for key in weights(run))
 
 
+@pytest.mark.slow
 def test_without_joined_counts_two_ranks_differ(train, single):
     """The test above would see it."""
     job, _, out = train(2, [*ADAMW, "optim.batch_size=4", "trainer.strategy=ddp"], join_counts=False)
@@ -101,6 +102,7 @@ def test_a_run_stopped_in_mid_epoch_goes_on_exactly(train, uninterrupted):
         assert torch.equal(value, weights(again)[key]), key
 
 
+@pytest.mark.slow
 def test_sharded_training_goes_on_with_two_ranks_or_one(train, single):
     settings = [*ADAMW, "optim.batch_size=4", "trainer.strategy=fsdp2"]
     longer = [*settings, "trainer.max_epochs=2"]
@@ -115,13 +117,3 @@ def test_sharded_training_goes_on_with_two_ranks_or_one(train, single):
         assert (folder / "trained.json").exists()
     assert [len(steps) for steps in seen] == [5, 1, 2]
     assert seen[1][0] == seen[2][0] | seen[2][1]  # the samples that were left of the epoch
-
-
-def test_muon_is_refused_on_sharded_weights(train):
-    job, _, _ = train(1, [*EPOCH, "trainer.strategy=fsdp2"])
-    assert job.codes == [2] and "--optim.name=adamw" in job.outputs[0]
-
-
-def test_fsdp1_is_refused_on_cpus(train):
-    job, _, _ = train(1, [*ADAMW, "trainer.strategy=fsdp"])
-    assert job.codes == [2] and "needs GPUs" in job.outputs[0]
