@@ -157,12 +157,13 @@ def test_packing_with_kept_tokens_matches_the_adapter(tiny):
     image = np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     features = mllm.features([Example(2, image, "b", "how many red", "2")])[0]
     kept = torch.tensor([[0, 5, 6, 15]])
-    expected = mllm.answer_logits(features, features.visual[kept], kept)[0]
+    expected = AnswerLosses(mllm).candidates(features, kept)
     scene = Scene(None, (), "red", "color", (Question("count", "how many red", "2"),))
     rows = pack(scene, processor.tokenizer, 20)[None]
     with torch.inference_mode():
         packed = packed_logits(model.model.language_model, model.lm_head, features.visual[kept], kept, rows, 16)
-    torch.testing.assert_close(packed[:1], expected, atol=1e-6, rtol=1e-5)
+    loss = F.cross_entropy(packed[:1], features.answer_ids, reduction="none")
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_ridge_solves_the_penalised_least_squares_problem(generator):
