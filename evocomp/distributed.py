@@ -164,17 +164,17 @@ class WorkQueue:
         if self._board is not None:
             self._board.worked_at = time.monotonic()
 
-    def announce(self, event: str) -> None:
-        """Let the other ranks' `await_event` return."""
-        if self._keys is not None:
-            self._keys.set(f"event/{event}", "1")
-
-    def await_event(self, event: str) -> None:
-        """Wait until some rank has announced it."""
-        with reaching_rank_0():
-            while self._keys is not None and not self._keys.check([f"event/{event}"]):
-                self.beat()
-                time.sleep(0.05)
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait for what rank 0 brings about; UserError if rank 0 is gone and it is not so."""
+        while not condition():
+            self.beat()
+            try:
+                if self._keys is not None:
+                    self._keys.check(["next"])
+            except (dist.DistNetworkError, dist.DistStoreError):
+                if not condition():
+                    raise _lost_rank_0() from None
+            time.sleep(0.05)
 
     def _work_on(self, chunk: int) -> Iterator[int]:
         self._keys.set(f"owner/{chunk}", str(rank()))
@@ -222,10 +222,14 @@ class reaching_rank_0:
 
     def __exit__(self, kind, error, _) -> None:
         if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
-            raise UserError(
-                f"rank {rank()} has lost rank 0, which hosts the label queue; finished chunks are stored, start the "
-                "same command again"
-            ) from None
+            raise _lost_rank_0() from None
+
+
+def _lost_rank_0() -> UserError:
+    return UserError(
+        f"rank {rank()} has lost rank 0, which hosts the label queue; finished chunks are stored, start the same "
+        "command again"
+    )
 
 
 class _Board:

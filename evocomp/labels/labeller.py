@@ -181,14 +181,7 @@ class Labeller:
             while self.store.missing(round, range(count)) and time.monotonic() < until:
                 time.sleep(1.0)
             self.store.commit(round, range(count))
-        if rank() == 0:
-            queue.announce("committed")
-        queue.await_event("committed")
-        until = time.monotonic() + 600.0
-        while not self.store.committed(round):
-            if time.monotonic() > until:
-                raise UserError(f"rank {rank()} does not see round {round} in {self.store.path}; is it shared?")
-            time.sleep(0.05)
+        queue.wait_for(lambda: self.store.committed(round))
 
     def _make(self, round, ids, previous, scores, progress, report) -> list[Record]:
         started, before = time.perf_counter(), self.scorer.forwards

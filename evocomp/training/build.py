@@ -42,12 +42,12 @@ from evocomp.mllm.hf import ASSETS, FrozenMLLM
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
-from evocomp.training.folder import DONE, claim_folder, last_checkpoint, write_json
+from evocomp.training.folder import DONE, claim_folder, is_finished, last_checkpoint, write_json
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
-from evocomp.training.stop import StopCleanly
+from evocomp.training.stop import NoteStop, StopCleanly
 from evocomp.training.strategy import job_size, whole, with_strategy
 
 DEFAULT_EPOCHS = 6
@@ -68,7 +68,7 @@ def run(config: RunConfig) -> bool:
     folder = Path(config.run_dir)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
     distributed.join()
-    if claim_folder(config, folder):
+    if is_finished(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
         return False
     distributed.set_threads(config.threads)
@@ -76,6 +76,7 @@ def run(config: RunConfig) -> bool:
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     check_kept(config, mllm, splits.train[0])
+    claim_folder(config, folder)
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(
         mllm,
@@ -254,11 +255,11 @@ def build_trainer(
         save_on_train_epoch_end=True,
         enable_version_counter=False,  # a run goes on from last.ckpt, never from last-v1.ckpt
     )
-    stop = StopCleanly(folder / "checkpoints" / "last.ckpt")
+    request = distributed.StopRequest(chain=False)
+    first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
-    return L.Trainer(
-        **{**defaults, **settings}, logger=loggers or False, callbacks=[stop, *callbacks, *rates, checkpoint, *bars]
-    )
+    everything = [first, *callbacks, *rates, last, checkpoint, *bars]
+    return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
 
 
 def build_logger(config: RunConfig, folder: Path) -> list[Logger]:

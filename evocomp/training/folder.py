@@ -12,18 +12,28 @@ from evocomp.log import UserError, is_rank_zero
 DONE = "trained.json"
 
 
-def claim_folder(config: RunConfig, folder: Path) -> bool:
-    """Make the folder ours, or see that it is; returns whether its run is finished. Rank 0 looks, for all."""
+def is_finished(config: RunConfig, folder: Path) -> bool:
+    """Whether this very run is finished there; refuses a folder of others. Rank 0 looks, for all; writes nothing."""
     answer: bool | UserError = False
     if distributed.rank() == 0:
         try:
-            answer = _claim(config, folder)
+            answer = _look(config, folder)
         except UserError as error:
             answer = error
     answer = distributed.broadcast(answer)
     if isinstance(answer, UserError):
         raise answer
     return answer
+
+
+def claim_folder(config: RunConfig, folder: Path) -> None:
+    """Make the folder this run's: called once data and settings have proved sound, so that mistakes leave nothing."""
+    if not is_rank_zero() or (folder / "config.yaml").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "config.tmp"
+    config_files.save(config, temporary)
+    temporary.replace(folder / "config.yaml")
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -38,7 +48,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(last) if any(known) else None
 
 
-def _claim(config: RunConfig, folder: Path) -> bool:
+def _look(config: RunConfig, folder: Path) -> bool:
     mine = folder / "config.yaml"
     if mine.exists():
         there, wanted = (_comparable(c) for c in (config_files.load([mine]), config))
@@ -52,10 +62,6 @@ def _claim(config: RunConfig, folder: Path) -> bool:
         return (folder / DONE).exists()
     if folder.exists() and any(entry.name not in ("labels", "tensorboard", "config.tmp") for entry in folder.iterdir()):
         raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_rank_zero():
-        config_files.save(config, mine.with_suffix(".tmp"))
-        mine.with_suffix(".tmp").replace(mine)
     return False
 
 

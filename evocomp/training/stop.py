@@ -10,22 +10,32 @@ from evocomp.distributed import StopRequest
 from evocomp.labels.labeller import Interrupted
 
 
-class StopCleanly(L.Callback):
-    """Ends training at the same step on all ranks when any of them has got SIGTERM, with a checkpoint.
+class NoteStop(L.Callback):
+    """Notes SIGTERM in `request`. Comes first among the callbacks: others label in `on_train_start`.
 
     It takes the place of Lightning's own handler, which starts a collective inside the signal handler and so can
-    meet another one that is under way. Must come first among the callbacks, for others label in `on_train_start`.
-
-    Args:
-        path: of the checkpoint.
+    meet another one that is under way.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.request = StopRequest(chain=False)
+    def __init__(self, request: StopRequest):
+        self.request = request
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.request.__enter__()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.request.__exit__()
+
+
+class StopCleanly(L.Callback):
+    """Ends training at the same step on all ranks when any of them was asked to, with a checkpoint at `path`.
+
+    Comes last among the callbacks: the others have then finished the step too.
+    """
+
+    def __init__(self, request: StopRequest, path: Path):
+        self.request = request
+        self.path = path
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -36,6 +46,3 @@ class StopCleanly(L.Callback):
         if asked:
             trainer.save_checkpoint(self.path)
             raise Interrupted("stopped in training; the same command goes on from this step")
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.request.__exit__()

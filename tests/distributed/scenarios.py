@@ -69,7 +69,7 @@ def label(
 
     One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
     """
-    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.3, 4.0
+    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.3, 8.0
     if own_disks:
         os.environ["LOCAL_RANK"] = "0"
         folder = f"{folder}/{rank()}"
@@ -105,6 +105,26 @@ def uneven(work: float):
     except RuntimeError:
         barrier = "failed"
     return {"done": everyone, "barrier": barrier, "waited": queue.waited}
+
+
+def timed_label(folder: str):
+    """Wall and CPU seconds of labelling alone: everything is loaded before the clock starts."""
+    from evocomp.data.splits import load_splits
+    from evocomp.training import build
+
+    words = [f"run_dir={folder}", *TINY, "data.max_samples=64", "search.population=24", "search.generations=3"]
+    config = cli._config(words)
+    distributed.join()
+    splits = load_splits(config.data)
+    labeller = build.build_labeller(config, build.load_mllm(config), splits, Path(folder))
+    labeller.encode([example.id for example in splits.train])
+    labeller.scorer.full(labeller.encode([splits.train[0].id])[0])
+    distributed.gather(None)
+    wall, cpu = time.perf_counter(), time.process_time()
+    labeller.ensure(0)
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    distributed.leave()
+    return {**seconds, "waited": labeller.waited, "forwards": labeller.scorer.forwards}
 
 
 class Spy:

@@ -51,7 +51,7 @@ def test_a_dead_rank_is_named_and_its_chunk_taken_over(ranks, alone, tmp_path):
     job = ranks(3, "label", folder=str(tmp_path / "labels"), signal_rank=1)
     assert job.codes == [0, -signal.SIGKILL, 0], job.outputs
     assert job.results[0]["digest"] == alone
-    assert "rank 1 has not been heard of for 4 s" in job.outputs[0]
+    assert "rank 1 has not been heard of for 8 s" in job.outputs[0]
     assert any("takes over chunk" in output and "of rank 1" in output for output in job.outputs)
 
 

@@ -1,5 +1,6 @@
 """Two ranks train as one does on the joined batch; labels are never stale; a resume sees what was left."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,10 +104,8 @@ def test_a_run_stopped_in_mid_epoch_goes_on_exactly(train, uninterrupted):
 def test_sharded_training_goes_on_with_two_ranks_or_one(train, single):
     settings = [*ADAMW, "optim.batch_size=4", "trainer.strategy=fsdp2"]
     longer = [*settings, "trainer.max_epochs=2"]
-    first, run, _ = train(2, longer, stop_at=4)
+    first, run, _ = train(2, longer, stop_at=5)
     assert first.codes == [2, 2], first.outputs
-    import shutil
-
     shutil.copytree(run, twin := run.parent / "twin")
     seen = [ids(first)]
     for world, folder in ((2, run), (1, twin)):
@@ -114,8 +113,8 @@ def test_sharded_training_goes_on_with_two_ranks_or_one(train, single):
         job.succeeded()
         seen.append(ids(job))
         assert (folder / "trained.json").exists()
-    assert set().union(*seen[1]) == set().union(*seen[2])  # the samples that were left of the epoch
-    assert len(seen[1]) == 2 and len(seen[2]) == 4
+    assert [len(steps) for steps in seen] == [5, 1, 2]
+    assert seen[1][0] == seen[2][0] | seen[2][1]  # the samples that were left of the epoch
 
 
 def test_muon_is_refused_on_sharded_weights(train):
