@@ -53,6 +53,12 @@ def run_job(server, here: Path, world: int, scenario: str, seconds=240, environm
     return Job(codes, results, [(here / f"output-{rank}.txt").read_text() for rank in range(world)])
 
 
+@pytest.fixture(scope="session")
+def start_job():
+    """`run_job`, for fixtures that live longer than a test."""
+    return run_job
+
+
 @pytest.fixture
 def ranks(server, tmp_path_factory):
     """ranks(world, scenario, **arguments): `run_job` in a folder of its own."""

@@ -11,10 +11,8 @@ ADAMW = [*EPOCH, "optim.name=adamw", "optim.lr=1e-3"]
 
 
 @pytest.fixture(scope="module")
-def train(server, tmp_path_factory):
+def train(server, start_job, tmp_path_factory):
     """train(world, settings, ...) -> (job, folder of the run, folder with gradients)."""
-    from conftest import run_job
-
     labels = tmp_path_factory.mktemp("labels")
 
     def start(world: int, settings: list[str], run: Path | None = None, shared_labels: bool = True, **options):
@@ -22,7 +20,7 @@ def train(server, tmp_path_factory):
         run = run or out / "run"
         where = [f"labels.dir={labels}/store"] if shared_labels else []
         arguments = {"run": str(run), "out": str(out), "settings": [*settings, *where], **options}
-        return run_job(server, tmp_path_factory.mktemp("job"), world, "train", **arguments), run, out
+        return start_job(server, tmp_path_factory.mktemp("job"), world, "train", **arguments), run, out
 
     return start
 
