@@ -258,7 +258,7 @@ class FrozenMLLM:
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
-        return self.head(hidden[:, -len(answer) :]).float()
+        return self.head(hidden[:, -len(answer) :].contiguous()).float()
 
     @torch.no_grad()
     def answer(

@@ -134,7 +134,9 @@ class AnswerLosses:
         ).last_hidden_state
 
     def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        logits = self.head(hidden).float()
+        # a strided view makes the bf16 product on CPUs some 250 times slower
+        flat = self.head(hidden.reshape(-1, hidden.shape[-1]))
+        logits = flat.view(*hidden.shape[:-1], -1).float()
         return F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
 
 
