@@ -76,4 +76,7 @@ def compress(
         raise UserError(f"positions={positions!r}: use 'original' or 'dense'")
     if positions == "dense" and (layer > 0 or families.policy(model).mrope):
         raise UserError("positions='dense' needs layer=0 and a family without M-RoPE; use 'original'")
+    attention = families.unwrap(model).get_decoder().config._attn_implementation
+    if families.policy(model).blocks and attention == "flex_attention":
+        raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")
     return Handle(model, picker, keep, layer, positions, newline, restore_length)
