@@ -147,7 +147,8 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
 def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore) -> Labeller:
     """The labeller for the kind of label that the settings name."""
     settings, ids = config.labels, [example.id for example in splits.train]
-    scorer = CandidateScorer(mllm, settings.batch, None if settings.dtype == "model" else settings.dtype)
+    dtype = None if settings.dtype == "model" else settings.dtype
+    scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
     rounds: Rounds
     if settings.target == "credit":
         some = splits.train[: settings.credit_samples or None]
@@ -294,7 +295,7 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
                 flat[name] = value
 
     walk(config_files.to_dict(config), "")
-    changeable = ("run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
+    changeable = ("scorer.", "run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
     return {key: value for key, value in flat.items() if not key.startswith(changeable)}
 
 
