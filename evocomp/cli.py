@@ -80,6 +80,18 @@ def _options(words: Sequence[str], known: dict[str, str | None], verb: str) -> d
     return values
 
 
+def _take_options(words: Sequence[str], known: dict[str, str | None], verb: str) -> tuple[dict, list[str]]:
+    """A verb's own options out of words that are otherwise about a whole run."""
+    own, rest, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        mine = word.startswith("--") and word[2:].partition("=")[0] in known
+        (own if mine else rest).append(word)
+        if mine and "=" not in word and queue and word != "--estimate" and not queue[0].startswith("--"):
+            own.append(queue.pop(0))
+    return _options(own, known, verb), rest
+
+
 def _number(options: dict, key: str, kind: Callable = int):
     try:
         return kind(options[key])
@@ -121,11 +133,27 @@ def train(words: Sequence[str]) -> int:
 def label(words: Sequence[str]) -> int:
     """evocomp label --config FILE [--labels.dir=DIR] [--a.b=value ...]
 
-    Makes the label store alone, or completes one that was interrupted.
+    Makes the label store alone, or completes one that was interrupted. Several processes share the work:
+    torchrun --nproc-per-node 8 -m evocomp label ...
+
+      --estimate     only say what it will cost: forwards, FLOPs, hours, price, memory, disk
+      --gpu NAME     of this GPU (h200, h100, a100, l40s, 4090, l4), or `here` to time a few samples on this machine;
+                     default: the GPU of this machine, timed, or an H100
+      --gpus N       so many at once
+      --price USD    an hour of one
 
       evocomp label --config experiments/nano.yaml --labels.dir=labels/nano
+      evocomp label --config experiments/llava15_7b.yaml --estimate --gpu a100 --gpus 8
     """
-    config = _config(words)
+    known = {"estimate": None, "gpu": None, "gpus": "1", "price": None}
+    options, rest = _take_options(words, known, "label")
+    config = _config(rest)
+    if options["estimate"] == "true":
+        from evocomp.training.build import estimate_only
+
+        price = _number(options, "price", float) if options["price"] else None
+        print(estimate_only(config, options["gpu"], _number(options, "gpus"), price))
+        return 0
     from evocomp.training.build import label_only
 
     label_only(config)
@@ -134,14 +162,16 @@ def label(words: Sequence[str]) -> int:
 
 def evaluate(words: Sequence[str]) -> int:
     """evocomp eval --run RUN [--out DIR] [--questions N] [--seed S] [--panel basic|full]
+                 [--source FILE_OR_BENCHMARK:FOLDER]
 
     Judges a finished run on fresh questions and writes report.json, report.md and kept.png.
     The run's own report is replaced only if --out is not given and the questions are the same.
 
       evocomp eval --run runs/nano
       evocomp eval --run runs/nano --out judged --questions 3000 --seed 9001
+      evocomp eval --run runs/llava --out judged_pope --source pope:data/pope
     """
-    known = {"run": "", "out": None, "questions": None, "seed": None, "panel": None}
+    known = {"run": "", "out": None, "questions": None, "seed": None, "panel": None, "source": None}
     options = _options(words, known, "eval")
     run_dir = Path(options["run"])
     if not (run_dir / "config.yaml").is_file():
@@ -154,6 +184,7 @@ def evaluate(words: Sequence[str]) -> int:
         questions=_number(options, "questions") if options["questions"] else None,
         seed=_number(options, "seed") if options["seed"] else None,
         panel=options["panel"],
+        source=options["source"],
     )
     return 0
 

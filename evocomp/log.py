@@ -9,8 +9,11 @@ _said: set[str] = set()
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks for the job (torchrun and Slurm set these variables)."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    """Whether this process speaks for the job (torchrun, Slurm and Lightning's own launcher set these variables)."""
+    for variable in ("RANK", "SLURM_PROCID"):
+        if variable in os.environ:
+            return int(os.environ[variable]) == 0
+    return all(int(os.environ.get(variable, "0")) == 0 for variable in ("NODE_RANK", "LOCAL_RANK"))
 
 
 def setup(level: str = "INFO") -> None:

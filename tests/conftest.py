@@ -5,10 +5,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from evocomp import log
 
 torch.set_num_threads(1)
+# how long an example takes says nothing on a machine that others use too
+settings.register_profile("evocomp", deadline=None)
+settings.load_profile("evocomp")
 
 
 @pytest.fixture

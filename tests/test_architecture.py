@@ -13,7 +13,8 @@ PACKAGE = ROOT / "evocomp"
 # a part imports only parts of lower tiers
 TIERS = [
     ("config", "log", "distributed"),
-    ("ops", "data", "viz"),
+    ("ops", "data"),
+    ("viz",),
     ("mllm", "grouping", "losses", "selection", "compressor"),
     ("search",),
     ("labels", "inference"),

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from evocomp.log import UserError
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate `--config FILE` from settings; settings come back as `a.b=v`.
 
-    `--a.b=v`, `--a.b v` and `a.b=v` mean the same; a lone `--a.b` means true.
+    `--a.b=v`, `--a.b v` and `a.b=v` mean the same; a lone `--a.b` at the end or before another `--` means true.
 
-    >>> split_arguments(["--config", "a.yaml", "--seed", "3", "--labels.overwrite", "x.y=p=q"])
-    (['a.yaml'], ['seed=3', 'labels.overwrite=true', 'x.y=p=q'])
+    >>> split_arguments(["--config", "a.yaml", "--seed", "3", "x.y=p=q", "--labels.overwrite"])
+    (['a.yaml'], ['seed=3', 'x.y=p=q', 'labels.overwrite=true'])
     """
     files, settings = [], []
     queue = list(arguments)
@@ -51,6 +52,9 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
 
     Raises:
         UserError: unknown key (with a suggestion), wrong type, value that is not allowed, unreadable file.
+
+    >>> load(settings=["search.population=24", "eval.kept=[16,8]"]).eval.kept
+    (16, 8)
     """
     config = OmegaConf.structured(RunConfig)
     for file in files:
@@ -63,8 +67,7 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
             node = OmegaConf.create(_nested(key.split("."), value))
         config = _merge(config, node, origin="command line")
     try:
-        OmegaConf.resolve(config)
-        return OmegaConf.to_object(config)
+        return OmegaConf.to_object(config)  # resolves ${...} on the way
     except OmegaConfBaseException as error:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, UserError):
@@ -107,16 +110,26 @@ def _read(path: Path) -> DictConfig:
 
 
 def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
-    for key in _leaves(OmegaConf.to_container(change)):
+    keys = list(_leaves(OmegaConf.to_container(change)))
+    for key in keys:
         _check_known(key, origin)
     try:
         return OmegaConf.merge(config, change)
     except OmegaConfBaseException as error:
-        raise UserError(f"{origin}: {_one_line(error)}") from None
+        text = _one_line(error)
+        # OmegaConf does not always say where; a setting of the command line is one key
+        named = text if len(keys) > 1 or text.startswith(keys[0]) else f"{keys[0]}: {text}"
+        raise UserError(f"{origin}: {named}") from None
+
+
+@cache
+def _known() -> list[str]:
+    """Every setting by its dotted key; once a process, for a saved run names about a hundred."""
+    return [name for name, _, _ in _settings(RunConfig, "")]
 
 
 def _check_known(key: str, origin: str) -> None:
-    known = [name for name, _, _ in _settings(RunConfig, "")]
+    known = _known()
     sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
     if key in known or key in sections or key.startswith("trainer."):
         return

@@ -11,6 +11,13 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _at_least(config: Any, least: float, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        what = "not be negative" if least == 0 else f"be at least {least}"
+        _require(value >= least, f"{prefix}{name}={value}: must {what}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "nano"
@@ -55,8 +62,7 @@ class DataConfig:
 
     def __post_init__(self):
         _require(self.image_size >= 72, f"data.image_size={self.image_size}: scenes need at least 72 pixels")
-        for name in ("max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image"):
-            _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
+        _at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class GroupingConfig:
     """Split or merge to exactly this many groups; 0 = as found. dpc_knn needs it."""
 
     def __post_init__(self):
-        _require(self.count >= 0, f"grouping.count={self.count}: must not be negative")
+        _at_least(self, 0, "grouping.", "count")
         _require(self.method != "dpc_knn" or self.count > 0, "grouping.method=dpc_knn needs grouping.count > 0")
 
 
@@ -95,14 +101,13 @@ class SearchConfig:
     """Rounds without gain after which a search ends; 0 = never (Algorithm 1)."""
 
     def __post_init__(self):
-        _require(self.parents >= 1, f"search.parents={self.parents}: must be at least 1")
+        _at_least(self, 1, "search.", "parents")
         _require(
             self.population >= self.parents,
             f"search.population={self.population} is smaller than search.parents={self.parents}: "
             "raise the population or lower the parents",
         )
-        for name in ("generations", "patience"):
-            _require(getattr(self, name) >= 0, f"search.{name}={getattr(self, name)}: must not be negative")
+        _at_least(self, 0, "search.", "generations", "patience")
         for name in ("crossover", "mutation"):
             _require(0 <= getattr(self, name) <= 1, f"search.{name}={getattr(self, name)}: must lie in [0, 1]")
 
@@ -178,8 +183,8 @@ class LabelConfig:
 
     def __post_init__(self):
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
-        for name in (*counts, "proposals", "samples_per_refresh"):
-            _require(getattr(self, name) >= 1, f"labels.{name}={getattr(self, name)}: must be at least 1")
+        _at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
+        _at_least(self, 0, "labels.", "generations_per_refresh")
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,10 @@ class CompressorSection:
     """Tell the compressor how many tokens will be kept."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
+    def __post_init__(self):
+        _at_least(self, 1, "compressor.", "layers")
+        _at_least(self, 0, "compressor.", "init_layer")
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -223,6 +232,11 @@ class LossConfig:
     """Of the listwise target softmax(credit / temperature)."""
     clip: float = 0.2
     """Of the policy's probability ratio (refresh=on_policy)."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "loss.", "bins")
+        for name in ("eps", "temperature"):
+            _require(getattr(self, name) > 0, f"loss.{name}={getattr(self, name)}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -244,6 +258,12 @@ class OptimConfig:
     ema: float = 0.0
     """Decay of the weight average that is kept at the end; 0 = off."""
 
+    def __post_init__(self):
+        _at_least(self, 1, "optim.", "batch_size")
+        _at_least(self, 0, "optim.", "lr", "weight_decay", "warmup_steps", "flat", "ema")
+        _require(self.flat <= 1, f"optim.flat={self.flat}: a share of the steps, at most 1")
+        _require(self.ema < 1, f"optim.ema={self.ema}: must lie below 1")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -259,6 +279,8 @@ class EvalConfig:
     """Longest answer [tokens]."""
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
+    apart: tuple[str, ...] = ("relation",)
+    """Types of question with a report of their own; they are left out of the main one."""
     beside: tuple[str, ...] = ()
     """Other run folders whose compressors stand in the same table, if they are there."""
     sheet: int = 12
@@ -266,6 +288,7 @@ class EvalConfig:
 
     def __post_init__(self):
         _require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
+        _at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -294,6 +317,7 @@ class RunConfig:
     """Any argument of Lightning's Trainer (max_epochs, devices, num_nodes, strategy, precision, ...)."""
 
     def __post_init__(self):
+        _at_least(self, 0, "", "seed", "threads")
         credit = self.labels.target == "credit"
         _require(
             not credit or self.loss.name in ("listwise", "bce", "ghm", "ghm_cs"),

@@ -15,6 +15,7 @@ lmms-eval is imported until one of the classes is asked for.
 import functools
 import hashlib
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,9 @@ class Compressed:
             raise UserError("compressor= and method= exclude each other; give one")
         if not (compressor or method) and (keep is not None or layer is not None):
             raise UserError("keep= and layer= need compressor= or method=")
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            # stock LlavaHf passes an empty device_map, which transformers 5 refuses
+            stock.setdefault("device_map", stock.get("device", "cuda"))
         super().__init__(**stock)
         self._selector = _method(method) if method else compressor
         self._settings = {"keep": _number(keep), "layer": None if layer is None else int(layer)}

@@ -164,7 +164,7 @@ class Panel:
                 outcomes.append(replace(outcome, needs_llm=rival.method.needs_llm, note=note.lstrip("; ")))
         return outcomes
 
-    def _select(self, rival: "Rival", asked: Asked, kept: int) -> Compressed:
+    def _select(self, rival: Rival, asked: Asked, kept: int) -> Compressed:
         visual = asked.features.visual
         generator = torch.Generator().manual_seed((asked.example.id + rival.seed * 1_000_003) % 2**63)
         known = self.probes.gather(asked.example, asked.features, rival.method.needs)
@@ -175,6 +175,15 @@ class Panel:
             return visual[selection.indices], selection.indices
         order = selection.positions.argsort(stable=True)
         return selection.tokens[order], selection.positions[order]
+
+    @torch.no_grad()
+    def chosen(self, rival: Rival, kept: int) -> list[Tensor]:
+        """The places [R] that a training-free method's tokens take, of each question.
+
+        Raises:
+            NotApplicable: the method needs what this model does not have.
+        """
+        return [self._select(rival, asked, kept)[1] for asked in self.asked]
 
     def compressor(self, compressor: EvoCompCompressor, kept: int, name: str = "evocomp") -> Outcome:
         """A trained compressor: its top r tokens."""

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from evocomp import distributed
@@ -11,7 +13,8 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import test_questions
-from evocomp.evaluation.outcome import Outcome
+from evocomp.evaluation.k_token_merging import k_token_outcomes
+from evocomp.evaluation.outcome import Outcome, Questions
 from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.report import make_report, write_report
 from evocomp.evaluation.staged import staged_outcomes
@@ -47,6 +50,7 @@ def evaluate_run(
     questions: int | None = None,
     seed: int | None = None,
     panel: str | None = None,
+    source: str | None = None,
 ) -> list[dict]:
     """Run the panel on a run's compressor and write report.json, report.md, report.html and kept.png.
 
@@ -55,6 +59,7 @@ def evaluate_run(
         out: where the report goes; default: the run folder.
         questions, seed: other test questions than the run's settings say.
         panel: "basic" (floors and simple baselines, the default) or "full" (every rival).
+        source: another `data.test_source`, for a run that is judged on several benchmarks.
 
     Returns:
         The rows of report.json.
@@ -64,13 +69,15 @@ def evaluate_run(
     config = config_files.load([run_dir / "config.yaml"])
     if not (run_dir / "compressor" / "config.json").is_file():
         raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
-    if out is None and (questions is not None or seed is not None):
+    if out is None and (questions is not None or seed is not None or source is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     out = out or run_dir
     distributed.set_threads(config.threads)
-    examples = test_questions(config.data, questions, seed)
-    mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention)
-    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval()
+    data = config.data if source is None else replace(config.data, test_source=source)
+    examples = test_questions(data, questions, seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval().to(device)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(
@@ -78,14 +85,41 @@ def evaluate_run(
     )
     names = FULL if panel == "full" else BASIC
     outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
-    report = make_report(outcomes, judge.questions, resamples=config.eval.resamples, seed=config.seed, remarks=remarks)
+    if panel == "full":
+        outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
+    asked = {kind: np.array(judge.questions.kinds) == kind for kind in config.eval.apart}
+    asked = {kind: own for kind, own in asked.items() if own.any() and not own.all()}
+    main = ~np.logical_or.reduce([*asked.values(), np.zeros(len(judge.questions), dtype=bool)])
+    settings = {"resamples": config.eval.resamples, "seed": config.seed, "remarks": remarks}
+    report = make_report(*part(outcomes, judge.questions, main), **settings)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
     draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
     write_report(report, out, sheet)
     print(terminal(report))
+    for kind, own in asked.items():
+        special = make_report(*part(outcomes, judge.questions, own), title=f"{kind}, reported apart", **settings)
+        write_report(special, out / kind)
+        print(f"\n{kind}, reported apart\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def part(outcomes: Sequence[Outcome], questions: Questions, own: np.ndarray) -> tuple[list[Outcome], Questions]:
+    """Outcomes and questions of those that `own` [n] marks."""
+
+    def pick(values: Sequence) -> list:
+        return [value for value, marked in zip(values, own, strict=True) if marked] if len(values) else []
+
+    some = [
+        outcome
+        if outcome.not_applicable
+        else replace(outcome, correct=np.asarray(outcome.correct)[own], answers=pick(outcome.answers))
+        for outcome in outcomes
+    ]
+    return some, Questions(
+        pick(questions.images), pick(questions.kinds), pick(questions.gold), pick(questions.prompts)
+    )
 
 
 def siblings(

@@ -26,6 +26,15 @@ def compress(
 ) -> Handle:
     """Compress the visual tokens of a multimodal LLM from now on.
 
+    >>> from evocomp.mllm.hf import FrozenMLLM
+    >>> from evocomp.selection import selector as training_free
+    >>> nano = FrozenMLLM.load("nano")
+    >>> with compress(nano.model, training_free("uniform_stride"), keep=16) as handle:
+    ...     handle.keep, handle.layer
+    (16, 0)
+
+    With a trained compressor, on the model's own `generate`:
+
         with evocomp.compress(model, "path/to/compressor", keep=192) as handle:
             model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
             print(handle.last.after)

@@ -56,7 +56,7 @@ def compress_inputs(
     Raises:
         UserError: as `evocomp.compress`.
     """
-    families.check_supported(model)
+    families.check_supported(model, rewrite=True)
     picker, ids = picker_for(selector, model), inputs["input_ids"]
     if positions == "dense" and families.policy(model).mrope:
         raise UserError("positions='dense' needs a family without M-RoPE; use positions='original'")

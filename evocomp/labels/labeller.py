@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from evocomp.data.example import Example
-from evocomp.distributed import StopRequest, WorkQueue, broadcast, rank
+from evocomp.distributed import StopRequest, WorkQueue, broadcast, gather, local_rank, rank
 from evocomp.labels.records import Record
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
@@ -92,6 +93,7 @@ class Labeller:
     Args:
         mllm: the frozen model.
         rounds: what kind of label to make.
+        store: where rounds go; None for one that only encodes and makes records.
         examples: what to label.
     """
 
@@ -100,7 +102,7 @@ class Labeller:
         mllm: FrozenMLLM,
         scorer: CandidateScorer,
         rounds: Rounds,
-        store: LabelStore,
+        store: LabelStore | None,
         examples: Sequence[Example],
     ):
         self.mllm = mllm
@@ -115,49 +117,76 @@ class Labeller:
         round: int,
         scores: Scores | None = None,
         report: Callable[[LabelProgress], None] = lambda progress: None,
-        stop: Callable[[], bool] = lambda: False,
     ) -> dict[int, Record]:
         """The records of `round` by sample id; made first if they are not there. Does nothing twice.
 
         Args:
             scores: the compressor, if later rounds are to start from its scores.
             report: called after each sample.
-            stop: asked after each sample; the chunk in hand is given up, finished ones stay.
 
         Raises:
-            Interrupted: `stop` said so, or SIGTERM came.
+            Interrupted: SIGTERM came; the chunk in hand is given up, finished ones stay.
         """
-        if not self.store.committed(round):
+        if not all(gather(self.store.committed(round))):  # a node's own disk may lack what another's holds
             previous = self.store.read(round - 1) if round else {}
-            self._fill(round, previous, scores, report, stop)
+            self._fill(round, previous, scores, report)
         return self.store.read(round)
 
-    def _fill(self, round, previous, scores, report, stop) -> None:
+    def _fill(self, round, previous, scores, report) -> None:
         chunks = self.rounds.chunks(round, previous)
-        todo = self.store.missing(round, range(len(chunks)))
+        stored = set().union(*gather(self.store.stored(round)))
+        todo = [chunk for chunk in range(len(chunks)) if chunk not in stored]
         todo.sort(key=lambda chunk: -self._cost(chunks[chunk]))
-        todo = broadcast(todo)  # ranks look at different moments, but must count through one list
+        shared = len(set(gather(self.store.identity()))) == 1
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
-        queue = WorkQueue(f"{self.store.path}/{round}", lambda chunk: self.store.has(round, chunk))
-        self.scorer.on_batch = queue.beat
-        with StopRequest() as request:
+        queue = WorkQueue(f"round-{round}", lambda chunk: self.store.has(round, chunk))
+        with StopRequest() as request, self._between_batches(queue, request):
             for chunk in queue(todo):
-                records = self._make(
-                    round, chunks[chunk], previous, scores, progress, report, lambda: stop() or request.asked
-                )
-                self.store.write(round, chunk, records)
+                self.store.write(round, chunk, self._make(round, chunks[chunk], previous, scores, progress, report))
         self.waited = queue.waited
-        if rank() == 0:
-            self.store.commit(round, range(len(chunks)))
-        self._await_commit(round)
+        if not shared:
+            self._exchange(round, len(chunks))
+        self._commit(round, len(chunks), queue, shared)
 
-    def _make(self, round, ids, previous, scores, progress, report, stopped) -> list[Record]:
+    @contextmanager
+    def _between_batches(self, queue: WorkQueue, request: StopRequest) -> Iterator[None]:
+        """After each candidate batch: say that work goes on, and stop if that was asked for."""
+
+        def look() -> None:
+            queue.beat()
+            if request.asked:
+                raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
+
+        self.scorer.on_batch = look
+        try:
+            yield
+        finally:
+            self.scorer.on_batch = lambda: None
+
+    def _exchange(self, round: int, count: int) -> None:
+        """Without a shared file system: every store gets the chunks that it lacks from a rank that has them."""
+        stored = [set(chunks) for chunks in gather(self.store.stored(round))]
+        for chunk in range(count):
+            owners = [other for other, chunks in enumerate(stored) if chunk in chunks]
+            if len(owners) < len(stored):
+                content = self.store.content(round, chunk) if rank() == owners[0] else None
+                self.store.put(round, chunk, broadcast(content, owners[0]))
+
+    def _commit(self, round: int, count: int, queue: WorkQueue, shared: bool) -> None:
+        """Rank 0 declares the round complete; each node does where stores are not shared."""
+        if rank() == 0 or (not shared and local_rank() == 0):
+            # listings of a network file system may be a minute old
+            until = time.monotonic() + 90.0
+            while self.store.missing(round, range(count)) and time.monotonic() < until:
+                time.sleep(1.0)
+            self.store.commit(round, range(count))
+        queue.wait_for(lambda: self.store.committed(round))
+
+    def _make(self, round, ids, previous, scores, progress, report) -> list[Record]:
         started, before = time.perf_counter(), self.scorer.forwards
         records = []
-        for record in self.rounds.make(round, ids, self._encode, previous, scores):
-            if stopped():
-                raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
+        for record in self.rounds.make(round, ids, self.encode, previous, scores):
             records.append(record)
             progress.done += 1
             progress.made += 1
@@ -169,20 +198,14 @@ class Labeller:
             started, before = time.perf_counter(), self.scorer.forwards
         return records
 
-    def _encode(self, ids: Sequence[int]) -> list[Features]:
+    def encode(self, ids: Sequence[int]) -> list[Features]:
+        """Features of samples by id."""
         return self.mllm.features([self.examples[id] for id in ids])
 
     def _cost(self, ids: Sequence[int]) -> int:
         """Longer prompts and answers cost more; their texts are known without the model."""
         examples = [self.examples[id] for id in ids]
         return sum(len(e.prompt) + len(e.answer) + sum(map(len, sum(e.history, ()))) for e in examples)
-
-    def _await_commit(self, round: int, patience: float = 600.0) -> None:
-        started = time.time()
-        while not self.store.committed(round):
-            if time.time() - started > patience:
-                raise UserError(f"rank 0 has not committed round {round} for {patience:.0f} s; look at its log")
-            time.sleep(0.05)
 
 
 def cut(ids: Sequence[int], size: int) -> list[list[int]]:

@@ -29,7 +29,15 @@ SCHEMA = 1
 
 
 class LabelStore:
-    """Label records by round and chunk. Make one with `LabelStore.open`."""
+    """Label records by round and chunk. Make one with `LabelStore.open`.
+
+    >>> import tempfile
+    >>> store = LabelStore.open(tempfile.mkdtemp(), {"model": "nano"})
+    >>> store.write(round=0, chunk=0, records=[{"id": 5, "kept": np.array([1, 4]), "best_loss": 0.25}])
+    >>> store.commit(round=0, chunks=[0])
+    >>> store.rounds(), store.read(0)[5]["kept"].tolist()
+    ([0], [1, 4])
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,13 +85,20 @@ class LabelStore:
 
     def write(self, round: int, chunk: int, records: list[Record]) -> None:
         """Store a chunk. One that is there already stays as it is, for chunks are immutable."""
+        self.put(round, chunk, encode(records))
+
+    def put(self, round: int, chunk: int, content: bytes) -> None:
+        """`write`, with the bytes that `content` gave in another store."""
         path = self._chunk(round, chunk)
-        content = encode(records)
         if path.exists():
             if path.read_bytes() != content:
                 logger.warning("%s exists with other content; the first one is kept", path)
             return
         self._replace(path, content)
+
+    def content(self, round: int, chunk: int) -> bytes:
+        """A chunk's bytes."""
+        return _content(self._chunk(round, chunk))
 
     def has(self, round: int, chunk: int) -> bool:
         """Whether the chunk is stored (its round need not be committed)."""
@@ -92,8 +107,14 @@ class LabelStore:
     def missing(self, round: int, chunks: Iterable[int]) -> list[int]:
         """Those of `chunks` that are not stored yet, in the given order."""
         # one listing: a look-up per chunk costs a round trip each on a network file system
-        stored = set(self._stored(round))
+        stored = set(self.stored(round))
         return [chunk for chunk in chunks if chunk not in stored]
+
+    def stored(self, round: int) -> list[int]:
+        """Chunk numbers that are stored, ascending; their round need not be committed."""
+        paths = self._folder(round).glob("chunk-*")
+        found = (re.fullmatch(r"chunk-(\d+)\.safetensors", path.name) for path in paths)
+        return sorted(int(m[1]) for m in found if m)
 
     def read_chunk(self, round: int, chunk: int) -> list[Record]:
         """The records of a chunk; UserError when it is absent, broken or not what was committed."""
@@ -168,6 +189,10 @@ class LabelStore:
         """Delete a round, complete or not."""
         self._remove(self._folder(round))
 
+    def identity(self) -> int:
+        """Differs between stores, also between equal ones on two disks: when the store was started [ns]."""
+        return (self.path / "meta.json").stat().st_mtime_ns
+
     def size(self) -> int:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
@@ -179,11 +204,6 @@ class LabelStore:
 
     def _chunk(self, round: int, chunk: int) -> Path:
         return self._folder(round) / f"chunk-{chunk:06d}.safetensors"
-
-    def _stored(self, round: int) -> list[int]:
-        paths = self._folder(round).glob("chunk-*")
-        found = (re.fullmatch(r"chunk-(\d+)\.safetensors", path.name) for path in paths)
-        return sorted(int(m[1]) for m in found if m)
 
     def _meta(self) -> dict | None:
         path = self.path / "meta.json"

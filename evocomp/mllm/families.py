@@ -29,6 +29,7 @@ class Policy:
     blocks:    attention mask is bidirectional inside an image ("image") or over the whole prompt ("prefix")
     image:     what one image is. "entry": one entry of `pooler_output`; "run": one unbroken run of
                placeholders (its tiles are entries); "tiles": all runs up to the global tile, which comes last
+    rewrite_since: transformers from which the family takes fewer visual tokens than its encoder makes
     forward_offset: added to `position_ids` by the family's own `prepare_inputs_for_generation`
     """
 
@@ -37,6 +38,7 @@ class Policy:
     deepstack: bool = False
     blocks: Literal["image", "prefix"] | None = None
     image: Literal["entry", "run", "tiles"] = "entry"
+    rewrite_since: str = MIN_TRANSFORMERS
     forward_offset: int = 0
 
 
@@ -48,7 +50,7 @@ FAMILIES: dict[str, Policy] = {
     "qwen2_5_vl": Policy(mrope=True),
     "qwen3_vl": Policy(mrope=True, deepstack=True),
     "idefics3": Policy(image="tiles"),
-    "smolvlm": Policy(image="tiles"),
+    "smolvlm": Policy(image="tiles", rewrite_since="5.21"),
     "internvl": Policy(image="run"),
     "gemma3": Policy(blocks="image"),
     "paligemma": Policy(blocks="prefix", forward_offset=1),
@@ -74,12 +76,15 @@ def policy(model: nn.Module) -> Policy:
     return FAMILIES[model_type]
 
 
-def check_supported(model: nn.Module) -> None:
-    """Raise UserError if the family is unknown or transformers is too old."""
-    if Version(Version(transformers.__version__).base_version) < Version(MIN_TRANSFORMERS):
+def check_supported(model: nn.Module, rewrite: bool = False) -> None:
+    """Raise UserError if the family is unknown or transformers is too old.
+
+    rewrite: for giving the model encoded images with tokens left out (`compress_inputs`), not for hooks.
+    """
+    needed = policy(model).rewrite_since if rewrite else MIN_TRANSFORMERS
+    if Version(Version(transformers.__version__).base_version) < Version(needed):
         raise UserError(
-            f"transformers {transformers.__version__} is too old; "
-            f"run `pip install 'transformers>={MIN_TRANSFORMERS}'`"
+            f"transformers {transformers.__version__} is too old; run `pip install 'transformers>={needed}'`"
         )
     policy(model)
 

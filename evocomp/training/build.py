@@ -2,10 +2,10 @@
 
 import difflib
 import inspect
-import json
 import logging
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,16 @@ from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import Splits, digest, load_splits
+from evocomp.labels.estimate import (
+    GPU,
+    GPUS,
+    Target,
+    assumed_workload,
+    by_arithmetic,
+    by_timing,
+    say_disk_use,
+    text_lengths,
+)
 from evocomp.labels.hard import HardLabels
 from evocomp.labels.labeller import Interrupted, Labeller, Rounds
 from evocomp.labels.on_policy import OnPolicyRounds
@@ -28,16 +38,18 @@ from evocomp.labels.random_credit import CreditLabels
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
-from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.hf import ASSETS, FrozenMLLM
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
+from evocomp.training.folder import DONE, claim_folder, is_finished, last_checkpoint, write_json
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
+from evocomp.training.stop import NoteStop, StopCleanly
+from evocomp.training.strategy import job_size, whole, with_strategy
 
-DONE = "trained.json"
 DEFAULT_EPOCHS = 6
 
 
@@ -54,8 +66,9 @@ def run(config: RunConfig) -> bool:
         UserError: the folder holds a run with other settings, and every mistake in data or settings.
     """
     folder = Path(config.run_dir)
-    trainer_settings = check_trainer(config.trainer)
-    if _claim_folder(config, folder):
+    trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
+    distributed.join()
+    if is_finished(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
         return False
     distributed.set_threads(config.threads)
@@ -63,6 +76,7 @@ def run(config: RunConfig) -> bool:
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     check_kept(config, mllm, splits.train[0])
+    claim_folder(config, folder)
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(
         mllm,
@@ -83,33 +97,60 @@ def run(config: RunConfig) -> bool:
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
         average = [EMAWeightAveraging(decay=config.optim.ema, update_starting_at_epoch=start)]
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
-    last = folder / "checkpoints" / "last.ckpt"
+    last = last_checkpoint(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
         warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*dirpath .* exists.*|.*eval mode.*")
-        trainer.fit(module, data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+        trainer.fit(module, data, ckpt_path=last, weights_only=False)
     if trainer.received_sigterm or trainer.interrupted:
         raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
+    finished, spent = whole(module), {"labelled": len(splits.train), **cost.summary()}
     if trainer.is_global_zero:
-        save_compressor(module.compressor, config, folder)
-        spent = {"labelled": len(splits.train), **cost.summary()}
-        _write(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
+        save_compressor(finished.compressor, config, folder)
+        write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
+    distributed.leave()
     return True
 
 
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
+    distributed.join()
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
-    if distributed.launched_by_torchrun() and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
     folder = Path(config.run_dir)
     labeller = build_labeller(config, mllm, splits, folder)
     bar = LabelBar()
     records = labeller.ensure(0, report=bar.show)
     bar.close()
     logger.info("%d labels in %s", len(records), labeller.store.path)
+    distributed.leave()
+
+
+def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: float | None = None) -> str:
+    """What round 0 of the labels costs, as text: timed on this machine if it has that GPU, else by arithmetic."""
+    known = GPUS.get((gpu or "h100").lower())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    timed = gpu == "here" or (device and (gpu is None or gpu.lower() in device.lower()))
+    if known is None and not timed:
+        raise UserError(f"--gpu={gpu} is unknown; choose one of {', '.join(GPUS)}, or here to time this machine")
+    target = Target.named(config.model.name, ASSETS)
+    try:
+        splits = load_splits(config.data)
+    except UserError as error:
+        if timed:
+            raise
+        logger.info("%s; assumed: %d samples of common lengths", error, config.data.max_samples)
+        splits = Splits([], [], [])
+    samples = len(splits.train) or config.data.max_samples
+    if timed:
+        here = next((one for name, one in GPUS.items() if name in device.lower()), GPU(device or "this CPU", 0, 0, 0))
+        here = replace(here, price=here.price if price is None else price)
+        labeller = build_rounds(config, load_mllm(config), splits, None)
+        return by_timing(config, target, labeller, samples, here).report(gpus)
+    work = assumed_workload(config, target, samples, *text_lengths(splits.train))
+    return by_arithmetic(config, target, work, replace(known, price=price or known.price)).report(gpus)
 
 
 def load_mllm(config: RunConfig) -> FrozenMLLM:
@@ -137,14 +178,26 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
         "seed": config.seed,
     }
-    if distributed.rank() == 0:
-        LabelStore.open(store_folder, fingerprint, config.labels.overwrite)
-    distributed.broadcast(None)
-    store = LabelStore.open(store_folder, fingerprint)
-    return build_rounds(config, mllm, splits, store)
+    store = _open_store(store_folder, fingerprint, config.labels.overwrite)
+    labeller = build_rounds(config, mllm, splits, store)
+    if is_rank_zero():
+        tokens = len(mllm.features(splits.train[:1])[0].visual)
+        say_disk_use(config, len(splits.train), tokens, store_folder)
+    return labeller
 
 
-def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore) -> Labeller:
+def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> LabelStore:
+    """Rank 0 first, then each node's first process (its disk may be another one), then all."""
+    if distributed.world_size() == 1:
+        return LabelStore.open(folder, fingerprint, overwrite and is_rank_zero())
+    for turn in (distributed.rank() == 0, distributed.local_rank() == 0):
+        if turn:
+            LabelStore.open(folder, fingerprint, overwrite)
+        distributed.gather(None)
+    return LabelStore.open(folder, fingerprint)
+
+
+def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore | None) -> Labeller:
     """The labeller for the kind of label that the settings name."""
     settings, ids = config.labels, [example.id for example in splits.train]
     dtype = None if settings.dtype == "model" else settings.dtype
@@ -188,7 +241,6 @@ def build_trainer(
     defaults: dict[str, Any] = {
         "max_epochs": DEFAULT_EPOCHS,
         "accelerator": "auto",
-        "devices": 1,
         "gradient_clip_val": 1.0,
         "use_distributed_sampler": False,
         "log_every_n_steps": 5,
@@ -198,12 +250,18 @@ def build_trainer(
         "default_root_dir": str(folder),
     }
     checkpoint = ModelCheckpoint(
-        dirpath=folder / "checkpoints", save_last=True, save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True
+        dirpath=folder / "checkpoints",
+        save_last=True,
+        save_top_k=1,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,  # a run goes on from last.ckpt, never from last-v1.ckpt
     )
+    request = distributed.StopRequest(chain=False)
+    first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
-    return L.Trainer(
-        **{**defaults, **settings}, logger=loggers or False, callbacks=[*callbacks, *rates, checkpoint, *bars]
-    )
+    everything = [first, *callbacks, *rates, last, checkpoint, *bars]
+    return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
 
 
 def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
@@ -259,47 +317,3 @@ def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Pa
         "evocomp": evocomp.__version__,
     }
     compressor.save_pretrained(folder / "compressor")
-
-
-def _claim_folder(config: RunConfig, folder: Path) -> bool:
-    """Make the folder ours, or see that it is; returns whether its run is finished."""
-    mine = folder / "config.yaml"
-    if mine.exists():
-        there, wanted = (_comparable(c) for c in (config_files.load([mine]), config))
-        differing = sorted(key for key in wanted if wanted[key] != there.get(key))
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"{folder} holds a run with other settings ({key}: {there.get(key)} there, {wanted[key]} asked for); "
-                "choose another --run_dir"
-            )
-        return (folder / DONE).exists()
-    if folder.exists() and any(entry.name not in ("labels", "tensorboard") for entry in folder.iterdir()):
-        raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_rank_zero():
-        config_files.save(config, mine)
-    return False
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Settings by dotted key, without those that may differ from one start of a run to the next."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: Any, prefix: str) -> None:
-        for key, value in tree.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, dict):
-                walk(value, f"{name}.")
-            else:
-                flat[name] = value
-
-    walk(config_files.to_dict(config), "")
-    changeable = ("scorer.", "run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
-    return {key: value for key, value in flat.items() if not key.startswith(changeable)}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from evocomp.distributed import gather
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.training.batch import TrainBatch
 
@@ -62,9 +63,14 @@ class CostMeter(L.Callback):
         self.spent = {name: Spent(**share) for name, share in state.items()}
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Rounded, for trained.json and the report."""
+        """Rounded, for trained.json and the report: work of all ranks, wall time of rank 0. All ranks call it."""
+        everyone = gather({name: asdict(share) for name, share in self.spent.items()})
         return {
-            name: {key: round(value, 1) for key, value in asdict(share).items()} for name, share in self.spent.items()
+            name: {
+                key: round(value if key == "seconds" else sum(one[name][key] for one in everyone), 1)
+                for key, value in share.items()
+            }
+            for name, share in everyone[0].items()
         }
 
 

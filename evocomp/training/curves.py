@@ -14,6 +14,7 @@ import torch
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy, at_random
 from evocomp.training.refresh_labels import RefreshLabels
+from evocomp.training.strategy import whole
 from evocomp.training.tensorboard import TensorBoardPage
 
 
@@ -26,14 +27,16 @@ class Curves(L.Callback):
     - `labels/...` once a round: `mean_loss` of the last population, `per_second` and `forwards_per_second` of the
       whole job, `share_saved` (candidates that had been scored before), `wait_seconds_K` of rank K and `skew_seconds`
       between the ranks that waited most and least.
-    - `val/random_R` and `val/full` each epoch: what as many tokens drawn evenly, and all of them, give on the
-      questions of `val/accuracy_R`. Measured once, drawn as level lines.
-    - `time/...`: seconds of the epoch that went to labels, training and measuring.
+    - `val/random_R` and `val/full` beside each `val/accuracy_R`: what as many tokens drawn evenly, and all of them,
+      give on the same questions. Measured once, drawn as level lines.
+    - `time/...`: seconds so far that went to labelling, refreshes, training, and measuring (which starts anew where a
+      run is resumed).
 
     Args:
         refresh, monitor: the run's own.
         settings: of the run, for the table of hyperparameters.
-        pictures: questions of the selection split that are shown each epoch, each about another picture.
+        pictures: questions of the selection split that are shown whenever accuracy is measured, always the same,
+            each about another picture.
         watched: labelled questions whose tokens make the histograms.
     """
 
@@ -53,10 +56,14 @@ class Curves(L.Callback):
         self.references: dict[str, float] = {}
         self.page: TensorBoardPage | None = None
         self._round = -1
-        self._before = (0, 0.0)
-        self._started = self._trained = time.perf_counter()
+        self._before = (0.0, 0.0)
+        self._measuring = 0.0
+        self._trained = time.perf_counter()
 
     # ------------------------------------------------------------ start and end
+
+    def on_fit_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        self._before = self._label_cost()  # a resumed run has spent something already
 
     def on_train_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
@@ -106,28 +113,32 @@ class Curves(L.Callback):
             self._log(trainer, self._label_speed(module))
             if self.page is not None:
                 self.page.show_round(trainer.global_step)
-        self._started = self._trained = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
             return
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if last or (trainer.current_epoch + 1) % self.monitor.every == 0:
+            self._show_epoch(trainer, module)
+        self._measuring += time.perf_counter() - self._trained
+        times = {f"time/{purpose}_seconds": share.seconds for purpose, share in self.refresh.cost.spent.items()}
+        times["time/measuring_seconds"] = self._measuring
+        self._log(trainer, times)
+
+    def _show_epoch(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        """What goes beside an accuracy that has just been measured."""
+        scoring = whole(module)  # every rank has a part in this, though rank 0 alone draws
         if self.page is not None:
-            self.page.show_epoch(module, trainer.global_step)
-        times = {
-            "time/training_seconds": self._trained - self._started,
-            "time/measuring_seconds": time.perf_counter() - self._trained,
-            "time/labels_seconds": self.refresh.seconds,  # so far: labels are made between epochs
-        }
-        self._log(trainer, {**self.references, **times})
+            self.page.show_epoch(scoring, trainer.global_step)
+        for name, value in self.references.items():
+            module.log(name, value)
 
     def _label_speed(self, module: CompressorModule) -> dict[str, float]:
         """Speed of the round that has just been made, over all ranks; nothing if it lay in the store."""
         labeller, records = self.refresh.labeller, self.refresh.data.records
-        forwards, seconds = labeller.scorer.forwards, self.refresh.seconds
-        mine = torch.tensor(
-            [forwards - self._before[0], seconds - self._before[1], labeller.waited], device=module.device
-        )
-        self._before = (forwards, seconds)
+        now, before = self._label_cost(), self._before
+        self._before = now
+        mine = torch.tensor([now[0] - before[0], now[1] - before[1], labeller.waited], device=module.device)
         ranks = module.all_gather(mine).reshape(-1, 3).cpu().tolist()
         made, spent, waited = zip(*ranks, strict=True)
         metrics = {f"labels/wait_seconds_{rank}": wait for rank, wait in enumerate(waited)}
@@ -143,6 +154,11 @@ class Curves(L.Callback):
         if saved + scored:
             metrics["labels/share_saved"] = saved / (saved + scored)
         return metrics
+
+    def _label_cost(self) -> tuple[float, float]:
+        """Masks scored by this process, and the seconds that this took, in all rounds so far."""
+        shares = [self.refresh.cost.spent[purpose] for purpose in ("labelling", "refresh")]
+        return float(sum(share.forwards for share in shares)), sum(share.seconds for share in shares)
 
     @staticmethod
     def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:

@@ -48,6 +48,7 @@ class LabelledQuestions(L.LightningDataModule):
         self.round = -1
         self._sampler: ResumableSampler | None = None
         self._resume_at = 0
+        self._base = (0, 0)
         self._epoch = 0
         self._order = None
 
@@ -89,13 +90,21 @@ class LabelledQuestions(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Where in the epoch the whole job is; Lightning saves it with every checkpoint."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        consumed = progress.completed * self.batch_size * distributed.world_size()
-        ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        return {"epoch": self._epoch, "consumed": 0 if ended else consumed}
+        # processed and not completed: a checkpoint at a batch's end is written between the two
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        # those counted before a resume may have been of another number of processes
+        counted, consumed = self._base if self._base[0] <= batches else (0, 0)
+        together = self.batch_size * distributed.world_size()
+        consumed += (batches - counted) * together
+        ended = self.slots - consumed < together
+        return {"epoch": self._epoch, "consumed": 0 if ended else consumed, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resume_at = state["consumed"]
+        if self._sampler is not None:
+            # sharded strategies restore after the loader was made (the schedule asks for its length)
+            self._sampler.consumed, self._resume_at = self._resume_at, 0
+        self._base = (state["batches"], state["consumed"]) if state["consumed"] else (0, 0)
 
 
 def _move(value: Any, device: torch.device) -> Any:

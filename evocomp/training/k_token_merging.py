@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from evocomp import log
+from evocomp import distributed, log
 from evocomp.config import load as config_files
 from evocomp.config.schema import DataConfig
 from evocomp.data.example import Example
@@ -29,7 +29,7 @@ from evocomp.inference.k_token_merging import KTokenMerger
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.training.build import load_mllm, set_threads
+from evocomp.training.build import load_mllm
 from evocomp.training.optim import learning_rate
 
 
@@ -49,6 +49,10 @@ class KTokenModule(L.LightningModule):
     def on_fit_end(self) -> None:
         self._model[0].train(False)
 
+    def transfer_batch_to_device(self, batch: list[Features], device: torch.device, index: int) -> list[Features]:
+        """Features are made where the frozen model is."""
+        return batch
+
     def training_step(self, batch: list[Features], batch_index: int) -> Tensor:
         loss = self._model[0].losses(batch).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
@@ -67,7 +71,7 @@ def train(
     mllm: FrozenMLLM,
     examples: Sequence[Example],
     block: int,
-    steps: int = 500,
+    steps: int = 1000,
     batch_size: int = 32,
     r: int = 8,
     lr: float = 2e-3,
@@ -96,13 +100,13 @@ def train(
     return model
 
 
-def train_for_run(run: Path, questions: int = 8000, steps: int = 500, kept: Sequence[int] | None = None) -> None:
+def train_for_run(run: Path, questions: int = 8000, steps: int = 1000, kept: Sequence[int] | None = None) -> None:
     """Train a merger for each kept count of a finished run that divides N; those that are there are left alone.
 
     Scenes cost nothing to draw and answers are no labels: `questions` of them are drawn, more than are labelled.
     """
     config = config_files.load([run / "config.yaml"])
-    set_threads(config.threads)
+    distributed.set_threads(config.threads)
     mllm = load_mllm(config)
     examples = training_questions(config.data, questions)
     count = len(mllm.features(examples[:1])[0].visual)
@@ -128,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evocomp.training.k_token_merging", description=__doc__)
     parser.add_argument("--run", required=True, type=Path, help="a run folder that evocomp train wrote")
     parser.add_argument("--questions", type=int, default=8000, help="training questions")
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps for each kept count")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps for each kept count")
     parser.add_argument("--kept", type=int, nargs="*", help="kept counts; default: those of the run")
     options = parser.parse_args(words)
     log.setup()

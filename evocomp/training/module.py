@@ -13,6 +13,7 @@ from evocomp.config.schema import LossConfig, OptimConfig
 from evocomp.losses import build_loss, policy_loss
 from evocomp.training.batch import CompressorInput, TrainBatch
 from evocomp.training.optim import build_optimizer, schedule
+from evocomp.training.strategy import shard
 
 NEUTRAL_BUDGET = 16.0  # where the budget's input to the compressor is zero
 
@@ -42,6 +43,10 @@ class CompressorModule(L.LightningModule):
             temperature=loss.temperature,
             reduce_counts=self._sum_over_ranks if loss.form == "histogram" else None,
         )
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.compressor, self.device_mesh)
 
     def forward(self, inputs: CompressorInput, budget: Tensor | float | None = None):
         return self.compressor(

@@ -14,6 +14,7 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection.top_r import top_r
 from evocomp.training.batch import compressor_input
 from evocomp.training.module import CompressorModule
+from evocomp.training.strategy import whole
 
 Choose = Callable[[int], list[torch.Tensor]]
 """Kept count -> indices of the kept tokens of each of some samples, ascending."""
@@ -42,7 +43,7 @@ class SelectionAccuracy(L.Callback):
             return
         # ranks take every world-th question and sum up
         mine = self.examples[trainer.global_rank :: trainer.world_size]
-        right = torch.tensor(self.count_right(module, mine), dtype=torch.float64)
+        right = torch.tensor(self.count_right(whole(module), mine), dtype=torch.float64)
         asked = torch.tensor(float(len(mine)), dtype=torch.float64)
         if trainer.world_size > 1:
             right = trainer.strategy.reduce(right.to(module.device), reduce_op="sum").cpu()

@@ -1,10 +1,13 @@
 """The callback that keeps labels fresh: makes a round of the store before the epoch that trains on it."""
 
+import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 
 from evocomp.config.schema import LabelConfig
 from evocomp.labels.labeller import Interrupted, Labeller
@@ -15,6 +18,7 @@ from evocomp.training.cost import CostMeter
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
 from evocomp.training.progress import LabelBar
+from evocomp.training.strategy import whole
 
 SCORED_TOGETHER = 64  # samples in one forward of the compressor
 
@@ -27,21 +31,18 @@ class RefreshLabels(L.Callback):
     LightningModule: checkpoints hold the compressor only.
     """
 
-    def __init__(
-        self,
-        labeller: Labeller,
-        data: LabelledQuestions,
-        config: LabelConfig,
-        cost: CostMeter,
-        keep_rounds: int = 2,
-    ):
+    def __init__(self, labeller: Labeller, data: LabelledQuestions, config: LabelConfig, cost: CostMeter):
         self.labeller = labeller
         self.data = data
         self.config = config
-        self.keep_rounds = keep_rounds
         self.round = -1
         self.epoch = -1
         self.cost = cost
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent on labels so far."""
+        return self.cost.spent["labelling"].seconds + self.cost.spent["refresh"].seconds
 
     def round_of(self, epoch: int) -> int:
         """The round that an epoch trains on."""
@@ -65,7 +66,7 @@ class RefreshLabels(L.Callback):
             self._log(trainer, round, records, before)
             records = {id: record for id, record in records.items() if has_label(record)}
             self.round = round
-            self._forget_old()
+            self._forget_old(trainer)
         else:
             records = before
         self.data.use(round, records, epoch)
@@ -75,12 +76,7 @@ class RefreshLabels(L.Callback):
         bar = LabelBar(trainer)
         try:
             with self.cost.labelling(round):
-                return self.labeller.ensure(
-                    round,
-                    scores=self._scores(module),
-                    report=bar.show,
-                    stop=lambda: trainer.received_sigterm,
-                )
+                return self.labeller.ensure(round, scores=self._scores(whole(module)), report=bar.show)
         except Interrupted:
             logger.info("stopped while labelling; run the same command again to go on")
             raise
@@ -117,12 +113,31 @@ class RefreshLabels(L.Callback):
         for one in trainer.loggers:
             one.log_metrics(metrics, step=trainer.global_step)
 
-    def _forget_old(self) -> None:
-        """The newest checkpoint may go back one round, never further."""
-        if self.labeller.mllm is not None and L.fabric.utilities.rank_zero.rank_zero_only.rank == 0:
-            for round in self.labeller.store.rounds():
-                if 0 < round <= self.round - self.keep_rounds:
-                    self.labeller.store.remove(round)
+    def _forget_old(self, trainer: L.Trainer) -> None:
+        """Delete rounds that neither this epoch nor a resume from any checkpoint of the run will read."""
+        if not trainer.is_global_zero:
+            return
+        needed = min([self.round, *(_round_of(path) for path in _checkpoints(trainer))])
+        for round in self.labeller.store.rounds():
+            # a round is made from the one before it; round 0 is what evocomp label makes
+            if 0 < round < min(needed, self.round - 1):
+                self.labeller.store.remove(round)
 
     def state_dict(self) -> dict[str, Any]:
         return {"round": self.round}
+
+
+def _checkpoints(trainer: L.Trainer) -> list[Path]:
+    """Checkpoints that lie in the folders where this run writes them."""
+    folders = {Path(one.dirpath) for one in trainer.checkpoint_callbacks if getattr(one, "dirpath", None)}
+    return [path for folder in sorted(folders) for path in sorted(folder.glob("*.ckpt"))]
+
+
+def _round_of(path: Path) -> int:
+    """The round that a checkpoint was trained on; 0 (keep everything) if it cannot be told."""
+    try:
+        # of a sharded checkpoint, a folder, this file holds all but weights and optimizer
+        content = torch.load(path / "meta.pt" if path.is_dir() else path, mmap=True, weights_only=False)
+        return int(content["callbacks"]["RefreshLabels"]["round"])
+    except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return 0

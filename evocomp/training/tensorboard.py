@@ -18,10 +18,17 @@ from evocomp.training.batch import compressor_input, has_label
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.refresh_labels import RefreshLabels
-from evocomp.viz import gradient_density, strip
+from evocomp.viz import four_panels, gradient_density
 
 MANY = 4096
 """Records that a histogram of labels looks at, at most: enough for its shape, and quick with a million of them."""
+
+SHOWN = """
+recipe seed model.name data.source data.max_samples grouping.method grouping.centre grouping.count search.strategy
+search.population search.generations labels.target labels.refresh labels.passes compressor.init compressor.use_text
+compressor.budget_input loss.name loss.alpha optim.name optim.lr optim.batch_size optim.ema
+""".split()
+"""Settings in the table of hyperparameters: what experiments change. config.yaml has them all."""
 
 # losses whose logits are independent probabilities; the others rank tokens within a sample
 _PROBABILITIES = ("ghm", "focal", "bce")
@@ -59,7 +66,7 @@ class TensorBoardPage:
     def open(self, settings: dict[str, Any]) -> None:
         """Layout, hyperparameters, and the labels of the pictures, which stay those of the first round."""
         self.writer.add_custom_scalars(layout(self.monitor.kept))
-        self.logger.log_hyperparams(settings, dict.fromkeys(self._final_names().values(), 0.0))
+        self.logger.log_hyperparams(chosen(settings), dict.fromkeys(self._final_names().values(), 0.0))
         self.labels = self._label_pictures()
 
     def close(self, metrics: dict[str, float]) -> None:
@@ -92,7 +99,8 @@ class TensorBoardPage:
         records = self.refresh.data.records
         some = [records[id] for id in sorted(records)[:MANY]]
         if "groups" in some[0]:
-            self._histogram("labels/groups", [int(record["groups"].max()) + 1 for record in some], step)
+            counts = np.array([int(record["groups"].max()) + 1 for record in some])
+            self._histogram("labels/groups", counts, step, bins=np.arange(counts.min(), counts.max() + 2) - 0.5)
         for name in ("best_loss", "spread"):
             if name in some[0]:
                 self._histogram(f"labels/{name}_of_each", [record[name] for record in some], step)
@@ -153,15 +161,15 @@ class TensorBoardPage:
         answers, _ = mllm.answer(prompts, max_new_tokens=8)
         rows = zip(self.shown, features, self.labels, scores, kept, answers, strict=True)
         for number, (example, one, record, row, index, answer) in enumerate(rows):
-            verdict = "right" if answer == example.answer else f"gold: {example.answer}"
+            verdict = "right" if answer == example.answer else "wrong"
             chosen = np.flatnonzero(kept_by(record, len(row), self.keep))
-            picture = strip(
+            picture = four_panels(
                 as_array(example.image),
                 grid_of(one),
                 chosen,
                 row,
                 index.tolist(),
-                f"{example.prompt}   gold: {example.answer}",
+                f"{example.prompt}: {example.answer}",
                 (
                     f"{len(row)} tokens",
                     f"label: {len(chosen)}",
@@ -206,9 +214,22 @@ def layout(kept: Sequence[int]) -> dict[str, dict[str, list]]:
         "3 Optimisation": {
             "gradient norm": ["Multiline", ["train/gradient_norm$"]],
             "learning rate": ["Multiline", ["lr-"]],
-            "seconds an epoch": ["Multiline", ["time/training_seconds$", "time/measuring_seconds$"]],
+            "seconds so far": ["Multiline", ["time/"]],
         },
     }
+
+
+def chosen(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `SHOWN`, by dotted name, and the number of epochs.
+
+    >>> chosen({"seed": 3, "loss": {"name": "ghm", "bins": 10}, "trainer": {"max_epochs": 6}})
+    {'seed': 3, 'loss.name': 'ghm', 'max_epochs': 6}
+    """
+    sections = {name: part for name, part in settings.items() if isinstance(part, dict)}
+    flat = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
+    flat |= {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    found = {name: flat[name] for name in SHOWN if name in flat}
+    return found | {"max_epochs": flat["trainer.max_epochs"]} if "trainer.max_epochs" in flat else found
 
 
 def varied(examples: Sequence[Example], count: int) -> list[Example]:

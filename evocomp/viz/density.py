@@ -1,9 +1,11 @@
-"""What GHM-C sees of a batch: how many tokens have which gradient norm, and what each of them then counts."""
+"""Distributions: gradient norms as GHM-C sees them, and the losses that a search has seen."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from evocomp.viz.style import ACCENT, COLORS, INK, new_figure, plain_axes
+from evocomp.viz.style import ACCENT, COLORS, INK, SOFT, new_figure, plain_axes
 
 
 def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
@@ -26,4 +28,27 @@ def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
     ax.set_xlim(0, 1)
     ax.legend(frameon=False, fontsize=12, labelcolor=INK)
     figure.subplots_adjust(left=0.13, right=0.98, top=0.96, bottom=0.19)
+    return figure
+
+
+def fitness_spread(losses: Sequence[np.ndarray]) -> Figure:
+    """Share of the masks scored that come within a given distance of their sample's best loss.
+
+    A line for each sample, and their median: a curve that leaps up at the left edge means a flat search, in which
+    many masks are as good as the label.
+
+    Args:
+        losses: of every mask that was scored, one array for each sample [nats].
+    """
+    distances = [np.sort(one - one.min()) for one in losses]
+    x = np.linspace(0, max(float(one[-1]) for one in distances), 200)
+    shares = np.stack([np.searchsorted(one, x, side="right") / len(one) for one in distances])
+    figure = new_figure(6.4, 4.0)
+    ax = plain_axes(figure, "loss above the sample's best [nats]", "share of masks at most that far")
+    ax.plot(x, shares.T, color=SOFT, linewidth=0.9, alpha=0.6)
+    ax.plot(x, np.median(shares, axis=0), color=ACCENT, linewidth=2.8, label="median sample")
+    ax.set_xlim(0, x[-1])
+    ax.set_ylim(0, 1.02)
+    ax.legend(frameon=False, fontsize=12, labelcolor=INK, loc="lower right")
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.96, bottom=0.17)
     return figure

@@ -29,7 +29,11 @@ class SheetItem:
 
 
 def patch_of_pixel(shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-    """Token that each pixel of a picture of `shape` (height, width, ...) belongs to: int [height, width]."""
+    """Token that each pixel of a picture of `shape` (height, width, ...) belongs to: int [height, width].
+
+    >>> patch_of_pixel((2, 4), (1, 2)).tolist()
+    [[0, 0, 1, 1], [0, 0, 1, 1]]
+    """
     (height, width), (rows, columns) = shape[:2], grid
     row = np.arange(height) * rows // height
     column = np.arange(width) * columns // width
@@ -71,6 +75,19 @@ def kept_sheet(items: Sequence[SheetItem], path: str | Path, columns: int = 4) -
         kept_tokens(item.image, item.kept, item.grid, ax)
         _caption(ax, item)
     return save_png(figure, path)
+
+
+def kept_row(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4) -> Figure:
+    """Pictures of one size in rows of `columns`, each under its title; see `light_up` for what to show."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = new_figure(2.7 * columns, 3.3 * rows)
+    for number, (image, title) in enumerate(zip(images, titles, strict=True)):
+        ax = figure.add_subplot(rows, columns, number + 1)
+        _show(ax, image)
+        ax.set_title(title, fontsize=12, color=INK)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.17 / rows, wspace=0.06, hspace=0.25)
+    return figure
 
 
 def groups_over_image(

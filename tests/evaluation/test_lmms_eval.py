@@ -104,9 +104,10 @@ def expected(scenes, compressor, keep):
     return sum(a == e.answer for a, e in zip(outcome.answers, scenes, strict=True)) / len(scenes)
 
 
+@pytest.mark.slow
 @needs_lmms_eval
 def test_a_real_run(place, scenes, tmp_path):
-    nano = f"pretrained={ASSETS / 'nano'},device=cpu"
+    nano = f"pretrained={ASSETS / 'nano'}"
     torch.manual_seed(0)
     compressor = EvoCompCompressor.from_mllm(FrozenMLLM.load("nano").model)
     compressor.save_pretrained(tmp_path / "compressor")
@@ -117,15 +118,17 @@ def test_a_real_run(place, scenes, tmp_path):
     compressed = score(tmp_path / "ours")
     run = lmms_eval(place, tmp_path / "full", "evocomp_llava_hf", nano)
     full = score(tmp_path / "full")
+    assert run.returncode == 0, run.stderr[-3000:]
     assert full == pytest.approx(expected(scenes, None, 0))
     assert compressed == pytest.approx(expected(scenes, compressor, 24))
     assert compressed < full  # untrained weights keep tokens that say little
 
 
+@pytest.mark.slow
 @needs_lmms_eval
 def test_an_error_ends_the_run_without_a_score(place, tmp_path):
     """A method that merges tokens is found out inside of `generate`."""
-    nano = f"pretrained={ASSETS / 'nano'},device=cpu,method=average_pool,keep=9"
+    nano = f"pretrained={ASSETS / 'nano'},method=average_pool,keep=9"
     run = lmms_eval(place, tmp_path / "out", "evocomp_llava_hf", nano)
     assert run.returncode != 0
     assert "generate failed" in run.stderr and "merges tokens" in run.stderr

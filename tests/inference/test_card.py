@@ -48,7 +48,7 @@ def test_card_of_an_adapter(tmp_path):
 
 
 def test_paths_of_the_machine_stay_out_of_the_card():
-    for path in ("/home/someone/models/my-llava", "./my-llava", "~/models/my-llava", "C:\\models\\my-llava"):
+    for path in ("/data/someone/models/my-llava", "./my-llava", "~/models/my-llava", "C:\\models\\my-llava"):
         config = EvoCompCompressor.config_class(base_model_name_or_path=path)
         text = card(config)
         assert "my-llava" in text and "models/" not in text and "someone" not in text and ":\\" not in text

@@ -14,6 +14,7 @@ rows = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max
 
 
 @given(rows)
+@settings(deadline=None)
 def test_short_index_is_the_left_padded_list_of_what_stays(batch):
     index, valid = short_index(torch.tensor(batch))
     length = max(map(sum, batch))
@@ -24,7 +25,7 @@ def test_short_index_is_the_left_padded_list_of_what_stays(batch):
 
 
 @given(rows, st.sampled_from([None, 1, 2, 4]), st.booleans(), st.booleans(), st.integers(0, 3), st.randoms())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_gathered_mask_is_the_whole_mask_with_the_rest_cut_out(
     batch, window, spares, floating, extra, random
 ):

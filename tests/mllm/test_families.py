@@ -87,6 +87,9 @@ def test_old_transformers_is_refused(monkeypatch):
         families.check_supported(build("llava"))
     monkeypatch.setattr(families.transformers, "__version__", "5.18.0.dev0")
     families.check_supported(build("llava"))
+    families.check_supported(build("smolvlm"))
+    with pytest.raises(UserError, match="5.21"):
+        families.check_supported(build("smolvlm"), rewrite=True)
 
 
 def test_prompt_and_pixels_that_disagree_are_named():

@@ -7,8 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from evocomp.viz.tokens import light_up, patch_of_pixel
 
-PANEL = 240  # pixels along a panel's longer side
-GAP, LINE = 6, 20
+# TensorBoard shows pictures about 350 pixels wide: words must be readable at that size
+PANEL = 192  # pixels along a panel's longer side
+GAP, LINE, FONT = 6, 22, 16
 _INK, _PAPER = (31, 36, 48), (255, 255, 255)
 
 
@@ -24,7 +25,7 @@ def heat(image: np.ndarray, scores: np.ndarray, grid: tuple[int, int]) -> np.nda
     return np.rint(0.35 * grey + 0.65 * wash).astype(np.uint8)
 
 
-def strip(
+def four_panels(
     image: np.ndarray,
     grid: tuple[int, int],
     label: Sequence[int],
@@ -33,7 +34,7 @@ def strip(
     headline: str,
     captions: tuple[str, str, str, str],
 ) -> np.ndarray:
-    """Picture, label, prediction and kept tokens side by side, with words: uint8 [height, width, 3].
+    """Picture and label above prediction and kept tokens, with words: uint8 [height, width, 3].
 
     Args:
         image: [height, width, 3] uint8.
@@ -47,18 +48,21 @@ def strip(
     panels = [image, light_up(image, label, grid), heat(image, scores, grid), light_up(image, kept, grid)]
     scale = PANEL / max(image.shape[:2])
     width, height = (max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
-    sheet = Image.new("RGB", (4 * width + 5 * GAP, height + 2 * LINE + 3 * GAP), _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    draw.text((GAP, GAP), headline, fill=_INK, font=font)
+    sheet = Image.new("RGB", (2 * width + 3 * GAP, 2 * (height + LINE) + LINE + 2 * GAP), _PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT)
+    draw.text((GAP, 1), _fit(headline, font, 2 * width), fill=_INK, font=font)
     for number, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
-        left = GAP + number * (width + GAP)
-        sheet.paste(Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST), (left, LINE + GAP))
-        draw.text((left, LINE + 2 * GAP + height), _fit(caption, font, width), fill=_INK, font=font)
+        left = GAP + number % 2 * (width + GAP)
+        top = LINE + GAP + number // 2 * (height + LINE)
+        sheet.paste(Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left, top + height + 1), _fit(caption, font, width), fill=_INK, font=font)
     return np.asarray(sheet)
 
 
 def _fit(text: str, font, width: int) -> str:
     """The text, cut so that it does not run into the next panel."""
-    while len(text) > 4 and font.getlength(text) > width:
-        text = text[:-4] + "..."
-    return text
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

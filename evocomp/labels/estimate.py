@@ -1,0 +1,325 @@
+"""What a round of labels costs, before it is made: forwards, FLOPs, hours, price, memory and disk.
+
+From the target's architecture and the settings alone, or from a few samples timed on the device at hand.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evocomp.config.schema import RunConfig
+from evocomp.data.example import Example
+from evocomp.labels.labeller import Labeller
+from evocomp.labels.random_credit import mask_sizes
+from evocomp.log import UserError, logger
+
+EFFICIENCY = 0.5
+"""Share of a GPU's peak that scoring is taken to reach; not measured, to be replaced by timed samples."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """peak: dense bf16 [FLOP/s] by the vendor's data sheet; memory [GB]; price [USD/hour], a rough rental price."""
+
+    name: str
+    peak: float
+    memory: float
+    price: float
+
+
+GPUS = {
+    "h200": GPU("H200", 989e12, 141, 3.5),
+    "h100": GPU("H100", 989e12, 80, 2.5),
+    "a100": GPU("A100", 312e12, 80, 1.5),
+    "l40s": GPU("L40S", 362e12, 48, 1.0),
+    "4090": GPU("RTX 4090", 165e12, 24, 0.5),
+    "l4": GPU("L4", 121e12, 24, 0.5),
+}
+
+_TEXT_DEFAULTS = {  # what configurations of these families leave out (the defaults of transformers)
+    "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "mistral": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+_CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
+_LLAVA = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}, "vision_config": _CLIP}
+KNOWN: dict[str, dict[str, Any]] = {
+    "llava-hf/llava-1.5-7b-hf": _LLAVA,
+    "llava-hf/llava-v1.6-vicuna-7b-hf": {**_LLAVA, "model_type": "llava_next"},
+    "llava-hf/llava-v1.6-mistral-7b-hf": {
+        **_LLAVA,
+        "model_type": "llava_next",
+        "text_config": {"model_type": "mistral", "vocab_size": 32064},
+    },
+    "Qwen/Qwen2.5-VL-7B-Instruct": {
+        "model_type": "qwen2_5_vl",
+        "text_config": {
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+        },
+        "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "patch_size": 14},
+    },
+}
+"""Published configurations, as far as costs depend on them, so that they can be estimated without a download."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Sizes of a multimodal LLM. tokens = N visual tokens of a picture; tower [FLOP] to encode one."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tokens: int
+    tower: float
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Target":
+        """From the content of a config.json."""
+        text = dict(config.get("text_config") or config)
+        text = {**_TEXT_DEFAULTS.get(text.get("model_type", ""), {}), **text}
+        try:
+            heads = text["num_attention_heads"]
+            tokens, tower = _vision(config)
+            return cls(
+                layers=text["num_hidden_layers"],
+                hidden=text["hidden_size"],
+                intermediate=text["intermediate_size"],
+                heads=heads,
+                kv_heads=text.get("num_key_value_heads") or heads,
+                head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+                vocabulary=text.get("vocab_size", 32000),
+                tokens=tokens,
+                tower=tower,
+            )
+        except KeyError as error:
+            raise UserError(f"the model's configuration does not say {error}; costs cannot be estimated") from None
+
+    @classmethod
+    def named(cls, name: str, assets: Path) -> "Target":
+        """A known Hugging Face id, `nano`, or a folder with config.json."""
+        if name in KNOWN:
+            return cls.from_config(KNOWN[name])
+        for folder in (assets / name, Path(name)):
+            if (folder / "config.json").is_file():
+                return cls.from_config(json.loads((folder / "config.json").read_text()))
+        raise UserError(f"model.name={name}: give a folder with config.json, or one of {', '.join(KNOWN)}")
+
+    @property
+    def body(self) -> int:
+        """Weights of the decoder layers' matrices."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    def forward(self, length: int, answer: int) -> float:
+        """FLOP of one forward over `length` tokens with logits at `answer` positions; causal attention counts half."""
+        attention = 2 * length**2 * self.heads * self.head_dim * self.layers
+        return 2.0 * self.body * length + attention + 2.0 * self.vocabulary * self.hidden * answer
+
+    def weight_bytes(self) -> float:
+        """bf16 weights with both embedding tables; the tower is taken to be 2 % of them."""
+        return 2.0 * (self.body + 2 * self.vocabulary * self.hidden) * 1.02
+
+
+def _vision(config: Mapping[str, Any]) -> tuple[int, float]:
+    """Visual tokens of a picture and FLOP to encode it, at the resolution usual for the family."""
+    vision, family = config.get("vision_config") or {}, config.get("model_type", "")
+    width = vision.get("hidden_size", 1024)
+    layers = vision.get("num_hidden_layers") or vision.get("depth", 24)
+    weights = layers * (4 * width**2 + 2 * width * vision.get("intermediate_size", 4 * width))
+    if family.startswith("qwen"):  # 896 x 896 pixels: 4096 patches, merged by four
+        return 1024, 2.0 * 1.25 * weights * 4096
+    per_tile = (vision.get("image_size", 336) // vision.get("patch_size", 14)) ** 2
+    tiles = 5 if family in ("llava_next", "llava_onevision") else 1
+    return per_tile * tiles, 2.0 * weights * per_tile * tiles
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What there is to score: samples, forwards a sample (candidate masks), and lengths [tokens]."""
+
+    samples: int
+    forwards: int
+    text: int
+    kept: int
+    answer: int
+
+
+def candidate_forwards(config: RunConfig, round: int = 0) -> int:
+    """Masks scored for a sample in a round, before masks that come up twice are left out."""
+    labels, search = config.labels, config.search
+    if labels.target == "credit":
+        return len(labels.credit_sizes) * labels.credit_masks if round == 0 else labels.proposals
+    if labels.target == "random":
+        return 1 if round == 0 else 0
+    if round:
+        return labels.generations_per_refresh * search.population
+    return 1 + search.population * (1 + search.generations)  # the first: all tokens kept
+
+
+# (share of visual tokens that are groups, from the note's assumptions for untuned vocabularies) by N
+_GROUP_SHARE = ((600, 0.26), (1500, 0.20), (10**9, 0.18))
+
+
+def assumed_workload(config: RunConfig, target: Target, samples: int, text: int, answer: int) -> Workload:
+    """Lengths where no sample was looked at: group counts are assumptions."""
+    if config.labels.target == "credit":
+        kept = round(float(np.mean(mask_sizes(config.labels.credit_sizes, target.tokens))))
+    else:
+        share = next(share for limit, share in _GROUP_SHARE if target.tokens <= limit)
+        kept = config.grouping.count or round(share * target.tokens)
+    return Workload(samples, candidate_forwards(config), text, kept, answer)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Totals over all samples; hours and price over all GPUs together; sizes in bytes."""
+
+    work: Workload
+    gpu: GPU
+    flops: float
+    seconds: float
+    memory: float
+    disk: float
+    refresh: float = 0.0  # seconds of GPU that a refresh adds, each
+    timed: int = 0
+
+    def report(self, gpus: int = 1) -> str:
+        """Some lines for people."""
+        work, hours = self.work, self.seconds / 3600
+        basis = f"{self.timed} samples timed here" if self.timed else f"arithmetic, {EFFICIENCY:.0%} of peak assumed"
+        forwards = work.samples * work.forwards
+        return "\n".join(
+            [
+                f"round 0 of {work.samples:,} samples on {self.gpu.name} ({basis})",
+                f"  sequence    {work.text} text + {work.kept} visual + {work.answer} answer tokens",
+                f"  forwards    {forwards:,} ({work.forwards} a sample)",
+                f"  FLOPs       {self.flops:.3g} ({self.flops / max(1, work.samples):.3g} a sample)",
+                f"  GPU-hours   {hours:.3g} ({work.samples / max(1e-9, self.seconds):.3g} labels/s and GPU)",
+                f"  a refresh   {self.refresh / 3600:.3g} GPU-hours more",
+                f"  wall hours  {hours / gpus:.3g} on {gpus} GPU{'s' * (gpus > 1)}",
+                f"  price       {hours * self.gpu.price:,.2f} USD at {self.gpu.price:g} USD/hour",
+                f"  GPU memory  {_amount(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),
+                f"  disk        at most {_amount(self.disk)}",
+            ]
+        )
+
+
+def by_arithmetic(config: RunConfig, target: Target, work: Workload, gpu: GPU) -> Estimate:
+    """Estimate from sizes alone."""
+    length = work.text + work.kept + work.answer
+    a_sample = work.forwards * target.forward(length, work.answer) + target.tower
+    flops = work.samples * a_sample
+    seconds = flops / (gpu.peak * EFFICIENCY) if gpu.peak else 0.0
+    return Estimate(
+        work,
+        gpu,
+        flops,
+        seconds,
+        _memory(config, target, length, work.answer),
+        work.samples * record_bytes(config, target.tokens),
+        seconds * _refresh_share(config, work),
+    )
+
+
+def _refresh_share(config: RunConfig, work: Workload) -> float:
+    """Forwards of a refresh over those of round 0."""
+    if config.labels.refresh == "none":
+        return 0.0
+    drawn = work.samples
+    if config.labels.refresh == "on_policy":
+        drawn = min(drawn, config.labels.samples_per_refresh)
+    return drawn * candidate_forwards(config, 1) / max(1, work.samples * work.forwards)
+
+
+def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int, gpu: GPU, count: int = 3) -> Estimate:
+    """Estimate from `count` samples labelled now (after one to warm up); nothing is stored."""
+    ids = list(labeller.examples)[: count + 1]
+    seconds, made = [], []
+    for id in ids:
+        started = time.perf_counter()
+        made += list(labeller.rounds.make(0, [id], labeller.encode, {}, None))
+        seconds.append(time.perf_counter() - started)
+    features = labeller.encode(ids)
+    kept = [len(record["kept"]) if "kept" in record else _mean_size(config, target.tokens) for record in made]
+    work = Workload(
+        total,
+        candidate_forwards(config),
+        text=round(float(np.mean([len(one.text_at) for one in features]))),
+        kept=round(float(np.mean(kept))),
+        answer=round(float(np.mean([len(one.answer_ids) for one in features]))),
+    )
+    rough = by_arithmetic(config, replace(target, tokens=len(features[0].visual)), work, gpu)
+    spent = total * float(np.mean(seconds[1:] or seconds))
+    refresh = spent * _refresh_share(config, work)
+    return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - 1))
+
+
+def _mean_size(config: RunConfig, tokens: int) -> int:
+    return round(float(np.mean(mask_sizes(config.labels.credit_sizes, tokens))))
+
+
+def _memory(config: RunConfig, target: Target, length: int, answer: int) -> float:
+    """Weights, one layer's activations of a batch of candidates, and their answers' float32 logits, in bytes."""
+    tokens = min(config.labels.batch, candidate_forwards(config)) * length
+    activations = 2.0 * tokens * (6 * target.hidden + 3 * target.intermediate)
+    logits = 2 * 4.0 * min(config.labels.batch, candidate_forwards(config)) * answer * target.vocabulary
+    return target.weight_bytes() + activations + logits
+
+
+def record_bytes(config: RunConfig, tokens: int) -> float:
+    """Most that a sample takes in a round of the store; group counts are not known before, so N stands for them."""
+    if config.labels.target == "credit":
+        return 2.0 * tokens + 64
+    masks = 1 if config.labels.target == "random" else config.search.population
+    return 2.0 * tokens * (2 + masks) + 4.0 * masks + 64
+
+
+def say_disk_use(config: RunConfig, samples: int, tokens: int, folder: Path) -> None:
+    """Print what the labels will take on disk, and warn if there may not be room."""
+    a_round, free = samples * record_bytes(config, tokens), shutil.disk_usage(folder).free
+    rounds = 1 if config.labels.refresh == "none" else 2  # a refresh is made from the round before it
+    logger.info("labels: at most %s a round in %s, %s free", _amount(a_round), folder, _amount(free))
+    if rounds * a_round > free:
+        logger.warning(
+            "%d rounds may need %s, more than is free: give --labels.dir on a larger disk; a full disk stops the run "
+            "and leaves the store intact",
+            rounds,
+            _amount(rounds * a_round),
+        )
+
+
+def _amount(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def text_lengths(examples: Sequence[Example]) -> tuple[int, int]:
+    """Mean text and answer tokens, at four characters a token and 35 tokens of template."""
+    if not examples:
+        return 85, 5
+    prompts = [len(e.prompt) + sum(len(q) + len(a) for q, a in e.history) for e in examples]
+    return 35 + round(np.mean(prompts) / 4), max(1, round(np.mean([len(e.answer) for e in examples]) / 4))

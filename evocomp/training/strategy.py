@@ -1,0 +1,109 @@
+"""How training is spread: `ddp` (a replica each), `fsdp2` (weights sharded by fully_shard), `fsdp` (FSDP1, GPUs only).
+
+The compressor is one decoder layer (0.2 G weights for a 7B target), so `ddp` is the right choice unless a target's
+layer with its optimizer does not fit.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+
+from evocomp.config.schema import OptimConfig
+from evocomp.distributed import launched_by_torchrun
+from evocomp.log import UserError
+
+SHARDED = ("fsdp", "fsdp2")
+
+
+def job_size() -> dict[str, int]:
+    """`devices` and `num_nodes` of the job that torchrun started: Lightning does not ask it."""
+    if not launched_by_torchrun():
+        return {"devices": 1}
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
+    return {"devices": here, "num_nodes": int(os.environ["WORLD_SIZE"]) // here}
+
+
+def with_strategy(settings: Mapping[str, Any], optim: OptimConfig) -> dict[str, Any]:
+    """The Trainer's settings with the strategy's name resolved.
+
+    Raises:
+        UserError: fsdp on a CPU, or an optimizer that does not know sharded weights.
+    """
+    name = settings.get("strategy")
+    if name not in SHARDED:
+        return dict(settings)
+    if name == "fsdp" and (settings.get("accelerator") == "cpu" or not torch.cuda.is_available()):
+        raise UserError("trainer.strategy=fsdp needs GPUs; on CPUs choose --trainer.strategy=fsdp2 or ddp")
+    if optim.name != "adamw":
+        raise UserError(
+            f"trainer.strategy={name} shards the weights' matrices, which optim.name={optim.name} needs whole: "
+            "add --optim.name=adamw (with --optim.lr=2e-4 or so), or choose --trainer.strategy=ddp"
+        )
+    if optim.ema:
+        raise UserError(f"trainer.strategy={name} cannot average sharded weights: add --optim.ema=0, or choose ddp")
+    if name == "fsdp":
+        return {**settings, "strategy": FSDPStrategy(state_dict_type="full")}
+    # one file, so that any number of processes, also one without sharding, can go on from it
+    strategy = ModelParallelStrategy(_processes(settings), tensor_parallel_size=1, save_distributed_checkpoint=False)
+    return {**settings, "strategy": strategy}
+
+
+def _processes(settings: Mapping[str, Any]) -> int:
+    """Processes of the job, as Lightning will count them."""
+    devices = settings.get("devices", 1)
+    if isinstance(devices, str):
+        devices = devices if devices in ("auto", "-1") else [one for one in devices.split(",") if one]
+    if isinstance(devices, list | tuple):
+        devices = len(devices)
+    if devices in ("auto", -1, "-1"):
+        devices = max(1, torch.cuda.device_count())
+    return int(devices) * int(settings.get("num_nodes", 1))
+
+
+def shard(compressor: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a compressor's layers, then the rest, over the mesh's data-parallel dimension; at most once."""
+    if isinstance(compressor, FSDPModule):
+        return
+    across = mesh["data_parallel"]
+    for layer in compressor.encoder.layers:
+        fully_shard(layer, mesh=across)
+    fully_shard(compressor, mesh=across)
+
+
+def whole(module: nn.Module) -> nn.Module:
+    """A CompressorModule whose forward is no collective: the module itself, or a copy if its weights are sharded.
+
+    All ranks call it together, and may then score different numbers of samples.
+    """
+    if not _is_sharded(module):
+        return module
+    compressor = type(module.compressor)(module.compressor.config)
+    compressor.load_state_dict(dict(_whole_weights(module)))
+    copy = type(module)(compressor.train(module.compressor.training), module.loss_config, module.optim_config)
+    return copy.to(module.device)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(one, DTensor) for one in module.parameters()) or _fsdp1(module) is not None
+
+
+def _fsdp1(module: nn.Module) -> nn.Module | None:
+    trainer = getattr(module, "_trainer", None)
+    model = getattr(trainer.strategy, "model", None) if trainer is not None else None
+    return model if isinstance(model, FullyShardedDataParallel) else None
+
+
+def _whole_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    if (wrapped := _fsdp1(module)) is not None:
+        with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
+            yield from ((name, value.detach().clone()) for name, value in module.compressor.state_dict().items())
+        return
+    for name, value in module.compressor.state_dict().items():
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value.detach()

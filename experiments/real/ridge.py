@@ -1,0 +1,188 @@
+"""Closed-form projector: ridge regression from the tower's tokens onto word embeddings, without the LLM.
+
+    python -m experiments.real.ridge --scenes 1500
+
+Prints what EvoComp's grouping makes of it on the real vocabulary: groups a picture, nearest words, and what the
+vocabulary mask (rows that are no plain word) changes. The map also starts the projector of `align.py`.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evocomp.grouping.groups import Groups
+from evocomp.grouping.vocabulary import nearest_words
+from experiments.real.features import EncodedScenes, encode_scenes, scene_words, token_words
+from experiments.real.model import build_real, real_processor
+from experiments.real.scenes import COLORS, NAMES, SceneSpec, all_names
+from experiments.real.smollm2 import cache_folder
+
+PLACE_WEIGHT = 0.3  # share of the row's and the column's word that starts each token's sense of place
+
+
+def word_embeddings(words: list[str], tokenizer, table: Tensor) -> Tensor:
+    """Mean embedding [W, D] of each word's tokens, as they are written inside a sentence."""
+    ids = [tokenizer(" " + word, add_special_tokens=False).input_ids for word in words]
+    return torch.stack([table[torch.tensor(row)].float().mean(0) for row in ids])
+
+
+def statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation [472] of features [S, N, 472]."""
+    flat = raw.flatten(0, 1).float()
+    return flat.mean(0), 1 / flat.std(0).clamp_min(1e-6)
+
+
+def fit_ridge(inputs: Tensor, targets: Tensor, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
+    """argmin |X W + b - Y|^2 + penalty n/1000 |W|^2 in float64; X [n, C], Y [n, D] -> W [C, D], b [D]."""
+    x, y = inputs.double(), targets.double()
+    centre, offset = x.mean(0), y.mean(0)
+    gram = (x - centre).T @ (x - centre)
+    gram += penalty * len(x) / 1000 * torch.eye(len(gram), dtype=torch.float64)
+    weight = torch.linalg.solve(gram, (x - centre).T @ (y - offset))
+    return weight.float(), (offset - centre @ weight).float()
+
+
+def training_pairs(encoded: EncodedScenes, spec: SceneSpec, side: int) -> tuple[Tensor, Tensor]:
+    """(scene and token number [n, 2], word [n]) of every token that shows one thing; backgrounds thinned."""
+    words, generator = scene_words(spec), torch.Generator().manual_seed(0)
+    names = torch.stack([token_words(scene, words, spec.size, side) for scene in encoded.scenes])
+    first_color = len(words) - len(COLORS)
+    keep = (names >= 0) & ((names < first_color) | (torch.rand(names.shape, generator=generator) < 0.25))
+    at = keep.nonzero()
+    return at, names[at[:, 0], at[:, 1]]
+
+
+def trained_rows(table: Tensor, reserved: list[int]) -> Tensor:
+    """Vocabulary mask [V]: rows that pre-training has moved.
+
+    Tokens that the training text never held keep one and the same direction (in SmolLM2 their cosines exceed 0.999),
+    that of reserved tokens; how to find them: arXiv 2405.05417. Every visual token that resembles nothing is nearest
+    to one of them: hubs.
+    """
+    rows = torch.nn.functional.normalize(table.float(), dim=1)
+    # the median: some reserved tokens were used after all
+    common = torch.nn.functional.normalize(rows[reserved].median(0).values, dim=0)
+    return rows @ common < 0.95
+
+
+def plain_words(tokenizer, size: int) -> Tensor:
+    """Vocabulary mask [V]: rows that begin a plain word (a space, then three or more small letters)."""
+    texts = [tokenizer.decode([i]) for i in range(min(size, len(tokenizer)))]
+    plain = [text[:1] == " " and len(text) > 3 and text[1:].isalpha() and text[1:].islower() for text in texts]
+    return torch.tensor(plain + [False] * (size - len(plain)))
+
+
+def vocabulary_masks(tokenizer, table: Tensor) -> dict[str, Tensor | None]:
+    """From no mask, as published, to the strictest."""
+    # all reserved tokens; transformers' `all_special_ids` knows only the three that have a role
+    reserved = sorted(tokenizer.get_added_vocab().values())
+    special = torch.ones(len(table), dtype=torch.bool)
+    special[reserved] = False
+    trained = trained_rows(table, reserved)
+    return {
+        "none": None,
+        "special": special,
+        "trained": special & trained,
+        "words": special & trained & plain_words(tokenizer, len(table)),
+    }
+
+
+def as_projector(weight: Tensor, bias: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LLaVA's Linear - GELU - Linear that computes x W + b exactly, if W's rank is at most half the hidden width.
+
+    gelu(z) - gelu(-z) = z, so each pair of hidden units carries one singular direction. Units that are left over
+    keep their random weights and start with no say. Beyond the rank the nearest map of that rank is taken.
+    """
+    hidden = len(state["linear_1.bias"])
+    left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+    rank = min(int((singular > 1e-5 * singular[0]).sum()), hidden // 2)
+    # a pair's input of size about 1 and the rest of the length in the second layer
+    into = left[:, :rank].T * (len(weight) / rank) ** 0.5
+    out = right[:rank] * singular[:rank, None] / (len(weight) / rank) ** 0.5
+    state = {name: value.clone().float() for name, value in state.items()}
+    state["linear_1.weight"][:rank], state["linear_1.weight"][rank : 2 * rank] = into, -into
+    state["linear_1.bias"].zero_()
+    state["linear_2.weight"].zero_()
+    state["linear_2.weight"][:, :rank], state["linear_2.weight"][:, rank : 2 * rank] = out.T, -out.T
+    state["linear_2.bias"] = bias.clone()
+    return state
+
+
+def place_vectors(side: int, tokenizer, table: Tensor) -> Tensor:
+    """Rows then columns [2 side, D]: blends of "top"/"bottom" and "left"/"right", `PLACE_WEIGHT` of a word long."""
+    top, bottom, left, right = word_embeddings(["top", "bottom", "left", "right"], tokenizer, table)
+    share = torch.linspace(0, 1, side)[:, None]
+    return PLACE_WEIGHT * torch.cat([top + share * (bottom - top), left + share * (right - left)])
+
+
+def ridge_projector(encoded: EncodedScenes, spec: SceneSpec, side: int, tokenizer, table: Tensor):
+    """Feature statistics and the map from standardised features to words: (mean, scale, W [472, D], b [D])."""
+    mean, scale = statistics(encoded.raw)
+    at, names = training_pairs(encoded, spec, side)
+    inputs = (encoded.raw[at[:, 0], at[:, 1]].float() - mean) * scale
+    targets = word_embeddings(scene_words(spec), tokenizer, table)[names]
+    return mean, scale, *fit_ridge(inputs, targets)
+
+
+def grouping_report(tokens: Tensor, table: Tensor, mask: Tensor | None, trained: Tensor, tokenizer) -> dict:
+    """Groups a picture and the words that win most tokens; tokens [S, N, D].
+
+    `hub_tokens`: share of the tokens whose winner is a row that was never trained (outside of `trained` [V]).
+    """
+    winners: Counter[int] = Counter()
+    counts = []
+    for picture in tokens:
+        ids, _ = nearest_words(picture, table, mask)
+        winners.update(ids.tolist())
+        counts.append(Groups.from_ids(ids.numpy()).count)
+    total = sum(winners.values())
+    strange = [(tokenizer.decode([i]), round(n / total, 4)) for i, n in winners.most_common() if not trained[i]]
+    return {
+        "groups": round(sum(counts) / len(counts), 2),
+        "fewest": min(counts),
+        "most": max(counts),
+        "hub_tokens": round(sum(n for i, n in winners.items() if not trained[i]) / total, 4),
+        "commonest": [(tokenizer.decode([i]), round(n / total, 3)) for i, n in winners.most_common(12)],
+        "hubs": strange[:8],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=1500)
+    parser.add_argument("--names", choices=("few", "all"), default="few", help="60 or 849 named pictures")
+    parser.add_argument("--side", type=int, default=7)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
+    args = parser.parse_args()
+    spec = SceneSpec(size=args.size, names=NAMES if args.names == "few" else all_names())
+    model = build_real(args.side, args.size)
+    tokenizer, table = real_processor(model.config).tokenizer, model.get_input_embeddings().weight.detach().float()
+    tower, folder = model.model.vision_tower, cache_folder()
+    train = encode_scenes(tower, 1, args.scenes, spec, folder)
+    test = encode_scenes(tower, 2, 60, spec, folder)
+    mean, scale, weight, bias = ridge_projector(train, spec, args.side, tokenizer, table)
+    words = scene_words(spec)
+    own = word_embeddings(words, tokenizer, table)
+    tokens = (test.raw.float() - mean) * scale @ weight + bias
+    figures: dict = {"words": len(words), "scenes": args.scenes, "tokens": args.side**2, "size": args.size}
+    names = torch.stack([token_words(scene, words, spec.size, args.side) for scene in test.scenes])
+    shown, plane = (names >= 0) & (names < len(spec.names)), names >= len(words) - len(COLORS)
+    nearest = torch.cdist(tokens, own[None].expand(len(tokens), -1, -1)).argmin(-1)
+    figures["picture_token_right"] = round((nearest == names)[shown].float().mean().item(), 3)
+    figures["background_token_right"] = round((nearest == names)[plane].float().mean().item(), 3)
+    masks = vocabulary_masks(tokenizer, table)
+    for name, mask in masks.items():
+        left = len(table) if mask is None else int(mask.sum())
+        figures[name] = {"rows": left, **grouping_report(tokens, table, mask, masks["trained"], tokenizer)}
+    print(json.dumps(figures))
+    if args.out is not None:
+        args.out.write_text(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()

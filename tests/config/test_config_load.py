@@ -1,0 +1,230 @@
+"""From files and words to one frozen config; every mistake is one line that names key, value and way out."""
+
+import dataclasses
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evocomp.config import load as files
+from evocomp.config.load import describe, load, split_arguments, to_dict, to_yaml
+from evocomp.config.schema import RunConfig
+from evocomp.log import UserError
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text: str, name: str = "a.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def leaves(cls=RunConfig, prefix: str = "") -> dict[str, type]:
+    """Dotted key -> annotated type, found by dataclasses alone."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        kind = typing.get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(kind):
+            found |= leaves(kind, f"{prefix}{field.name}.")
+        else:
+            found[f"{prefix}{field.name}"] = kind
+    return found
+
+
+def value(config, key: str):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def refused(*settings: str, match: str, config=()) -> str:
+    with pytest.raises(UserError, match=match) as caught:
+        load(config, list(settings))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------ what counts
+
+
+def test_later_sources_win(yaml):
+    first = yaml("seed: 1\ndata: {max_samples: 10, max_bad: 3}\n", "1.yaml")
+    second = yaml("seed: 2\ndata:\n  max_samples: 20\n", "2.yaml")
+    config = load([first, second], ["data.max_samples=30"])
+    assert (config.seed, config.data.max_samples, config.data.max_bad) == (2, 30, 3)
+    assert config.search == RunConfig().search
+
+
+def test_no_source_gives_the_defaults():
+    assert load() == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--seed=3", "--data.max_bad=4"], ["--seed", "3", "--data.max_bad", "4"], ["seed=3", "data.max_bad=4"]],
+)
+def test_three_spellings(words):
+    config = load(*split_arguments(words))
+    assert (config.seed, config.data.max_bad) == (3, 4)
+
+
+def test_words_are_taken_apart():
+    files, settings = split_arguments(["--config", "a", "--config=b", "--labels.overwrite", "--run_dir", "x=y"])
+    assert files == ["a", "b"] and settings == ["labels.overwrite=true", "run_dir=x=y"]
+    with pytest.raises(UserError, match="stray: not understood here; write --key=value"):
+        split_arguments(["stray"])
+
+
+def test_the_config_is_frozen_and_plain():
+    config = load([], ["trainer.max_epochs=2", "eval.kept=[4,8]"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3
+    assert type(config) is RunConfig and type(config.trainer) is dict and tuple(config.eval.kept) == (4, 8)
+
+
+def test_the_trainer_section_is_open():
+    config = load([], ["trainer.max_epochs=2", "trainer.strategy=ddp", "trainer.precision=bf16-mixed"])
+    assert config.trainer == {"max_epochs": 2, "strategy": "ddp", "precision": "bf16-mixed"}
+
+
+def test_references_are_resolved_once(yaml):
+    config = load([yaml("run_dir: runs/${recipe}-${seed}\n")], ["seed=5"])
+    assert config.run_dir == "runs/published-5"
+    refused("run_dir=${nowhere}", match="run_dir.*nowhere.* not found")
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(0, 2**31),
+    st.text("abcXYZ/_-. ", min_size=1).filter(str.strip),
+    st.lists(st.integers(1, 500), min_size=1, max_size=5),
+    st.floats(1e-9, 1.0),
+    st.booleans(),
+)
+def test_what_is_saved_loads_as_the_same_config(tmp_path_factory, seed, run_dir, kept, lr, relation):
+    path = tmp_path_factory.mktemp("saved") / "config.yaml"
+    settings = [f"seed={seed}", f"eval.kept={kept}", f"optim.lr={lr!r}", f"data.relation={relation}"]
+    config = dataclasses.replace(load([], settings), run_dir=run_dir)
+    files.save(config, path)
+    again = load([path])
+    assert to_dict(again) == to_dict(config) and again.run_dir == run_dir
+    assert again.seed == seed and again.optim.lr == lr and list(again.eval.kept) == kept
+    assert to_yaml(again) == path.read_text()
+
+
+# ------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("data.max_sample=5", "data.max_samples"),
+        ("max_samples=5", "data.max_samples"),
+        ("sed=5", "seed"),
+        ("search.generation=5", "search.generations"),
+        ("data.max_samples.x=3", "data.max_samples"),
+        ("labels={dirr: x}", "labels.dir"),
+    ],
+)
+def test_unknown_keys_are_named_with_the_nearest(setting, hint, yaml):
+    refused(setting, match=f"command line: unknown setting .*; did you mean {hint}\\?")
+
+
+def test_unknown_keys_in_files_are_named_with_the_file(yaml):
+    path = yaml("data:\n  max_sample: 3\n")
+    refused(config=[path], match=f"{path}: unknown setting data.max_sample; did you mean data.max_samples\\?")
+    path = yaml("zzzzqqq: 3\n")
+    refused(config=[path], match="unknown setting zzzzqqq; evocomp config lists them")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("seed=x", ["seed", "'x'", "Integer"]),
+        ("seed=1.5", ["seed", "1.5", "Integer"]),
+        ("data.relation=maybe", ["data.relation", "maybe"]),
+        ("loss.name=ghm_sc", ["loss.name", "ghm_sc", "ghm_cs", "bce"]),
+        ("eval.kept=[4,x]", ["eval.kept", "integer"]),
+        ("eval.kept=4", ["eval.kept"]),
+        ("data=3", ["data", "3"]),
+        ("trainer=3", ["trainer"]),
+        ("model.name=null", ["model.name"]),
+    ],
+)
+def test_wrong_types_name_key_and_value(setting, words):
+    message = refused(setting, match="^command line: ")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (["search.population=5"], "search.population=5 is smaller than search.parents=12: raise the population or"),
+        (["search.parents=0"], "search.parents=0: must be at least 1"),
+        (["search.mutation=1.5"], r"search.mutation=1.5: must lie in \[0, 1\]"),
+        (["search.generations=-1"], "search.generations=-1: must not be negative"),
+        (["data.max_samples=-1"], "data.max_samples=-1: must not be negative"),
+        (["data.image_size=48"], "data.image_size=48: scenes need at least 72 pixels"),
+        (["labels.chunk_size=0"], "labels.chunk_size=0: must be at least 1"),
+        (["labels.batch=0"], "labels.batch=0: must be at least 1"),
+        (["optim.batch_size=0"], "optim.batch_size=0: must be at least 1"),
+        (["optim.lr=-1"], "optim.lr=-1.0: must not be negative"),
+        (["optim.flat=2"], "optim.flat=2.0: a share"),
+        (["optim.ema=1"], "optim.ema=1.0: must lie below 1"),
+        (["loss.bins=0"], "loss.bins=0: must be at least 1"),
+        (["loss.eps=0"], "loss.eps=0.0: must be above 0"),
+        (["eval.kept=[]"], "eval.kept: give at least one count"),
+        (["eval.kept=[8,0]"], "eval.kept: give at least one count >= 1"),
+        (["eval.batch=0"], "eval.batch=0: must be at least 1"),
+        (["compressor.layers=0"], "compressor.layers=0: must be at least 1"),
+        (["seed=-1"], "^seed=-1: must not be negative"),
+        (["threads=-1"], "^threads=-1: must not be negative"),
+        (["grouping.method=dpc_knn"], "grouping.method=dpc_knn needs grouping.count > 0"),
+        (["loss.name=listwise"], "loss.name=listwise needs labels.target=credit, not hard"),
+        (["labels.target=credit", "labels.refresh=none", "loss.name=focal_cs"], "loss.name=focal_cs needs hard labels"),
+    ],
+)
+def test_values_that_cannot_be(settings, match):
+    refused(*settings, match=match)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("seed: [1\n", r"a.yaml:2: not valid YAML"),
+        ("seed: 1\n\tdata: 2\n", r"a.yaml:2: not valid YAML"),
+        ("- seed\n", "must hold settings"),
+        ("seed: x\n", "a.yaml: seed: Value 'x'"),
+    ],
+)
+def test_files_that_cannot_be_read_name_themselves(text, match, yaml):
+    refused(config=[yaml(text)], match=match)
+
+
+def test_files_that_are_not_there():
+    refused(config=["nowhere.yaml"], match="--config=nowhere.yaml: no such file")
+
+
+# ------------------------------------------------------------ every setting
+
+
+def test_every_setting_is_described():
+    lines = {line.split()[0]: line for line in describe().splitlines()}
+    assert lines.keys() == leaves().keys()
+    for key, line in lines.items():
+        words = line.split(str(value(RunConfig(), key)), 1)[1].split()
+        assert len(words) >= 2, f"{key} has no docstring in schema.py"
+
+
+@pytest.mark.parametrize("key", [k for k, kind in leaves().items() if typing.get_origin(kind) is typing.Literal])
+def test_every_choice_is_refused_if_it_is_none(key):
+    message = refused(f"{key}=nonsense", match=f"{key}: Invalid value 'nonsense', expected one of")
+    assert str(typing.get_args(leaves()[key])[0]) in message
+
+
+@pytest.mark.parametrize("key", [k for k, kind in leaves().items() if kind in (int, float, bool)])
+def test_every_number_refuses_words(key):
+    refused(f"{key}=word", match=key)

@@ -1,0 +1,197 @@
+"""What the ranks of the tests' jobs do: each function runs in every process of a job. See ranks.py."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from evocomp import cli, distributed
+from evocomp.labels.labeller import Labeller
+from evocomp.labels.scorer import CandidateScorer
+
+TINY = [
+    "data.max_samples=12",
+    "data.val_samples=0",
+    "data.test_samples=0",
+    "labels.chunk_size=2",
+    "search.population=8",
+    "search.parents=4",
+    "search.generations=1",
+    "eval.kept=[16]",
+    "logger=none",
+    "threads=1",
+]
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def digest(folder: str, round: int = 0) -> str:
+    """Hash of a committed round, opened as it lies there."""
+    from evocomp.labels.store import LabelStore
+
+    return LabelStore(Path(folder)).digest(round)
+
+
+def before_batch(number: int, action) -> None:
+    """Do something when this rank is about to score its `number`-th batch of masks."""
+    original, seen = CandidateScorer._in_parts, [0]
+
+    def counting(self, *arguments, **options):
+        seen[0] += 1
+        if seen[0] == number:
+            action()
+        return original(self, *arguments, **options)
+
+    CandidateScorer._in_parts = counting
+
+
+def send_self(number: int, store: str = "", chunks: int = 0):
+    """A signal to this process, once so many chunks are stored (by whomever)."""
+
+    def send() -> None:
+        while len(list(Path(store).glob("round-0000/chunk-*.safetensors"))) < chunks:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    return send
+
+
+def label(
+    folder: str,
+    signal_rank: int = -1,
+    number: int = signal.SIGKILL,
+    chunks: int = 1,
+    static: bool = False,
+    own_disks: bool = False,
+):
+    """`evocomp label` into folder, or into one a rank.
+
+    One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
+    """
+    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.3, 8.0
+    if own_disks:
+        os.environ["LOCAL_RANK"] = "0"
+        folder = f"{folder}/{rank()}"
+    if rank() == signal_rank:
+        before_batch(2, send_self(number, folder, chunks))
+    if static:
+        distributed.WorkQueue.__call__ = lambda self, chunks: iter(chunks[rank() :: distributed.world_size()])
+    made: list[int] = []
+    make = Labeller._make
+    Labeller._make = lambda self, round, ids, *rest: made.extend(ids) or make(self, round, ids, *rest)
+    code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY])
+    return {"code": code, "digest": digest(folder) if code == 0 else None, "made": len(made)}
+
+
+def uneven(work: float):
+    """A chunk that takes longer than collectives may and than a deadly silence; then the same before a barrier."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.2, work / 3
+    distributed.join()
+    queue, done = distributed.WorkQueue("uneven", lambda chunk: False), []
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=work / 2), dist.group.WORLD)
+    for chunk in queue(list(range(4))):
+        if chunk == 0:
+            time.sleep(work)
+        done.append(chunk)
+    everyone = distributed.gather(done)  # the group is as good as new
+    if rank() == 1:
+        time.sleep(work)
+    try:
+        dist.barrier()
+        barrier = "passed"
+    except RuntimeError:
+        barrier = "failed"
+    return {"done": everyone, "barrier": barrier, "waited": queue.waited}
+
+
+def timed_label(folder: str):
+    """Wall and CPU seconds of labelling alone: everything is loaded before the clock starts."""
+    from evocomp.data.splits import load_splits
+    from evocomp.training import build
+
+    words = [f"run_dir={folder}", *TINY, "data.max_samples=64", "search.population=24", "search.generations=11"]
+    config = cli._config(words)
+    distributed.join()
+    splits = load_splits(config.data)
+    labeller = build.build_labeller(config, build.load_mllm(config), splits, Path(folder))
+    labeller.encode([example.id for example in splits.train])
+    labeller.scorer.full(labeller.encode([splits.train[0].id])[0])
+    labeller.scorer.forwards = 0
+    distributed.gather(None)
+    wall, cpu = time.perf_counter(), time.process_time()
+    labeller.ensure(0)
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    distributed.leave()
+    return {**seconds, "waited": labeller.waited, "forwards": labeller.scorer.forwards}
+
+
+class Spy:
+    """Made into a Lightning callback by `spying`: what each step saw, and its gradient."""
+
+    def __init__(self, out: Path, stop_at: int, store: Path):
+        self.out, self.stop_at, self.store = out, stop_at, store
+        self.steps: list[dict] = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        import torch
+
+        parts = []
+        for parameter in module.parameters():
+            gradient = parameter.grad
+            parts.append((gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).flatten())
+        torch.save(torch.cat(parts), self.out / f"gradient-{trainer.global_rank}-{trainer.global_step}.pt")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        from evocomp.labels.store import LabelStore
+
+        records = LabelStore(self.store).read(batch.round)
+        for id, target in zip(batch.ids, batch.targets, strict=True):
+            assert target.nonzero()[:, 0].tolist() == records[id]["kept"].tolist(), "labels of another round"
+        seen = {"epoch": trainer.current_epoch, "round": batch.round, "ids": batch.ids}
+        self.steps.append({**seen, "loss": float(outputs["loss"])})
+        if len(self.steps) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def spying(spy: Spy, workers: int) -> None:
+    """Put the spy into the trainer that `run` builds, and give the loader worker processes."""
+    import functools
+
+    import lightning as L
+
+    from evocomp.training import build
+
+    methods = {name: getattr(spy, name) for name in ("on_before_optimizer_step", "on_train_batch_end")}
+    callback = type("SpyCallback", (L.Callback,), {k: staticmethod(v) for k, v in methods.items()})()
+    original = build.build_trainer
+    build.build_trainer = lambda config, folder, settings, callbacks: original(
+        config, folder, settings, [*callbacks, callback]
+    )
+    build.LabelledQuestions = functools.partial(build.LabelledQuestions, workers=workers)
+
+
+def train(run: str, out: str, settings: tuple = (), stop_at: int = 0, workers: int = 0, join_counts: bool = True):
+    """`evocomp train` without its judgement; what the spy saw, and where training stood at the end."""
+    from evocomp.training import build
+    from evocomp.training.module import CompressorModule
+
+    if not join_counts:
+        CompressorModule._sum_over_ranks = lambda self, counts: counts
+    words = [f"run_dir={run}", *TINY, "trainer.accelerator=cpu", "trainer.max_epochs=1", *settings]
+    config = cli._config(words)
+    spy = Spy(Path(out), stop_at, Path(config.labels.dir or f"{run}/labels"))
+    spying(spy, workers)
+    code = 0
+    try:
+        build.run(config)
+    except cli.UserError as error:
+        print(f"evocomp: {error}", flush=True)
+        code = 2
+    return {"code": code, "steps": spy.steps}

@@ -1,0 +1,95 @@
+"""The label store is the same however it was made: any number of ranks, killed or not."""
+
+import signal
+import subprocess
+
+import pytest
+
+from evocomp.labels.store import LabelStore
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Digest of the store that one process makes without any distribution."""
+    from scenarios import TINY, digest
+
+    from evocomp import cli
+
+    folder = tmp_path_factory.mktemp("alone")
+    assert cli.main(["label", f"--labels.dir={folder}/labels", f"--run_dir={folder}/run", *TINY]) == 0
+    return digest(f"{folder}/labels")
+
+
+def chunks(folder) -> list[int]:
+    return LabelStore(folder).stored(0)
+
+
+@pytest.mark.parametrize(("world", "how"), [(2, {}), pytest.param(3, {"static": True}, marks=pytest.mark.slow)])
+def test_several_ranks_make_the_same_bytes(ranks, alone, tmp_path, world, how):
+    job = ranks(world, "label", folder=str(tmp_path / "labels"), **how).succeeded()
+    assert {result["digest"] for result in job.results} == {alone}
+
+
+@pytest.mark.slow
+def test_without_a_shared_disk_chunks_are_exchanged(ranks, alone, tmp_path):
+    job = ranks(2, "label", folder=str(tmp_path), own_disks=True).succeeded()
+    assert [result["digest"] for result in job.results] == [alone, alone]
+    assert all(0 < result["made"] < 12 for result in job.results) and sum(r["made"] for r in job.results) == 12
+    for lost in [*tmp_path.glob("1/round-0000/chunk-00000[1-4]*"), tmp_path / "1/round-0000/COMMIT.json"]:
+        lost.unlink()
+    assert ranks(2, "label", folder=str(tmp_path), own_disks=True).succeeded().results[1]["digest"] == alone
+
+
+def test_work_longer_than_the_timeout_of_collectives_kills_nobody(ranks):
+    job = ranks(2, "uneven", work=9.0).succeeded()
+    first, second = job.results[0]["done"]
+    assert sorted(first + second) == [0, 1, 2, 3] and [0] in (first, second)
+    assert max(result["waited"] for result in job.results) > 6  # in the queue, as long as that took
+    assert job.results[0]["barrier"] == "failed"  # a collective would not have borne it
+    assert "not been heard of" not in job.outputs[0]
+
+
+def test_a_dead_rank_is_named_and_its_chunk_taken_over(ranks, alone, tmp_path):
+    job = ranks(3, "label", folder=str(tmp_path / "labels"), signal_rank=1)
+    assert job.codes == [0, -signal.SIGKILL, 0], job.outputs
+    assert job.results[0]["digest"] == alone
+    assert "rank 1 has not been heard of for 8 s" in job.outputs[0]
+    assert any("takes over chunk" in output and "of rank 1" in output for output in job.outputs)
+
+
+def test_killed_ranks_and_a_resume_on_another_number(ranks, alone, tmp_path):
+    folder = tmp_path / "labels"
+    # rank 0 hosts the queue: with it the whole job ends
+    job = ranks(3, "label", folder=str(folder), signal_rank=0)
+    assert job.codes[0] == -signal.SIGKILL and job.codes[1] == job.codes[2] == 2, job.outputs
+    assert "lost rank 0" in job.outputs[1]
+    assert 0 < len(chunks(folder)) < 6 and not LabelStore(folder).committed(0)
+    resumed = ranks(2, "label", folder=str(folder)).succeeded()
+    assert resumed.results[0]["digest"] == alone
+
+
+def test_sigterm_leaves_a_clean_store(ranks, alone, tmp_path):
+    folder = tmp_path / "labels"
+    job = ranks(1, "label", folder=str(folder), signal_rank=0, number=signal.SIGTERM, chunks=0)
+    assert job.codes == [2] and "stopped in labelling" in job.outputs[0]
+    assert not chunks(folder) and not list(folder.rglob("*.tmp*"))
+    assert ranks(1, "label", folder=str(folder)).succeeded().results[0]["digest"] == alone
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_job_and_leaves_the_store_intact(ranks, alone, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        job = ranks(1, "label", folder=str(disk / "labels"))
+        assert job.codes == [2] and "no space left" in job.outputs[0], job.outputs
+        assert "more than is free" in job.outputs[0]  # said beforehand
+        kept = chunks(disk / "labels")
+        assert 0 < len(kept) < 6 and not list(disk.rglob("*.tmp*"))
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        assert ranks(1, "label", folder=str(disk / "labels")).succeeded().results[0]["digest"] == alone
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,117 @@
+"""Two ranks train as one does on the joined batch; labels are never stale; a resume sees what was left."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+EPOCH = ["labels.samples_per_epoch=24", "optim.warmup_steps=1"]
+ADAMW = [*EPOCH, "optim.name=adamw", "optim.lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def train(server, start_job, tmp_path_factory):
+    """train(world, settings, ...) -> (job, folder of the run, folder with gradients)."""
+    labels = tmp_path_factory.mktemp("labels")
+
+    def start(world: int, settings: list[str], run: Path | None = None, shared_labels: bool = True, **options):
+        out = tmp_path_factory.mktemp("out")
+        run = run or out / "run"
+        where = [f"labels.dir={labels}/store"] if shared_labels else []
+        arguments = {"run": str(run), "out": str(out), "settings": [*settings, *where], **options}
+        return start_job(server, tmp_path_factory.mktemp("job"), world, "train", **arguments), run, out
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def single(train):
+    """One process with batches of eight."""
+    job, run, out = train(1, [*ADAMW, "optim.batch_size=8"])
+    return job.succeeded(), run, out
+
+
+def gradients(out: Path, rank: int = 0) -> torch.Tensor:
+    return torch.stack([torch.load(path) for path in sorted(out.glob(f"gradient-{rank}-*.pt"))])
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
+    return content["state_dict"]
+
+
+def ids(job) -> list[set[int]]:
+    """Samples of each step, over all ranks."""
+    by_step = zip(*(result["steps"] for result in job.results), strict=True)
+    return [set().union(*(step["ids"] for step in steps)) for steps in by_step]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_are_one_rank_with_the_joined_batch(train, single, strategy):
+    job, run, out = train(2, [*ADAMW, "optim.batch_size=4", f"trainer.strategy={strategy}"])
+    job.succeeded()
+    alone, alone_run, alone_out = single
+    assert ids(job) == [set(step["ids"]) for step in alone.results[0]["steps"]]
+    losses = [sum(pair) / 2 for pair in zip(*([s["loss"] for s in r["steps"]] for r in job.results), strict=True)]
+    assert losses == pytest.approx([step["loss"] for step in alone.results[0]["steps"]], rel=1e-5)
+    ours, theirs = gradients(out), gradients(alone_out)
+    assert ours.shape == theirs.shape and len(ours) == 3
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    # the checkpoint holds the compressor and nothing of the MLLM
+    assert weights(run).keys() == weights(alone_run).keys()
+    assert all(key.startswith("compressor.") for key in weights(run))
+
+
+@pytest.mark.slow
+def test_without_joined_counts_two_ranks_differ(train, single):
+    """The test above would see it."""
+    job, _, out = train(2, [*ADAMW, "optim.batch_size=4", "trainer.strategy=ddp"], join_counts=False)
+    job.succeeded()
+    theirs = gradients(single[2])
+    assert float((gradients(out) - theirs).norm() / theirs.norm()) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train):
+    """Two ranks, two persistent loader workers each, a label refresh before epochs 1 and 2."""
+    settings = [*EPOCH, "optim.batch_size=4", "trainer.max_epochs=3"]
+    return (*train(2, settings, shared_labels=False, workers=2), settings)
+
+
+def test_no_label_is_stale(uninterrupted):
+    job = uninterrupted[0].succeeded()  # the spy compares every label with its round's record
+    expected = [(epoch, epoch) for epoch in range(3) for _ in range(3)]
+    for result in job.results:
+        assert [(step["epoch"], step["round"]) for step in result["steps"]] == expected
+
+
+def test_a_run_stopped_in_mid_epoch_goes_on_exactly(train, uninterrupted):
+    job, run, _, settings = uninterrupted
+    first, again, _ = train(2, settings, shared_labels=False, workers=2, stop_at=5)
+    assert first.codes == [2, 2] and "stopped in training" in first.outputs[0]
+    second, _, _ = train(2, settings, run=again, shared_labels=False, workers=2)
+    second.succeeded()
+    for rank in range(2):
+        whole, parts = job.results[rank]["steps"], first.results[rank]["steps"] + second.results[rank]["steps"]
+        assert [step["ids"] for step in parts] == [step["ids"] for step in whole]
+        assert [step["loss"] for step in parts] == [step["loss"] for step in whole]
+    for key, value in weights(run).items():
+        assert torch.equal(value, weights(again)[key]), key
+
+
+@pytest.mark.slow
+def test_sharded_training_goes_on_with_two_ranks_or_one(train, single):
+    settings = [*ADAMW, "optim.batch_size=4", "trainer.strategy=fsdp2"]
+    longer = [*settings, "trainer.max_epochs=2"]
+    first, run, _ = train(2, longer, stop_at=5)
+    assert first.codes == [2, 2], first.outputs
+    shutil.copytree(run, twin := run.parent / "twin")
+    seen = [ids(first)]
+    for world, folder in ((2, run), (1, twin)):
+        job, _, _ = train(world, longer, run=folder)
+        job.succeeded()
+        seen.append(ids(job))
+        assert (folder / "trained.json").exists()
+    assert [len(steps) for steps in seen] == [5, 1, 2]
+    assert seen[1][0] == seen[2][0] | seen[2][1]  # the samples that were left of the epoch

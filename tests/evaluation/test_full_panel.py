@@ -1,0 +1,45 @@
+"""`evocomp eval --panel full` on a run folder: every rival has a row, or says why it has none."""
+
+import pytest
+import torch
+
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.config import load as config_files
+from evocomp.config.schema import DataConfig, EvalConfig, RunConfig
+from evocomp.evaluation.run import FULL, evaluate_run
+from evocomp.evaluation.staged import INSIDE_LLM, STAGED
+from evocomp.log import UserError
+from evocomp.mllm.hf import FrozenMLLM
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = RunConfig(
+        data=DataConfig(test_samples=14), eval=EvalConfig(kept=(16, 4), resamples=50, sheet=3), threads=1
+    )
+    config_files.save(config, folder / "config.yaml")
+    torch.manual_seed(0)
+    EvoCompCompressor.from_mllm(FrozenMLLM.load("nano").model).save_pretrained(folder / "compressor")
+    return folder
+
+
+def test_every_rival_has_a_row(run_folder):
+    rows = evaluate_run(run_folder, panel="full")
+    methods = {row["method"] for row in rows}
+    staged = {method.label for method in STAGED}
+    expected = {"full", "no_image", "wrong_image", "downsampling", "random", "evocomp", "k_token_merging"}
+    assert methods == expected | set(FULL) | staged
+    without = {row["method"] for row in rows if row["not_applicable"]}
+    assert without == {"cdpruner", "k_token_merging"}  # nano has no text tower; nothing was trained
+    inside = {row["method"] for row in rows if row["group"] == INSIDE_LLM}
+    assert inside == staged
+    for row in rows:
+        if row["method"] in staged:
+            assert row["kept_average"] > row["kept"] and "layer" in row["note"]
+    assert (run_folder / "report.html").is_file()
+
+
+def test_another_source_needs_a_place_of_its_own(run_folder):
+    with pytest.raises(UserError, match="give --out"):
+        evaluate_run(run_folder, source="pope:data/pope")

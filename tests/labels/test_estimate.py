@@ -1,0 +1,112 @@
+"""The cost estimate against counts that do not come from it: published figures, transformers, torch's FLOP counter."""
+
+import re
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
+
+from evocomp.config.load import load
+from evocomp.labels import estimate
+from evocomp.labels.estimate import GPUS, KNOWN, Target, Workload, by_arithmetic, by_timing, candidate_forwards
+from evocomp.mllm.hf import ASSETS
+
+LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "answer", "seconds"),
+    # 528 forwards with answer logits at 800 TFLOP/s, worked out independently: 2.02 s and 2.51 s
+    [(LLAVA, 35 + 150 + 50, 5, 2.02), (QWEN, 30 + 200 + 60, 8, 2.51)],
+)
+def test_a_sample_costs_what_was_worked_out_by_hand(name, length, answer, seconds):
+    target = Target.from_config(KNOWN[name])
+    assert 528 * target.forward(length, answer) / 800e12 == pytest.approx(seconds, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (LLAVA, LlavaConfig),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", LlavaNextConfig),
+        (QWEN, Qwen2_5_VLConfig),
+    ],
+)
+def test_decoder_weights_are_those_of_transformers(name, kind):
+    known = KNOWN[name]
+    config = kind(text_config=dict(known["text_config"]))
+    with torch.device("meta"):
+        decoder = AutoModelForImageTextToText.from_config(config).get_decoder()
+    weights = sum(p.numel() for key, p in decoder.layers.named_parameters() if p.ndim == 2)
+    assert Target.from_config(known).body == weights
+
+
+def test_matrix_products_are_those_that_torch_counts(nano, encoded):
+    target, sample = Target.named("nano", ASSETS), encoded[0]
+    index = torch.arange(20)[None]
+    with FlopCounterMode(display=False) as counter:
+        nano.answer_logits(sample, sample.visual[index], index)
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(value for op, value in counted.items() if "mm" in str(op))
+    length, answer = len(sample.text_at) + 20 + len(sample.answer_ids) - 1, len(sample.answer_ids)
+    attention = 2 * length**2 * target.heads * target.head_dim * target.layers
+    assert products == target.forward(length, answer) - attention
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, nano):
+    """A finished little label store: (config, labeller, records)."""
+    from evocomp.data.splits import load_splits
+    from evocomp.training.build import build_labeller
+
+    sizes = ["data.max_samples=5", "data.val_samples=0", "data.test_samples=0"]
+    search = ["search.population=8", "search.parents=4", "search.generations=2", "labels.chunk_size=2"]
+    config = load(settings=[*sizes, *search])
+    labeller = build_labeller(config, nano, load_splits(config.data), tmp_path_factory.mktemp("run"))
+    return config, labeller, labeller.ensure(0)
+
+
+def test_forwards_and_disk_bound_what_a_run_needs(run):
+    config, labeller, records = run
+    saved = sum(int(record["saved"]) for record in records.values())
+    assert len(records) * candidate_forwards(config) == labeller.scorer.forwards + saved
+    assert labeller.store.size() < len(records) * estimate.record_bytes(config, 144) + 20_000
+    groups = sum(record["population"].nbytes for record in records.values())
+    assert groups < len(records) * estimate.record_bytes(config, 144)
+
+
+def test_timed_samples_tell_lengths_and_hours(run):
+    config, labeller, records = run
+    result = by_timing(config, Target.named("nano", ASSETS), labeller, 1000, GPUS["l4"], count=2)
+    first = labeller.encode(list(records)[:3])
+    assert result.work.text == round(sum(len(one.text_at) for one in first) / 3)
+    assert result.work.forwards == 1 + 8 * 3 and result.timed == 2 and result.seconds > 0
+    assert "2 samples timed here" in result.report()
+
+
+def test_hours_price_and_refresh_follow(run):
+    config, _, _ = run
+    target, gpu = Target.from_config(KNOWN[LLAVA]), GPUS["h100"]
+    once = by_arithmetic(config, target, Workload(100, candidate_forwards(config), 85, 150, 5), gpu)
+    twice = by_arithmetic(config, target, Workload(200, candidate_forwards(config), 85, 150, 5), gpu)
+    assert twice.seconds == pytest.approx(2 * once.seconds)
+    assert once.seconds * gpu.peak * estimate.EFFICIENCY == pytest.approx(once.flops)
+    assert once.refresh / once.seconds == pytest.approx(8 / 25)
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "llava_next_7b", "qwen25_vl_7b"])
+def test_the_heads_of_the_big_runs_say_what_the_estimator_says(name, capsys):
+    from pathlib import Path
+
+    from evocomp import cli
+
+    path = Path(__file__).resolve().parent.parent.parent / "experiments" / f"{name}.yaml"
+    assert cli.main(["label", "--config", str(path), "--estimate", "--gpu", "h100", "--gpus=8"]) == 0
+    said = capsys.readouterr().out
+    hours = float(re.search(r"GPU-hours +([\d.]+)", said)[1])
+    refresh = float(re.search(r"a refresh +([\d.]+)", said)[1])
+    disk = re.search(r"disk +at most (.*)", said)[1]
+    head = path.read_text().partition("recipe:")[0]
+    assert f"labels {hours:.0f} GPU-hours" in head
+    assert f"refresh {refresh:.1f} GPU-hours" in head and disk in head

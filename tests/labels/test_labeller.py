@@ -1,0 +1,251 @@
+"""Rounds of a store: the same bytes however they were made, and a crash costs the chunk in work."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evocomp import cli
+from evocomp.config.load import load
+from evocomp.data.splits import load_splits
+from evocomp.labels.labeller import Interrupted, LabelProgress, cut
+from evocomp.labels.store import LabelStore
+from evocomp.training.build import build_labeller
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = [
+    "data.max_samples=12",
+    "data.val_samples=0",
+    "data.test_samples=0",
+    "labels.chunk_size=3",
+    "search.population=12",
+    "search.parents=4",
+    "search.generations=1",
+    "threads=1",
+]
+
+
+@pytest.fixture
+def labeller(nano, tmp_path):
+    """labeller(name, *settings): one with a store in a folder of that name."""
+
+    def build(name: str, *settings: str):
+        config = load([], [*TINY, *settings])
+        return build_labeller(config, nano, load_splits(config.data), tmp_path / name)
+
+    return build
+
+
+def digest(folder: Path, round: int = 0) -> str:
+    return LabelStore(folder).digest(round)
+
+
+def chunks(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.glob("round-0000/chunk-*.safetensors")}
+
+
+# ------------------------------------------------------------ rounds
+
+
+def test_two_runs_give_the_same_bytes(labeller):
+    one, other = labeller("one"), labeller("other")
+    records = one.ensure(0)
+    other.ensure(0)
+    assert digest(one.store.path) == digest(other.store.path)
+    third = labeller("third", "seed=1")
+    third.ensure(0)
+    assert digest(third.store.path) != digest(one.store.path)
+    assert sorted(records) == sorted(one.examples) and len(records) == 12
+
+
+def test_later_rounds_give_the_same_bytes(labeller):
+    one, other = labeller("one"), labeller("other")
+    for round in range(3):
+        one.ensure(round)
+    for round in range(3):
+        other = labeller("other")  # every round in a process of its own
+        other.ensure(round)
+    digests = [digest(one.store.path, round) for round in range(3)]
+    assert digests == [digest(other.store.path, round) for round in range(3)] and len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_the_batch_is_no_matter_of_bytes_but_for_rounding(labeller, batch):
+    """What the store's fingerprint leaves out must not change labels."""
+    one, other = labeller("one"), labeller("other", f"labels.batch={batch}")
+    records, again = one.ensure(0), other.ensure(0)
+    for id, record in records.items():
+        assert np.array_equal(record["kept"], again[id]["kept"])
+        assert record["best_loss"] == pytest.approx(again[id]["best_loss"], abs=1e-5)
+
+
+def test_a_complete_round_is_not_made_again(labeller):
+    one = labeller("one")
+    records = one.ensure(0)
+    spent = one.scorer.forwards
+    reported = []
+    again = one.ensure(0, report=reported.append)
+    assert one.scorer.forwards == spent and reported == []
+    assert all(np.array_equal(again[id]["kept"], records[id]["kept"]) for id in records)
+
+
+def test_only_what_is_missing_is_made(labeller):
+    one = labeller("one")
+    one.ensure(0)
+    whole, before = digest(one.store.path), chunks(one.store.path)
+    (one.store.path / "round-0000" / "COMMIT.json").unlink()
+    (one.store.path / "round-0000" / "chunk-000002.safetensors").unlink()
+    again = labeller("one")
+    states = []
+    again.ensure(0, report=lambda progress: states.append((progress.done, progress.made, progress.total)))
+    assert states == [(10, 1, 12), (11, 2, 12), (12, 3, 12)]
+    after = chunks(one.store.path)
+    assert digest(one.store.path) == whole
+    assert {name: after[name] for name in before if "2." not in name} == {n: before[n] for n in before if "2." not in n}
+
+
+def test_the_costliest_chunks_come_first(labeller):
+    one = labeller("one")
+    written = []
+    write = one.store.write
+    one.store.write = lambda round, chunk, records: (written.append(chunk), write(round, chunk, records))
+    one.ensure(0)
+    texts = {id: example.prompt + example.answer for id, example in one.examples.items()}
+    words = [sum(len(texts[id]) for id in ids) for ids in cut(list(one.examples), 3)]
+    assert [words[chunk] for chunk in written] == sorted(words, reverse=True) and len(set(words)) > 2
+
+
+def test_sigterm_leaves_finished_chunks_and_the_next_start_goes_on(labeller):
+    whole = labeller("whole")
+    whole.ensure(0)
+    one = labeller("one")
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def stop_in_the_third_chunk(progress: LabelProgress) -> None:
+        if progress.made == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="finished chunks are stored, the same command goes on"):
+        one.ensure(0, report=stop_in_the_third_chunk)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    finished = chunks(one.store.path)
+    assert len(finished) == 2 and not one.store.committed(0)
+    assert not list(one.store.path.rglob("*.tmp.*"))
+    labeller("one").ensure(0)
+    after = chunks(one.store.path)
+    assert {name: after[name] for name in finished} == finished
+    assert digest(one.store.path) == digest(whole.store.path)
+
+
+def test_progress_is_counted_and_said(labeller):
+    one = labeller("one")
+    states = []
+    records = one.ensure(0, report=lambda p: states.append((p.done, p.forwards, p.saved, p.mean_best)))
+    assert [state[0] for state in states] == list(range(1, 13))
+    assert states[-1][1] == one.scorer.forwards == sum(r["evaluations"] + 1 for r in records.values())
+    assert states[-1][2] == sum(r["saved"] for r in records.values())
+    assert states[-1][3] == pytest.approx(np.mean([r["best_loss"] for r in records.values()]), rel=1e-5)
+    line = LabelProgress(2, total=10, done=4, made=2, forwards=50, saved=3, loss_sum=1.0, seconds=4.0).line()
+    assert line == (
+        "labels, round 2: 4/10  0.5 labels/s  12 forwards/s  3 forwards saved  mean best loss 0.5000  12 s left"
+    )
+
+
+# ------------------------------------------------------------ the command
+
+
+def label(folder: Path, *settings: str) -> int:
+    return cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY, *settings])
+
+
+LONGER = ["data.max_samples=18", "search.population=48", "search.parents=12", "search.generations=5"]
+
+
+def test_sigkill_costs_the_chunk_in_work_and_nothing_else(tmp_path):
+    folder = tmp_path / "killed"
+    words = ["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY, *LONGER]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evocomp", *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    until = time.monotonic() + 300
+    while len(chunks(folder)) < 2 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    finished = chunks(folder)
+    store = LabelStore(folder)
+    assert 2 <= len(finished) < 6 and not store.committed(0)
+
+    assert label(folder, *LONGER) == 0
+    after = chunks(folder)
+    assert len(after) == 6 and {name: after[name] for name in finished} == finished
+    assert not list(folder.rglob("*.tmp.*"))
+    assert label(tmp_path / "whole", *LONGER) == 0
+    assert digest(folder) == digest(tmp_path / "whole")
+
+
+def test_a_store_of_other_settings_is_refused_and_replaced_only_if_asked(tmp_path, capsys):
+    folder = tmp_path / "labels"
+    assert label(folder) == 0
+    first = digest(folder)
+    capsys.readouterr()
+    assert label(folder, "--search.generations=2") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.strip().splitlines()) == 1
+    assert "was made by search={" in said.err and "'generations': 1" in said.err and "'generations': 2" in said.err
+    assert said.err.strip().endswith("choose another folder or --labels.overwrite=true")
+    assert digest(folder) == first
+    assert label(folder, "--search.generations=2", "--labels.overwrite=true") == 0
+    assert digest(folder) != first
+    # overwriting does not throw away what these very settings have made
+    before = chunks(folder)
+    assert label(folder, "--search.generations=2", "--labels.overwrite=true") == 0
+    assert chunks(folder) == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["seed=3", "data.train_seed=7", "data.max_samples=11", "grouping.centre=true", "search.mutation=0.3",
+     "labels.target=random", "labels.generations_per_refresh=2", "model.dtype=bfloat16"],
+)  # fmt: skip
+def test_what_labels_depend_on_is_in_the_fingerprint(labeller, nano, tmp_path, setting):
+    from evocomp.log import UserError
+
+    labeller("one")
+    if setting.startswith("model"):
+        from evocomp.mllm.hf import FrozenMLLM
+
+        config = load([], [*TINY, setting])
+        with pytest.raises(UserError, match="was made by dtype=float32"):
+            build_labeller(config, FrozenMLLM.load("nano", "bfloat16"), load_splits(config.data), tmp_path / "one")
+        return
+    with pytest.raises(UserError, match="was made by"):
+        labeller("one", setting)
+
+
+@pytest.mark.parametrize(
+    "setting", ["labels.batch=3", "labels.passes=1", "optim.lr=1", "eval.kept=[8]", "run_dir=x", "threads=2"]
+)
+def test_what_labels_do_not_depend_on_is_not(labeller, setting):
+    labeller("one")
+    labeller("one", setting)
+
+
+def test_other_weights_are_another_model(labeller, nano, tmp_path):
+    import copy
+
+    from evocomp.log import UserError
+    from evocomp.mllm.hf import FrozenMLLM
+
+    labeller("one")
+    model = copy.deepcopy(nano.model)
+    model.get_output_embeddings().weight[0, 0] += 1
+    config = load([], TINY)
+    with pytest.raises(UserError, match="was made by weights="):
+        build_labeller(config, FrozenMLLM(model, nano.processor, "nano"), load_splits(config.data), tmp_path / "one")

@@ -1,0 +1,163 @@
+"""Losses of candidate masks: against transformers' own logits, and one way of batching against another."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from evocomp.data.example import stable_id
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.log import UserError
+from evocomp.mllm.scoring import AnswerLosses, shares_prefix
+
+
+def masks(count: int, size: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.sort(np.argsort(rng.random((count, 144)), axis=1)[:, :size], axis=1)
+
+
+@pytest.fixture(scope="module")
+def asked(nano, questions):
+    """The same questions with answers of one to three tokens."""
+    answers = [None, "red circle", "3 yes no"]
+    changed = []
+    for i, example in enumerate(questions[:6]):
+        answer = answers[i % 3] or example.answer
+        changed.append(replace(example, id=stable_id("scorer", example.id), answer=answer))
+    return nano.features(changed), changed
+
+
+def test_all_tokens_give_the_loss_of_the_unmodified_model(nano, asked):
+    scorer = CandidateScorer(nano)
+    for features, example in zip(*asked, strict=True):
+        inputs = nano._process(example)
+        ids = torch.cat([inputs["input_ids"], features.answer_ids[None]], dim=1)
+        with torch.no_grad():
+            logits = nano.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"]
+            ).logits[0]
+        count = len(features.answer_ids)
+        # the formula, in double precision: mean over answer tokens of log sum exp minus the token's logit
+        rows = logits[-count - 1 : -1].double()
+        expected = (rows.exp().sum(-1).log() - rows[torch.arange(count), features.answer_ids]).mean()
+        assert scorer.full(features) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
+    assert {len(f.answer_ids) for f in asked[0]} == {1, 2, 3}
+
+
+def test_masks_give_the_loss_of_the_adapters_logits(nano, asked):
+    scorer = CandidateScorer(nano)
+    kept = masks(5, 16)
+    for features in asked[0]:
+        index = torch.from_numpy(kept)
+        rows = nano.answer_logits(features, features.visual[index], index).double()
+        count = len(features.answer_ids)
+        chosen = rows[:, torch.arange(count), features.answer_ids]
+        expected = (rows.exp().sum(-1).log() - chosen).mean(1)
+        assert np.allclose(scorer(features, kept), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_a_batch_is_one_by_one(nano, asked, batch):
+    kept = masks(20, 16)
+    for features in asked[0]:
+        alone = np.concatenate([CandidateScorer(nano)(features, row[None]) for row in kept])
+        together = CandidateScorer(nano, batch)(features, kept)
+        assert together.shape == (20,) and together.dtype == np.float32
+        assert np.allclose(together, alone, atol=1e-5) and np.std(alone) > 1e-3
+
+
+def test_masks_of_several_samples_at_once_are_one_by_one(nano, asked):
+    """Prompts and answers of different lengths, so that rows are padded."""
+    features = asked[0]
+    assert len({len(f.prompt_ids) + len(f.answer_ids) for f in features}) > 2
+    kept = np.stack([masks(8, 16, seed) for seed in range(len(features))])
+    alone = np.stack([CandidateScorer(nano)(f, own) for f, own in zip(features, kept, strict=True)])
+    for batch in (8, 24, 1000):
+        assert np.allclose(CandidateScorer(nano, batch).each(features, kept), alone, atol=1e-5)
+
+
+def same_picture(encoded) -> list:
+    return [f for f in encoded if f.image_id == encoded[0].image_id]
+
+
+def test_questions_that_share_a_forward_are_one_by_one(nano, encoded):
+    together = same_picture(encoded)
+    assert len(together) > 5
+    kept = masks(6, 16)
+    shared = CandidateScorer(nano, 4).shared(together, kept)
+    alone = np.stack([CandidateScorer(nano)(f, kept) for f in together])
+    assert shared.shape == (len(together), 6) and np.allclose(shared, alone, atol=2e-5)
+
+
+def test_sharing_answers_of_several_tokens(nano, questions):
+    changed = [
+        replace(e, id=stable_id("shared", e.id), answer=answer)
+        for e, answer in zip(questions[:3], ("red", "red circle", "3 yes no"), strict=True)
+    ]
+    together = nano.features(changed)
+    kept = masks(4, 12)
+    alone = np.stack([CandidateScorer(nano)(f, kept) for f in together])
+    assert np.allclose(CandidateScorer(nano).shared(together, kept), alone, atol=2e-5)
+
+
+def test_questions_about_two_pictures_cannot_share(nano, encoded):
+    other = next(f for f in encoded if f.image_id != encoded[0].image_id)
+    assert shares_prefix(same_picture(encoded)) and not shares_prefix([encoded[0], other])
+    with pytest.raises(UserError, match="shared scoring needs prompts that agree"):
+        AnswerLosses(nano).shared([encoded[0], other], torch.from_numpy(masks(2, 8)))
+
+
+def test_earlier_turns_break_sharing_only_if_they_differ(nano, questions):
+    def with_history(text: str, id: int):
+        return replace(questions[id], id=stable_id(text, id), history=((text, "red"),))
+
+    a, b, c = nano.features(
+        [with_history("color of circle", 0), with_history("color of circle", 1), with_history("color of ring", 2)]
+    )
+    kept = masks(3, 16)
+    # the picture stands before the first turn, so that even these share their prefix
+    assert shares_prefix([a, b, c])
+    alone = np.stack([CandidateScorer(nano)(f, kept) for f in (a, b, c)])
+    assert np.allclose(CandidateScorer(nano).shared([a, b, c], kept), alone, atol=2e-5)
+
+
+def test_what_is_spent_is_counted_and_said(nano, encoded):
+    scorer = CandidateScorer(nano, batch=4)
+    calls = []
+    scorer.on_batch = lambda: calls.append(scorer.forwards)
+    rows = []
+    hook = nano.decoder.register_forward_pre_hook(
+        lambda _, __, kw: rows.append(len(kw["inputs_embeds"])), with_kwargs=True
+    )
+    try:
+        scorer(encoded[0], masks(10, 16))
+        assert rows == [4, 4, 2] and len(calls) == 3
+        rows.clear()
+        scorer.shared(same_picture(encoded)[:5], masks(6, 16))
+        assert rows == [4, 2]  # one sequence a mask, whatever the number of questions
+    finally:
+        hook.remove()
+    assert scorer.forwards == 10 + 6 * 5 and scorer.seconds > 0
+
+
+def test_only_answer_rows_reach_the_head(nano, asked):
+    """The head over the vocabulary is the dearest layer of a real model."""
+    seen = []
+    hook = nano.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    try:
+        for features in asked[0][:3]:
+            CandidateScorer(nano)(features, masks(5, 16))
+    finally:
+        hook.remove()
+    assert [tuple(shape[:2]) for shape in seen] == [(5, len(f.answer_ids)) for f in asked[0][:3]]
+
+
+def test_half_precision_is_close_and_leaves_the_model_alone(nano, encoded):
+    kept = masks(20, 16)
+    before = CandidateScorer(nano)(encoded[0], kept)
+    half = CandidateScorer(nano, dtype="bfloat16")(encoded[0], kept)
+    assert half.dtype == np.float32 and 0 < np.abs(half - before).max() < 0.3
+    assert np.corrcoef(half, before)[0, 1] > 0.99
+    assert nano.vocabulary.dtype == torch.float32
+    assert np.array_equal(CandidateScorer(nano)(encoded[0], kept), before)

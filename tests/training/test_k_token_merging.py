@@ -1,0 +1,84 @@
+"""K-Token Merging: the loss is the model's own, training changes merger and LoRA alone, saved is loaded."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from evocomp.data.scenes import SceneSpec, scene_examples
+from evocomp.evaluation.k_token_merging import k_token_outcomes
+from evocomp.evaluation.panel import Panel
+from evocomp.inference.k_token_merging import KTokenMerger
+from evocomp.log import UserError
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.training.k_token_merging import KTokenModule, train
+
+
+@pytest.fixture(scope="module")
+def mllm():
+    return FrozenMLLM.load("nano")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return scene_examples(66, 0, 4, SceneSpec())[:32]
+
+
+@torch.no_grad()
+def test_blocks_of_one_are_the_frozen_model(mllm, examples):
+    """K = 1, LoRA and merger at their start: the identity, and the loss is transformers' own on answer and <eos>."""
+    features = mllm.features(examples[:3])
+    model = KTokenMerger(mllm, 1)
+    for one, loss in zip(features, model.losses(features), strict=True):
+        end = torch.tensor([mllm.processor.tokenizer.eos_token_id])
+        one = replace(one, answer_ids=torch.cat([one.answer_ids, end]))
+        logits = mllm.answer_logits(one, one.visual[None], torch.arange(144)[None])[0]
+        expected = torch.nn.functional.cross_entropy(logits, one.answer_ids)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_untrained_blocks_are_means_at_the_middle_of_the_block(mllm, examples):
+    one = mllm.features(examples[:1])[0]
+    tokens, index = KTokenMerger(mllm, 9).merge(one)
+    torch.testing.assert_close(tokens, one.visual.unflatten(0, (16, 9)).mean(1))
+    assert index.tolist() == list(range(4, 144, 9))
+
+
+def test_training_lowers_the_loss_and_leaves_the_frozen_model_alone(mllm, examples, tmp_path):
+    before = copy.deepcopy(mllm.model.state_dict())
+    features = mllm.features(examples)
+    untrained = float(KTokenMerger(mllm, 9).losses(features).mean())
+    model = train(mllm, examples, block=9, steps=25, batch_size=16, r=2, lr=5e-3)
+    with torch.no_grad():
+        trained = float(model.losses(features).mean())
+    assert trained < 0.9 * untrained
+    after = mllm.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad for p in model.mllm.model.parameters())
+    answers = model.answer(features[:8])
+    assert all(len(text.split()) == 1 for text in answers)  # it still stops
+    model.save(tmp_path / "16")
+    loaded = KTokenMerger.load(tmp_path / "16", mllm)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.losses(features), model.losses(features), rtol=0, atol=0)
+
+
+def test_checkpoints_hold_merger_and_lora_only(mllm):
+    model = KTokenMerger(mllm, 3, r=2)
+    names = set(KTokenModule(model).state_dict())
+    assert len([n for n in names if n.startswith("lora.")]) == 3 * 7 * 2  # layers, linears, A and B
+    assert all(n.startswith(("lora.", "merger.")) for n in names)
+
+
+def test_rows(mllm, examples, tmp_path):
+    panel = Panel(mllm, examples[:6], batch=4)
+    KTokenMerger(mllm, 144).save(tmp_path / "k_token_merging" / "1")
+    one, sixteen, five = k_token_outcomes(panel, tmp_path, [1, 16, 5])
+    assert one.not_applicable is None and len(one.answers) == 6 and np.isfinite(one.correct).all()
+    assert "not trained" in sixteen.not_applicable and "no equal blocks" in five.not_applicable
+    other = FrozenMLLM(mllm.model, mllm.processor, "another")
+    with pytest.raises(UserError, match="trained for model.name=nano"):
+        KTokenMerger.load(tmp_path / "k_token_merging" / "1", other)

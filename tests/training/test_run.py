@@ -1,0 +1,200 @@
+"""The main job end to end on a handful of questions: what it leaves behind, and that it goes on where it was."""
+
+import json
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from evocomp.cli import main
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.config.load import load
+from evocomp.data.conversations import write_scenes
+from evocomp.data.splits import load_splits
+from evocomp.labels.store import LabelStore
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.training.build import build_compressor, build_labeller
+from evocomp.training.cost import CostMeter
+from evocomp.training.datamodule import LabelledQuestions
+from evocomp.training.module import CompressorModule
+from evocomp.training.refresh_labels import RefreshLabels
+
+QUICK = [
+    "data.max_samples=24",
+    "data.val_samples=10",
+    "data.test_samples=30",
+    "search.generations=1",
+    "search.population=8",
+    "search.parents=3",
+    "labels.chunk_size=8",
+    "labels.passes=2",
+    "optim.batch_size=4",
+    "eval.kept=[16,4]",
+    "eval.seeds=1",
+    "eval.resamples=50",
+    "eval.max_new_tokens=1",
+    "eval.sheet=2",
+    "trainer.max_epochs=2",
+    "trainer.accelerator=cpu",
+    "threads=1",
+]
+PLUS = [
+    "recipe=plus",
+    "labels.target=credit",
+    "labels.credit_samples=12",
+    "labels.credit_masks=8",
+    "labels.refresh=on_policy",
+    "labels.samples_per_refresh=20",
+    "labels.proposals=4",
+    "labels.flat=0.0",
+    "labels.samples_per_epoch=24",
+    "loss.name=listwise",
+    "compressor.budget_input=true",
+    "optim.ema=0.9",
+]
+
+
+def train(folder, *settings: str) -> None:
+    assert main(["train", *(f"--{word}" for word in [*QUICK, *settings, f"run_dir={folder}"])]) == 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("main") / "run"
+    train(folder)
+    return folder
+
+
+def test_everything_is_there(finished):
+    names = ("config.yaml", "compressor/model.safetensors", "labels/meta.json", "report.md", "report.html", "kept.png")
+    for name in names:
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").glob("events.*"))
+    rows = json.loads((finished / "report.json").read_text())
+    assert {"method", "kept", "accuracy", "low", "high", "n", "relative"} <= set(rows[0])
+    methods = {row["method"] for row in rows}
+    wanted = {"full", "no_image", "wrong_image", "random", "uniform_stride", "average_pool", "downsampling", "evocomp"}
+    assert wanted <= methods
+    assert {row["kept"] for row in rows if row["method"] == "evocomp"} == {16, 4}
+    assert all(row["n"] == 30 for row in rows)
+
+
+def test_a_finished_run_is_shown_not_repeated(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    train(finished)
+    assert "EvoComp" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+def test_other_settings_are_refused_in_the_same_folder(finished, capsys):
+    words = [f"--{word}" for word in [*QUICK, "loss.alpha=0.7", f"run_dir={finished}"]]
+    assert main(["train", *words]) == 2
+    assert "loss.alpha: 0.1 there, 0.7 asked for" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_labels_and_weights(finished, tmp_path):
+    train(tmp_path / "again")
+    for round in (0, 1):
+        stores = [LabelStore(folder / "labels") for folder in (finished, tmp_path / "again")]
+        assert stores[0].digest(round) == stores[1].digest(round)
+    one, other = (EvoCompCompressor.from_pretrained(f / "compressor") for f in (finished, tmp_path / "again"))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpoints_hold_the_compressor_only(finished):
+    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=False)
+    assert state["state_dict"] and all(key.startswith("compressor.") for key in state["state_dict"])
+
+
+def test_labels_never_get_worse_and_beat_the_uncompressed_loss(finished):
+    store = LabelStore(finished / "labels")
+    first, second = store.read(0), store.read(1)
+    for id, record in first.items():
+        assert record["best_loss"] <= record["first_best"] and second[id]["best_loss"] <= record["best_loss"]
+        kept, groups = record["kept"].astype(int), record["groups"]
+        assert sorted(groups[kept]) == list(range(groups.max() + 1)), "one token of every group"
+    assert np.mean([r["best_loss"] for r in second.values()]) < np.mean([r["first_mean"] for r in first.values()])
+
+
+def test_our_own_recipe_runs_and_costs_are_told_apart(tmp_path):
+    train(tmp_path / "plus", *PLUS)
+    cost = json.loads((tmp_path / "plus" / "trained.json").read_text())["cost"]
+    assert cost["labelling"]["forwards"] == 12 * 2 * 8  # questions x sizes x masks
+    assert cost["labelling"]["packed"] < cost["labelling"]["forwards"], "shared over the questions of a picture"
+    assert cost["refresh"]["forwards"] == 20 * 4 and cost["training"]["flops"] > 0
+    records = LabelStore(tmp_path / "plus" / "labels").read(1)
+    assert len(records) == 24 and sum(record["draws"].size > 0 for record in records.values()) <= 20
+
+
+def test_it_runs_from_a_folder_of_conversations(tmp_path):
+    write_scenes(tmp_path / "scenes", seed=3, count=12)
+    settings = [f"data.source={tmp_path / 'scenes'}", "labels.refresh=none", "trainer.max_epochs=1"]
+    train(tmp_path / "run", *settings)
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert next(row for row in rows if row["method"] == "full")["accuracy"] > 0.8
+
+
+# ---------------------------------------------------------------- resuming
+
+
+class Seen(L.Callback):
+    """Notes ids and rounds of each batch; saves in mid-epoch and stops, if told to."""
+
+    def __init__(self, stop_after: int | None = None, path=None):
+        self.batches: list[tuple[list[int], int]] = []
+        self.stop_after = stop_after
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        self.batches.append((batch.ids, batch.round))
+        if self.stop_after and len(self.batches) == self.stop_after:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+            trainer.limit_train_batches = 0
+            raise KeyboardInterrupt
+
+
+def fit(folder, seen: Seen, checkpoint=None, workers: int = 0) -> None:
+    config = load([], [*QUICK, f"run_dir={folder}"])
+    L.seed_everything(0, verbose=False)
+    splits = load_splits(config.data)
+    mllm = FrozenMLLM.load("nano")
+    labeller = build_labeller(config, mllm, splits, folder)
+    data = LabelledQuestions(mllm, splits.train, 4, 24, seed=0, workers=workers)
+    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
+    refresh = RefreshLabels(labeller, data, config.labels, CostMeter(labeller.scorer))
+    trainer = L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        callbacks=[refresh, seen],
+    )
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    except (KeyboardInterrupt, SystemExit):
+        pass
+
+
+@pytest.mark.parametrize("stop_after", [2, 8])
+def test_resuming_in_mid_epoch_sees_exactly_what_an_uninterrupted_run_sees(tmp_path, stop_after):
+    whole = Seen()
+    fit(tmp_path / "whole", whole)
+    assert len(whole.batches) == 12
+    assert [round for _, round in whole.batches] == [0] * 6 + [1] * 6, "each epoch trains on its own round"
+    part = Seen(stop_after, tmp_path / "mid.ckpt")
+    fit(tmp_path / "part", part)
+    rest = Seen()
+    fit(tmp_path / "part", rest, checkpoint=str(tmp_path / "mid.ckpt"))
+    assert part.batches + rest.batches == whole.batches
+
+
+def test_loader_workers_never_see_a_stale_label(tmp_path):
+    seen = Seen()
+    fit(tmp_path / "workers", seen, workers=2)
+    assert [round for _, round in seen.batches] == [0] * 6 + [1] * 6
