@@ -200,7 +200,8 @@ def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> L
 def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore | None) -> Labeller:
     """The labeller for the kind of label that the settings name."""
     settings, ids = config.labels, [example.id for example in splits.train]
-    scorer = CandidateScorer(mllm, settings.batch, None if settings.dtype == "model" else settings.dtype)
+    dtype = None if settings.dtype == "model" else settings.dtype
+    scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
     rounds: Rounds
     if settings.target == "credit":
         some = splits.train[: settings.credit_samples or None]

@@ -78,7 +78,7 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
                 flat[name] = value
 
     walk(config_files.to_dict(config), "")
-    changeable = ("run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
+    changeable = ("scorer.", "run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
     return {key: value for key, value in flat.items() if not key.startswith(changeable)}
 
 
