@@ -1,6 +1,7 @@
 """Who am I in this job, and which piece of work is mine next. Everything here also works in one process."""
 
 import atexit
+import itertools
 import os
 import signal
 import threading
@@ -137,7 +138,7 @@ class WorkQueue:
     the job. A rank whose heartbeat stops is named, and its chunk is handed out again.
 
     Args:
-        name: must differ from that of any earlier queue of the job.
+        name: the same on all ranks, which make their queues in the same order.
         finished: tells whether a chunk's result is there already (in the store of labels), by whomever made.
     """
 
@@ -146,7 +147,7 @@ class WorkQueue:
         self.finished = finished
         self.waited = 0.0
         self._board = _job_board() if world_size() > 1 else None
-        self._keys = self._board.keys(f"queue/{name}") if self._board else None
+        self._keys = self._board.keys(f"queue/{next(_numbers)}/{name}") if self._board else None
 
     def __call__(self, chunks: Sequence[int]) -> Iterator[int]:
         """The chunks that this process is to work on; ends when all chunks of the job are finished."""
@@ -164,17 +165,17 @@ class WorkQueue:
         if self._board is not None:
             self._board.worked_at = time.monotonic()
 
-    def announce(self, event: str) -> None:
-        """Let the other ranks' `await_event` return."""
-        if self._keys is not None:
-            self._keys.set(f"event/{event}", "1")
-
-    def await_event(self, event: str) -> None:
-        """Wait until some rank has announced it."""
-        with reaching_rank_0():
-            while self._keys is not None and not self._keys.check([f"event/{event}"]):
-                self.beat()
-                time.sleep(0.05)
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait for what rank 0 brings about; UserError if rank 0 is gone and it is not so."""
+        while not condition():
+            self.beat()
+            try:
+                if self._keys is not None:
+                    self._keys.check(["next"])
+            except (dist.DistNetworkError, dist.DistStoreError):
+                if not condition():
+                    raise _lost_rank_0() from None
+            time.sleep(0.05)
 
     def _work_on(self, chunk: int) -> Iterator[int]:
         self._keys.set(f"owner/{chunk}", str(rank()))
@@ -222,10 +223,14 @@ class reaching_rank_0:
 
     def __exit__(self, kind, error, _) -> None:
         if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
-            raise UserError(
-                f"rank {rank()} has lost rank 0, which hosts the label queue; finished chunks are stored, start the "
-                "same command again"
-            ) from None
+            raise _lost_rank_0() from None
+
+
+def _lost_rank_0() -> UserError:
+    return UserError(
+        f"rank {rank()} has lost rank 0, which hosts the label queue; finished chunks are stored, start the same "
+        "command again"
+    )
 
 
 class _Board:
@@ -310,6 +315,7 @@ class _Board:
         return silent | left
 
 
+_numbers = itertools.count()  # of the queues of this job: none may find an earlier one's counters
 _board: _Board | None = None
 _server: dist.TCPStore | None = None
 

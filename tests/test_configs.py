@@ -15,7 +15,8 @@ each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
 def head(path: Path) -> str:
     lines = path.read_text().splitlines()
-    return "\n".join(line.lstrip("# ") for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))])
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.lstrip("# ") for line in lines[:end])
 
 
 def test_the_main_job_is_there():

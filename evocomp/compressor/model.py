@@ -54,6 +54,8 @@ class EvoCompCompressor(PreTrainedModel):
     main_input_name = "visual"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     supports_gradient_checkpointing = True
+    # scores that differ little must not tie
+    _keep_in_fp32_modules_strict = {"score", "head_norm"}
 
     def __init__(self, config: EvoCompConfig):
         super().__init__(config)
@@ -108,7 +110,8 @@ class EvoCompCompressor(PreTrainedModel):
             position_ids = self._default_positions(source, mask)
         out = self.encoder(inputs_embeds=source, attention_mask=mask, position_ids=position_ids)
         hidden = out.last_hidden_state[:, :n_visual] + visual
-        return CompressorOutput(logits=self.score(self.head_norm(hidden)).squeeze(-1), hidden=hidden)
+        logits = self.score(self.head_norm(hidden.to(self.score.weight.dtype))).squeeze(-1)
+        return CompressorOutput(logits=logits, hidden=hidden)
 
     def _with_budget(self, visual: Tensor, prompt: Tensor, budget: Tensor | float | None):
         if self.budget is None:

@@ -22,10 +22,10 @@ from evocomp.log import UserError
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate `--config FILE` from settings; settings come back as `a.b=v`.
 
-    `--a.b=v`, `--a.b v` and `a.b=v` mean the same; a lone `--a.b` means true.
+    `--a.b=v`, `--a.b v` and `a.b=v` mean the same; a lone `--a.b` at the end or before another `--` means true.
 
-    >>> split_arguments(["--config", "a.yaml", "--seed", "3", "--labels.overwrite", "x.y=p=q"])
-    (['a.yaml'], ['seed=3', 'labels.overwrite=true', 'x.y=p=q'])
+    >>> split_arguments(["--config", "a.yaml", "--seed", "3", "x.y=p=q", "--labels.overwrite"])
+    (['a.yaml'], ['seed=3', 'x.y=p=q', 'labels.overwrite=true'])
     """
     files, settings = [], []
     queue = list(arguments)
@@ -52,6 +52,9 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
 
     Raises:
         UserError: unknown key (with a suggestion), wrong type, value that is not allowed, unreadable file.
+
+    >>> load(settings=["search.population=24", "eval.kept=[16,8]"]).eval.kept
+    (16, 8)
     """
     config = OmegaConf.structured(RunConfig)
     for file in files:

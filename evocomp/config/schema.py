@@ -97,6 +97,8 @@ class SearchConfig:
     """Probability that a child has two parents."""
     mutation: float = 0.2
     """Probability that a group's kept token moves one place."""
+    patience: int = 0
+    """Rounds without gain after which a search ends; 0 = never (Algorithm 1)."""
 
     def __post_init__(self):
         _at_least(self, 1, "search.", "parents")
@@ -105,9 +107,35 @@ class SearchConfig:
             f"search.population={self.population} is smaller than search.parents={self.parents}: "
             "raise the population or lower the parents",
         )
-        _at_least(self, 0, "search.", "generations")
+        _at_least(self, 0, "search.", "generations", "patience")
         for name in ("crossover", "mutation"):
             _require(0 <= getattr(self, name) <= 1, f"search.{name}={getattr(self, name)}: must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Savings of the candidate scorer. None of them changes a loss by more than rounding."""
+
+    batched: bool = True
+    """Score the candidates of a sample in one forward, not one at a time."""
+    answers_only: bool = True
+    """Run the head at the answer's positions only."""
+    shared_prefix: Literal["auto", "always", "never"] = "auto"
+    """Compute the text before the picture once; `auto`: where it is long enough to be worth it."""
+    own_pass: bool = True
+    """Run Llama-like decoders by a lean pass of our own, where it agrees with transformers' on this very model."""
+    last_layer_at_answers: bool = True
+    """Compute the last layer at the answer's positions only (needs own_pass)."""
+    first_layer_once: bool = True
+    """Project rows that several candidates share once in the first layer (needs own_pass)."""
+    onednn: bool = True
+    """Matrix products in float32 by oneDNN on CPUs (needs own_pass)."""
+    memo: bool = True
+    """Score no mask of a sample twice."""
+    prefix_reuse: bool = True
+    """In search.strategy=hill_climb, compute the tokens before the first flip once."""
+    fit_memory: bool = True
+    """Lower `labels.batch` to what fits the memory."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +308,7 @@ class RunConfig:
     grouping: GroupingConfig = field(default_factory=GroupingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     labels: LabelConfig = field(default_factory=LabelConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
     compressor: CompressorSection = field(default_factory=CompressorSection)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

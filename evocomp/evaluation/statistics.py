@@ -104,6 +104,9 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     A question that only one of the two gets right falls to either with p = 1/2 if they are equally good, so
     these questions are binomial (McNemar 1947). This takes questions for independent; where several share a
     picture, `ImageBootstrap.difference` is the safer test.
+
+    >>> mcnemar(np.array([1, 1, 1, 1, 1, 0]), np.array([0, 0, 0, 0, 0, 0]))  # five questions to none
+    0.0625
     """
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     only_first, only_second = np.count_nonzero(first & ~second), np.count_nonzero(second & ~first)

@@ -16,6 +16,12 @@ class Groups:
     Args:
         of: [N] group id of each visual token. Ids are 0..G-1, numbered by first appearance; use
             `Groups.from_ids` for ids that are not.
+
+    >>> groups = Groups.from_ids([7, 3, 7, 7, 3])
+    >>> groups.of.tolist(), groups.count, groups.sizes.tolist()
+    ([0, 1, 0, 0, 1], 2, [3, 2])
+    >>> groups.kept(np.array([2, 0])).tolist()  # the third token of group 0, the first of group 1
+    [1, 3]
     """
 
     of: np.ndarray

@@ -2,6 +2,7 @@
 (`compress_inputs`)."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ class Compression:
 
 def check_keep(keep: int | float) -> int | float:
     """Raise UserError unless `keep` is a whole number >= 0 or a share in (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, int | float):
+    if isinstance(keep, bool) or not isinstance(keep, Integral | float):
         raise UserError(f"keep={keep!r}: give the number of tokens per image (int) or their share (float)")
     if isinstance(keep, float) and not 0 < keep <= 1:
         raise UserError(f"keep={keep}: a share lies in (0, 1]; for a number of tokens give an int")

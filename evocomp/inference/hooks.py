@@ -26,6 +26,15 @@ def compress(
 ) -> Handle:
     """Compress the visual tokens of a multimodal LLM from now on.
 
+    >>> from evocomp.mllm.hf import FrozenMLLM
+    >>> from evocomp.selection import selector as training_free
+    >>> nano = FrozenMLLM.load("nano")
+    >>> with compress(nano.model, training_free("uniform_stride"), keep=16) as handle:
+    ...     handle.keep, handle.layer
+    (16, 0)
+
+    With a trained compressor, on the model's own `generate`:
+
         with evocomp.compress(model, "path/to/compressor", keep=192) as handle:
             model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
             print(handle.last.after)
@@ -67,4 +76,7 @@ def compress(
         raise UserError(f"positions={positions!r}: use 'original' or 'dense'")
     if positions == "dense" and (layer > 0 or families.policy(model).mrope):
         raise UserError("positions='dense' needs layer=0 and a family without M-RoPE; use 'original'")
+    attention = families.unwrap(model).get_decoder().config._attn_implementation
+    if families.policy(model).blocks and attention == "flex_attention":
+        raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")
     return Handle(model, picker, keep, layer, positions, newline, restore_length)

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,7 +54,12 @@ class KTokenMerger:
         return merged, self.merger.positions(len(visual)).to(visual.device)
 
     def losses(self, features: Sequence[Features]) -> Tensor:
-        """Mean negative log-likelihood of each question's answer tokens [B], float32 [nats], with gradients."""
+        """Mean negative log-likelihood of each question's answer and end mark [B], float32 [nats], with gradients.
+
+        An LLM that is adapted without the end mark forgets to stop.
+        """
+        stop = features[0].answer_ids.new_tensor(self.mllm._stop_ids()[:1])
+        features = [replace(one, answer_ids=torch.cat([one.answer_ids, stop])) for one in features]
         rows, ends = [], []
         for one in features:
             tokens, index = self.merge(one)

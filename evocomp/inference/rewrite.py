@@ -50,6 +50,8 @@ def compress_inputs(
         `mm_encoder_outputs` in place of pixels. Positions are those of `generate`; PaliGemma's `forward`
         counts from 1 (`families.policy(model).forward_offset`). Inputs without images come back as they are.
 
+    Without a cache call `forward` (the mask keeps transformers from taking gaps in the positions for borders
+    of packed sequences), not `generate(use_cache=False)`, which drops a mask without padding.
     With beams, give families whose encoder returns one tensor (InternVL, Gemma3, PaliGemma) images that keep
     equally many tokens, or use `compress`: `generate` cannot repeat unequal ones.
 

@@ -56,7 +56,10 @@ class CompressorPicker:
         tokens, mask = _padded(visual, weight.dtype)
         prompt, prompt_mask = _padded(text, weight.dtype)
         budget = torch.tensor(keep, dtype=torch.float32, device=tokens.device)
+        training = self.compressor.training
+        self.compressor.eval()
         logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
+        self.compressor.train(training)  # it may be in the middle of its training
         return [top_r(row[: len(v)], r) for row, v, r in zip(logits, visual, keep, strict=True)]
 
 
@@ -135,7 +138,7 @@ def picker_for(selector, model: nn.Module) -> Picker:
                 f"this compressor was made for hidden size {made_for}, the model has {size}; transfer it by "
                 f"evocomp.compressor.transfer.PooledCompressor(compressor, {size}), or train a new one"
             )
-        return CompressorPicker(selector.eval())
+        return CompressorPicker(selector)
     if hasattr(selector, "pick"):
         return selector
     if hasattr(selector, "needs"):
@@ -151,6 +154,8 @@ def picker_for(selector, model: nn.Module) -> Picker:
 def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | PeftModel:
     """Load a compressor, or a LoRA adapter of one, from a folder or a hub id, in the dtype of `model`.
 
+    The head stays in float32: scores in bfloat16 would tie.
+
     Raises UserError if there is none.
     """
     try:
@@ -164,5 +169,8 @@ def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | P
         )
     dtype = next(unwrap(model).get_decoder().parameters()).dtype
     if is_lora(path):
-        return load_lora(path, model).to(dtype)
+        adapter = load_lora(path, model).to(dtype)
+        for head in ("score", "head_norm"):
+            getattr(adapter.get_base_model(), head).float()
+        return adapter.eval()
     return EvoCompCompressor.from_pretrained(path, dtype=dtype)

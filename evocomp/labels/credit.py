@@ -38,6 +38,12 @@ def credits(masks: Arrays, losses: Arrays, num_tokens: int) -> np.ndarray:
         masks: for each size r, [K, r] kept token indices.
         losses: for each size r, [J, K] answer losses in nats.
         num_tokens: N.
+
+    Token 0 is in both of the masks with low losses, token 2 in both with high ones:
+
+    >>> masks = np.array([[0, 1], [0, 3], [1, 2], [2, 3]])
+    >>> np.sign(credits([masks], [np.array([[0.1, 0.2, 3.0, 3.1]])], 4)).tolist()
+    [[1.0, 1.0, -1.0, -1.0]]
     """
     parts = [_standardised(*pair, num_tokens) for pair in zip(masks, losses, strict=True)]
     return np.mean([gains / np.maximum(counts, 1) for gains, counts in parts], axis=0).astype(np.float32)

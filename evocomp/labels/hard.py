@@ -1,6 +1,7 @@
 """Hard labels: the lowest-loss mask that a search finds for a sample (method, sections 1 and 2)."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class HardLabels:
         full = self.scorer.full(features)
         if self.labels.target == "random":
             return self._random(groups, rng, features.id, full)
-        result = run(self.strategy, groups, self._score(features), rng, self.search.generations)
+        result = self._run(features, groups, rng, self.search.generations)
         return self._record(features.id, groups, result, full, first_best=result.first_best)
 
     def _again(self, features: Features, round: int, previous: Record, scores: np.ndarray | None) -> Record:
@@ -92,8 +93,7 @@ class HardLabels:
             previous["best_loss"],
         )
         rng = stream(self.seed, features.id, round)
-        generations = self.labels.generations_per_refresh
-        result = run(self.strategy, groups, self._score(features), rng, generations, warm, prior=scores)
+        result = self._run(features, groups, rng, self.labels.generations_per_refresh, warm, scores)
         return self._record(features.id, groups, result, previous["full_loss"], previous["first_best"])
 
     def groups(self, features: Features) -> Groups:
@@ -106,8 +106,18 @@ class HardLabels:
         )
         return fit_groups(features.visual, groups, settings.count) if settings.count else groups
 
-    def _score(self, features: Features):
-        return lambda kept: self.scorer(features, kept)
+    def _run(
+        self,
+        features: Features,
+        groups: Groups,
+        rng: np.random.Generator,
+        generations: int,
+        warm: WarmStart | None = None,
+        scores: np.ndarray | None = None,
+    ) -> SearchResult:
+        score = partial(self.scorer, features, flips=self.strategy.flips)
+        patience, remember = self.search.patience, self.scorer.settings.memo
+        return run(self.strategy, groups, score, rng, generations, warm, scores, patience, remember)
 
     def _random(self, groups: Groups, rng: np.random.Generator, id: int, full: float) -> Record:
         genome = random_genomes(groups.sizes, rng, 1)

@@ -140,7 +140,7 @@ class Labeller:
         shared = len(set(gather(self.store.identity()))) == 1
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
-        queue = WorkQueue(f"{self.store.path}/{round}", lambda chunk: self.store.has(round, chunk))
+        queue = WorkQueue(f"round-{round}", lambda chunk: self.store.has(round, chunk))
         with StopRequest() as request, self._between_batches(queue, request):
             for chunk in queue(todo):
                 self.store.write(round, chunk, self._make(round, chunks[chunk], previous, scores, progress, report))
@@ -170,8 +170,8 @@ class Labeller:
         for chunk in range(count):
             owners = [other for other, chunks in enumerate(stored) if chunk in chunks]
             if len(owners) < len(stored):
-                records = self.store.read_chunk(round, chunk) if rank() == owners[0] else None
-                self.store.write(round, chunk, broadcast(records, owners[0]))
+                content = self.store.content(round, chunk) if rank() == owners[0] else None
+                self.store.put(round, chunk, broadcast(content, owners[0]))
 
     def _commit(self, round: int, count: int, queue: WorkQueue, shared: bool) -> None:
         """Rank 0 declares the round complete; each node does where stores are not shared."""
@@ -181,14 +181,7 @@ class Labeller:
             while self.store.missing(round, range(count)) and time.monotonic() < until:
                 time.sleep(1.0)
             self.store.commit(round, range(count))
-        if rank() == 0:
-            queue.announce("committed")
-        queue.await_event("committed")
-        until = time.monotonic() + 600.0
-        while not self.store.committed(round):
-            if time.monotonic() > until:
-                raise UserError(f"rank {rank()} does not see round {round} in {self.store.path}; is it shared?")
-            time.sleep(0.05)
+        queue.wait_for(lambda: self.store.committed(round))
 
     def _make(self, round, ids, previous, scores, progress, report) -> list[Record]:
         started, before = time.perf_counter(), self.scorer.forwards

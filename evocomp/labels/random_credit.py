@@ -93,5 +93,9 @@ class CreditLabels:
 
 
 def mask_sizes(sizes: Sequence[float], tokens: int) -> list[int]:
-    """Sizes of masks for N tokens: counts as they are, values below 1 as a share; none above N."""
+    """Sizes of masks for N tokens: counts as they are, values below 1 as a share; none above N.
+
+    >>> mask_sizes([8, 0.25, 500], tokens=144)
+    [8, 36, 144]
+    """
     return [min(tokens, int(size) if size >= 1 else max(1, round(size * tokens))) for size in sizes]

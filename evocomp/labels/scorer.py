@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evocomp.config.schema import ScorerConfig
+from evocomp.labels.memory import Room
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.scoring import AnswerLosses
@@ -20,54 +21,108 @@ class CandidateScorer:
         mllm: the frozen model.
         batch: sequences in one forward, at most.
         dtype: number format of the LLM while scoring, if not the model's own.
+        settings: which savings to make.
 
     Attributes:
         forwards: (mask, question) pairs scored so far.
+        packed: forwards of the LLM that shared scoring needed for its pairs.
         seconds: wall time spent scoring.
     """
 
-    def __init__(self, mllm: FrozenMLLM, batch: int = 64, dtype: str | None = None):
+    def __init__(
+        self, mllm: FrozenMLLM, batch: int = 64, dtype: str | None = None, settings: ScorerConfig | None = None
+    ):
         self.mllm = mllm
-        self.losses = AnswerLosses(mllm, getattr(torch, dtype) if dtype else None)
+        self.settings = settings or ScorerConfig()
+        self.losses = AnswerLosses(mllm, getattr(torch, dtype) if dtype else None, self.settings)
         self.batch = batch
+        self.room = Room(mllm, self.losses.dtype.itemsize)
         self.forwards = 0
+        self.packed = 0
         self.seconds = 0.0
         self.on_batch: Callable[[], None] = lambda: None
 
-    def __call__(self, features: Features, kept: np.ndarray) -> np.ndarray:
-        """Candidates of one sample: kept token indices [Q, R], ascending -> losses float32 [Q]."""
-        return self._in_parts(kept, lambda part: self.losses.candidates(features, part), pairs=1)
+    def __call__(self, features: Features, kept: np.ndarray, flips: bool = False) -> np.ndarray:
+        """Candidates of one sample: kept token indices [Q, R], ascending -> losses float32 [Q].
+
+        `flips`: they differ from one another in few places (a search that changes one token at a time).
+        """
+        flips = flips and self.settings.prefix_reuse
+        return self._in_parts(
+            kept, lambda some, masks: self.losses.candidates(features, masks, flips), *self._length([features], kept)
+        )
 
     def shared(self, features: Sequence[Features], kept: np.ndarray) -> np.ndarray:
         """The same masks for all questions about a picture: kept [Q, R] -> losses float32 [J, Q]."""
-        losses = self._in_parts(kept, lambda part: self.losses.shared(features, part), pairs=len(features))
+        self.packed += len(kept)
+        answers = sum(len(one.answer_ids) for one in features)
+        end = int(features[0].visual_at[-1]) + 1
+        tokens = end - len(features[0].visual) + kept.shape[-1] + answers
+        tokens += sum(len(one.prompt_ids) - end for one in features)
+        losses = self._in_parts(
+            kept, lambda some, masks: self.losses.shared(features, masks), tokens, answers, questions=len(features)
+        )
         return np.ascontiguousarray(losses.T)
 
     def each(self, features: Sequence[Features], kept: np.ndarray) -> np.ndarray:
-        """Masks of several samples, each its own: kept [B, K, R] -> losses float32 [B, K]."""
-        together = max(1, self.batch // kept.shape[1])
-        parts = []
-        for start in range(0, len(features), together):
-            some = features[start : start + together]
-            own = kept[start : start + together]
-            score = partial(self.losses.batch, some)
-            parts.append(self._in_parts(own, score, pairs=own.shape[1], size=len(own)))
-        return np.concatenate(parts)
+        """Masks of several samples, each its own: kept [B, K, R] -> losses float32 [B, K].
+
+        As many samples go into one forward as fit, so that a small model or few tokens keep the device busy too.
+        """
+        masks = kept.shape[1]
+        length = self._length(features, kept)
+        if self._at_once(*length) < masks:
+            return np.stack([self(one, own) for one, own in zip(features, kept, strict=True)])
+        return self._in_parts(
+            kept, lambda some, own: self.losses.batch(features[some], own), *length, questions=masks, sequences=masks
+        )
 
     def full(self, features: Features) -> float:
         """Answer loss with every visual token kept."""
         return float(self(features, np.arange(len(features.visual))[None])[0])
 
+    @staticmethod
+    def _length(features: Sequence[Features], kept: np.ndarray) -> tuple[int, int]:
+        """Tokens of the longest sequence, and of its answer."""
+        answers = max(len(one.answer_ids) for one in features)
+        text = max(len(one.prompt_ids) - len(one.visual) for one in features)
+        return text + kept.shape[-1] + answers, answers
+
+    def _at_once(self, tokens: int, answers: int) -> int:
+        """Sequences in one forward."""
+        if not self.settings.batched:
+            return 1
+        heads = answers if self.settings.answers_only else tokens
+        return min(self.batch, self.room.sequences(tokens, heads)) if self.settings.fit_memory else self.batch
+
     def _in_parts(
-        self, kept: np.ndarray, score: Callable[[Tensor], Tensor], pairs: int, size: int | None = None
+        self,
+        kept: np.ndarray,
+        score: Callable[[slice, Tensor], Tensor],
+        tokens: int,
+        answers: int,
+        questions: int = 1,
+        sequences: int = 1,
     ) -> np.ndarray:
+        """Score rows, so many at a time; on a GPU that proves too small half as many.
+
+        Each row is so many `sequences` of so many tokens, and counts as so many `questions`.
+        """
         started = time.perf_counter()
         indices = torch.from_numpy(np.ascontiguousarray(kept, dtype=np.int64)).to(self.mllm.device)
-        losses = []
-        for part in indices.split(size or self.batch):
-            losses.append(score(part))
+        losses: list[Tensor] = []
+        done = 0
+        while done < len(indices):
+            size = max(1, self._at_once(tokens, answers) // sequences)
+            some = slice(done, min(done + size, len(indices)))
+            try:
+                losses.append(score(some, indices[some]))
+            except torch.OutOfMemoryError:
+                self.room.lower((some.stop - some.start) * sequences, tokens, answers)
+                continue
+            done = some.stop
             self.on_batch()
-        self.forwards += len(kept) * pairs
+        self.forwards += len(kept) * questions
         result = torch.cat(losses).float().cpu().numpy()
         self.seconds += time.perf_counter() - started
         return result

@@ -29,7 +29,15 @@ SCHEMA = 1
 
 
 class LabelStore:
-    """Label records by round and chunk. Make one with `LabelStore.open`."""
+    """Label records by round and chunk. Make one with `LabelStore.open`.
+
+    >>> import tempfile
+    >>> store = LabelStore.open(tempfile.mkdtemp(), {"model": "nano"})
+    >>> store.write(round=0, chunk=0, records=[{"id": 5, "kept": np.array([1, 4]), "best_loss": 0.25}])
+    >>> store.commit(round=0, chunks=[0])
+    >>> store.rounds(), store.read(0)[5]["kept"].tolist()
+    ([0], [1, 4])
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,13 +85,20 @@ class LabelStore:
 
     def write(self, round: int, chunk: int, records: list[Record]) -> None:
         """Store a chunk. One that is there already stays as it is, for chunks are immutable."""
+        self.put(round, chunk, encode(records))
+
+    def put(self, round: int, chunk: int, content: bytes) -> None:
+        """`write`, with the bytes that `content` gave in another store."""
         path = self._chunk(round, chunk)
-        content = encode(records)
         if path.exists():
             if path.read_bytes() != content:
                 logger.warning("%s exists with other content; the first one is kept", path)
             return
         self._replace(path, content)
+
+    def content(self, round: int, chunk: int) -> bytes:
+        """A chunk's bytes."""
+        return _content(self._chunk(round, chunk))
 
     def has(self, round: int, chunk: int) -> bool:
         """Whether the chunk is stored (its round need not be committed)."""

@@ -67,6 +67,9 @@ def group_relative_advantages(losses: Tensor, clip: float = 6.0) -> Tensor:
 
     Returns:
         [B, K] advantages; they sum to 0 in each sample.
+
+    >>> group_relative_advantages(torch.tensor([[0.0, 1.0, 2.0]])).tolist()[0]  # doctest: +ELLIPSIS
+    [0.909..., 0.0, -0.909...]
     """
     assert losses.shape[-1] >= 2, "an advantage compares masks of one sample; give at least two"
     losses = losses.to(compute_dtype(losses)).clamp(max=clip)

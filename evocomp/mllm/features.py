@@ -39,7 +39,12 @@ class Features:
 
 
 def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack rows [n_i, ...] of unequal length: padded with zeros [B, n, ...], and which entries are real [B, n]."""
+    """Stack rows [n_i, ...] of unequal length: padded with zeros [B, n, ...], and which entries are real [B, n].
+
+    >>> padded, real = pad_right([torch.ones(2, 4), torch.ones(3, 4)])
+    >>> padded.shape, real.tolist()
+    (torch.Size([2, 3, 4]), [[True, True, False], [True, True, True]])
+    """
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device)[None] < lengths[:, None]

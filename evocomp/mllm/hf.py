@@ -32,6 +32,12 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 class FrozenMLLM:
     """A multimodal LLM whose weights never change, for labelling and for judging.
 
+    >>> from evocomp.data.scenes import scene_examples
+    >>> mllm = FrozenMLLM.load("nano")
+    >>> features = mllm.features(scene_examples(seed=1, start=0, count=1)[:1])[0]
+    >>> features.visual.shape, len(features.answer_ids)
+    (torch.Size([144, 96]), 1)
+
     Args:
         model: any supported `...ForConditionalGeneration`, or the same wrapped by PEFT.
         processor: its processor.
@@ -252,7 +258,7 @@ class FrozenMLLM:
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
-        return self.head(hidden[:, -len(answer) :]).float()
+        return self.head(hidden[:, -len(answer) :].contiguous()).float()
 
     @torch.no_grad()
     def answer(

@@ -11,9 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evocomp.config.schema import ScorerConfig
 from evocomp.log import UserError
+from evocomp.mllm import llama_body
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.llama_body import LlamaBody
+from evocomp.mllm.sequences import Body, Past, Table, crop, joined, padded, prompt_index, prompt_table
+from evocomp.mllm.transformers_body import TransformersBody
+
+LONG_PREFIX = 8
+"""Text tokens before the picture from which on their keys and values are computed once: fewer cost less than a copy."""
+
+BUCKETS = 4
+"""Lengths of prefix that one-flip candidates are sorted into."""
 
 
 class AnswerLosses:
@@ -23,28 +34,52 @@ class AnswerLosses:
         mllm: the frozen model.
         dtype: format of decoder and head while scoring; another one than the model's own is a copy of both.
             bfloat16 is about 2.5 times as fast on CPUs that have it, and moves losses by about 0.02.
-
-    Attributes:
-        sequences, tokens: what the decoder has run on so far.
+        settings: which savings to make; all of them give the same losses but for rounding.
     """
 
-    def __init__(self, mllm: FrozenMLLM, dtype: torch.dtype | None = None):
+    def __init__(self, mllm: FrozenMLLM, dtype: torch.dtype | None = None, settings: ScorerConfig | None = None):
         mllm.check_scorable()
         self.mllm = mllm
-        self.decoder, self.head = mllm.decoder, mllm.head
-        self.sequences = self.tokens = 0
+        self.settings = settings or ScorerConfig()
         self.dtype = dtype or mllm.vocabulary.dtype
+        self.head = mllm.head
         if self.dtype != mllm.vocabulary.dtype:
-            self.decoder = copy.deepcopy(mllm.decoder).to(self.dtype)
             self.head = copy.deepcopy(mllm.head).to(self.dtype)
+        self.body = self._body()
+        self._prefixes: dict[tuple[int, ...], Past | None] = {}
+        self._last: tuple[Features | None, Table | None] = (None, None)
+
+    def _body(self) -> Body:
+        """Our own pass where it is known to give the same, else transformers'."""
+        decoder = self.mllm.decoder
+        if self.settings.own_pass and llama_body.fits(decoder):
+            ours = LlamaBody(decoder, self.dtype, self.settings)
+            if llama_body.agrees(ours, decoder):
+                return ours
+        if self.dtype != self.mllm.vocabulary.dtype:
+            decoder = copy.deepcopy(decoder).to(self.dtype)
+        return TransformersBody(decoder, self.dtype)
 
     @torch.inference_mode()
-    def candidates(self, features: Features, kept: Tensor) -> Tensor:
+    def candidates(self, features: Features, kept: Tensor, flips: bool = False) -> Tensor:
         """Candidates of one sample: kept [Q, R] ascending -> [Q] float32. Equal lengths, so nothing is padded.
+
+        Args:
+            flips: they differ from one another in few places, so that keys and values of what most of them begin
+                with are worth computing once.
 
         Source: method, section 2 (fitness).
         """
-        return self.batch([features], kept[None])[0]
+        if not flips:
+            return self.batch([features], kept[None])[0]
+        table, index = self._table([features]), prompt_index(features, kept)
+        read = index.shape[1] - len(features.answer_ids) + torch.arange(len(features.answer_ids), device=index.device)
+        losses = torch.empty(len(index), device=index.device)
+        for rows, past in self._buckets(table, index, len(features.answer_ids)):
+            before = past[0][0].shape[2] if past else 0
+            targets = features.answer_ids.expand(len(rows), -1)
+            losses[rows] = self._losses(table, index[rows, before:], read - before, targets, past=past).mean(1)
+        return losses
 
     @torch.inference_mode()
     def batch(self, features: Sequence[Features], kept: Tensor) -> Tensor:
@@ -53,17 +88,21 @@ class AnswerLosses:
         Shorter prompts are padded on the right, where a causal decoder never looks back from.
         """
         masks = kept.shape[1]
-        rows = [self._with_answer(f, *self._assemble(f, own)) for f, own in zip(features, kept, strict=True)]
-        longest = max(embeds.shape[1] for embeds, _ in rows)
-        embeds = torch.cat([F.pad(e, (0, 0, 0, longest - e.shape[1])) for e, _ in rows])
-        positions = torch.cat([_continue(p, longest) for _, p in rows], dim=-2)
-        hidden = self._run(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), positions)
-        losses = []
-        for number, (one, (own, _)) in enumerate(zip(features, rows, strict=True)):
-            end, count = own.shape[1], len(one.answer_ids)
-            part = hidden[number * masks : (number + 1) * masks, end - count : end]
-            losses.append(self._loss(part, one.answer_ids.expand(masks, -1)).mean(1))
-        return torch.stack(losses)
+        indices = [prompt_index(one, own) for one, own in zip(features, kept, strict=True)]
+        answers = [one.answer_ids for one in features]
+        longest = max(map(len, answers))
+        places = torch.arange(longest, device=kept.device)
+        reads = [index.shape[1] - len(answer) + places.clamp(max=len(answer) - 1)
+                 for index, answer in zip(indices, answers, strict=True)]
+        targets = torch.stack([answer[places.clamp(max=len(answer) - 1)] for answer in answers])
+        real = torch.stack([places < len(answer) for answer in answers])
+        table = self._table(features)
+        index = padded(indices, [one.prompt_ids.shape[0] + one.answer_ids.shape[0] - 1 for one in features])
+        read = reads[0] if len(features) == 1 else torch.stack(reads).repeat_interleave(masks, 0)
+        start, past = self._prefix(features, table)
+        losses = self._losses(table, index[:, start:], read - start, targets.repeat_interleave(masks, 0), past=past)
+        losses = losses.view(len(features), masks, longest) * real[:, None]
+        return losses.sum(2) / real.sum(1)[:, None]
 
     @torch.inference_mode()
     def shared(self, features: Sequence[Features], kept: Tensor) -> Tensor:
@@ -78,64 +117,93 @@ class AnswerLosses:
         first = features[0]
         if len(features) == 1:
             return self.candidates(first, kept)[:, None]
-        end = int(first.visual_at[-1]) + 1
         if not shares_prefix(features):
             raise UserError("shared scoring needs prompts that agree up to the end of the picture")
-        count = len(kept)
-        prefix = self._prefix(first, end)
-        embeds, positions = self.mllm.assemble(prefix, first.visual[kept], kept)
-        length = embeds.shape[1]
-        tails = [torch.cat([f.prompt_ids[end:], f.answer_ids[:-1]]) for f in features]
-        sizes = torch.tensor([len(tail) for tail in tails])
-        owner = torch.arange(len(tails)).repeat_interleave(sizes).to(embeds.device)
-        embeds = torch.cat([embeds, self.mllm.embed(torch.cat(tails)).expand(count, -1, -1)], dim=1)
-        following = [_continue(f.positions[..., end:], len(tail)) for f, tail in zip(features, tails, strict=True)]
-        positions = torch.cat([positions, torch.cat(following, dim=-1).expand(*positions.shape[:-1], -1)], dim=-1)
-        mask = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=embeds.device).tril()
-        mask[length:, length:] &= owner[:, None] == owner[None, :]
-        hidden = self._run(embeds, mask[None, None].expand(count, 1, -1, -1), positions)
-        ends = length + sizes.cumsum(0)
-        losses = []
-        for stop, one in zip(ends.tolist(), features, strict=True):
-            answer = one.answer_ids
-            part = hidden[:, stop - len(answer) : stop]
-            losses.append(self._loss(part, answer.expand(count, -1)).mean(1))
-        return torch.stack(losses, dim=1)
-
-    def _assemble(self, features: Features, kept: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mllm.assemble(features, features.visual[kept], kept)
-
-    @staticmethod
-    def _prefix(features: Features, end: int) -> Features:
-        """The prompt up to the end of its picture."""
-        return Features(
-            id=features.id,
-            image_id=features.image_id,
-            visual=features.visual,
-            prompt_ids=features.prompt_ids[:end],
-            visual_at=features.visual_at,
-            positions=features.positions[..., :end],
-            answer_ids=features.answer_ids,
-            image_numbers=features.image_numbers,
+        end = int(first.visual_at[-1]) + 1
+        tables = [prompt_table(one, self.mllm.embed) for one in features]
+        # rows of the first prompt up to the picture's end, then what follows in each of the prompts
+        parts = [slice(0, end)] + [slice(end, None)] * len(features)
+        owners = [tables[0], *tables]
+        table = Table(
+            torch.cat([one.embeds[part] for one, part in zip(owners, parts, strict=True)]),
+            torch.cat([one.positions[..., part] for one, part in zip(owners, parts, strict=True)], dim=-1),
         )
+        sizes = [one.embeds.shape[0] - end for one in tables]
+        picture = prompt_index(first, kept)
+        picture = picture[:, : int((picture[0] < end).sum())]
+        tails = torch.arange(end, table.embeds.shape[0], device=kept.device)
+        index = torch.cat([picture, tails.expand(len(kept), -1)], dim=1)
+        length = picture.shape[1]
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(kept.device)
+        mask = torch.ones(index.shape[1], index.shape[1], dtype=torch.bool, device=kept.device).tril()
+        mask[length:, length:] &= owner[:, None] == owner[None, :]
+        counts = [len(one.answer_ids) for one in features]
+        ends = length + torch.tensor(sizes).cumsum(0)
+        read = torch.cat([stop - count + torch.arange(count) for stop, count in zip(ends, counts, strict=True)])
+        targets = torch.cat([one.answer_ids for one in features]).expand(len(kept), -1)
+        start, past = self._prefix(features, table)
+        losses = self._losses(
+            table, index[:, start:], read.to(kept.device) - start, targets, mask=mask[start:], past=past
+        )
+        return torch.stack([part.mean(1) for part in losses.split(counts, dim=1)], dim=1)
 
-    def _with_answer(self, features: Features, embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the answer but its last token, which nothing is read from."""
-        if len(features.answer_ids) == 1:
-            return embeds, positions
-        tail = self.mllm.embed(features.answer_ids[:-1]).expand(len(embeds), -1, -1)
-        return torch.cat([embeds, tail], dim=1), _continue(positions, positions.shape[-1] + tail.shape[1])
+    # ------------------------------------------------------------ parts
 
-    def _run(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        self.sequences += embeds.shape[0]
-        self.tokens += embeds.shape[0] * embeds.shape[1]
-        return self.decoder(
-            inputs_embeds=embeds.to(self.dtype), attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
+    def _table(self, features: Sequence[Features]) -> Table:
+        """The samples' rows one after another; that of a single sample is kept until another one comes."""
+        if len(features) > 1:
+            return joined([prompt_table(one, self.mllm.embed) for one in features])
+        if self._last[0] is not features[0] or self._last[1] is None:
+            self._last = (features[0], prompt_table(features[0], self.mllm.embed))
+        return self._last[1]
 
-    def _loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        logits = self.head(hidden).float()
-        return F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+    def _losses(
+        self,
+        table: Table,
+        index: Tensor,
+        read: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """Cross-entropy [Q, A] of the targets at the read places."""
+        if not self.settings.answers_only:
+            everywhere = torch.arange(index.shape[1], device=index.device)
+            logits = self.head(self.body(table, index, everywhere, mask, past))
+            places = read.expand(len(index), -1)
+            logits = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[2]))
+        else:
+            logits = self.head(self.body(table, index, read, mask, past))
+        return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+
+    def _prefix(self, features: Sequence[Features], table: Table) -> tuple[int, Past | None]:
+        """Text that all these prompts begin with: its length, and its keys and values if that is worth a copy."""
+        if self.settings.shared_prefix == "never":
+            return 0, None
+        length = min(int(one.visual_at[0]) for one in features)
+        ids = features[0].prompt_ids[:length]
+        enough = length >= (1 if self.settings.shared_prefix == "always" else LONG_PREFIX)
+        if not enough or any(not torch.equal(one.prompt_ids[:length], ids) for one in features[1:]):
+            return 0, None
+        key = tuple(ids.tolist())
+        if key not in self._prefixes:
+            self._prefixes.clear()  # a run has one system prompt; another one replaces it
+            self._prefixes[key] = self.body.prefix(table, torch.arange(length, device=ids.device))
+        past = self._prefixes[key]
+        return (length, past) if past else (0, None)
+
+    def _buckets(self, table: Table, index: Tensor, answer: int) -> list[tuple[Tensor, Past | None]]:
+        """Sequences [Q, L] sorted by how long they agree with what most of them are; with the keys and values of
+        what each bucket's sequences agree in."""
+        usual = index.mode(dim=0).values
+        agree = (index[:, : index.shape[1] - answer] == usual[: index.shape[1] - answer]).long().cumprod(1).sum(1)
+        order = agree.argsort(stable=True)
+        parts = [part for part in order.chunk(BUCKETS) if len(part)]
+        lengths = [int(agree[part[0]]) for part in parts]
+        past = self.body.prefix(table, usual[: max(lengths)]) if max(lengths) else None
+        return [
+            (part, crop(past, length) if past and length else None) for part, length in zip(parts, lengths, strict=True)
+        ]
 
 
 def shares_prefix(features: Sequence[Features]) -> bool:
@@ -148,12 +216,3 @@ def shares_prefix(features: Sequence[Features]) -> bool:
         and torch.equal(one.prompt_ids[:end], first.prompt_ids[:end])
         for one in features[1:]
     )
-
-
-def _continue(positions: Tensor, length: int) -> Tensor:
-    """Positions [..., L] carried on by steps of one to `length`."""
-    missing = length - positions.shape[-1]
-    if missing <= 0:
-        return positions
-    steps = torch.arange(1, missing + 1, device=positions.device)
-    return torch.cat([positions, positions[..., -1:] + steps], dim=-1)

@@ -1,6 +1,7 @@
 """Local search: change one kept token of the best mask at a time, and join the changes that help. Ours."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class HillClimb(Strategy):
     Args:
         q: candidates per population; one of them is the best so far, which costs no evaluation.
     """
+
+    flips: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,8 @@ from evocomp.search.operators import truncation
 from evocomp.search.strategy import State, Strategy
 
 Score = Callable[[np.ndarray], np.ndarray]
-"""Losses [K] of K masks: kept token indices [K, G] -> float32; called with distinct masks, each only once."""
+"""Losses [K] of K masks: kept token indices [K, G] -> float32; called with distinct masks, each only once (unless
+`remember` is off)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,8 @@ def run(
     generations: int,
     warm_start: WarmStart | None = None,
     prior: np.ndarray | None = None,
+    patience: int = 0,
+    remember: bool = True,
 ) -> SearchResult:
     """Search the masks of one sample.
 
@@ -86,10 +89,12 @@ def run(
         warm_start: continue the search that gave it: its stored losses are not scored again.
         prior: [N] token scores, higher is better, from which a share of the first population is drawn. In a
             warm start these seeds take the places of the worst of the stored population.
+        patience: end after so many populations that brought no better mask; 0 = never.
+        remember: score no mask twice. The losses are the same without, but for rounding.
     """
     if generations < 0:
         raise UserError(f"search needs generations of at least 0, got {generations}")
-    memo = _Memo(groups, score)
+    memo = _Memo(groups, score, remember)
     trace = []
     if warm_start is None:
         state = strategy.start(groups, rng, prior=prior)
@@ -103,6 +108,8 @@ def run(
         losses = memo(genomes)
         state = strategy.tell(state, losses)
         trace.append((losses.min(), losses.mean(), state.best_loss))
+        if patience and state.step - state.improved >= patience:
+            break
     return _result(state, memo, np.array(trace, dtype=np.float32))
 
 
@@ -147,9 +154,10 @@ def _result(state: State, memo: "_Memo", trace: np.ndarray) -> SearchResult:
 class _Memo:
     """Losses of genomes; scores those it has not seen."""
 
-    def __init__(self, groups: Groups, score: Score) -> None:
+    def __init__(self, groups: Groups, score: Score, remember: bool = True) -> None:
         self.groups = groups
         self.score = score
+        self.remember = remember
         self.known: dict[bytes, float] = {}
         self.scored: list[np.ndarray] = []
         self.losses: list[np.ndarray] = []
@@ -162,18 +170,24 @@ class _Memo:
 
     def __call__(self, genomes: np.ndarray) -> np.ndarray:
         keys = genome_keys(genomes)
+        if not self.remember:
+            return self._scored(genomes)
         fresh = {key: row for row, key in enumerate(keys) if key not in self.known}
         self.saved += len(keys) - len(fresh)
         if fresh:
-            kept = self.groups.kept(genomes[list(fresh.values())])
-            losses = np.asarray(self.score(kept), dtype=np.float32)
-            assert losses.shape == (len(fresh),), f"score gave {losses.shape} for {len(fresh)} masks"
-            if np.isnan(losses).any():
-                raise UserError(
-                    "the MLLM gave a loss that is not a number: check the sample's answer, "
-                    "or score in bfloat16 or float32 instead of float16"
-                )
+            losses = self._scored(genomes[list(fresh.values())])
             self.known.update(zip(fresh, losses.tolist(), strict=True))
-            self.scored.append(kept)
-            self.losses.append(losses)
         return np.array([self.known[key] for key in keys], dtype=np.float32)
+
+    def _scored(self, genomes: np.ndarray) -> np.ndarray:
+        kept = self.groups.kept(genomes)
+        losses = np.asarray(self.score(kept), dtype=np.float32)
+        assert losses.shape == (len(genomes),), f"score gave {losses.shape} for {len(genomes)} masks"
+        if np.isnan(losses).any():
+            raise UserError(
+                "the MLLM gave a loss that is not a number: check the sample's answer, "
+                "or score in bfloat16 or float32 instead of float16"
+            )
+        self.scored.append(kept)
+        self.losses.append(losses)
+        return losses

@@ -69,6 +69,9 @@ class Strategy:
     forward_only: ClassVar[bool] = True
     """Whether the search needs losses only; otherwise it needs gradients of the MLLM as its prior."""
 
+    flips: ClassVar[bool] = False
+    """Whether most candidates differ from one mask in one place, so that a scorer may share what comes before it."""
+
     def __post_init__(self) -> None:
         require(self.q >= 1, f"search needs q of at least 1 candidate, got q={self.q}")
         require(0 <= self.seeded <= 1, f"seeded is a share between 0 and 1, got {self.seeded}")

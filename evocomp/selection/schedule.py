@@ -18,7 +18,11 @@ class Stage:
 
 
 def layer_average(n: int, stages: Sequence[Stage], layers: int = 32) -> float:
-    """Visual tokens per layer, averaged over an LLM of `layers` layers, `n` at its door; stages in order."""
+    """Visual tokens per layer, averaged over an LLM of `layers` layers, `n` at its door; stages in order.
+
+    >>> layer_average(576, [Stage(before_layer=2, visual=144)], layers=32)
+    171.0
+    """
     total, now, since = 0, n, 0
     for stage in stages:
         total += now * (stage.before_layer - since)

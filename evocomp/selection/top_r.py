@@ -13,6 +13,10 @@ def descending(scores: Tensor) -> Tensor:
 
 
 def top_r(scores: Tensor, r: int) -> Tensor:
-    """The `r` highest of `scores` [..., N] as ascending indices [..., r], int64; each row by itself."""
+    """The `r` highest of `scores` [..., N] as ascending indices [..., r], int64; each row by itself.
+
+    >>> top_r(torch.tensor([0.1, 0.9, 0.5, 0.9]), 2).tolist()
+    [1, 3]
+    """
     assert 0 <= r <= scores.shape[-1], f"cannot take {r} of {scores.shape[-1]} scores"
     return descending(scores)[..., :r].sort(dim=-1).values

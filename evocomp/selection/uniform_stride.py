@@ -9,7 +9,11 @@ from evocomp.selection.base import Selection, SelectionInputs, Selector
 
 
 def uniform_stride(n: int, r: int, device: torch.device | None = None) -> Tensor:
-    """floor((i + 0.5) * n / r) for i = 0..r-1, ascending and distinct for any r <= n [r]."""
+    """floor((i + 0.5) * n / r) for i = 0..r-1, ascending and distinct for any r <= n [r].
+
+    >>> uniform_stride(144, 4).tolist()
+    [18, 54, 90, 126]
+    """
     return (2 * torch.arange(r, device=device) + 1) * n // max(2 * r, 1)
 
 

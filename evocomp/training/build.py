@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import evocomp
 from evocomp import distributed
@@ -43,12 +42,12 @@ from evocomp.mllm.hf import ASSETS, FrozenMLLM
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
-from evocomp.training.folder import DONE, claim_folder, keep_settings, last_checkpoint, write_json
+from evocomp.training.folder import DONE, claim_folder, is_finished, last_checkpoint, write_json
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
-from evocomp.training.stop import SaveAndStop, StopCleanly
+from evocomp.training.stop import NoteStop, StopCleanly
 from evocomp.training.strategy import job_size, whole, with_strategy
 
 DEFAULT_EPOCHS = 6
@@ -69,7 +68,7 @@ def run(config: RunConfig) -> bool:
     folder = Path(config.run_dir)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
     distributed.join()
-    if claim_folder(config, folder):
+    if is_finished(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
         return False
     distributed.set_threads(config.threads)
@@ -77,6 +76,7 @@ def run(config: RunConfig) -> bool:
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     check_kept(config, mllm, splits.train[0])
+    claim_folder(config, folder)
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(
         mllm,
@@ -97,10 +97,10 @@ def run(config: RunConfig) -> bool:
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
         average = [EMAWeightAveraging(decay=config.optim.ema, update_starting_at_epoch=start)]
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
-    keep_settings(config, folder)
     last = last_checkpoint(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
         warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*dirpath .* exists.*|.*eval mode.*")
         trainer.fit(module, data, ckpt_path=last, weights_only=False)
     if trainer.received_sigterm or trainer.interrupted:
@@ -178,8 +178,8 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
         "seed": config.seed,
     }
-    labeller = build_rounds(config, mllm, splits, None)  # first: settings that it refuses leave no store behind
-    labeller.store = _open_store(store_folder, fingerprint, config.labels.overwrite)
+    store = _open_store(store_folder, fingerprint, config.labels.overwrite)
+    labeller = build_rounds(config, mllm, splits, store)
     if is_rank_zero():
         tokens = len(mllm.features(splits.train[:1])[0].visual)
         say_disk_use(config, len(splits.train), tokens, store_folder)
@@ -200,7 +200,8 @@ def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> L
 def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore | None) -> Labeller:
     """The labeller for the kind of label that the settings name."""
     settings, ids = config.labels, [example.id for example in splits.train]
-    scorer = CandidateScorer(mllm, settings.batch, None if settings.dtype == "model" else settings.dtype)
+    dtype = None if settings.dtype == "model" else settings.dtype
+    scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
     rounds: Rounds
     if settings.target == "credit":
         some = splits.train[: settings.credit_samples or None]
@@ -256,14 +257,11 @@ def build_trainer(
         save_on_train_epoch_end=True,
         enable_version_counter=False,  # a run goes on from last.ckpt, never from last-v1.ckpt
     )
-    stop = StopCleanly()
-    save = SaveAndStop(stop, folder / "checkpoints" / "last.ckpt")
+    request = distributed.StopRequest(chain=False)
+    first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
-    ours = {"logger": loggers or False, "callbacks": [stop, *callbacks, *rates, *bars, save, checkpoint]}
-    try:
-        return L.Trainer(**{**defaults, **settings, **ours})
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    everything = [first, *callbacks, *rates, last, checkpoint, *bars]
+    return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
 
 
 def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
@@ -295,9 +293,6 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(key, known - ours, 1)
             hint = f"did you mean trainer.{near[0]}?" if near else "see the arguments of lightning.Trainer"
             raise UserError(f"unknown setting trainer.{key}; {hint}")
-    epochs = settings.get("max_epochs", DEFAULT_EPOCHS)
-    if not isinstance(epochs, int) or epochs < 1:
-        raise UserError(f"trainer.max_epochs={epochs}: must be a whole number, at least 1")
     return dict(settings)
 
 

@@ -14,6 +14,7 @@ import torch
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy, at_random
 from evocomp.training.refresh_labels import RefreshLabels
+from evocomp.training.strategy import whole
 from evocomp.training.tensorboard import TensorBoardPage
 
 
@@ -26,15 +27,16 @@ class Curves(L.Callback):
     - `labels/...` once a round: `mean_loss` of the last population, `per_second` and `forwards_per_second` of the
       whole job, `share_saved` (candidates that had been scored before), `wait_seconds_K` of rank K and `skew_seconds`
       between the ranks that waited most and least.
-    - `val/random_R` and `val/full` each epoch: what as many tokens drawn evenly, and all of them, give on the
-      questions of `val/accuracy_R`. Measured once, drawn as level lines.
+    - `val/random_R` and `val/full` beside each `val/accuracy_R`: what as many tokens drawn evenly, and all of them,
+      give on the same questions. Measured once, drawn as level lines.
     - `time/...`: seconds so far that went to labelling, refreshes, training, and measuring (which starts anew where a
       run is resumed).
 
     Args:
         refresh, monitor: the run's own.
         settings: of the run, for the table of hyperparameters.
-        pictures: questions of the selection split that are shown each epoch, each about another picture.
+        pictures: questions of the selection split that are shown whenever accuracy is measured, always the same,
+            each about another picture.
         watched: labelled questions whose tokens make the histograms.
     """
 
@@ -115,14 +117,21 @@ class Curves(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
             return
-        if self.page is not None:
-            self.page.show_epoch(module, trainer.global_step)
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if last or (trainer.current_epoch + 1) % self.monitor.every == 0:
+            self._show_epoch(trainer, module)
         self._measuring += time.perf_counter() - self._trained
         times = {f"time/{purpose}_seconds": share.seconds for purpose, share in self.refresh.cost.spent.items()}
         times["time/measuring_seconds"] = self._measuring
-        for name, value in self.references.items():
-            module.log(name, value)  # at the very step of the accuracies beside which it is drawn
         self._log(trainer, times)
+
+    def _show_epoch(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        """What goes beside an accuracy that has just been measured."""
+        scoring = whole(module)  # every rank has a part in this, though rank 0 alone draws
+        if self.page is not None:
+            self.page.show_epoch(scoring, trainer.global_step)
+        for name, value in self.references.items():
+            module.log(name, value)
 
     def _label_speed(self, module: CompressorModule) -> dict[str, float]:
         """Speed of the round that has just been made, over all ranks; nothing if it lay in the store."""

@@ -101,6 +101,9 @@ class LabelledQuestions(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resume_at = state["consumed"]
+        if self._sampler is not None:
+            # sharded strategies restore after the loader was made (the schedule asks for its length)
+            self._sampler.consumed, self._resume_at = self._resume_at, 0
         self._base = (state["batches"], state["consumed"]) if state["consumed"] else (0, 0)
 
 

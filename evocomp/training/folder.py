@@ -12,18 +12,28 @@ from evocomp.log import UserError, is_rank_zero
 DONE = "trained.json"
 
 
-def claim_folder(config: RunConfig, folder: Path) -> bool:
-    """See that the folder is this run's or free; returns whether its run is finished. Rank 0 looks, for all."""
+def is_finished(config: RunConfig, folder: Path) -> bool:
+    """Whether this very run is finished there; refuses a folder of others. Rank 0 looks, for all; writes nothing."""
     answer: bool | UserError = False
     if distributed.rank() == 0:
         try:
-            answer = _claim(config, folder)
+            answer = _look(config, folder)
         except UserError as error:
             answer = error
     answer = distributed.broadcast(answer)
     if isinstance(answer, UserError):
         raise answer
     return answer
+
+
+def claim_folder(config: RunConfig, folder: Path) -> None:
+    """Make the folder this run's: called once data and settings have proved sound, so that mistakes leave nothing."""
+    if not is_rank_zero() or (folder / "config.yaml").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "config.tmp"
+    config_files.save(config, temporary)
+    temporary.replace(folder / "config.yaml")
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -38,7 +48,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(last) if any(known) else None
 
 
-def _claim(config: RunConfig, folder: Path) -> bool:
+def _look(config: RunConfig, folder: Path) -> bool:
     mine = folder / "config.yaml"
     if mine.exists():
         there, wanted = (_comparable(c) for c in (config_files.load([mine]), config))
@@ -50,21 +60,9 @@ def _claim(config: RunConfig, folder: Path) -> bool:
                 "choose another --run_dir"
             )
         return (folder / DONE).exists()
-    if folder.is_file():
-        raise UserError(f"--run_dir={folder} is a file; give a folder")
     if folder.exists() and any(entry.name not in ("labels", "tensorboard", "config.tmp") for entry in folder.iterdir()):
         raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
     return False
-
-
-def keep_settings(config: RunConfig, folder: Path) -> None:
-    """Make the folder this run's. Not before data, model and trainer are known to be right: a command that was
-    refused can then be corrected and given again."""
-    mine = folder / "config.yaml"
-    if is_rank_zero() and not mine.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        config_files.save(config, mine.with_suffix(".tmp"))
-        mine.with_suffix(".tmp").replace(mine)
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
@@ -80,7 +78,7 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
                 flat[name] = value
 
     walk(config_files.to_dict(config), "")
-    changeable = ("run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
+    changeable = ("scorer.", "run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
     return {key: value for key, value in flat.items() if not key.startswith(changeable)}
 
 

@@ -71,7 +71,7 @@ def train(
     mllm: FrozenMLLM,
     examples: Sequence[Example],
     block: int,
-    steps: int = 500,
+    steps: int = 1000,
     batch_size: int = 32,
     r: int = 8,
     lr: float = 2e-3,
@@ -100,7 +100,7 @@ def train(
     return model
 
 
-def train_for_run(run: Path, questions: int = 8000, steps: int = 500, kept: Sequence[int] | None = None) -> None:
+def train_for_run(run: Path, questions: int = 8000, steps: int = 1000, kept: Sequence[int] | None = None) -> None:
     """Train a merger for each kept count of a finished run that divides N; those that are there are left alone.
 
     Scenes cost nothing to draw and answers are no labels: `questions` of them are drawn, more than are labelled.
@@ -132,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evocomp.training.k_token_merging", description=__doc__)
     parser.add_argument("--run", required=True, type=Path, help="a run folder that evocomp train wrote")
     parser.add_argument("--questions", type=int, default=8000, help="training questions")
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps for each kept count")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps for each kept count")
     parser.add_argument("--kept", type=int, nargs="*", help="kept counts; default: those of the run")
     options = parser.parse_args(words)
     log.setup()

@@ -10,51 +10,37 @@ from evocomp.distributed import StopRequest
 from evocomp.labels.labeller import Interrupted
 
 
-class StopCleanly(L.Callback):
-    """Notes SIGTERM while training lasts; `SaveAndStop` acts on it.
+class NoteStop(L.Callback):
+    """Notes SIGTERM in `request`. Comes first among the callbacks: others label in `on_train_start`.
 
     It takes the place of Lightning's own handler, which starts a collective inside the signal handler and so can
-    meet another one that is under way. Must come first among the callbacks, for others label in `on_train_start`.
+    meet another one that is under way.
     """
 
-    def __init__(self) -> None:
-        self.request = StopRequest(chain=False)
-        self._listening = False
+    def __init__(self, request: StopRequest):
+        self.request = request
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.request.__enter__()
-        self._listening = True
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._leave()
-
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._leave()  # else the next run of this process, in a notebook, would be told to stop as well
-
-    def _leave(self) -> None:
-        if self._listening:
-            self._listening = False
-            self.request.__exit__()
+        self.request.__exit__()
 
 
-class SaveAndStop(L.Callback):
-    """Ends training at the same step on all ranks when any of them has got SIGTERM, with a checkpoint.
+class StopCleanly(L.Callback):
+    """Ends training at the same step on all ranks when any of them was asked to, with a checkpoint at `path`.
 
-    Must come last among the callbacks: what others do at a batch's end (weight averages) belongs to the step.
-
-    Args:
-        stop: has noted the signal.
-        path: of the checkpoint.
+    Comes last among the callbacks: the others have then finished the step too.
     """
 
-    def __init__(self, stop: StopCleanly, path: Path):
-        self.stop = stop
+    def __init__(self, request: StopRequest, path: Path):
+        self.request = request
         self.path = path
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return  # the epoch's end has its own checkpoint; what comes next looks again
-        asked = torch.tensor(int(self.stop.request.asked), device=module.device)
+        asked = torch.tensor(int(self.request.asked), device=module.device)
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce(asked, reduce_op="max")
         if asked:

@@ -29,7 +29,11 @@ class SheetItem:
 
 
 def patch_of_pixel(shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-    """Token that each pixel of a picture of `shape` (height, width, ...) belongs to: int [height, width]."""
+    """Token that each pixel of a picture of `shape` (height, width, ...) belongs to: int [height, width].
+
+    >>> patch_of_pixel((2, 4), (1, 2)).tolist()
+    [[0, 0, 1, 1], [0, 0, 1, 1]]
+    """
     (height, width), (rows, columns) = shape[:2], grid
     row = np.arange(height) * rows // height
     column = np.arange(width) * columns // width

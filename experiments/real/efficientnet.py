@@ -149,6 +149,8 @@ class EfficientNetLiteTower(PreTrainedModel):
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
+    # it has no attention at all, so any kernel that the LLM runs with will do
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)

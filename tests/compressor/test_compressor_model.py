@@ -205,6 +205,28 @@ def test_compiles_without_graph_breaks():
         assert_close(compiled(visual, prompt, mask, budget=16.0).logits, expected)
 
 
+def test_the_head_is_loaded_in_float32(tmp_path):
+    make().save_pretrained(tmp_path)
+    compressor = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in compressor.encoder.parameters()} == {torch.bfloat16}
+    assert compressor.score.weight.dtype == compressor.head_norm.weight.dtype == torch.float32
+    visual, prompt = tokens()
+    out = compressor(visual.bfloat16(), prompt.bfloat16())
+    assert out.logits.dtype == torch.float32 and out.hidden.dtype == torch.bfloat16
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    compressor, (visual, prompt) = make(), tokens()
+    compressor.train()
+    gradients = []
+    for _ in range(2):
+        compressor.zero_grad()
+        compressor(visual, prompt).logits.square().sum().backward()
+        gradients.append([p.grad.clone() for p in compressor.parameters()])
+        compressor.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_bf16_weights_and_tokens():
     compressor, (visual, prompt) = make(budget_input=True).bfloat16(), tokens()
     out = compressor(visual.bfloat16(), prompt.bfloat16(), budget=torch.tensor([8.0, 16.0]))

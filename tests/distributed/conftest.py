@@ -42,15 +42,21 @@ def server():
     process.wait(30)
 
 
-def run_job(server, folder: Path, world: int, scenario: str, seconds=240, environment=None, **arguments) -> Job:
+def run_job(server, here: Path, world: int, scenario: str, seconds=240, environment=None, **arguments) -> Job:
     """Run a function of scenarios.py on `world` processes."""
-    job = {"world": world, "scenario": scenario, "arguments": arguments, "folder": str(folder), "seconds": seconds}
+    job = {"world": world, "scenario": scenario, "arguments": arguments, "folder": str(here), "seconds": seconds}
     server.stdin.write(json.dumps({**job, "environment": environment or {}}) + "\n")
     server.stdin.flush()
     codes = json.loads(server.stdout.readline())["codes"]
-    paths = [folder / f"result-{rank}.json" for rank in range(world)]
+    paths = [here / f"result-{rank}.json" for rank in range(world)]
     results = [json.loads(path.read_text()) if path.exists() else None for path in paths]
-    return Job(codes, results, [(folder / f"output-{rank}.txt").read_text() for rank in range(world)])
+    return Job(codes, results, [(here / f"output-{rank}.txt").read_text() for rank in range(world)])
+
+
+@pytest.fixture(scope="session")
+def start_job():
+    """`run_job`, for fixtures that live longer than a test."""
+    return run_job
 
 
 @pytest.fixture

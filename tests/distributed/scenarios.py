@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from evocomp import cli, distributed
+from evocomp.labels.labeller import Labeller
 from evocomp.labels.scorer import CandidateScorer
 
 TINY = [
@@ -69,7 +70,7 @@ def label(
 
     One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
     """
-    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.3, 4.0
+    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.3, 8.0
     if own_disks:
         os.environ["LOCAL_RANK"] = "0"
         folder = f"{folder}/{rank()}"
@@ -77,8 +78,11 @@ def label(
         before_batch(2, send_self(number, folder, chunks))
     if static:
         distributed.WorkQueue.__call__ = lambda self, chunks: iter(chunks[rank() :: distributed.world_size()])
+    made: list[int] = []
+    make = Labeller._make
+    Labeller._make = lambda self, round, ids, *rest: made.extend(ids) or make(self, round, ids, *rest)
     code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY])
-    return {"code": code, "digest": digest(folder) if code == 0 else None}
+    return {"code": code, "digest": digest(folder) if code == 0 else None, "made": len(made)}
 
 
 def uneven(work: float):
@@ -105,6 +109,27 @@ def uneven(work: float):
     except RuntimeError:
         barrier = "failed"
     return {"done": everyone, "barrier": barrier, "waited": queue.waited}
+
+
+def timed_label(folder: str):
+    """Wall and CPU seconds of labelling alone: everything is loaded before the clock starts."""
+    from evocomp.data.splits import load_splits
+    from evocomp.training import build
+
+    words = [f"run_dir={folder}", *TINY, "data.max_samples=64", "search.population=24", "search.generations=11"]
+    config = cli._config(words)
+    distributed.join()
+    splits = load_splits(config.data)
+    labeller = build.build_labeller(config, build.load_mllm(config), splits, Path(folder))
+    labeller.encode([example.id for example in splits.train])
+    labeller.scorer.full(labeller.encode([splits.train[0].id])[0])
+    labeller.scorer.forwards = 0
+    distributed.gather(None)
+    wall, cpu = time.perf_counter(), time.process_time()
+    labeller.ensure(0)
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    distributed.leave()
+    return {**seconds, "waited": labeller.waited, "forwards": labeller.scorer.forwards}
 
 
 class Spy:

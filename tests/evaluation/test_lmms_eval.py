@@ -104,6 +104,7 @@ def expected(scenes, compressor, keep):
     return sum(a == e.answer for a, e in zip(outcome.answers, scenes, strict=True)) / len(scenes)
 
 
+@pytest.mark.slow
 @needs_lmms_eval
 def test_a_real_run(place, scenes, tmp_path):
     nano = f"pretrained={ASSETS / 'nano'}"
@@ -117,11 +118,13 @@ def test_a_real_run(place, scenes, tmp_path):
     compressed = score(tmp_path / "ours")
     run = lmms_eval(place, tmp_path / "full", "evocomp_llava_hf", nano)
     full = score(tmp_path / "full")
+    assert run.returncode == 0, run.stderr[-3000:]
     assert full == pytest.approx(expected(scenes, None, 0))
     assert compressed == pytest.approx(expected(scenes, compressor, 24))
     assert compressed < full  # untrained weights keep tokens that say little
 
 
+@pytest.mark.slow
 @needs_lmms_eval
 def test_an_error_ends_the_run_without_a_score(place, tmp_path):
     """A method that merges tokens is found out inside of `generate`."""

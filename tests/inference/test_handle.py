@@ -487,6 +487,13 @@ def test_dense_positions_are_refused_with_mrope():
         compress(build("qwen2_vl"), jumble, positions="dense")
 
 
+def test_flex_attention_is_refused_where_blocks_would_be_lost():
+    model = copy.deepcopy(build("gemma3"))
+    model.get_decoder().config._attn_implementation = "flex_attention"
+    with pytest.raises(UserError, match="flex_attention"):
+        compress(model, jumble)
+
+
 def test_a_second_handle_is_refused_and_a_later_one_is_not(llava):
     with compress(llava, jumble), pytest.raises(UserError, match="remove"):
         compress(llava, jumble)

@@ -166,6 +166,23 @@ def test_gaps_in_positions_are_no_borders_of_packed_sequences():
     assert_close(got[0, -1:], wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_sliding_window_in_every_layer():
+    # Mistral has no layer types, only a window
+    from tests.inference import tiny_models
+
+    torch.manual_seed(0)
+    model = tiny_models.FAMILIES["llava_next"]().eval()
+    model.get_decoder().config.sliding_window = 8
+    model.generation_config.eos_token_id = None
+    inputs = prompts("llava_next")
+    for layer in (0, 2):
+        with compress(model, jumble, keep=0.2, layer=layer) as handle:
+            out = answer(model, inputs, pad_token_id=0)
+        expected = expected_logits(model, inputs, sizes("llava_next"), handle.last, out.sequences, layer)
+        for row, wanted in enumerate(expected):
+            assert_close(torch.stack([step[row] for step in out.logits]), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_first_full_attention_layer_may_lie_after_the_cut():
     # Gemma3 starts with sliding layers: masks of the whole prompt are then sized by a layer that is short
     import copy

@@ -1,5 +1,6 @@
 """What may choose: compressors in all forms, functions, and baselines."""
 
+import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import ReusedPicks
 from evocomp.inference import selectors
 from evocomp.inference.hooks import compress
-from evocomp.inference.selectors import picker_for, top_r
+from evocomp.inference.selectors import load_compressor, picker_for, top_r
 from evocomp.log import UserError
 from evocomp.mllm import families
 from tests.inference.test_hooks import answer, jumble
@@ -82,6 +83,23 @@ def test_an_adapter_folder_loads_on_the_models_own_layer(tmp_path):
         records.append(handle.last.scores[0][0])
     assert_close(records[0], records[1], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(records[0], records[2])
+
+
+def test_dtypes_follow_the_model_but_for_the_head(tmp_path):
+    model = copy.deepcopy(build("llava")).bfloat16()
+    compressor_for(model).float().save_pretrained(tmp_path / "whole")
+    save_lora(add_lora(compressor_for(model), r=2), tmp_path / "adapter")
+    for folder in ("whole", "adapter"):
+        loaded = families.unwrap(load_compressor(tmp_path / folder, model))
+        assert {p.dtype for p in loaded.encoder.parameters()} == {torch.bfloat16}
+        assert {p.dtype for n, p in loaded.named_parameters() if "encoder" not in n} == {torch.float32}
+
+
+def test_a_compressor_in_training_stays_so():
+    compressor = compressor_for(build("llava")).train()
+    with compress(build("llava"), compressor, keep=4):
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+    assert compressor.training and compressor.encoder.training
 
 
 def test_a_folder_that_holds_no_compressor_is_named(tmp_path):

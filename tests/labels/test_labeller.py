@@ -115,7 +115,8 @@ def test_the_costliest_chunks_come_first(labeller):
     write = one.store.write
     one.store.write = lambda round, chunk, records: (written.append(chunk), write(round, chunk, records))
     one.ensure(0)
-    words = [sum(len(one.examples[id].prompt + one.examples[id].answer) for id in ids) for ids in cut(list(one.examples), 3)]
+    texts = {id: example.prompt + example.answer for id, example in one.examples.items()}
+    words = [sum(len(texts[id]) for id in ids) for ids in cut(list(one.examples), 3)]
     assert [words[chunk] for chunk in written] == sorted(words, reverse=True) and len(set(words)) > 2
 
 

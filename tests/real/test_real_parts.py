@@ -104,6 +104,19 @@ def test_adapter_takes_stock_llava_with_this_tower(tiny):
     torch.testing.assert_close(loss[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_saved_folder_loads_as_any_model_does(tiny, tmp_path):
+    """The way of `evocomp --model.name FOLDER`: sdpa kernel, weights and buffers of the tower included."""
+    model, processor = tiny
+    model.model.vision_tower.scale.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = FrozenMLLM.load(str(tmp_path))
+    image = np.random.default_rng(2).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    example = Example(3, image, "c", "how many red", "2")
+    expected = FrozenMLLM(model, processor, "tiny").features([example])[0].visual
+    torch.testing.assert_close(loaded.features([example])[0].visual, expected)
+
+
 def test_packed_questions_score_as_if_asked_alone(tiny):
     """Packing is only a way to compute: each question's logits equal those of a sequence with nothing else in it."""
     model, processor = tiny
@@ -144,12 +157,13 @@ def test_packing_with_kept_tokens_matches_the_adapter(tiny):
     image = np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     features = mllm.features([Example(2, image, "b", "how many red", "2")])[0]
     kept = torch.tensor([[0, 5, 6, 15]])
-    expected = mllm.answer_logits(features, features.visual[kept], kept)[0]
+    expected = AnswerLosses(mllm).candidates(features, kept)
     scene = Scene(None, (), "red", "color", (Question("count", "how many red", "2"),))
     rows = pack(scene, processor.tokenizer, 20)[None]
     with torch.inference_mode():
         packed = packed_logits(model.model.language_model, model.lm_head, features.visual[kept], kept, rows, 16)
-    torch.testing.assert_close(packed[:1], expected, atol=1e-6, rtol=1e-5)
+    loss = F.cross_entropy(packed[:1], features.answer_ids, reduction="none")
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_ridge_solves_the_penalised_least_squares_problem(generator):

@@ -1,6 +1,7 @@
 """K-Token Merging: the loss is the model's own, training changes merger and LoRA alone, saved is loaded."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,10 +28,12 @@ def examples():
 
 @torch.no_grad()
 def test_blocks_of_one_are_the_frozen_model(mllm, examples):
-    """K = 1, LoRA and merger at their start: the identity, and the loss is transformers' own."""
+    """K = 1, LoRA and merger at their start: the identity, and the loss is transformers' own on answer and <eos>."""
     features = mllm.features(examples[:3])
     model = KTokenMerger(mllm, 1)
     for one, loss in zip(features, model.losses(features), strict=True):
+        end = torch.tensor([mllm.processor.tokenizer.eos_token_id])
+        one = replace(one, answer_ids=torch.cat([one.answer_ids, end]))
         logits = mllm.answer_logits(one, one.visual[None], torch.arange(144)[None])[0]
         expected = torch.nn.functional.cross_entropy(logits, one.answer_ids)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
@@ -55,6 +58,8 @@ def test_training_lowers_the_loss_and_leaves_the_frozen_model_alone(mllm, exampl
     after = mllm.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert not any(p.requires_grad for p in model.mllm.model.parameters())
+    answers = model.answer(features[:8])
+    assert all(len(text.split()) == 1 for text in answers)  # it still stops
     model.save(tmp_path / "16")
     loaded = KTokenMerger.load(tmp_path / "16", mllm)
     with torch.no_grad():

@@ -1,323 +1,200 @@
-"""Whole small runs: label, train, refresh; stopped, crashed and started again."""
+"""The main job end to end on a handful of questions: what it leaves behind, and that it goes on where it was."""
 
 import json
-import os
-import signal
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
+from evocomp.cli import main
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.load import load
-from evocomp.labels.labeller import Interrupted
-from evocomp.labels.scorer import CandidateScorer
+from evocomp.data.conversations import write_scenes
+from evocomp.data.splits import load_splits
 from evocomp.labels.store import LabelStore
-from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.training import build
-from evocomp.training.build import check_trainer, run
-from evocomp.training.folder import DONE
+from evocomp.training.build import build_compressor, build_labeller
+from evocomp.training.cost import CostMeter
+from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
+from evocomp.training.refresh_labels import RefreshLabels
 
-EPOCHS = 4
-TINY = [
-    "data.max_samples=16",
-    "data.val_samples=6",
-    "data.test_samples=0",
+QUICK = [
+    "data.max_samples=24",
+    "data.val_samples=10",
+    "data.test_samples=30",
+    "search.generations=1",
+    "search.population=8",
+    "search.parents=3",
     "labels.chunk_size=8",
     "labels.passes=2",
-    "search.population=12",
-    "search.parents=4",
-    "search.generations=1",
-    "optim.batch_size=8",
-    "optim.warmup_steps=2",
+    "optim.batch_size=4",
     "eval.kept=[16,4]",
-    "logger=none",
-    "threads=1",
+    "eval.seeds=1",
+    "eval.resamples=50",
+    "eval.max_new_tokens=1",
+    "eval.sheet=2",
+    "trainer.max_epochs=2",
     "trainer.accelerator=cpu",
-    f"trainer.max_epochs={EPOCHS}",
+    "threads=1",
 ]
 PLUS = [
     "recipe=plus",
     "labels.target=credit",
+    "labels.credit_samples=12",
+    "labels.credit_masks=8",
     "labels.refresh=on_policy",
-    "labels.refresh_start=2",
-    "labels.credit_masks=16",
-    "labels.proposals=6",
-    "labels.samples_per_refresh=12",
-    "labels.flat=0.001",
-    "compressor.budget_input=true",
+    "labels.samples_per_refresh=20",
+    "labels.proposals=4",
+    "labels.flat=0.0",
+    "labels.samples_per_epoch=24",
     "loss.name=listwise",
+    "compressor.budget_input=true",
     "optim.ema=0.9",
 ]
 
 
-class Steps:
-    """What each training step saw; may do something in the middle of the step of a number."""
-
-    def __init__(self, monkeypatch):
-        self.seen: list[tuple] = []
-        self.at: dict[int, object] = {}
-        original = CompressorModule.training_step
-
-        def step(module, batch, batch_index):
-            loss = original(module, batch, batch_index)
-            number = module.global_step
-            kind = "populations" if batch.populations else "targets"
-            self.seen.append((module.current_epoch, batch.round, kind, tuple(batch.ids), float(loss.detach())))
-            self.at.get(number, lambda: None)()
-            return loss
-
-        monkeypatch.setattr(CompressorModule, "training_step", step)
+def train(folder, *settings: str) -> None:
+    assert main(["train", *(f"--{word}" for word in [*QUICK, *settings, f"run_dir={folder}"])]) == 0
 
 
 @pytest.fixture(scope="module")
-def shared_mllm(nano):
-    """Runs load the MLLM once: it never changes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "load_mllm", lambda config: FrozenMLLM(nano.model, nano.processor, "nano"))
-        yield
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("main") / "run"
+    train(folder)
+    return folder
 
 
-@pytest.fixture
-def steps(monkeypatch, shared_mllm):
-    return Steps(monkeypatch)
+def test_everything_is_there(finished):
+    names = ("config.yaml", "compressor/model.safetensors", "labels/meta.json", "report.md", "report.html", "kept.png")
+    for name in names:
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").glob("events.*"))
+    rows = json.loads((finished / "report.json").read_text())
+    assert {"method", "kept", "accuracy", "low", "high", "n", "relative"} <= set(rows[0])
+    methods = {row["method"] for row in rows}
+    wanted = {"full", "no_image", "wrong_image", "random", "uniform_stride", "average_pool", "downsampling", "evocomp"}
+    assert wanted <= methods
+    assert {row["kept"] for row in rows if row["method"] == "evocomp"} == {16, 4}
+    assert all(row["n"] == 30 for row in rows)
 
 
-def config(folder, *settings):
-    return load([], [*TINY, f"run_dir={folder}", *settings])
+def test_a_finished_run_is_shown_not_repeated(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    train(finished)
+    assert "EvoComp" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module", params=["published", "plus"])
-def whole(request, tmp_path_factory, shared_mllm):
-    """(settings, folder, steps) of an uninterrupted run."""
-    settings = PLUS if request.param == "plus" else []
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        steps = Steps(patch)
-        assert run(config(folder, *settings)) is True
-    return settings, folder, steps.seen
+def test_other_settings_are_refused_in_the_same_folder(finished, capsys):
+    words = [f"--{word}" for word in [*QUICK, "loss.alpha=0.7", f"run_dir={finished}"]]
+    assert main(["train", *words]) == 2
+    assert "loss.alpha: 0.1 there, 0.7 asked for" in capsys.readouterr().err
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    return EvoCompCompressor.from_pretrained(folder / "compressor").state_dict()
+def test_the_same_seed_gives_the_same_labels_and_weights(finished, tmp_path):
+    train(tmp_path / "again")
+    for round in (0, 1):
+        stores = [LabelStore(folder / "labels") for folder in (finished, tmp_path / "again")]
+        assert stores[0].digest(round) == stores[1].digest(round)
+    one, other = (EvoCompCompressor.from_pretrained(f / "compressor") for f in (finished, tmp_path / "again"))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
-def assert_same_weights(one, other) -> None:
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    different = [key for key in a if not torch.equal(a[key], b[key])]
-    assert not different
+def test_checkpoints_hold_the_compressor_only(finished):
+    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=False)
+    assert state["state_dict"] and all(key.startswith("compressor.") for key in state["state_dict"])
 
 
-# ------------------------------------------------------------ what a run does
+def test_labels_never_get_worse_and_beat_the_uncompressed_loss(finished):
+    store = LabelStore(finished / "labels")
+    first, second = store.read(0), store.read(1)
+    for id, record in first.items():
+        assert record["best_loss"] <= record["first_best"] and second[id]["best_loss"] <= record["best_loss"]
+        kept, groups = record["kept"].astype(int), record["groups"]
+        assert sorted(groups[kept]) == list(range(groups.max() + 1)), "one token of every group"
+    assert np.mean([r["best_loss"] for r in second.values()]) < np.mean([r["first_mean"] for r in first.values()])
 
 
-def test_every_batch_is_of_the_round_of_its_epoch(whole):
-    settings, folder, seen = whole
-    assert [step[0] for step in seen] == [epoch for epoch in range(EPOCHS) for _ in range(4)]
-    rounds = {epoch: {step[1] for step in seen if step[0] == epoch} for epoch in range(EPOCHS)}
-    kinds = {epoch: {step[2] for step in seen if step[0] == epoch} for epoch in range(EPOCHS)}
-    if settings:
-        assert rounds == {0: {0}, 1: {0}, 2: {1}, 3: {2}}
-        assert kinds == {0: {"targets"}, 1: {"targets"}, 2: {"populations"}, 3: {"populations"}}
-    else:
-        assert rounds == {epoch: {epoch} for epoch in range(EPOCHS)} and set.union(*kinds.values()) == {"targets"}
-        for epoch in range(EPOCHS):
-            ids = [id for step in seen if step[0] == epoch for id in step[3]]
-            assert sorted(ids) == sorted(2 * list(set(ids))) and len(ids) == 32
+def test_our_own_recipe_runs_and_costs_are_told_apart(tmp_path):
+    train(tmp_path / "plus", *PLUS)
+    cost = json.loads((tmp_path / "plus" / "trained.json").read_text())["cost"]
+    assert cost["labelling"]["forwards"] == 12 * 2 * 8  # questions x sizes x masks
+    assert cost["labelling"]["packed"] < cost["labelling"]["forwards"], "shared over the questions of a picture"
+    assert cost["refresh"]["forwards"] == 20 * 4 and cost["training"]["flops"] > 0
+    records = LabelStore(tmp_path / "plus" / "labels").read(1)
+    assert len(records) == 24 and sum(record["draws"].size > 0 for record in records.values()) <= 20
 
 
-def test_what_lies_in_the_folder(whole):
-    settings, folder, seen = whole
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "labels", "checkpoints", "compressor", DONE}
-    assert load([folder / "config.yaml"]) == config(folder, *settings)
-    done = json.loads((folder / DONE).read_text())
-    assert (done["steps"], done["epochs"]) == (len(seen), EPOCHS)
-    assert done["cost"]["labelled"] == 16 and done["cost"]["labelling"]["forwards"] > 0
-    compressor = EvoCompCompressor.from_pretrained(folder / "compressor")
-    assert compressor.config.base_model_name_or_path == "nano" and compressor.config.keep == 16
-    assert compressor.config.metadata["recipe"] == ("plus" if settings else "published")
-    stored = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
-    assert all(key.startswith("compressor.") for key in stored["state_dict"])
+def test_it_runs_from_a_folder_of_conversations(tmp_path):
+    write_scenes(tmp_path / "scenes", seed=3, count=12)
+    settings = [f"data.source={tmp_path / 'scenes'}", "labels.refresh=none", "trainer.max_epochs=1"]
+    train(tmp_path / "run", *settings)
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert next(row for row in rows if row["method"] == "full")["accuracy"] > 0.8
 
 
-def test_what_is_saved_is_what_was_trained(whole):
-    settings, folder, _ = whole
-    stored = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
-    for key, value in weights(folder).items():
-        assert torch.equal(value, stored[f"compressor.{key}"]), key
+# ---------------------------------------------------------------- resuming
 
 
-def test_old_rounds_are_deleted_and_no_refresh_lost_a_best(whole):
-    settings, folder, _ = whole
-    store = LabelStore(folder / "labels")
-    if settings:
-        assert store.rounds() == [0, 1, 2]
-        return
-    assert store.rounds() == [0, 2, 3]  # the first, the one in use and the one it was made from
-    first, before, last = (store.read(round) for round in (0, 2, 3))
-    for id in first:
-        assert last[id]["best_loss"] <= before[id]["best_loss"] <= first[id]["best_loss"]
-        assert last[id]["full_loss"] == first[id]["full_loss"]
+class Seen(L.Callback):
+    """Notes ids and rounds of each batch; saves in mid-epoch and stops, if told to."""
+
+    def __init__(self, stop_after: int | None = None, path=None):
+        self.batches: list[tuple[list[int], int]] = []
+        self.stop_after = stop_after
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        self.batches.append((batch.ids, batch.round))
+        if self.stop_after and len(self.batches) == self.stop_after:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+            trainer.limit_train_batches = 0
+            raise KeyboardInterrupt
 
 
-def test_a_finished_run_is_left_alone(whole, steps):
-    settings, folder, _ = whole
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert run(config(folder, *settings)) is False
-    # what may differ from one start to the next
-    assert run(config(folder, *settings, "threads=2", "eval.kept=[8]", "trainer.max_epochs=9")) is False
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before and steps.seen == []
-
-
-# ------------------------------------------------------------ stopped and started again
-
-
-def stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_sigterm_in_mid_epoch_costs_no_step(whole, steps, tmp_path):
-    settings, folder, seen = whole
-    handler = signal.getsignal(signal.SIGTERM)
-    steps.at[10] = stop  # in the third epoch, after a refresh
-    with pytest.raises(Interrupted, match="goes on from this step"):
-        run(config(tmp_path / "run", *settings))
-    assert steps.seen == seen[:11]
-    assert not (tmp_path / "run" / DONE).exists() and not (tmp_path / "run" / "compressor").exists()
-    steps.at.clear()
-    steps.seen.clear()
-    assert run(config(tmp_path / "run", *settings)) is True
-    assert steps.seen == seen[11:]
-    assert_same_weights(folder, tmp_path / "run")
-    signal.signal(signal.SIGTERM, handler)
-
-
-def test_a_crash_in_mid_epoch_costs_that_epochs_steps(whole, steps, tmp_path):
-    settings, folder, seen = whole
-
-    def crash():
-        raise ZeroDivisionError("a bug")
-
-    steps.at[10] = crash
-    with pytest.raises(ZeroDivisionError):
-        run(config(tmp_path / "run", *settings))
-    steps.at.clear()
-    steps.seen.clear()
-    assert run(config(tmp_path / "run", *settings)) is True
-    assert steps.seen == seen[8:]
-    assert_same_weights(folder, tmp_path / "run")
-
-
-def test_sigterm_in_a_refresh_goes_on_with_that_refresh(whole, steps, tmp_path, monkeypatch):
-    settings, folder, seen = whole
-    score = CandidateScorer._in_parts
-
-    def stop_later(self, *arguments, **options):
-        if len(steps.seen) == 8:  # two epochs are trained: these masks are of a refresh
-            stop()
-        return score(self, *arguments, **options)
-
-    monkeypatch.setattr(CandidateScorer, "_in_parts", stop_later)
-    with pytest.raises(Interrupted):
-        run(config(tmp_path / "run", *settings))
-    monkeypatch.setattr(CandidateScorer, "_in_parts", score)
-    assert steps.seen == seen[:8]
-    steps.seen.clear()
-    assert run(config(tmp_path / "run", *settings)) is True
-    assert steps.seen == seen[8:]
-    assert_same_weights(folder, tmp_path / "run")
-    stores = [LabelStore(f / "labels") for f in (folder, tmp_path / "run")]
-    assert stores[0].rounds() == stores[1].rounds()
-    assert [stores[0].digest(r) for r in stores[0].rounds()] == [stores[1].digest(r) for r in stores[1].rounds()]
-
-
-def test_labels_made_before_are_used(steps, tmp_path, whole):
-    """`evocomp label` first, then `evocomp train` into the same folder."""
-    settings, folder, seen = whole
-    mine = config(tmp_path / "run", *settings)
-    build.label_only(mine)
-    before = LabelStore(tmp_path / "run" / "labels").digest(0)
-    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "labels" / "round-0000").iterdir()}
-    steps.at[0] = stop
-    with pytest.raises(Interrupted):
-        run(mine)
-    assert steps.seen == seen[:1]
-    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "labels" / "round-0000").iterdir()} == stamps
-    assert before == LabelStore(folder / "labels").digest(0)
-
-
-# ------------------------------------------------------------ mistakes
-
-
-def refused(mine, match: str) -> None:
-    with pytest.raises(UserError, match=match) as caught:
-        run(mine)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_of_another_run_is_refused(whole, steps):
-    settings, folder, _ = whole
-    refused(
-        config(folder, *settings, "optim.lr=0.5"),
-        r"holds a run with other settings \(optim.lr: 0.002 there, 0.5 asked for\); choose another --run_dir",
+def fit(folder, seen: Seen, checkpoint=None, workers: int = 0) -> None:
+    config = load([], [*QUICK, f"run_dir={folder}"])
+    L.seed_everything(0, verbose=False)
+    splits = load_splits(config.data)
+    mllm = FrozenMLLM.load("nano")
+    labeller = build_labeller(config, mllm, splits, folder)
+    data = LabelledQuestions(mllm, splits.train, 4, 24, seed=0, workers=workers)
+    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
+    refresh = RefreshLabels(labeller, data, config.labels, CostMeter(labeller.scorer))
+    trainer = L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        callbacks=[refresh, seen],
     )
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    except (KeyboardInterrupt, SystemExit):
+        pass
 
 
-def test_a_folder_with_other_files_is_refused(steps, tmp_path):
-    (tmp_path / "thesis.tex").write_text("")
-    refused(config(tmp_path), "holds other files; choose a new or empty folder")
-    refused(config(tmp_path / "thesis.tex"), "thesis.tex is a file; give a folder")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+@pytest.mark.parametrize("stop_after", [2, 8])
+def test_resuming_in_mid_epoch_sees_exactly_what_an_uninterrupted_run_sees(tmp_path, stop_after):
+    whole = Seen()
+    fit(tmp_path / "whole", whole)
+    assert len(whole.batches) == 12
+    assert [round for _, round in whole.batches] == [0] * 6 + [1] * 6, "each epoch trains on its own round"
+    part = Seen(stop_after, tmp_path / "mid.ckpt")
+    fit(tmp_path / "part", part)
+    rest = Seen()
+    fit(tmp_path / "part", rest, checkpoint=str(tmp_path / "mid.ckpt"))
+    assert part.batches + rest.batches == whole.batches
 
 
-@pytest.mark.parametrize(
-    ("setting", "match"),
-    [
-        ("data.source=nowhere", "data.source=nowhere: no such file or folder"),
-        ("eval.kept=[8,145]", "eval.kept=145 is more than the 144 visual tokens of a picture"),
-        ("model.name=nowhere", "model.name=nowhere does not load"),
-        ("search.population=4", "fewer parents than candidates"),
-        ("trainer.max_epoch=3", r"unknown setting trainer.max_epoch; did you mean trainer.max_epochs\?"),
-        ("trainer.accelerator=gpux", "trainer: .*gpux"),
-        ("trainer.max_epochs=x", "trainer.max_epochs=x: must be a whole number"),
-    ],
-)
-def test_a_mistake_can_be_put_right_in_the_same_folder(steps, tmp_path, monkeypatch, setting, match):
-    if setting.startswith("model"):
-        monkeypatch.setattr(build, "load_mllm", lambda config: FrozenMLLM.load(config.model.name))
-    refused(config(tmp_path / "run", setting), match)
-    # nothing was claimed, so that the corrected command is not told of other settings
-    assert not (tmp_path / "run" / "config.yaml").exists()
-    if setting.startswith("search"):
-        assert not (tmp_path / "run" / "labels").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"typo": 1}, "unknown setting trainer.typo; see the arguments of lightning.Trainer"),
-        ({"device": 1}, r"unknown setting trainer.device; did you mean trainer.devices\?"),
-        ({"logger": False}, "trainer.logger is set by the run itself; see --logger and --run_dir"),
-        ({"callbacks": []}, "trainer.callbacks is set by the run itself"),
-    ],
-)
-def test_trainer_settings_are_checked_against_lightnings_signature(settings, match):
-    with pytest.raises(UserError, match=match):
-        check_trainer(settings)
-    assert check_trainer({"max_epochs": 3, "precision": "bf16-mixed"}) == {"max_epochs": 3, "precision": "bf16-mixed"}
-
-
-def test_too_few_questions_for_a_batch(steps, tmp_path):
-    refused(config(tmp_path / "run", "optim.batch_size=64"), "32 training questions make no batch of optim.batch_size=64")
-
-
-def test_seeds_matter(steps, whole, tmp_path):
-    settings, folder, seen = whole
-    steps.at[1] = stop
-    with pytest.raises(Interrupted):
-        run(config(tmp_path / "run", *settings, "seed=1"))
-    assert steps.seen[0][3] != seen[0][3] and np.isfinite(steps.seen[0][4])
+def test_loader_workers_never_see_a_stale_label(tmp_path):
+    seen = Seen()
+    fit(tmp_path / "workers", seen, workers=2)
+    assert [round for _, round in seen.batches] == [0] * 6 + [1] * 6

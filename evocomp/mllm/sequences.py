@@ -1,0 +1,106 @@
+"""Many sequences over a few rows: what the candidates of a sample are, for they differ only in what they leave out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evocomp.mllm.features import Features
+
+Past = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values [1, heads, P, d] of each layer, for P tokens that all sequences begin with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows that sequences are made of.
+
+    Attributes:
+        embeds: what the LLM reads [S, D].
+        positions: position ids, [S], or [4, S] with M-RoPE.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+
+
+class Body(Protocol):
+    """A decoder without its head, run over sequences of a table's rows."""
+
+    def __call__(
+        self, table: Table, index: Tensor, read: Tensor, mask: Tensor | None = None, past: Past | None = None
+    ) -> Tensor:
+        """Last hidden states at the read places.
+
+        Args:
+            index: rows of each sequence [Q, L], after those of `past`.
+            read: places in `index` that are asked for: [A] in all sequences, or [Q, A].
+            mask: which keys each query sees [L, P + L]; None: those before it and itself.
+            past: what came before.
+
+        Returns:
+            [Q, A, D]
+        """
+        ...
+
+    def prefix(self, table: Table, rows: Tensor) -> Past | None:
+        """Keys and values of the rows [P]; None if this decoder's cannot be shared."""
+        ...
+
+
+def crop(past: Past, length: int) -> Past:
+    """The first `length` tokens of it."""
+    return tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in past)
+
+
+def prompt_table(features: Features, embed: torch.nn.Module) -> Table:
+    """All that a sample's sequences may hold: row s is place s of its prompt, then its answer but the last token.
+
+    Nothing is read from the answer's last token, so it is left out.
+    """
+    ids, at = features.prompt_ids, features.text_at
+    text = embed(torch.cat([ids[at], features.answer_ids[:-1]]))
+    embeds = text.new_empty(len(ids), text.shape[1])
+    embeds[at] = text[: len(at)]
+    embeds[features.visual_at] = features.visual.to(text.dtype)
+    tail = text[len(at) :]
+    return Table(torch.cat([embeds, tail]), continued(features.positions, len(ids) + len(tail)))
+
+
+def prompt_index(features: Features, kept: Tensor) -> Tensor:
+    """Rows of `prompt_table` for masks kept [Q, R]: text, kept tokens and answer in their order [Q, T + R + A - 1]."""
+    size, answer = len(features.prompt_ids), len(features.answer_ids)
+    tail = torch.arange(size, size + answer - 1, device=kept.device)
+    rest = torch.cat([features.text_at, tail]).expand(len(kept), -1)
+    return torch.cat([rest, features.visual_at[kept]], dim=1).sort(dim=1).values
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """Tables of several samples one after another."""
+    positions = torch.cat([table.positions for table in tables], dim=-1)
+    return Table(torch.cat([table.embeds for table in tables]), positions)
+
+
+def padded(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Sequences of several samples over their joined table, whose parts have these sizes; shorter ones padded.
+
+    A causal decoder never looks back from padding on the right, which repeats the last row.
+    """
+    longest = max(index.shape[1] for index in indices)
+    rows, start = [], 0
+    for index, size in zip(indices, sizes, strict=True):
+        missing = longest - index.shape[1]
+        rows.append(start + torch.cat([index, index[:, -1:].expand(-1, missing)], dim=1))
+        start += size
+    return torch.cat(rows)
+
+
+def continued(positions: Tensor, length: int) -> Tensor:
+    """Positions [..., L] carried on by steps of one to `length`."""
+    missing = length - positions.shape[-1]
+    if missing <= 0:
+        return positions
+    steps = torch.arange(1, missing + 1, device=positions.device)
+    return torch.cat([positions, positions[..., -1:] + steps], dim=-1)

@@ -1,0 +1,185 @@
+"""Losses of masks against transformers' own decoder, in which dropped tokens are masked away and not removed."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evocomp.config.schema import ScorerConfig
+from evocomp.log import UserError
+from evocomp.mllm import llama_body
+from evocomp.mllm.features import Features
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.llama_body import LlamaBody
+from evocomp.mllm.scoring import AnswerLosses
+from evocomp.mllm.sequences import prompt_index, prompt_table
+from evocomp.mllm.transformers_body import TransformersBody
+from tests.mllm.test_hf import SCORABLE, tiny
+
+SWITCHES = [field.name for field in fields(ScorerConfig)]
+OFF = {name: "never" if name == "shared_prefix" else False for name in SWITCHES}
+SETTINGS = {
+    "all": ScorerConfig(),
+    "prefix": ScorerConfig(shared_prefix="always"),
+    "prefix, transformers": ScorerConfig(shared_prefix="always", own_pass=False),
+    "none": ScorerConfig(**OFF),
+    **{f"without {name}": ScorerConfig(**{name: OFF[name]}) for name in SWITCHES},
+    **{f"own pass and {name}": ScorerConfig(**{**OFF, "own_pass": True, name: "always" if "prefix" in name else True})
+       for name in ("shared_prefix", "last_layer_at_answers", "first_layer_once", "onednn")},
+}
+every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+
+
+def masked_losses(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> torch.Tensor:
+    """[Q] from whole prompts in which the attention mask hides what is not kept, one at a time, all logits."""
+    ids, answer = features.prompt_ids, features.answer_ids
+    embeds = mllm.embed(ids.index_fill(0, features.visual_at, 0)).detach()
+    embeds[features.visual_at] = features.visual
+    embeds = torch.cat([embeds, mllm.embed(answer)])
+    last, steps = features.positions[..., -1:], torch.arange(1, len(answer) + 1)
+    positions = torch.cat([features.positions, last + steps], dim=-1)
+    if positions.ndim == 2:
+        positions[0] = torch.arange(len(embeds))
+    losses = []
+    for row in kept:
+        seen = torch.ones(len(embeds), dtype=torch.long)
+        seen[features.visual_at] = 0
+        seen[features.visual_at[row]] = 1
+        with torch.no_grad():
+            hidden = mllm.decoder(
+                inputs_embeds=embeds[None], attention_mask=seen[None], position_ids=positions[..., None, :]
+            ).last_hidden_state[0]
+            logits = mllm.head(hidden)
+        losses.append(F.cross_entropy(logits[len(ids) - 1 : -1].float(), answer))
+    return torch.stack(losses)
+
+
+def masks(features: Features, count: int, size: int, seed: int = 0) -> torch.Tensor:
+    order = torch.rand(count, len(features.visual), generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return order[:, :size].sort(1).values
+
+
+def with_answer(features: Features, *ids: int) -> Features:
+    return replace(features, answer_ids=torch.tensor(ids))
+
+
+def later_picture(features: Features, words: int = 11) -> Features:
+    """The same prompt behind more text, as with a system prompt."""
+    text = torch.arange(20, 20 + words)
+    return replace(
+        features,
+        prompt_ids=torch.cat([features.prompt_ids[:1], text, features.prompt_ids[1:]]),
+        visual_at=features.visual_at + words,
+        positions=torch.arange(len(features.prompt_ids) + words),
+    )
+
+
+@every_setting
+@pytest.mark.parametrize("words", [0, 11])
+def test_every_saving_leaves_the_losses_of_candidates(nano, encoded, settings, words):
+    losses = AnswerLosses(nano, settings=settings)
+    for features in encoded[:3]:
+        asked = later_picture(with_answer(features, 9, 14, 22), words)
+        for size in (1, 16):
+            kept = masks(asked, 5, size)
+            expected = masked_losses(nano, asked, kept)
+            for flips in (False, True):
+                given = losses.candidates(asked, kept, flips)
+                torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_setting
+def test_every_saving_leaves_the_losses_of_batches(nano, encoded, settings):
+    answers = ((9,), (14, 22, 30), (22, 9))
+    some = [with_answer(f, *a) for f, a in zip((encoded[0], encoded[25], encoded[45]), answers, strict=True)]
+    kept = torch.stack([masks(one, 4, 16, seed) for seed, one in enumerate(some)])
+    expected = torch.stack([masked_losses(nano, one, own) for one, own in zip(some, kept, strict=True)])
+    given = AnswerLosses(nano, settings=settings).batch(some, kept)
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_setting
+@pytest.mark.parametrize("words", [0, 11])
+def test_every_saving_leaves_the_losses_of_shared_scoring(nano, encoded, settings, words):
+    one_picture = [f for f in encoded if f.image_id == encoded[0].image_id][:4]
+    asked = [later_picture(with_answer(f, *range(9, 10 + i)), words) for i, f in enumerate(one_picture)]
+    kept = masks(asked[0], 5, 16)
+    expected = torch.stack([masked_losses(nano, one, kept) for one in asked], dim=1)
+    given = AnswerLosses(nano, settings=settings).shared(asked, kept)
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own_pass", [True, False])
+@pytest.mark.parametrize("prefix", ["never", "always"])
+@pytest.mark.parametrize("family", [f for f in SCORABLE if not f.startswith("paligemma")])
+def test_families(family, own_pass, prefix):
+    features, _, model = tiny(family)
+    features = with_answer(features, 40, 60, 80)
+    mllm = FrozenMLLM(model, processor=None)
+    losses = AnswerLosses(mllm, settings=ScorerConfig(own_pass=own_pass, shared_prefix=prefix))
+    expected_body = LlamaBody if own_pass and not family.startswith("qwen") else TransformersBody
+    assert type(losses.body) is expected_body
+    kept = masks(features, 4, 5)
+    expected = masked_losses(mllm, features, kept)
+    torch.testing.assert_close(losses.candidates(features, kept), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_candidates_that_share_a_beginning_give_the_same_losses(nano, encoded):
+    """One flip each, as local search asks for them: early and late ones, and the mask itself."""
+    features = with_answer(encoded[0], 9, 14)
+    base = masks(features, 1, 24)[0]
+    others = torch.tensor([i for i in range(144) if i not in base.tolist()])
+    kept = torch.stack([base] + [torch.cat([base[:i], base[i + 1 :], others[7 * i][None]]).sort().values
+                                 for i in range(len(others) // 7)[:24]])
+    for settings in (ScorerConfig(), ScorerConfig(own_pass=False)):
+        losses = AnswerLosses(nano, settings=settings)
+        expected = masked_losses(nano, features, kept)
+        torch.testing.assert_close(losses.candidates(features, kept, flips=True), expected, atol=1e-5, rtol=1e-5)
+        table, index = prompt_table(features, nano.embed), prompt_index(features, kept)
+        shared = [past[0][0].shape[2] if past else 0 for _, past in losses._buckets(table, index, 2)]
+        assert shared == sorted(shared) and shared[-1] > 10, "later flips share more"
+
+
+def test_bfloat16_is_near(nano, encoded):
+    kept = masks(encoded[0], 8, 16)
+    near = AnswerLosses(nano, torch.bfloat16).candidates(encoded[0], kept)
+    assert near.dtype == torch.float32
+    torch.testing.assert_close(near, masked_losses(nano, encoded[0], kept), atol=0.2, rtol=0.1)
+
+
+def test_own_pass_is_given_up_where_it_is_not_the_models(nano, encoded, monkeypatch):
+    assert type(AnswerLosses(nano).body) is LlamaBody
+    right = LlamaBody._after
+    monkeypatch.setattr(LlamaBody, "_after", lambda *a: right(*a) * 1.001)
+    assert not llama_body.agrees(LlamaBody(nano.decoder, torch.float32, ScorerConfig()), nano.decoder)
+    assert type(AnswerLosses(nano).body) is TransformersBody
+
+
+def test_own_pass_is_for_known_layers_only(nano, monkeypatch):
+    assert llama_body.fits(nano.decoder)
+    layer = nano.decoder.layers[1].mlp
+    monkeypatch.setitem(layer._modules, "up_proj", torch.nn.Sequential(layer.up_proj))
+    assert not llama_body.fits(nano.decoder)
+
+
+def test_another_picture_with_the_same_system_prompt_uses_its_prefix_again(nano, encoded):
+    losses = AnswerLosses(nano)
+    first, second = (later_picture(features) for features in (encoded[0], encoded[30]))
+    made = []
+    prefix = losses.body.prefix
+    losses.body.prefix = lambda *a: made.append(1) or prefix(*a)
+    for asked in (first, second, first):
+        kept = masks(asked, 3, 8)
+        torch.testing.assert_close(
+            losses.candidates(asked, kept), masked_losses(nano, asked, kept), atol=1e-5, rtol=1e-5
+        )
+    assert len(made) == 1
+    losses.candidates(encoded[0], masks(encoded[0], 3, 8))
+    assert len(made) == 1, "one token before the picture is not worth a cache"
+
+
+def test_shared_scoring_needs_one_picture(nano, encoded):
+    others = next(f for f in encoded if f.image_id != encoded[0].image_id)
+    with pytest.raises(UserError, match="agree up to the end of the picture"):
+        AnswerLosses(nano).shared([encoded[0], others], masks(encoded[0], 2, 4))

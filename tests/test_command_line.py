@@ -1,0 +1,99 @@
+"""The command line: quick answers, and one clear line with exit code 2 for everything a user can get wrong."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from evocomp.cli import VERBS, main
+from evocomp.data.conversations import write_scenes
+
+TINY = ["--data.max_samples=8", "--data.val_samples=0", "--data.test_samples=8", "--trainer.accelerator=cpu"]
+
+
+def fails(capsys, *words: str) -> str:
+    """The one line on standard error; the exit code must be 2 and nothing may be printed."""
+    assert main(list(words)) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("evocomp: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["tran"], ["train", "--seeed=3"]])
+def test_help_and_typos_answer_at_once_and_without_torch(words):
+    code = (
+        "import sys; from evocomp.cli import main; main(sys.argv[1:]); "
+        "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules), 'heavy imports'"
+    )
+    started = time.process_time()
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, timeout=60)
+    assert time.process_time() - started < 1
+
+
+def test_help_of_every_verb_shows_an_example(capsys):
+    for verb in VERBS:
+        assert main([verb, "--help"]) == 0
+        assert f"\n      evocomp {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tran"], "did you mean train?"),
+        (["train", "--search.generation=3"], "did you mean search.generations?"),
+        (["train", "--seed=many"], "could not be converted to Integer"),
+        (["train", "--loss.name=foo"], "expected one of"),
+        (["train", "--search.population=5"], "smaller than search.parents=12"),
+        (["train", "--config", "no.yaml"], "no such file"),
+        (["train", "--trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        (["train", "--data.source=nowhere"], "no such file or folder"),
+        (["eval"], "needs --run"),
+        (["eval", "--run", "nowhere"], "not a run folder"),
+        (["eval", "--rnu", "x"], "did you mean --run?"),
+        (["data", "scenes"], "needs --out"),
+        (["bench", "nothing"], "needs one of"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in fails(capsys, *words)
+    assert not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
+def test_broken_data_is_named(capsys, tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text('[{"id": 1,\n  "image": }]')
+    assert f"{broken}:2: not valid JSON" in fails(capsys, "label", f"--data.source={broken}", *TINY)
+
+    write_scenes(tmp_path / "scenes", seed=5, count=3)
+    for picture in (tmp_path / "scenes" / "images").iterdir():
+        picture.write_bytes(b"no picture")
+    line = fails(capsys, "label", f"--data.source={tmp_path / 'scenes'}", "--data.max_bad=2", *TINY)
+    assert "data.max_bad=2" in line and "does not decode" in line
+
+
+def test_more_kept_than_there_is(capsys, tmp_path):
+    line = fails(capsys, "train", f"--run_dir={tmp_path / 'run'}", "--eval.kept=[200,4]", *TINY)
+    assert "eval.kept=200 is more than the 144 visual tokens" in line
+
+
+def test_a_label_store_of_others_is_refused_then_replaced_on_demand(capsys, tmp_path):
+    quick = ["--search.generations=0", "--search.population=4", "--search.parents=2", f"--labels.dir={tmp_path / 'l'}"]
+    words = ["label", f"--run_dir={tmp_path / 'run'}", "--data.max_samples=3", "--data.val_samples=0"]
+    assert main([*words, *quick]) == 0
+    before = sorted((tmp_path / "l").rglob("*.safetensors"))
+    capsys.readouterr()
+    line = fails(capsys, *words, *quick, "--search.mutation=0.5")
+    assert "choose another folder or --labels.overwrite=true" in line
+    assert sorted((tmp_path / "l").rglob("*.safetensors")) == before
+    assert main([*words, *quick, "--search.mutation=0.5", "--labels.overwrite=true"]) == 0
+    assert json.loads((tmp_path / "l" / "meta.json").read_text())["fingerprint"]["search"]["mutation"] == 0.5
+
+
+def test_data_scenes_does_not_overwrite(capsys, tmp_path):
+    assert main(["data", "scenes", "--out", str(tmp_path / "s"), "--count", "2"]) == 0
+    assert "questions about 2 scenes" in capsys.readouterr().out
+    assert "already holds data.json" in fails(capsys, "data", "scenes", "--out", str(tmp_path / "s"), "--count", "2")
