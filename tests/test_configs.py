@@ -44,7 +44,8 @@ def test_it_can_be_batched(path):
 def test_its_head_says_what_to_expect_and_how_to_run_it(path):
     text = head(path)
     assert re.search(r"\bexpect", text, re.I), "what it costs and shows"
-    commands = re.findall(r"evocomp (?:train|label)[^\n]*", text)
+    # a command begins its line, with a launcher before it perhaps, and may go on in the next
+    commands = re.findall(r"^(?:torchrun .* -m )?(evocomp (?:train|label) .*)$", re.sub(r"\\\n", " ", text), re.M)
     assert any(f"experiments/{path.name}" in command for command in commands)
     for command in commands:
         files, settings = split_arguments(command.split()[2:])
