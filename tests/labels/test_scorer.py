@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from evocomp.config.schema import ScorerConfig
 from evocomp.data.example import stable_id
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
@@ -124,7 +125,8 @@ def test_earlier_turns_break_sharing_only_if_they_differ(nano, questions):
 
 
 def test_what_is_spent_is_counted_and_said(nano, encoded):
-    scorer = CandidateScorer(nano, batch=4)
+    # transformers' own pass, which a hook can watch
+    scorer = CandidateScorer(nano, batch=4, settings=ScorerConfig(own_pass=False))
     calls = []
     scorer.on_batch = lambda: calls.append(scorer.forwards)
     rows = []
