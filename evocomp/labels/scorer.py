@@ -25,7 +25,6 @@ class CandidateScorer:
 
     Attributes:
         forwards: (mask, question) pairs scored so far.
-        packed: forwards of the LLM that shared scoring needed for its pairs.
         seconds: wall time spent scoring.
     """
 
@@ -38,7 +37,6 @@ class CandidateScorer:
         self.batch = batch
         self.room = Room(mllm, self.losses.dtype.itemsize)
         self.forwards = 0
-        self.packed = 0
         self.seconds = 0.0
         self.on_batch: Callable[[], None] = lambda: None
 
@@ -54,7 +52,6 @@ class CandidateScorer:
 
     def shared(self, features: Sequence[Features], kept: np.ndarray) -> np.ndarray:
         """The same masks for all questions about a picture: kept [Q, R] -> losses float32 [J, Q]."""
-        self.packed += len(kept)
         answers = sum(len(one.answer_ids) for one in features)
         end = int(features[0].visual_at[-1]) + 1
         tokens = end - len(features[0].visual) + kept.shape[-1] + answers

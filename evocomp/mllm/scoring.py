@@ -35,6 +35,9 @@ class AnswerLosses:
         dtype: format of decoder and head while scoring; another one than the model's own is a copy of both.
             bfloat16 is about 2.5 times as fast on CPUs that have it, and moves losses by about 0.02.
         settings: which savings to make; all of them give the same losses but for rounding.
+
+    Attributes:
+        sequences, tokens: what the decoder has run on so far.
     """
 
     def __init__(self, mllm: FrozenMLLM, dtype: torch.dtype | None = None, settings: ScorerConfig | None = None):
@@ -46,6 +49,7 @@ class AnswerLosses:
         if self.dtype != mllm.vocabulary.dtype:
             self.head = copy.deepcopy(mllm.head).to(self.dtype)
         self.body = self._body()
+        self.sequences = self.tokens = 0
         self._prefixes: dict[tuple[int, ...], Past | None] = {}
         self._last: tuple[Features | None, Table | None] = (None, None)
 
@@ -167,6 +171,8 @@ class AnswerLosses:
         past: Past | None = None,
     ) -> Tensor:
         """Cross-entropy [Q, A] of the targets at the read places."""
+        self.sequences += len(index)
+        self.tokens += index.numel()
         if not self.settings.answers_only:
             everywhere = torch.arange(index.shape[1], device=index.device)
             logits = self.head(self.body(table, index, everywhere, mask, past))
