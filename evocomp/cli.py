@@ -149,7 +149,7 @@ def label(words: Sequence[str]) -> int:
     options, rest = _take_options(words, known, "label")
     config = _config(rest)
     if options["estimate"] == "true":
-        from evocomp.training.build import estimate_only
+        from evocomp.training.cost_estimate import estimate_only
 
         price = _number(options, "price", float) if options["price"] else None
         print(estimate_only(config, options["gpu"], _number(options, "gpus"), price))

@@ -5,7 +5,6 @@ import inspect
 import logging
 import os
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,7 @@ from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import Splits, digest, load_splits
-from evocomp.labels.estimate import (
-    GPU,
-    GPUS,
-    Target,
-    assumed_workload,
-    by_arithmetic,
-    by_timing,
-    say_disk_use,
-    text_lengths,
-)
+from evocomp.labels.estimate import say_disk_use
 from evocomp.labels.hard import HardLabels
 from evocomp.labels.labeller import Interrupted, Labeller, Rounds
 from evocomp.labels.on_policy import OnPolicyRounds
@@ -39,7 +29,7 @@ from evocomp.labels.random_credit import CreditLabels
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
-from evocomp.mllm.hf import ASSETS, FrozenMLLM
+from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
@@ -127,31 +117,6 @@ def label_only(config: RunConfig) -> None:
     bar.close()
     logger.info("%d labels in %s", len(records), labeller.store.path)
     distributed.leave()
-
-
-def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: float | None = None) -> str:
-    """What round 0 of the labels costs, as text: timed on this machine if it has that GPU, else by arithmetic."""
-    known = GPUS.get((gpu or "h100").lower())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    timed = gpu == "here" or (device and (gpu is None or gpu.lower() in device.lower()))
-    if known is None and not timed:
-        raise UserError(f"--gpu={gpu} is unknown; choose one of {', '.join(GPUS)}, or here to time this machine")
-    target = Target.named(config.model.name, ASSETS)
-    try:
-        splits = load_splits(config.data)
-    except UserError as error:
-        if timed:
-            raise
-        logger.info("%s; assumed: %d samples of common lengths", error, config.data.max_samples)
-        splits = Splits([], [], [])
-    samples = len(splits.train) or config.data.max_samples
-    if timed:
-        here = next((one for name, one in GPUS.items() if name in device.lower()), GPU(device or "this CPU", 0, 0, 0))
-        here = replace(here, price=here.price if price is None else price)
-        labeller = build_rounds(config, load_mllm(config), splits, None)
-        return by_timing(config, target, labeller, samples, here).report(gpus)
-    work = assumed_workload(config, target, samples, *text_lengths(splits.train))
-    return by_arithmetic(config, target, work, replace(known, price=price or known.price)).report(gpus)
 
 
 def load_mllm(config: RunConfig) -> FrozenMLLM:

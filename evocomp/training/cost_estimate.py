@@ -1,0 +1,45 @@
+"""`evocomp label --estimate`: what labels will cost, from samples timed here or from arithmetic."""
+
+from dataclasses import replace
+
+import torch
+
+from evocomp.config.schema import RunConfig
+from evocomp.data.splits import Splits, load_splits
+from evocomp.labels.estimate import (
+    GPU,
+    GPUS,
+    Target,
+    assumed_workload,
+    by_arithmetic,
+    by_timing,
+    text_lengths,
+)
+from evocomp.log import UserError, logger
+from evocomp.mllm.hf import ASSETS
+from evocomp.training.build import build_rounds, load_mllm
+
+
+def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: float | None = None) -> str:
+    """What round 0 of the labels costs, as text: timed on this machine if it has that GPU, else by arithmetic."""
+    known = GPUS.get((gpu or "h100").lower())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    timed = gpu == "here" or (device and (gpu is None or gpu.lower() in device.lower()))
+    if known is None and not timed:
+        raise UserError(f"--gpu={gpu} is unknown; choose one of {', '.join(GPUS)}, or here to time this machine")
+    target = Target.named(config.model.name, ASSETS)
+    try:
+        splits = load_splits(config.data)
+    except UserError as error:
+        if timed:
+            raise
+        logger.info("%s; assumed: %d samples of common lengths", error, config.data.max_samples)
+        splits = Splits([], [], [])
+    samples = len(splits.train) or config.data.max_samples
+    if timed:
+        here = next((one for name, one in GPUS.items() if name in device.lower()), GPU(device or "this CPU", 0, 0, 0))
+        here = replace(here, price=here.price if price is None else price)
+        labeller = build_rounds(config, load_mllm(config), splits, None)
+        return by_timing(config, target, labeller, samples, here).report(gpus)
+    work = assumed_workload(config, target, samples, *text_lengths(splits.train))
+    return by_arithmetic(config, target, work, replace(known, price=price or known.price)).report(gpus)
