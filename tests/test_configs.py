@@ -1,15 +1,19 @@
-"""Every file in experiments/ is a whole, valid run with a head comment that says what it is."""
+"""Every run in experiments/ loads, can begin, and says in its head comment what it is and how it is started."""
 
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from evocomp.config.load import load, split_arguments
+from evocomp.config.load import load
 from evocomp.data.scenes import SceneSpec
+from tests.commands import commands, understood
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
-FILES = sorted(EXPERIMENTS.glob("*.yaml"))
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = ROOT / "experiments"
+FILES = [path for path in sorted(EXPERIMENTS.glob("*.yaml")) if "run_dir:" in path.read_text()]
+STUDY = yaml.safe_load((EXPERIMENTS / "study.yaml").read_text())["runs"]
 each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
 
@@ -20,36 +24,41 @@ def head(path: Path) -> str:
 
 
 def test_the_main_job_is_there():
-    assert "nano.yaml" in [path.name for path in FILES]
+    assert {"nano.yaml", "nano_plus.yaml"} <= {path.name for path in FILES}
 
 
-@each
-def test_it_loads(path):
-    config = load([path])
+def can_begin(config) -> None:
     from evocomp.training.build import check_trainer
 
     check_trainer(config.trainer)
     if config.model.name == "nano":
         assert max(config.eval.kept) <= SceneSpec().tokens_per_side ** 2
-
-
-@each
-def test_it_can_be_batched(path):
-    config = load([path])
     if config.data.source == "scenes":
-        assert config.labels.passes * config.data.max_samples >= config.optim.batch_size
+        asked = config.labels.samples_per_epoch or config.labels.passes * config.data.max_samples
+        assert asked >= config.optim.batch_size
 
 
 @each
-def test_its_head_says_what_to_expect_and_how_to_run_it(path):
+def test_it_loads_and_can_begin(path):
+    can_begin(load([path]))
+
+
+@pytest.mark.parametrize("name", STUDY)
+def test_runs_of_the_study_load_and_can_begin(name):
+    can_begin(load([EXPERIMENTS / STUDY[name]["config"]], STUDY[name].get("set", [])))
+
+
+@each
+def test_its_head_says_what_to_expect_and_its_commands_are_understood(path, tmp_path, monkeypatch):
     text = head(path)
-    assert re.search(r"\bexpect", text, re.I), "what it costs and shows"
-    # a command begins its line, with a launcher before it perhaps, and may go on in the next
-    commands = re.findall(r"^(?:torchrun .* -m )?(evocomp (?:train|label) .*)$", re.sub(r"\\\n", " ", text), re.M)
-    assert any(f"experiments/{path.name}" in command for command in commands)
-    for command in commands:
-        files, settings = split_arguments(command.split()[2:])
-        load([EXPERIMENTS.parent / file for file in files], settings)
+    assert re.search(r"\bexpect|hours|minutes", text, re.I), "what it costs"
+    found = commands(text)
+    assert any(f"experiments/{path.name}" in words for words in found)
+    for number, words in enumerate(found):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            understood(words, ROOT, folder, patch)
 
 
 def test_no_two_runs_share_a_folder():

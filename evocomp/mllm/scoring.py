@@ -46,10 +46,10 @@ class AnswerLosses:
         self.settings = settings or ScorerConfig()
         self.dtype = dtype or mllm.vocabulary.dtype
         self.head = mllm.head
-        self.sequences = self.tokens = 0
         if self.dtype != mllm.vocabulary.dtype:
             self.head = copy.deepcopy(mllm.head).to(self.dtype)
         self.body = self._body()
+        self.sequences = self.tokens = 0
         self._prefixes: dict[tuple[int, ...], Past | None] = {}
         self._last: tuple[Features | None, Table | None] = (None, None)
 
@@ -171,7 +171,7 @@ class AnswerLosses:
         past: Past | None = None,
     ) -> Tensor:
         """Cross-entropy [Q, A] of the targets at the read places."""
-        self.sequences += index.shape[0]
+        self.sequences += len(index)
         self.tokens += index.numel()
         if not self.settings.answers_only:
             everywhere = torch.arange(index.shape[1], device=index.device)

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import evocomp
 from evocomp import distributed
@@ -66,7 +67,6 @@ def run(config: RunConfig) -> bool:
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     check_kept(config, mllm, splits.train[0])
-    claim_folder(config, folder)
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(
         mllm,
@@ -87,6 +87,7 @@ def run(config: RunConfig) -> bool:
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
         average = [EMAWeightAveraging(decay=config.optim.ema, update_starting_at_epoch=start)]
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
+    claim_folder(config, folder)
     last = last_checkpoint(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
@@ -143,8 +144,8 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
         "seed": config.seed,
     }
-    store = _open_store(store_folder, fingerprint, config.labels.overwrite)
-    labeller = build_rounds(config, mllm, splits, store)
+    labeller = build_rounds(config, mllm, splits, None)  # first: settings that it refuses leave no store behind
+    labeller.store = _open_store(store_folder, fingerprint, config.labels.overwrite)
     if is_rank_zero():
         tokens = len(mllm.features(splits.train[:1])[0].visual)
         say_disk_use(config, len(splits.train), tokens, store_folder)
@@ -226,7 +227,10 @@ def build_trainer(
     first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
     everything = [first, *callbacks, *rates, last, checkpoint, *bars]
-    return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
+    try:
+        return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
@@ -258,6 +262,9 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(key, known - ours, 1)
             hint = f"did you mean trainer.{near[0]}?" if near else "see the arguments of lightning.Trainer"
             raise UserError(f"unknown setting trainer.{key}; {hint}")
+    epochs = settings.get("max_epochs", DEFAULT_EPOCHS)
+    if not isinstance(epochs, int) or epochs < 1:
+        raise UserError(f"trainer.max_epochs={epochs}: must be a whole number, at least 1")
     return dict(settings)
 
 

@@ -60,6 +60,8 @@ def _look(config: RunConfig, folder: Path) -> bool:
                 "choose another --run_dir"
             )
         return (folder / DONE).exists()
+    if folder.is_file():
+        raise UserError(f"--run_dir={folder} is a file; give a folder")
     if folder.exists() and any(entry.name not in ("labels", "tensorboard", "config.tmp") for entry in folder.iterdir()):
         raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
     return False

@@ -19,12 +19,22 @@ class NoteStop(L.Callback):
 
     def __init__(self, request: StopRequest):
         self.request = request
+        self._listening = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.request.__enter__()
+        self._listening = True
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.request.__exit__()
+        self._leave()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._leave()  # else the next run of this process, in a notebook, would be told to stop as well
+
+    def _leave(self) -> None:
+        if self._listening:
+            self._listening = False
+            self.request.__exit__()
 
 
 class StopCleanly(L.Callback):

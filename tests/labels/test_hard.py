@@ -19,8 +19,8 @@ class Watched(CandidateScorer):
         self.round = 0
         self.asked: list[tuple[int, int, np.ndarray, np.ndarray]] = []
 
-    def __call__(self, features, kept):
-        losses = super().__call__(features, kept)
+    def __call__(self, features, kept, flips=False):
+        losses = super().__call__(features, kept, flips)
         self.asked.append((self.round, features.id, kept, losses))
         return losses
 

@@ -125,23 +125,34 @@ def test_earlier_turns_break_sharing_only_if_they_differ(nano, questions):
 
 
 def test_what_is_spent_is_counted_and_said(nano, encoded):
-    # transformers' own pass, which a hook can watch
-    scorer = CandidateScorer(nano, batch=4, settings=ScorerConfig(own_pass=False))
+    scorer = CandidateScorer(nano, batch=4, settings=ScorerConfig(own_pass=False, fit_memory=False))
     calls = []
     scorer.on_batch = lambda: calls.append(scorer.forwards)
     rows = []
     hook = nano.decoder.register_forward_pre_hook(
-        lambda _, __, kw: rows.append(len(kw["inputs_embeds"])), with_kwargs=True
+        lambda _, __, kw: rows.append(tuple(kw["inputs_embeds"].shape[:2])), with_kwargs=True
     )
+    together = same_picture(encoded)[:5]
     try:
         scorer(encoded[0], masks(10, 16))
-        assert rows == [4, 4, 2] and len(calls) == 3
-        rows.clear()
-        scorer.shared(same_picture(encoded)[:5], masks(6, 16))
-        assert rows == [4, 2]  # one sequence a mask, whatever the number of questions
+        text = len(encoded[0].text_at)
+        assert rows == [(n, text + 16) for n in (4, 4, 2)] and len(calls) == 3
+        scorer.shared(together, masks(6, 16))
+        # one sequence a mask, whatever the number of questions
+        assert [count for count, _ in rows[3:]] == [4, 2]
     finally:
         hook.remove()
     assert scorer.forwards == 10 + 6 * 5 and scorer.seconds > 0
+    assert scorer.losses.sequences == sum(count for count, _ in rows) == 16
+    assert scorer.losses.tokens == sum(count * length for count, length in rows)
+
+
+def test_our_own_pass_is_counted_alike(nano, encoded):
+    both = [CandidateScorer(nano, settings=ScorerConfig(own_pass=own)) for own in (True, False)]
+    for scorer in both:
+        scorer(encoded[0], masks(10, 16))
+        scorer.each(encoded[:3], np.stack([masks(4, 8)] * 3))
+    assert len({(s.forwards, s.losses.sequences, s.losses.tokens) for s in both}) == 1
 
 
 def test_only_answer_rows_reach_the_head(nano, asked):

@@ -1,4 +1,4 @@
-"""Which round an epoch trains on; the rest of the callback is tested in whole runs, in test_run.py."""
+"""Which round an epoch trains on; the rest of the callback is tested in whole runs, in test_resume.py."""
 
 import pytest
 

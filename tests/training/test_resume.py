@@ -1,0 +1,316 @@
+"""Small runs of both recipes: stopped, crashed and started again, they go on to the very same weights."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.config.load import load
+from evocomp.labels.labeller import Interrupted
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.labels.store import LabelStore
+from evocomp.log import UserError
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.training import build
+from evocomp.training.build import check_trainer, run
+from evocomp.training.folder import DONE
+from evocomp.training.module import CompressorModule
+
+EPOCHS = 4
+TINY = [
+    "data.max_samples=16",
+    "data.val_samples=6",
+    "data.test_samples=0",
+    "labels.chunk_size=8",
+    "labels.passes=2",
+    "search.population=12",
+    "search.parents=4",
+    "search.generations=1",
+    "optim.batch_size=8",
+    "optim.warmup_steps=2",
+    "eval.kept=[16,4]",
+    "logger=none",
+    "threads=1",
+    "trainer.accelerator=cpu",
+    f"trainer.max_epochs={EPOCHS}",
+]
+PLUS = [
+    "recipe=plus",
+    "labels.target=credit",
+    "labels.refresh=on_policy",
+    "labels.refresh_start=2",
+    "labels.credit_masks=16",
+    "labels.proposals=6",
+    "labels.samples_per_refresh=12",
+    "labels.flat=0.001",
+    "compressor.budget_input=true",
+    "loss.name=listwise",
+    "optim.ema=0.9",
+]
+
+
+class Steps:
+    """What each training step saw; may do something in the middle of the step of a number."""
+
+    def __init__(self, monkeypatch):
+        self.seen: list[tuple] = []
+        self.at: dict[int, object] = {}
+        original = CompressorModule.training_step
+
+        def step(module, batch, batch_index):
+            loss = original(module, batch, batch_index)
+            number = module.global_step
+            kind = "populations" if batch.populations else "targets"
+            self.seen.append((module.current_epoch, batch.round, kind, tuple(batch.ids), float(loss.detach())))
+            self.at.get(number, lambda: None)()
+            return loss
+
+        monkeypatch.setattr(CompressorModule, "training_step", step)
+
+
+@pytest.fixture(scope="module")
+def shared_mllm(nano):
+    """Runs load the MLLM once: it never changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "load_mllm", lambda config: FrozenMLLM(nano.model, nano.processor, "nano"))
+        yield
+
+
+@pytest.fixture
+def steps(monkeypatch, shared_mllm):
+    return Steps(monkeypatch)
+
+
+def config(folder, *settings):
+    return load([], [*TINY, f"run_dir={folder}", *settings])
+
+
+@pytest.fixture(scope="module", params=["published", "plus"])
+def whole(request, tmp_path_factory, shared_mllm):
+    """(settings, folder, steps) of an uninterrupted run."""
+    settings = PLUS if request.param == "plus" else []
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        steps = Steps(patch)
+        assert run(config(folder, *settings)) is True
+    return settings, folder, steps.seen
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return EvoCompCompressor.from_pretrained(folder / "compressor").state_dict()
+
+
+def assert_same_weights(one, other) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+
+
+# ------------------------------------------------------------ what a run does
+
+
+def test_every_batch_is_of_the_round_of_its_epoch(whole):
+    settings, folder, seen = whole
+    assert [step[0] for step in seen] == [epoch for epoch in range(EPOCHS) for _ in range(4)]
+    rounds = {epoch: {step[1] for step in seen if step[0] == epoch} for epoch in range(EPOCHS)}
+    kinds = {epoch: {step[2] for step in seen if step[0] == epoch} for epoch in range(EPOCHS)}
+    if settings:
+        assert rounds == {0: {0}, 1: {0}, 2: {1}, 3: {2}}
+        assert kinds == {0: {"targets"}, 1: {"targets"}, 2: {"populations"}, 3: {"populations"}}
+    else:
+        assert rounds == {epoch: {epoch} for epoch in range(EPOCHS)} and set.union(*kinds.values()) == {"targets"}
+        for epoch in range(EPOCHS):
+            ids = [id for step in seen if step[0] == epoch for id in step[3]]
+            assert sorted(ids) == sorted(2 * list(set(ids))) and len(ids) == 32
+
+
+def test_what_lies_in_the_folder(whole):
+    settings, folder, seen = whole
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.yaml", "labels", "checkpoints", "compressor", DONE}
+    assert load([folder / "config.yaml"]) == config(folder, *settings)
+    done = json.loads((folder / DONE).read_text())
+    assert (done["steps"], done["epochs"]) == (len(seen), EPOCHS)
+    assert done["cost"]["labelled"] == 16 and done["cost"]["labelling"]["forwards"] > 0
+    compressor = EvoCompCompressor.from_pretrained(folder / "compressor")
+    assert compressor.config.base_model_name_or_path == "nano" and compressor.config.keep == 16
+    assert compressor.config.metadata["recipe"] == ("plus" if settings else "published")
+    stored = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
+    assert all(key.startswith("compressor.") for key in stored["state_dict"])
+
+
+def test_what_is_saved_is_what_was_trained(whole):
+    settings, folder, _ = whole
+    stored = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+    for key, value in weights(folder).items():
+        assert torch.equal(value, stored[f"compressor.{key}"]), key
+
+
+def test_old_rounds_are_deleted_and_no_refresh_lost_a_best(whole):
+    settings, folder, _ = whole
+    store = LabelStore(folder / "labels")
+    if settings:
+        assert store.rounds() == [0, 1, 2]
+        return
+    assert store.rounds() == [0, 2, 3]  # the first, the one in use and the one it was made from
+    first, before, last = (store.read(round) for round in (0, 2, 3))
+    for id in first:
+        assert last[id]["best_loss"] <= before[id]["best_loss"] <= first[id]["best_loss"]
+        assert last[id]["full_loss"] == first[id]["full_loss"]
+
+
+def test_a_finished_run_is_left_alone(whole, steps):
+    settings, folder, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert run(config(folder, *settings)) is False
+    # what may differ from one start to the next
+    assert run(config(folder, *settings, "threads=2", "eval.kept=[8]", "trainer.max_epochs=9")) is False
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before and steps.seen == []
+
+
+# ------------------------------------------------------------ stopped and started again
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_in_mid_epoch_costs_no_step(whole, steps, tmp_path):
+    settings, folder, seen = whole
+    handler = signal.getsignal(signal.SIGTERM)
+    steps.at[10] = stop  # in the third epoch, after a refresh
+    with pytest.raises(Interrupted, match="goes on from this step"):
+        run(config(tmp_path / "run", *settings))
+    assert steps.seen == seen[:11]
+    assert not (tmp_path / "run" / DONE).exists() and not (tmp_path / "run" / "compressor").exists()
+    steps.at.clear()
+    steps.seen.clear()
+    assert run(config(tmp_path / "run", *settings)) is True
+    assert steps.seen == seen[11:]
+    assert_same_weights(folder, tmp_path / "run")
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_crash_in_mid_epoch_costs_that_epochs_steps(whole, steps, tmp_path):
+    settings, folder, seen = whole
+
+    def crash():
+        raise ZeroDivisionError("a bug")
+
+    steps.at[10] = crash
+    with pytest.raises(ZeroDivisionError):
+        run(config(tmp_path / "run", *settings))
+    steps.at.clear()
+    steps.seen.clear()
+    assert run(config(tmp_path / "run", *settings)) is True
+    assert steps.seen == seen[8:]
+    assert_same_weights(folder, tmp_path / "run")
+
+
+def test_sigterm_in_a_refresh_goes_on_with_that_refresh(whole, steps, tmp_path, monkeypatch):
+    settings, folder, seen = whole
+    score = CandidateScorer._in_parts
+
+    def stop_later(self, *arguments, **options):
+        if len(steps.seen) == 8:  # two epochs are trained: these masks are of a refresh
+            stop()
+        return score(self, *arguments, **options)
+
+    monkeypatch.setattr(CandidateScorer, "_in_parts", stop_later)
+    with pytest.raises(Interrupted):
+        run(config(tmp_path / "run", *settings))
+    monkeypatch.setattr(CandidateScorer, "_in_parts", score)
+    assert steps.seen == seen[:8]
+    steps.seen.clear()
+    assert run(config(tmp_path / "run", *settings)) is True
+    assert steps.seen == seen[8:]
+    assert_same_weights(folder, tmp_path / "run")
+    stores = [LabelStore(f / "labels") for f in (folder, tmp_path / "run")]
+    assert stores[0].rounds() == stores[1].rounds()
+    assert [stores[0].digest(r) for r in stores[0].rounds()] == [stores[1].digest(r) for r in stores[1].rounds()]
+
+
+def test_labels_made_before_are_used(steps, tmp_path, whole):
+    """`evocomp label` first, then `evocomp train` into the same folder."""
+    settings, folder, seen = whole
+    mine = config(tmp_path / "run", *settings)
+    build.label_only(mine)
+    before = LabelStore(tmp_path / "run" / "labels").digest(0)
+    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "labels" / "round-0000").iterdir()}
+    steps.at[0] = stop
+    with pytest.raises(Interrupted):
+        run(mine)
+    assert steps.seen == seen[:1]
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "labels" / "round-0000").iterdir()} == stamps
+    assert before == LabelStore(folder / "labels").digest(0)
+
+
+# ------------------------------------------------------------ mistakes
+
+
+def refused(mine, match: str) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        run(mine)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_other_files_is_refused(steps, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    refused(config(tmp_path), "holds other files; choose a new or empty folder")
+    refused(config(tmp_path / "thesis.tex"), "thesis.tex is a file; give a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ("data.source=nowhere", "data.source=nowhere: no such file or folder"),
+        ("eval.kept=[8,145]", "eval.kept=145 is more than the 144 visual tokens of a picture"),
+        ("model.name=nowhere", "model.name=nowhere does not load"),
+        ("search.population=4", "fewer parents than candidates"),
+        ("trainer.max_epoch=3", r"unknown setting trainer.max_epoch; did you mean trainer.max_epochs\?"),
+        ("trainer.accelerator=gpux", "trainer: .*gpux"),
+        ("trainer.max_epochs=x", "trainer.max_epochs=x: must be a whole number"),
+    ],
+)
+def test_a_mistake_can_be_put_right_in_the_same_folder(steps, tmp_path, monkeypatch, setting, match):
+    if setting.startswith("model"):
+        monkeypatch.setattr(build, "load_mllm", lambda config: FrozenMLLM.load(config.model.name))
+    refused(config(tmp_path / "run", setting), match)
+    # nothing was claimed, so that the corrected command is not told of other settings
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    if setting.startswith("search"):
+        assert not (tmp_path / "run" / "labels").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"typo": 1}, "unknown setting trainer.typo; see the arguments of lightning.Trainer"),
+        ({"device": 1}, r"unknown setting trainer.device; did you mean trainer.devices\?"),
+        ({"logger": False}, "trainer.logger is set by the run itself; see --logger and --run_dir"),
+        ({"callbacks": []}, "trainer.callbacks is set by the run itself"),
+    ],
+)
+def test_trainer_settings_are_checked_against_lightnings_signature(settings, match):
+    with pytest.raises(UserError, match=match):
+        check_trainer(settings)
+    assert check_trainer({"max_epochs": 3, "precision": "bf16-mixed"}) == {"max_epochs": 3, "precision": "bf16-mixed"}
+
+
+def test_too_few_questions_for_a_batch(steps, tmp_path):
+    mine = config(tmp_path / "run", "optim.batch_size=64")
+    refused(mine, "32 training questions make no batch of optim.batch_size=64")
+
+
+def test_seeds_matter(steps, whole, tmp_path):
+    settings, folder, seen = whole
+    steps.at[1] = stop
+    with pytest.raises(Interrupted):
+        run(config(tmp_path / "run", *settings, "seed=1"))
+    assert steps.seen[0][3] != seen[0][3] and np.isfinite(steps.seen[0][4])
