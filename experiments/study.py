@@ -1,4 +1,4 @@
-"""Run the study of `experiments/study.yaml` and write one row a run and kept count.
+"""Run the study of `experiments/study/runs.yaml` and write one row a run and kept count.
 
     python experiments/study.py --only published,plus --seeds 0,1,2 --out experiments/results/panel_nano.csv
 
@@ -33,11 +33,11 @@ COSTS = ["labelled", *(f"{purpose}_cpu_s" for purpose in PURPOSES), "forwards", 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names, separated by commas; default: all")
-    parser.add_argument("--seeds", default="", help="default: those of study.yaml")
+    parser.add_argument("--seeds", default="", help="default: those of runs.yaml")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "panel_nano.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
-    study = OmegaConf.to_container(OmegaConf.load(HERE / "study.yaml"))
+    study = OmegaConf.to_container(OmegaConf.load(HERE / "study" / "runs.yaml"))
     names = [name for name in study["runs"] if not args.only or name in args.only.split(",")]
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else study["seeds"]
     judge = None

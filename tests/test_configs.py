@@ -13,7 +13,7 @@ from tests.commands import commands, understood
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = ROOT / "experiments"
 FILES = [path for path in sorted(EXPERIMENTS.glob("*.yaml")) if "run_dir:" in path.read_text()]
-STUDY = yaml.safe_load((EXPERIMENTS / "study.yaml").read_text())["runs"]
+STUDY = yaml.safe_load((EXPERIMENTS / "study" / "runs.yaml").read_text())["runs"]
 each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
 

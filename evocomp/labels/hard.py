@@ -115,7 +115,7 @@ class HardLabels:
         warm: WarmStart | None = None,
         scores: np.ndarray | None = None,
     ) -> SearchResult:
-        score = partial(self.scorer, features, flips=self.strategy.flips)
+        score = partial(self.scorer, features, **({"flips": True} if self.strategy.flips else {}))
         patience, remember = self.search.patience, self.scorer.settings.memo
         return run(self.strategy, groups, score, rng, generations, warm, scores, patience, remember)
 
