@@ -97,6 +97,7 @@ class Panel:
     def wrong_image(self) -> Outcome:
         """All tokens of another question's picture: what a model that looks, but at nothing useful, gets right."""
         by_size: dict[int, list[int]] = {}
+        alone: list[int] = []
         for i, asked in enumerate(self.asked):
             by_size.setdefault(len(asked.features.visual), []).append(i)
 
@@ -107,9 +108,14 @@ class Panel:
                 candidate = self.asked[alike[(start + step) % len(alike)]]
                 if candidate.example.image_id != asked.example.image_id:
                     return candidate.features.visual, torch.arange(len(candidate.features.visual))
+            alone.append(i)
             return _everything(asked.features)
 
-        return self._outcome("wrong_image", self._tokens(), other, group=REFERENCE)
+        outcome = self._outcome("wrong_image", self._tokens(), other, group=REFERENCE)
+        if len(alone) == len(self.asked):
+            return _not_applicable("wrong_image", self._tokens(), "there is no other picture of as many tokens")
+        note = f"{len(alone)} questions saw their own: no other picture has as many tokens" if alone else ""
+        return replace(outcome, note=note)
 
     # ------------------------------------------------------------ methods
 

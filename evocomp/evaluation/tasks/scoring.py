@@ -67,14 +67,16 @@ def chosen_letter(answer: str, choices: tuple[str, ...]) -> str:
     ('B', 'A')
     """
     letters = [chr(ord("A") + i) for i in range(len(choices) or 5)]
+    said = normalise(answer)
+    texts = [normalise(text) for text in choices]
+    if said and texts.count(said) == 1:  # before letters: "A dog" names the dog, and not option A
+        return letters[texts.index(said)]
     found = re.match(r"\s*\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
     if found and found[1] in letters:
         return found[1]
-    found = re.search(r"(?:answer|option) (?:is|:)?\s*\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
+    found = re.search(r"\b(?i:answer|option)(?: is)?:?\s+\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
     if found and found[1] in letters:
         return found[1]
-    said = normalise(answer)
-    texts = [normalise(text) for text in choices]
     named = [letter for letter, text in zip(letters, texts, strict=False) if text and text in said]
     return named[0] if len(named) == 1 else ""
 
