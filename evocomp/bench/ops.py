@@ -122,7 +122,7 @@ def bench_grouping(shape: Shape, device: str, repeats: int) -> Rows:
         "grouping, time", sizes, (names[0], full), (names[1], chunked), no_regret, device, repeats
     )
     memory = [peak_memory(work, device) / 2**20 for work in (full, chunked)]
-    kept = ("shape", "baseline", "ours", "device", "threads", "torch", "triton", "python", "evocomp")
+    kept = ("shape", "baseline", "ours", "device", "threads", "torch", "triton", "python", "evocomp", "commit")
     memory_row = {"bench": "grouping, peak memory"} | {key: time_row[key] for key in kept}
     memory_row |= {"baseline_mib": memory[0], "ours_mib": memory[1], "ratio": memory[0] / memory[1]}
     return [time_row, memory_row]

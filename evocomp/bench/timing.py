@@ -4,13 +4,15 @@ import json
 import math
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -33,6 +35,7 @@ def compare(
     agree: Callable[[Any, Any], None],
     device: torch.device | str = "cpu",
     repeats: int = 5,
+    clock: Literal["wall", "process"] = "wall",
 ) -> dict[str, Any]:
     """Time two ways to the same answer, alternating, and return one row.
 
@@ -43,6 +46,7 @@ def compare(
         agree: called with both answers of the warm-up; raises AssertionError when they differ.
         device: device that the work runs on.
         repeats: timed pairs, at least 5 for a table.
+        clock: "process" counts this process's CPU time, which other jobs on the machine disturb less; CPUs only.
 
     Returns:
         row with "baseline_ms" and "ours_ms" (medians), their 20 % and 80 % quantiles ("..._p20_ms" and
@@ -55,11 +59,11 @@ def compare(
     device = torch.device(device)
     agree(baseline[1](), ours[1]())
     works = [baseline[1], ours[1]]
-    rounds = [_rounds(work, device) for work in works]
+    rounds = [_rounds(work, device, clock) for work in works]
     times: list[list[float]] = [[], []]
     for repeat in range(repeats):
         for i in (0, 1) if repeat % 2 == 0 else (1, 0):  # who goes first alternates too
-            times[i].append(_sample(works[i], rounds[i], device))
+            times[i].append(_sample(works[i], rounds[i], device, clock))
     row: dict[str, Any] = {"bench": bench, "shape": shape, "baseline": baseline[0], "ours": ours[0]}
     for name, values in (("baseline", times[0]), ("ours", times[1])):
         low, middle, high = quantiles(values)
@@ -70,8 +74,17 @@ def compare(
         "ratio_p20": low,
         "ratio_p80": high,
         "repeats": repeats,
+        "clock": clock,
         **environment(device),
     }
+
+
+def measure(work: Work, device: torch.device | str = "cpu", clock: Literal["wall", "process"] = "wall") -> float:
+    """Seconds of one call: the least of three samples, which other jobs disturb least."""
+    device = torch.device(device)
+    work()
+    rounds = _rounds(work, device, clock)
+    return min(_sample(work, rounds, device, clock) for _ in range(3))
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -83,7 +96,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """What a number depends on: device, threads, versions."""
+    """What a number depends on: device, threads, versions, and the commit where the sources are a checkout."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     return {
@@ -93,7 +106,17 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "triton": version("triton") if find_spec("triton") else None,
         "python": platform.python_version(),
         "evocomp": evocomp.__version__,
+        "commit": _commit(),
     }
+
+
+@cache
+def _commit() -> str | None:
+    folder = Path(evocomp.__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    return found.stdout.strip() or None
 
 
 def peak_memory(work: Work, device: torch.device | str = "cpu") -> int:
@@ -118,23 +141,26 @@ def peak_memory(work: Work, device: torch.device | str = "cpu") -> int:
     return peak
 
 
-def _rounds(work: Work, device: torch.device) -> int:
+def _rounds(work: Work, device: torch.device, clock: str) -> int:
     """Calls in one timed sample, after warm-up; on a GPU one, between a cold cache and an event."""
+    if device.type != "cuda" and _sample(work, 1, device, clock) >= 10 * MIN_SAMPLE_SECONDS:
+        return 1  # long work, which has been called once before, needs no more of it
     for _ in range(2):
         work()
     if device.type == "cuda":
         return 1
-    once = min(_sample(work, 1, device) for _ in range(3))
+    once = min(_sample(work, 1, device, clock) for _ in range(3))
     return max(1, math.ceil(MIN_SAMPLE_SECONDS / once))
 
 
-def _sample(work: Work, rounds: int, device: torch.device) -> float:
+def _sample(work: Work, rounds: int, device: torch.device, clock: str) -> float:
     """Seconds of one call."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        now = time.process_time if clock == "process" else time.perf_counter
+        start = now()
         for _ in range(rounds):
             work()
-        return (time.perf_counter() - start) / rounds
+        return (now() - start) / rounds
     torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)

@@ -19,6 +19,7 @@ from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.report import make_report, write_report
 from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
+from evocomp.inference import card
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
 from evocomp.mllm.hf import FrozenMLLM
@@ -96,6 +97,9 @@ def evaluate_run(
     out.mkdir(parents=True, exist_ok=True)
     draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
     write_report(report, out, sheet)
+    if out == run_dir:
+        columns = ("method", "kept", "accuracy", "low", "high", "relative", "n")
+        card.save(compressor, run_dir / "compressor", panel=[{c: row[c] for c in columns} for row in report.rows])
     print(terminal(report))
     for kind, own in asked.items():
         special = make_report(*part(outcomes, judge.questions, own), title=f"{kind}, reported apart", **settings)

@@ -7,6 +7,7 @@ which beats the default library twofold on AMD machines. Weights are those of th
 a copy in the order that oneDNN likes. It is used only where it agrees with transformers' own pass on this very model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,13 @@ class LlamaBody:
         self.pack = self.onednn and small
         self._known: tuple[Table | None, _Known | None] = (None, None)
         self.layers = [self._layer(layer) for layer in decoder.layers[: self.config.num_hidden_layers]]
+
+    def head(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The head of the same model, by the same library."""
+        if type(module) is not nn.Linear or module.weight.nbytes > PACKED_BYTES:
+            return module
+        weights = self._weights(module)
+        return lambda rows: self.linear(rows, weights)
 
     def __call__(
         self, table: Table, index: Tensor, read: Tensor, mask: Tensor | None = None, past: Past | None = None

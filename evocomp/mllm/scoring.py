@@ -45,13 +45,15 @@ class AnswerLosses:
         self.mllm = mllm
         self.settings = settings or ScorerConfig()
         self.dtype = dtype or mllm.vocabulary.dtype
-        self.head = mllm.head
+        head = mllm.head
         if self.dtype != mllm.vocabulary.dtype:
-            self.head = copy.deepcopy(mllm.head).to(self.dtype)
+            head = copy.deepcopy(mllm.head).to(self.dtype)
         self.body = self._body()
         self.sequences = self.tokens = 0
+        self.head = self.body.head(head) if isinstance(self.body, LlamaBody) and self.body.onednn else head
         self._prefixes: dict[tuple[int, ...], Past | None] = {}
         self._last: tuple[Features | None, Table | None] = (None, None)
+        self._flips: tuple[Table | None, Tensor | None, Past | None] = (None, None, None)
 
     def _body(self) -> Body:
         """Our own pass where it is known to give the same, else transformers'."""
@@ -198,6 +200,14 @@ class AnswerLosses:
         past = self._prefixes[key]
         return (length, past) if past else (0, None)
 
+    def _usual(self, table: Table, rows: Tensor) -> Past | None:
+        """Keys and values of rows [P], from the last call if it began with them: local search stays at one mask."""
+        known_table, known_rows, past = self._flips
+        if known_table is not table or known_rows is None or not torch.equal(known_rows[: len(rows)], rows):
+            past = self.body.prefix(table, rows)
+            self._flips = (table, rows, past)
+        return past
+
     def _buckets(self, table: Table, index: Tensor, answer: int) -> list[tuple[Tensor, Past | None]]:
         """Sequences [Q, L] sorted by how long they agree with what most of them are; with the keys and values of
         what each bucket's sequences agree in."""
@@ -206,7 +216,7 @@ class AnswerLosses:
         order = agree.argsort(stable=True)
         parts = [part for part in order.chunk(BUCKETS) if len(part)]
         lengths = [int(agree[part[0]]) for part in parts]
-        past = self.body.prefix(table, usual[: max(lengths)]) if max(lengths) else None
+        past = self._usual(table, usual[: max(lengths)]) if max(lengths) else None
         return [
             (part, crop(past, length) if past and length else None) for part, length in zip(parts, lengths, strict=True)
         ]

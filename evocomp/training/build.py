@@ -21,6 +21,7 @@ from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import Splits, digest, load_splits
+from evocomp.inference import card
 from evocomp.labels.estimate import say_disk_use
 from evocomp.labels.hard import HardLabels
 from evocomp.labels.labeller import Interrupted, Labeller, Rounds
@@ -279,13 +280,15 @@ def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
 
 
 def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Path) -> None:
-    """The finished compressor as an ordinary Hugging Face folder."""
-    compressor.config.metadata = {
-        "recipe": config.recipe,
-        "labels": config.labels.target,
-        "loss": config.loss.name,
-        "data": config.data.source,
-        "labelled_questions": config.data.max_samples,
-        "evocomp": evocomp.__version__,
-    }
-    compressor.save_pretrained(folder / "compressor")
+    """The finished compressor as an ordinary Hugging Face folder with its card; `evocomp eval` adds the table."""
+    settings = config_files.to_dict(config)
+    labels = {key: value for key, value in settings["labels"].items() if key not in ("dir", "overwrite")}
+    card.save(
+        compressor,
+        folder / "compressor",
+        recipe=config.recipe,
+        evocomp=evocomp.__version__,
+        data=f"{config.data.max_samples or 'all'} questions of {Path(config.data.source).name}",
+        labels={**labels, "strategy": config.search.strategy},
+        training={**settings["loss"], **settings["optim"], "seed": config.seed},
+    )

@@ -320,3 +320,26 @@ def test_survivors_of_uniform_crossover_are_the_best_distinct_ever():
         best = sorted(told, key=told.get)[:4]
         assert [tuple(genome) for genome in state.population.tolist()] == best
         assert state.losses.tolist() == [told[genome] for genome in best]
+
+
+def test_patience_ends_a_search_that_gains_nothing():
+    groups = Groups.from_ids(np.arange(40) // 4)
+    flat = lambda kept: np.ones(len(kept), np.float32)  # noqa: E731
+    whole = run(Published(), groups, flat, stream(0, 0, 0), 10)
+    short = run(Published(), groups, flat, stream(0, 0, 0), 10, patience=3)
+    assert len(whole.trace) == 11 and len(short.trace) == 4
+    # a search that goes on gaining is not cut
+    score = Landscape(40, 0)
+    gaining = run(Published(), groups, score, stream(0, 0, 0), 10, patience=3)
+    assert len(gaining.trace) > 4
+    assert np.array_equal(gaining.trace, run(Published(), groups, Landscape(40, 0), stream(0, 0, 0), 10).trace[
+        : len(gaining.trace)])
+
+
+def test_a_search_without_memory_scores_everything_and_finds_the_same():
+    groups = Groups.from_ids(np.arange(12) // 4)  # 64 masks: candidates come again
+    known, anew = Landscape(12, 0), Landscape(12, 0)
+    first = run(Published(), groups, known, stream(0, 0, 0), 10)
+    second = run(Published(), groups, anew, stream(0, 0, 0), 10, remember=False)
+    assert len(known.asked) < len(anew.asked) == 528 and second.saved == 0
+    assert np.array_equal(first.kept, second.kept) and np.array_equal(first.trace, second.trace)

@@ -71,6 +71,8 @@ def test_everything_is_there(finished):
     for name in names:
         assert (finished / name).stat().st_size > 0, name
     assert list((finished / "tensorboard").glob("events.*"))
+    text = (finished / "compressor" / "README.md").read_text()
+    assert "wrong_image" in text and "24 questions of scenes" in text and "generations_per_refresh" in text
     rows = json.loads((finished / "report.json").read_text())
     assert {"method", "kept", "accuracy", "low", "high", "n", "relative"} <= set(rows[0])
     methods = {row["method"] for row in rows}

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from evocomp.bench import label_search, timing
+from evocomp.bench.label_search import CandidateScorer, Sample, memo_row, middle_sample, nano_samples, run, search_row
+
+EFFORT = {"q": 6, "p": 2, "generations": 2}
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return nano_samples(1)[0]
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", 1e-3)
+
+
+def test_every_kind_of_row_is_there():
+    rows = run(repeats=1, quick=True)
+    kinds = [row["bench"] for row in rows]
+    assert {"label search", "ablation", "memo", "hill_climb", "growth with q"} <= set(kinds)
+    assert all(row["ratio"] > 0 for row in rows if not row["bench"].startswith("growth")), "slopes of so little vary"
+    assert all({"device", "torch", "commit"} <= set(row) for row in rows)
+    assert all(row["same_best_mask"] for row in rows if row["bench"] == "label search")
+    assert kinds.count("ablation") == len(label_search.LADDER)
+
+
+def test_the_ladder_ends_with_the_defaults():
+    settings = {}
+    for _, saving in label_search.LADDER:
+        settings |= saving
+    defaults = label_search.ScorerConfig()
+    assert settings == {name: getattr(defaults, name) for name in settings}
+    assert set(vars(defaults)) - set(settings) == {"memo", "prefix_reuse"}
+
+
+def test_straightforward_ways_agree():
+    """Cut out or masked away, from pixels on or from features: the same losses."""
+    middle = middle_sample(groups=20, answer=3)
+    kept = middle.groups.kept(np.zeros((2, middle.groups.count), np.int32))
+    kept[1] = np.sort(np.random.default_rng(0).permutation(576)[: middle.groups.count])
+    np.testing.assert_allclose(middle.removed(kept), middle.masked(kept), rtol=1e-5, atol=1e-5)
+    assert abs(middle.removed(kept[:1]) - middle.removed(kept[1:])) > 1e-4
+
+
+@pytest.mark.parametrize("bench", [memo_row, lambda *a, **k: search_row(a[0], "removed", *a[1:], **k)])
+def test_a_scorer_that_is_wrong_gets_no_row(sample, bench, monkeypatch):
+    right = CandidateScorer.__call__
+    seen = []
+
+    def wrong(self, features, kept, flips=False):
+        seen.append(1)
+        return right(self, features, kept, flips) + 1e-2 * len(seen)
+
+    monkeypatch.setattr(CandidateScorer, "__call__", wrong)
+    with pytest.raises(AssertionError):
+        bench(sample, "cpu", 1, **EFFORT)
+
+
+def test_another_best_mask_passes_only_as_a_tie(sample, monkeypatch):
+    good = label_search._search(sample, label_search.Published(q=6, p=2), sample.removed, 1)
+    other = label_search.replace(good, kept=np.arange(len(good.kept)))
+    with pytest.raises(AssertionError):
+        label_search.same_best(sample, good, other)
+    monkeypatch.setattr(Sample, "removed", lambda self, kept: np.ones(len(kept), np.float32))
+    label_search.same_best(sample, good, other)
+
+
+def test_labels_are_made_three_times_faster(sample):
+    row = search_row(sample, "removed", "cpu", 3, q=48, p=12, generations=2)
+    assert row["ratio"] >= 3 and row["clock"] == "process"
