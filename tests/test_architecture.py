@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def _named_by_call(node: ast.Call) -> list[tuple[str, int]]:
     return [(text.rstrip("."), node.lineno)]
 
 
+@cache
 def sources() -> list[tuple[Path, str, ast.AST]]:
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):

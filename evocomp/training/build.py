@@ -93,7 +93,9 @@ def run(config: RunConfig) -> bool:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
-        warnings.filterwarnings("ignore", message=".*mid-epoch.*|.*dirpath .* exists.*|.*eval mode.*")
+        warnings.filterwarnings("ignore", message=".*eval mode.*|.*Checkpoint directory .* exists.*")
+        # resuming is exact: the datamodule knows where it was
+        warnings.filterwarnings("ignore", message=".*ended before the epoch ended.*")
         trainer.fit(module, data, ckpt_path=last, weights_only=False)
     if trainer.received_sigterm or trainer.interrupted:
         raise Interrupted("stopped in training; the same command goes on from the last checkpoint")

@@ -88,9 +88,11 @@ def test_a_complete_round_is_not_made_again(labeller):
     one = labeller("one")
     records = one.ensure(0)
     spent = one.scorer.forwards
+    stamps = {path: path.stat().st_mtime_ns for path in one.store.path.rglob("*")}
     reported = []
     again = one.ensure(0, report=reported.append)
     assert one.scorer.forwards == spent and reported == []
+    assert {path: path.stat().st_mtime_ns for path in one.store.path.rglob("*")} == stamps
     assert all(np.array_equal(again[id]["kept"], records[id]["kept"]) for id in records)
 
 

@@ -48,13 +48,15 @@ def test_labels_are_of_the_round_that_holds_now(data, questions, workers):
             assert worker.pid != os.getpid()
 
 
-def test_features_belong_to_their_ids(data, questions, nano):
+def test_features_and_labels_belong_to_their_ids(data, questions, nano):
     one = data()
-    one.use(0, records(questions[:10], 0), 0)
+    own = {e.id: {"id": e.id, "kept": np.array([place], np.uint16)} for place, e in enumerate(questions[:10])}
+    one.use(0, own, 0)
     by_id = {e.id: f for e, f in zip(questions[:10], nano.features(questions[:10]), strict=True)}
     for batch in epoch(one, one.train_dataloader()):
         for row, id in enumerate(batch.ids):
             assert torch.equal(batch.inputs.visual[row], by_id[id].visual)
+            assert batch.targets[row].nonzero()[:, 0].tolist() == own[id]["kept"].tolist()
             text = nano.prompt_embeds(by_id[id])
             assert torch.equal(batch.inputs.prompt[row, : len(text)], text)
 
