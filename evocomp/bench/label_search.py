@@ -23,6 +23,7 @@ from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.nano import build_nano, nano_config
+from evocomp.mllm.sequences import continued
 from evocomp.search import HillClimb, Published, SearchResult, Strategy
 from evocomp.search import run as search
 from evocomp.search.genome import random_genomes, stream
@@ -69,13 +70,13 @@ class Sample:
 
     def removed(self, kept: np.ndarray) -> np.ndarray:
         """The straightforward way with care: features encoded once, dropped tokens cut out, one forward a mask."""
-        f, model = self.features, self.mllm.model
+        f, model, embeds = self.features, self.mllm.model, self._embeds()
         losses = []
         for row in torch.from_numpy(kept).long().to(f.visual.device):
             places = torch.cat([f.text_at, f.visual_at[row]]).sort().values
-            embeds = self._embeds()[torch.cat([places, len(f.prompt_ids) + self._answer_places()])]
-            positions = torch.cat([places, len(f.prompt_ids) + self._answer_places()])
-            losses.append(self._loss(model, inputs_embeds=embeds[None], position_ids=positions[None]))
+            places = torch.cat([places, len(f.prompt_ids) + self._answer_places()])
+            positions = continued(f.positions, len(f.prompt_ids) + len(f.answer_ids))[..., None, places]
+            losses.append(self._loss(model, inputs_embeds=embeds[places][None], position_ids=positions))
         return np.array(losses, dtype=np.float32)
 
     def masked(self, kept: np.ndarray) -> np.ndarray:
@@ -102,7 +103,7 @@ class Sample:
     @torch.no_grad()
     def _loss(self, model: nn.Module, **inputs: Tensor) -> float:
         if "attention_mask" not in inputs:
-            inputs["attention_mask"] = torch.ones_like(inputs["position_ids"])
+            inputs["attention_mask"] = torch.ones_like(inputs["inputs_embeds"][..., 0], dtype=torch.long)
         logits = model(**inputs, use_cache=False).logits[0].float()
         answer = self.features.answer_ids
         return float(F.cross_entropy(logits[-len(answer) - 1 : -1], answer))
@@ -113,7 +114,7 @@ class Sample:
     def _embeds(self) -> Tensor:
         f = self.features
         embeds = self.mllm.embed(torch.cat([f.prompt_ids.index_fill(0, f.visual_at, 0), f.answer_ids])).detach()
-        embeds[f.visual_at] = f.visual
+        embeds[f.visual_at] = f.visual.to(embeds.dtype)
         return embeds
 
 
@@ -158,12 +159,16 @@ def nano_samples(count: int, device: str = "cpu") -> list[Sample]:
 # ---------------------------------------------------------------- measurements
 
 
-def run(device: str = "cpu", repeats: int = 3, quick: bool = False) -> list[Row]:
-    """All rows; `quick` searches as little as still makes sense, for tests.
+def run(device: str = "cpu", repeats: int = 3, quick: bool = False, shape: str | None = None) -> list[Row]:
+    """All rows; `quick` searches as little as still makes sense, for tests; with a `shape`, those of that model.
 
     Raises:
         AssertionError: two ways found different best masks, or other losses.
     """
+    if shape is not None:
+        from evocomp.bench import scorer
+
+        return scorer.run(shape, device, repeats, quick)
     # on one thread: times of several are those of the machine's other jobs
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

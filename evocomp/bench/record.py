@@ -17,12 +17,13 @@ KINDS = {"label-search": "label_search", "ops": "ops", "inference": "inference",
 Row = dict[str, Any]
 
 
-def run_bench(kind: str, out: Path | None = None) -> list[Row]:
+def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) -> list[Row]:
     """Run a benchmark on the GPU if there is one, print its table, append its rows to `out`.
 
     Args:
         kind: a key of `KINDS`.
         out: CSV file, or a folder that gets KIND.csv.
+        shapes: names of real models' sizes (`bench.models.SHAPES`), one after another; none: the usual small sizes.
 
     Raises:
         UserError: a benchmark that is not there, or `out` that cannot be written.
@@ -39,11 +40,15 @@ def run_bench(kind: str, out: Path | None = None) -> list[Row]:
     path = out / f"{kind}.csv" if out is not None and out.suffix != ".csv" else out
     if path is not None and not path.parent.exists():
         path.parent.mkdir(parents=True)
-    rows = module.run("cuda" if torch.cuda.is_available() else "cpu")
-    print(table(rows))
-    if path is not None:
-        append(path, rows)
-        logger.info("%d rows appended to %s", len(rows), path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[Row] = []
+    for chosen in [{"shape": name} for name in shapes] or [{}]:
+        found = module.run(device, **chosen)
+        print(table(found), flush=True)
+        if path is not None:
+            append(path, found)  # at once, so that a stop keeps what was measured
+            logger.info("%d rows appended to %s", len(found), path)
+        rows += found
     return rows
 
 
@@ -70,7 +75,8 @@ def _ratio(row: Row) -> str:
         kept = row["break_even_kept"]
         return "never pays at what was measured" if kept is None else f"pays up to {kept:.0f} kept"
     spread = f" ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})" if "ratio_p20" in row else ""
-    return f"{row['ratio']:.2f}{spread}"
+    floor = f", floor {row['floor_ms']:.2f} ms" if "floor_ms" in row else ""
+    return f"{row['ratio']:.2f}{spread}{floor}"
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -23,7 +24,10 @@ import evocomp
 MIN_SAMPLE_SECONDS = 0.03
 # Written before each timed GPU sample, so that inputs come from memory; an L2 cache is smaller (H200: 50 MB).
 FLUSH_BYTES = 256 * 2**20
+# For the clock "device" the GPU spins about this long before a sample, while the host queues it.
+SPIN_CYCLES = 8_000_000
 
+Clock = Literal["wall", "process", "device"]
 Work = Callable[[], Any]
 
 
@@ -35,7 +39,7 @@ def compare(
     agree: Callable[[Any, Any], None],
     device: torch.device | str = "cpu",
     repeats: int = 5,
-    clock: Literal["wall", "process"] = "wall",
+    clock: Clock = "wall",
 ) -> dict[str, Any]:
     """Time two ways to the same answer, alternating, and return one row.
 
@@ -47,6 +51,7 @@ def compare(
         device: device that the work runs on.
         repeats: timed pairs, at least 5 for a table.
         clock: "process" counts this process's CPU time, which other jobs on the machine disturb less; CPUs only.
+            "device" leaves out what the host takes to launch short work: it is queued while the GPU spins.
 
     Returns:
         row with "baseline_ms" and "ours_ms" (medians), their 20 % and 80 % quantiles ("..._p20_ms" and
@@ -79,12 +84,58 @@ def compare(
     }
 
 
-def measure(work: Work, device: torch.device | str = "cpu", clock: Literal["wall", "process"] = "wall") -> float:
+def measure(work: Work, device: torch.device | str = "cpu", clock: Clock = "wall") -> float:
     """Seconds of one call: the least of three samples, which other jobs disturb least."""
     device = torch.device(device)
     work()
     rounds = _rounds(work, device, clock)
     return min(_sample(work, rounds, device, clock) for _ in range(3))
+
+
+def ceilings(device: torch.device | str) -> tuple[float, float]:
+    """What the device reaches: FLOP/s of a large matrix product in bf16 (CPUs: fp32), byte/s of a copy, both ways."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    size, rounds = (8192, 20) if cuda else (512, 1)
+    matrices = torch.randn(2, size, size, device=device).to(torch.bfloat16 if cuda else torch.float32)
+    product = measure(lambda: [matrices[0] @ matrices[1] for _ in range(rounds)], device) / rounds
+    source = torch.empty(2**30 if cuda else 2**26, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copy = measure(lambda: [target.copy_(source) for _ in range(rounds)], device) / rounds
+    return 2 * size**3 / product, 2 * source.numel() / copy
+
+
+def graphed(work: Work) -> Work:
+    """`work` as a CUDA graph: its replays leave out what the host takes to launch it; each overwrites its answer.
+
+    Raises:
+        RuntimeError: work waits for the host.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = work()
+
+    def replay() -> Any:
+        graph.replay()
+        return answer
+
+    return replay
+
+
+def host_waits(work: Work) -> int:
+    """How often work() makes the host wait for the GPU, by the profiler."""
+    work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        work()
+    names = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    return sum(event.count for event in trace.key_averages() if event.key in names)
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -114,7 +165,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 def _commit() -> str | None:
     folder = Path(evocomp.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
-        return None
+        return os.environ.get("EVOCOMP_COMMIT")  # sources that were copied to where they run
     found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
     return found.stdout.strip() or None
 
@@ -143,7 +194,7 @@ def peak_memory(work: Work, device: torch.device | str = "cpu") -> int:
 
 def _rounds(work: Work, device: torch.device, clock: str) -> int:
     """Calls in one timed sample, after warm-up; on a GPU one, between a cold cache and an event."""
-    if device.type != "cuda" and _sample(work, 1, device, clock) >= 10 * MIN_SAMPLE_SECONDS:
+    if _sample(work, 1, device, clock) >= 10 * MIN_SAMPLE_SECONDS:
         return 1  # long work, which has been called once before, needs no more of it
     for _ in range(2):
         work()
@@ -164,6 +215,8 @@ def _sample(work: Work, rounds: int, device: torch.device, clock: str) -> float:
     torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    if clock == "device":
+        torch.cuda._sleep(SPIN_CYCLES)
     start.record()
     work()
     end.record()

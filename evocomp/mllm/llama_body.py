@@ -192,10 +192,12 @@ class LlamaBody:
         if self.paired:
             pairs = torch.view_as_complex(rows.view(len(rows), -1, self.head_dim // 2, 2))
             return torch.view_as_real(pairs * angles).view(rows.shape)
-        heads = rows.view(len(rows), -1, self.head_dim)
+        heads, (cos, sin) = rows.view(len(rows), -1, self.head_dim), angles.unbind(1)
         first, second = heads.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return (heads * angles[:, 0] + turned * angles[:, 1]).view(rows.shape)
+        turned = heads * cos  # then in place: half the memory traffic of a turned copy
+        for part, other, sine, sign in zip(turned.chunk(2, -1), (second, first), sin.chunk(2, -1), (-1, 1), strict=True):
+            part.addcmul_(other, sine, value=sign)
+        return turned.view(rows.shape)
 
     @staticmethod
     def _flat_read(read: Tensor, count: int, length: int) -> Tensor:

@@ -8,6 +8,8 @@ never a silent fallback.
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,3 +66,47 @@ def choose(tensor: Tensor) -> str:
 def launch_on(tensor: Tensor) -> torch.cuda.device_of:
     """Context in which Triton launches on the tensor's own GPU, whichever is current; nothing on the CPU."""
     return torch.cuda.device_of(tensor)
+
+
+def differentiable(
+    op: Any, forward: Callable, setup_context: Callable, backward: Callable, direct_backward: Callable | None = None
+) -> Callable:
+    """`op`, a `torch.library.custom_op` of `forward`, with its gradient; left out where nothing is compiled.
+
+    A custom op costs some 20 us on the host each way, more than these kernels take on a GPU; torch.compile needs it.
+    Gradients of outputs that nobody used come to `backward` as None.
+
+    Args:
+        op, forward: the custom op and the function that it was made of.
+        setup_context, backward: as `register_autograd` takes them.
+        direct_backward: the same as `backward`, launching directly what that does by a custom op.
+    """
+
+    def setup(ctx, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # zeros for every saved output would be launches too
+        setup_context(ctx, inputs, output)
+
+    class Direct(torch.autograd.Function):
+        pass
+
+    Direct.forward = staticmethod(forward)
+    Direct.setup_context = staticmethod(setup)
+    Direct.backward = staticmethod(torch.autograd.function.once_differentiable(direct_backward or backward))
+    op.register_autograd(backward, setup_context=setup)
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs) if torch.compiler.is_compiling() else Direct.apply(*inputs)
+
+    return call
+
+
+def without_gradient(op: Any, forward: Callable) -> Callable:
+    """The same for an op without gradient."""
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        with torch.no_grad():
+            return forward(*inputs)
+
+    return call

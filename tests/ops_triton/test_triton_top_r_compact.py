@@ -70,9 +70,9 @@ def test_operator_registration(generator):
     module = _module()
     scores, embeddings, valid = example(generator, 2, 37)
     index = reference.top_r_index(scores, 4, valid)
-    torch.library.opcheck(module.top_r_index, (scores, 4, valid))
-    torch.library.opcheck(module.top_r_index, (scores, 37, None))
-    torch.library.opcheck(module.gather_embeddings, (embeddings.requires_grad_(), index))
+    torch.library.opcheck(module._top_r_index, (scores, 4, valid))
+    torch.library.opcheck(module._top_r_index, (scores, 37, None))
+    torch.library.opcheck(module._gather_embeddings, (embeddings.requires_grad_(), index))
 
 
 @pytest.mark.parametrize("name", ["_index_kernel", "_gather_kernel"])

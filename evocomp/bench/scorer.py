@@ -1,0 +1,150 @@
+"""The candidate scorer at the sizes of real models: against one HF forward a mask, and against the arithmetic.
+
+Weights are random, so only losses can be compared, not searches: in bfloat16 candidates differ by less than rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from evocomp.bench import label_search
+from evocomp.bench.label_search import LADDER, NONE, Row, Sample
+from evocomp.bench.models import ModelShape, random_features, random_groups, random_model, shape_named
+from evocomp.bench.timing import ceilings, compare
+from evocomp.config.schema import ScorerConfig
+from evocomp.labels.estimate import Target
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.mllm.features import Features
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.search.genome import random_genomes, stream
+
+Timed = tuple[str, Callable[[], np.ndarray]]
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+"""Largest difference of two losses [nats]; the measured one is in the row."""
+
+QUESTIONS = 8
+"""About one picture, where they are scored together."""
+
+
+def run(name: str, device: str, repeats: int, quick: bool = False) -> list[Row]:
+    """Rows of one model of `models.SHAPES`.
+
+    Raises:
+        UserError: an unknown name.
+        AssertionError: two ways gave losses further apart than `TOLERANCE`.
+    """
+    shape = shape_named(name)
+    mllm = FrozenMLLM(random_model(shape, device), processor=None, name=name)
+    sample = Sample(mllm, random_features(mllm, shape), None, random_groups(shape))
+    count = 6 if quick else 48
+    rows = list(_rows(sample, shape, device, repeats, count))
+    del sample, mllm
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _rows(sample: Sample, shape: ModelShape, device: str, repeats: int, count: int) -> Iterator[Row]:
+    features = sample.features
+    masks = sample.groups.kept(random_genomes(sample.groups.sizes, stream(0, 1, 0), count))
+    scorer = CandidateScorer(sample.mllm)
+    straight = ("one HF forward a mask, all logits, dropped tokens removed", lambda: sample.removed(masks))
+    sizes = label_search._sizes(sample)
+
+    def row(bench: str, baseline: Timed, ours: Timed, count: int = count) -> Row:
+        return _compared(bench, f"{sizes} q={count}", baseline, ours, sample.mllm, device, repeats)
+
+    main = row("scorer", straight, ("scorer", lambda: scorer(features, masks)))
+    flop, (rate, copied) = scoring_flop(target_of(sample.mllm), shape, masks.shape), ceilings(device)
+    floor = flop / rate
+    yield main | {
+        "floor_ms": floor * 1e3,
+        "floor_share": floor * 1e3 / main["ours_ms"],
+        "ceiling_tflops": rate / 1e12,
+        "ceiling_copy_gbs": copied / 1e9,
+        "labels_per_hour": 3600e3 / (11 * main["ours_ms"] * 48 / count),
+    }
+    flips = one_flip(sample, count)
+    plain = ("whole candidates", lambda: scorer(features, flips))
+    yield row("one-flip candidates", plain, ("kept tokens before the flip once", lambda: scorer(features, flips, True)))
+    questions, some = asked_again(features), masks[: max(2, count // 4)]
+    apart = ("questions apart", lambda: np.stack([scorer(one, some) for one in questions]))
+    together = (f"{QUESTIONS} questions together", lambda: scorer.shared(questions, some))
+    yield row("shared scoring", apart, together, len(some))
+    few = masks[: max(2, count // 3)]
+    for name, settings in ladder(sample):
+        own = CandidateScorer(sample.mllm, settings=settings)
+        ours = (name, lambda own=own: own(features, few))
+        yield row("ablation", (straight[0], lambda: sample.removed(few)), ours, len(few))
+
+
+def ladder(sample: Sample) -> Iterator[tuple[str, ScorerConfig]]:
+    """Settings with one saving more each, those that do something for this model on its device."""
+    own_pass = type(CandidateScorer(sample.mllm).losses.body).__name__ == "LlamaBody"
+    settings = NONE
+    for name, saving in LADDER:
+        settings = replace(settings, **saving)
+        needs_own_pass = {"own_pass", "last_layer_at_answers", "first_layer_once", "onednn"} & set(saving)
+        if not ("onednn" in saving and sample.mllm.device.type == "cuda") and (own_pass or not needs_own_pass):
+            yield name, settings
+
+
+def target_of(mllm: FrozenMLLM) -> Target:
+    """The model's sizes, as costs are estimated from."""
+    return Target.from_config(mllm.model.config.to_dict())
+
+
+def scoring_flop(target: Target, shape: ModelShape, masks: tuple[int, int]) -> float:
+    """What Q masks of R kept tokens cannot do without, the text before the picture being computed once [FLOP].
+
+    In the last layer queries, output and MLP are needed at the answer's places only.
+    """
+    count, kept = masks
+    length = shape.before + kept + shape.after - 1
+    own, answer = length - shape.before, shape.answer
+    keys = 2 * target.hidden * target.kv_heads * target.head_dim
+    layer = target.body / target.layers
+    places = (target.layers - 1) * (layer * own) + keys * own + (layer - keys) * answer
+    pairs = (length**2 - shape.before**2) / 2 * (target.layers - 1) + answer * length
+    attention = 4 * pairs * target.heads * target.head_dim
+    return count * (2 * places + attention + 2 * target.vocabulary * target.hidden * answer)
+
+
+def one_flip(sample: Sample, count: int) -> np.ndarray:
+    """Masks [count, R] that differ from one mask in one kept token each."""
+    rng, groups = np.random.default_rng(0), sample.groups
+    genomes = np.repeat(random_genomes(groups.sizes, stream(0, 2, 0), 1), count, axis=0)
+    movable = np.flatnonzero(groups.sizes > 1)
+    chosen = rng.choice(movable, count)
+    genomes[np.arange(count), chosen] = (genomes[0, chosen] + 1) % groups.sizes[chosen]
+    return groups.kept(genomes)
+
+
+def asked_again(features: Features) -> list[Features]:
+    """`QUESTIONS` questions about the picture, whose words after it differ."""
+    end = int(features.visual_at[-1]) + 1
+    rows = []
+    for number in range(QUESTIONS):
+        tail = features.prompt_ids[end:].roll(number)
+        ids = torch.cat([features.prompt_ids[:end], tail])
+        rows.append(replace(features, id=number, prompt_ids=ids, answer_ids=features.answer_ids.roll(number)))
+    return rows
+
+
+def _compared(
+    bench: str, sizes: str, baseline: Timed, ours: Timed, mllm: FrozenMLLM, device: str, repeats: int
+) -> Row:
+    found: dict[str, Any] = {}
+    tolerance = TOLERANCE[mllm.vocabulary.dtype]
+
+    def agree(one: np.ndarray, other: np.ndarray) -> None:
+        found["largest_difference"] = float(np.abs(one - other).max())
+        found["spread"] = float(one.std())
+        assert found["largest_difference"] <= tolerance, f"{bench}: losses differ by {found}"
+
+    clock = "process" if torch.device(device).type == "cpu" else "wall"
+    return compare(bench, sizes, baseline, ours, agree, device, repeats, clock) | found
