@@ -77,12 +77,9 @@ def _llava(kind: type[PreTrainedConfig], **sizes: int) -> PreTrainedConfig:
 
 def _qwen(width: int = 3584, inner: int = 18_944, layers: int = 28, heads: int = 28, kv_heads: int = 4):
     """Qwen2.5-VL-7B, unless sizes say otherwise; of the tower only its existence matters here."""
-    head = width // heads
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1e6,
-        "mrope_section": [head // 8, head // 2 - head // 8 - (head // 2 - head // 8) // 2, (head // 2 - head // 8) // 2],
-    }
+    pairs = width // heads // 2
+    space = 3 * pairs // 8  # of a head's pairs for height, as many for width, the rest for time
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * space, space, space]}
     text = {
         "vocab_size": 152_064,
         "hidden_size": width,

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def _values(row: Row) -> tuple[str, str]:
     for unit, name in (("ms", "ms"), ("MiB", "mib")):
         if f"ours_{name}" in row:
             return f"{row[f'baseline_{name}']:.2f} {unit}", f"{row[f'ours_{name}']:.2f} {unit}"
+    if "ours_waits" in row:
+        return f"{row['baseline_waits']} waits", f"{row['ours_waits']} waits"
     return "", ""
 
 
@@ -94,3 +97,28 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         writer.writerows([*old, *new])
     temporary.replace(path)
+
+
+def overview(paths: Sequence[Path]) -> str:
+    """What CSV files of benchmarks hold, a short line a row: times, ratio, share of the floor."""
+    lines = []
+    for path in paths:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        lines.append(f"{path.stem} ({rows[-1]['device']}, torch {rows[-1]['torch']})" if rows else path.stem)
+        lines += [_brief(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _brief(row: dict[str, str]) -> str:
+    pairs = ((f"{row.get(f'baseline_{name}')}", f"{row.get(f'ours_{name}')}") for name in ("ms", "mib", "waits"))
+    before, after = next(((a, b) for a, b in pairs if b not in ("", "None")), ("nan", "nan"))
+    floor = f" floor {float(row['floor_ms']):.2f}" if row.get("floor_ms") else ""
+    apart = f" apart {float(row['largest_difference']):.1g}" if row.get("largest_difference") else ""
+    ratio = float(row["ratio"] or "nan")
+    names = f"{row['bench'][:32]:32} {row['shape'][:36]:36} {row['ours'][:30]:30}"
+    return f"  {names} {float(before):9.3f} {float(after):9.3f} x{ratio:.2f}{floor}{apart}"
+
+
+if __name__ == "__main__":
+    print(overview([Path(name) for name in sys.argv[1:]]))

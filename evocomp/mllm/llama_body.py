@@ -193,10 +193,10 @@ class LlamaBody:
             pairs = torch.view_as_complex(rows.view(len(rows), -1, self.head_dim // 2, 2))
             return torch.view_as_real(pairs * angles).view(rows.shape)
         heads, (cos, sin) = rows.view(len(rows), -1, self.head_dim), angles.unbind(1)
-        first, second = heads.chunk(2, dim=-1)
+        half = self.head_dim // 2
         turned = heads * cos  # then in place: half the memory traffic of a turned copy
-        for part, other, sine, sign in zip(turned.chunk(2, -1), (second, first), sin.chunk(2, -1), (-1, 1), strict=True):
-            part.addcmul_(other, sine, value=sign)
+        turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+        turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
         return turned.view(rows.shape)
 
     @staticmethod

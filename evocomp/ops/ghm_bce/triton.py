@@ -85,7 +85,7 @@ def _flat(logits: Tensor, targets: Tensor, valid: Tensor | None) -> tuple[Tensor
 
 
 def _cells(bins: int) -> int:
-    return triton.next_power_of_2(bins + 1)
+    return 1 << bins.bit_length()
 
 
 def _count(logits: Tensor, targets: Tensor, valid: Tensor | None, bins: int) -> Tensor:
@@ -93,7 +93,7 @@ def _count(logits: Tensor, targets: Tensor, valid: Tensor | None, bins: int) -> 
     counts = torch.zeros(bins, dtype=torch.long, device=logits.device)
     n = logits.numel()
     with dispatch.launch_on(logits):
-        _histogram_kernel[(triton.cdiv(n, BLOCK),)](
+        _histogram_kernel[(dispatch.blocks(n, BLOCK),)](
             *_flat(logits, targets, valid),
             counts,
             n,
@@ -121,7 +121,7 @@ def _weigh(
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar) and slopes (logits' shape, fp32), the loss's derivative by the logits."""
     n, bins = logits.numel(), counts.numel()
-    programs = triton.cdiv(n, BLOCK)
+    programs = dispatch.blocks(n, BLOCK)
     slopes = torch.empty(logits.shape, device=logits.device)
     partial = torch.empty(programs, device=logits.device)  # summed afterwards: no float atomics, same bits
     with dispatch.launch_on(logits):

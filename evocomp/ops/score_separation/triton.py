@@ -185,7 +185,7 @@ def _backward_kernel(
 
 def _launch(width: int, values: int) -> dict[str, int]:
     """Launch options for tiles of at most `values` numbers and rows of `width`; checked not to spill."""
-    block_d = triton.next_power_of_2(width)
+    block_d = 1 << (width - 1).bit_length()
     tile = max(1, min(4, values // block_d))
     return {"ROWS": ROWS, "TILE": tile, "BLOCK_D": block_d, "num_warps": min(16, max(4, block_d // 512))}
 
@@ -194,8 +194,8 @@ def _launch_forward(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, retained: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logits [B, N], or [0] without a weight, separation [B], norms [B, N], means [B, 2, D], size [B, 2])"""
-    (b, n, d), chunks = hidden.shape, triton.cdiv(hidden.shape[1], ROWS)
-    blocks = triton.cdiv(d, FINISH_BLOCK)
+    (b, n, d), chunks = hidden.shape, dispatch.blocks(hidden.shape[1], ROWS)
+    blocks = dispatch.blocks(d, FINISH_BLOCK)
     make = {"device": hidden.device, "dtype": torch.float32}
     logits = torch.empty((b, n) if weight is not None else (0,), **make)
     norms, means, size = torch.empty(b, n, **make), torch.empty(b, 2, d, **make), torch.empty(b, 2, **make)
@@ -251,7 +251,7 @@ def _launch_backward(
     size: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(grad_hidden [B, N, D] in hidden's dtype, grad_weight [D] fp32, or [0] without a weight)"""
-    (b, n, d), chunks = hidden.shape, triton.cdiv(hidden.shape[1], ROWS)
+    (b, n, d), chunks = hidden.shape, dispatch.blocks(hidden.shape[1], ROWS)
     grad_hidden = torch.empty(b, n, d, dtype=hidden.dtype, device=hidden.device)
     partial = torch.empty((b * chunks, d) if weight is not None else (1, 0), device=hidden.device)
     with dispatch.launch_on(hidden):

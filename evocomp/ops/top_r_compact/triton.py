@@ -51,7 +51,7 @@ def _gather_kernel(embeddings, index, out, R, D, stride_b, stride_n, stride_d, B
 def _index(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
     """See `evocomp.ops.top_r_compact`: [B, R] ascending positions of the r best tokens."""
     b, n = scores.shape
-    block = triton.next_power_of_2(n)
+    block = 1 << (n - 1).bit_length()
     index = torch.empty(b, r, dtype=torch.long, device=scores.device)
     with dispatch.launch_on(scores):
         _index_kernel[(b,)](
@@ -83,7 +83,7 @@ def _gather(embeddings: Tensor, index: Tensor) -> Tensor:
     """embeddings [B, N, D] at index [B, R], distinct in a row: [B, R, D]; differentiable."""
     (b, r), d = index.shape, embeddings.shape[2]
     out = torch.empty(b, r, d, dtype=embeddings.dtype, device=embeddings.device)
-    block = min(1024, triton.next_power_of_2(d))
+    block = min(1024, 1 << (d - 1).bit_length())
     with dispatch.launch_on(embeddings):
         _gather_kernel[(b * r,)](
             embeddings, index.contiguous(), out, r, d, *embeddings.stride(), BLOCK_D=block
