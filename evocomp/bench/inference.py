@@ -97,17 +97,12 @@ def run(
     sizes: Sequence[str] = tuple(SIZES),
     batches: Sequence[int] = (1, 4),
     answers: Sequence[int] = (1, 8, 32),
-    shape: str | None = None,
 ) -> list[Row]:
-    """All rows; `answers` are lengths of the answer [tokens]; with a `shape`, the stages of that model.
+    """All rows; `answers` are lengths of the answer [tokens].
 
     Rows are those of `timing.compare`: "ratio" above 1 means that the second is faster. Rows "break-even" hold
     in "break_even_kept" the number of kept tokens up to which `generate` with `compress` is faster than without.
     """
-    if shape is not None:
-        from evocomp.bench import prefill
-
-        return prefill.run(shape, device, repeats)
     rows = []
     for size in sizes:
         for batch in batches:

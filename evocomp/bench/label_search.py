@@ -159,16 +159,12 @@ def nano_samples(count: int, device: str = "cpu") -> list[Sample]:
 # ---------------------------------------------------------------- measurements
 
 
-def run(device: str = "cpu", repeats: int = 3, quick: bool = False, shape: str | None = None) -> list[Row]:
-    """All rows; `quick` searches as little as still makes sense, for tests; with a `shape`, those of that model.
+def run(device: str = "cpu", repeats: int = 3, quick: bool = False) -> list[Row]:
+    """All rows; `quick` searches as little as still makes sense, for tests.
 
     Raises:
         AssertionError: two ways found different best masks, or other losses.
     """
-    if shape is not None:
-        from evocomp.bench import scorer
-
-        return scorer.run(shape, device, repeats, quick)
     # on one thread: times of several are those of the machine's other jobs
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """Benchmarks of the ops against what one would write without them: small on the CPU, real sizes on a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evocomp.bench.models import number_format, shape_named
-from evocomp.bench.timing import Clock, compare, host_waits, peak_memory
+from evocomp.bench.timing import Clock, compare, each, host_waits, peak_memory
 from evocomp.ops import cosine_separation, ghm_bce, score_separation, top_r_compact, vocabulary_argmax
 from evocomp.ops.dispatch import choose
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 class Shape(NamedTuple):
@@ -32,27 +34,27 @@ SHAPES = {
 }
 
 
-def run(
-    device: str = "cpu", repeats: int | None = None, shapes: list[Shape] | None = None, shape: str | None = None
-) -> Rows:
+def run(device: str = "cpu", repeats: int | None = None, shapes: list[Shape] | None = None) -> Iterator[Row]:
     """All rows for the device ("cpu" or "cuda"): separation, head, grouping (time and memory), GHM, compaction.
 
     Each row holds baseline, ours, times, "ratio" (above 1: ours is faster or smaller), device and versions. On GPUs
     states are bfloat16, and short ops have a second row in which only the GPU's time counts ("queued").
 
     Raises:
-        AssertionError: an op and its baseline disagree.
+        AssertionError: an op and its baseline disagree; the others are measured all the same.
     """
-    cuda = torch.device(device).type == "cuda"
-    if shape is not None:
-        known = shape_named(shape)
-        config = known.config().text_config
-        shapes = [Shape(32, known.tokens, config.hidden_size, config.vocab_size, known.kept)]
-    rows = []
-    for sizes in shapes or SHAPES[torch.device(device).type]:
-        for bench in (bench_separation, bench_head, bench_grouping, bench_ghm, bench_compaction):
-            rows += bench(sizes, device, repeats or (20 if cuda else 5))
-    return rows
+    kind = torch.device(device).type
+    repeats = repeats or (20 if kind == "cuda" else 5)
+    benches = (bench_head, bench_ghm, bench_compaction, bench_separation, bench_grouping)
+    works = [partial(bench, shape, device, repeats) for shape in shapes or SHAPES[kind] for bench in benches]
+    return each(works)
+
+
+def at_shape(name: str, device: str) -> Iterator[Row]:
+    """The same at the sizes of a model of `models.SHAPES`, for 32 images."""
+    shape = shape_named(name)
+    text = shape.config().text_config
+    return run(device, shapes=[Shape(32, shape.tokens, text.hidden_size, text.vocab_size, shape.kept)])
 
 
 def _close(rtol: float = 1e-4, atol: float = 1e-5) -> Callable[[Any, Any], None]:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from evocomp.bench.inference import Prompts, Row, _close, _nothing, _same_shape, fastest_attention
 from evocomp.bench.models import ModelShape, pictures, random_model, shape_named
-from evocomp.bench.timing import Work, ceilings, compare, graphed
+from evocomp.bench.timing import Work, ceilings, compare, each, graphed
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.labels.estimate import Target
-from evocomp.log import logger
 from evocomp.ops import top_r_compact
 
 
@@ -71,6 +70,7 @@ class Stages:
         """From pixels on, compressed."""
         return self.prefill(self._chosen(self.see()))
 
+    @torch.inference_mode()
     def decode(self, kept: Tensor) -> Work:
         """One more token after a prompt; the cache is cut back each time."""
         _, cache = self.prefill(kept)
@@ -87,8 +87,8 @@ class Stages:
         return top_r_compact(self.compressor(visual, self.text).logits.float(), self.shape.kept, visual).embeddings
 
 
-def run(name: str, device: str, repeats: int, batches: Sequence[int] = (1, 8)) -> list[Row]:
-    """Rows of one model of `models.SHAPES`.
+def at_shape(name: str, device: str, repeats: int = 5, batches: Sequence[int] = (1, 8)) -> Iterator[Row]:
+    """Rows of one model of `models.SHAPES`, as they are measured; half the repeats where the batch is large.
 
     Raises:
         UserError: an unknown name.
@@ -97,14 +97,10 @@ def run(name: str, device: str, repeats: int, batches: Sequence[int] = (1, 8)) -
     model = random_model(shape, device)
     model.set_attn_implementation(fastest_attention(torch.device(device)))
     limits = ceilings(device)
-    rows = []
-    with torch.inference_mode():
-        for batch in batches:
-            rows += list(_rows(name, Stages(model, shape, batch), device, repeats, limits))
-    del model
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-    return rows
+    for batch in batches:
+        with torch.inference_mode():
+            stages = Stages(model, shape, batch)
+        yield from _rows(name, stages, device, repeats if batch == 1 else (repeats + 1) // 2, limits)
 
 
 def _rows(
@@ -115,6 +111,7 @@ def _rows(
     sizes = f"{name} B={stages.batch} N={shape.tokens} R={shape.kept} T={text}"
     names = f"{shape.tokens} tokens", f"{shape.kept} tokens"
 
+    @torch.inference_mode()
     def row(bench: str, baseline: tuple[str, Work], ours: tuple[str, Work], agree: Callable = _nothing) -> Row:
         found = compare(bench, sizes, baseline, ours, agree, device, repeats)
         return found | {"ceiling_tflops": limits[0] / 1e12, "ceiling_copy_gbs": limits[1] / 1e9}
@@ -124,27 +121,34 @@ def _rows(
         flop = stages.batch * target.forward(tokens + text, 1)
         return {"floor_ms": 1e3 * max(flop / limits[0], target.body * stages.text.itemsize / limits[1])}
 
-    yield row("prefill", (names[0], stages.full), (names[1], stages.short), _same_shape) | floor(shape.kept)
     whole = (f"{names[1]}, compressor included", stages.compressed)
-    yield row("prefill", (names[0], stages.full), whole, _same_shape) | floor(shape.kept)
-    yield row("compressor's share", (f"prefill of {names[1]}", stages.short), ("compressor and top-r", stages.choose))
-    visual = stages.visual
-    steps = (names[0], stages.decode(visual)), (names[1], stages.decode(visual[:, : shape.kept]))
-    yield row("decode, one token", *steps, _same_shape)
-    if stages.pixels is not None:
+    least = floor(shape.kept)
+
+    def launched() -> Iterator[Row]:
+        yield row("prefill", (names[0], stages.full), (names[1], stages.short), _same_shape) | least
+        yield row("prefill", (names[0], stages.full), whole, _same_shape) | least
+        chosen = ("compressor and top-r", stages.choose)
+        yield row("compressor's share", (f"prefill of {names[1]}", stages.short), chosen)
+
+    def replayed() -> Iterator[Row]:
+        works = (stages.full, stages.short, stages.choose, stages.compressed)
+        with torch.inference_mode():
+            full, short, choose, compressed = map(graphed, works)
+        yield row("CUDA graph", whole, (f"{whole[0]}, replayed", compressed), _close)
+        yield row("prefill, replayed", (names[0], full), (names[1], short), _same_shape) | least
+        yield row("prefill, replayed", (names[0], full), (whole[0], compressed), _same_shape) | least
+        chosen = ("compressor and top-r", choose)
+        yield row("compressor's share, replayed", (f"prefill of {names[1]}", short), chosen)
+
+    def decoding() -> Iterator[Row]:
+        visual = stages.visual
+        steps = (names[0], stages.decode(visual)), (names[1], stages.decode(visual[:, : shape.kept]))
+        yield row("decode, one token", *steps, _same_shape)
+
+    def from_pixels() -> Iterator[Row]:
         yield row("tower's share", (f"prefill of {names[1]}", stages.short), ("tower and projector", stages.see))
         seen = (f"{names[0]}, from pixels", stages.seen_full), (f"{names[1]}, from pixels", stages.seen_compressed)
         yield row("from pixels to the first token", *seen, _same_shape)
-    if torch.device(device).type != "cuda":
-        return
-    try:
-        full, short, choose, compressed = map(graphed, (stages.full, stages.short, stages.choose, stages.compressed))
-    except RuntimeError as error:
-        logger.warning("no CUDA graph of this model: %s", error)
-        return
-    yield row("CUDA graph", (whole[0], stages.compressed), (f"{whole[0]}, replayed", compressed), _close)
-    yield row("prefill, replayed", (names[0], full), (names[1], short), _same_shape) | floor(shape.kept)
-    yield row("prefill, replayed", (names[0], full), (whole[0], compressed), _same_shape) | floor(shape.kept)
-    chosen = ("compressor and top-r", choose)
-    yield row("compressor's share, replayed", (f"prefill of {names[1]}", short), chosen)
 
+    cuda = torch.device(device).type == "cuda"
+    return each([launched, *[replayed] * cuda, decoding, *[from_pixels] * (stages.pixels is not None)])

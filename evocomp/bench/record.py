@@ -13,7 +13,9 @@ import torch
 from evocomp.log import UserError, logger
 
 KINDS = {"label-search": "label_search", "ops": "ops", "inference": "inference", "training": "training"}
-"""Kind -> module of this package with `run(device)`, which returns rows."""
+"""Kind -> module of this package with `run(device)`, which gives rows."""
+AT_SHAPE = {"label-search": "scorer", "ops": "ops", "inference": "prefill"}
+"""Kind -> module with `at_shape(name, device)`, which gives those at the sizes of a real model."""
 
 Row = dict[str, Any]
 
@@ -29,9 +31,10 @@ def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) ->
     Raises:
         UserError: a benchmark that is not there, or `out` that cannot be written.
     """
-    if kind not in KINDS:
-        raise UserError(f"evocomp bench {kind}: choose one of {', '.join(KINDS)}")
-    name = f"evocomp.bench.{KINDS[kind]}"
+    modules = AT_SHAPE if shapes else KINDS
+    if kind not in modules:
+        raise UserError(f"evocomp bench {kind}{' --shape' if shapes else ''}: choose one of {', '.join(modules)}")
+    name = f"evocomp.bench.{modules[kind]}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -43,13 +46,17 @@ def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) ->
         path.parent.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[Row] = []
-    for chosen in [{"shape": name} for name in shapes] or [{}]:
-        found = module.run(device, **chosen)
-        print(table(found), flush=True)
-        if path is not None:
-            append(path, found)  # at once, so that a stop keeps what was measured
-            logger.info("%d rows appended to %s", len(found), path)
-        rows += found
+    try:
+        for found in [module.at_shape(shape, device) for shape in shapes] or [module.run(device)]:
+            for row in found:
+                rows.append(row)
+                if path is not None:
+                    append(path, [row])  # at once, so that a stop keeps what was measured
+    finally:
+        if rows:
+            print(table(rows))
+    if path is not None:
+        logger.info("%d rows appended to %s", len(rows), path)
     return rows
 
 

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import evocomp
+from evocomp.log import logger
 
 # Shorter work is repeated inside the clock: one slice of a busy machine's scheduler takes milliseconds.
 MIN_SAMPLE_SECONDS = 0.03
@@ -136,6 +137,23 @@ def host_waits(work: Work) -> int:
         work()
     names = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
     return sum(event.count for event in trace.key_averages() if event.key in names)
+
+
+def each(works: Iterable[Callable[[], Iterable[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
+    """Rows of every work, as they come; one that fails is logged and the others still run.
+
+    Raises:
+        AssertionError, RuntimeError: the first failure, when all the rest is done.
+    """
+    failed = None
+    for work in works:
+        try:
+            yield from work()
+        except (AssertionError, RuntimeError) as error:
+            logger.error("no row: %s", error)
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only an NVIDIA GPU can show: the kernels' tests on it, then the benches at the sizes of real models with random
 # weights (nothing is downloaded). Needs 40 GB of GPU memory for all of it.
-#   experiments/launch/gpu_check.sh runs/gpu_check [SECONDS, default 600]
+#   experiments/launch/gpu_check.sh runs/gpu_check [SECONDS, default 600] [STAGE...]
 # Every stage has a limit of its own and the next one follows whatever happened; logs and CSVs lie in the folder.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -19,19 +19,35 @@ stage() { # NAME LIMIT COMMAND...
     ((code == 0)) || tail -n 12 "$out/$name.log" | cut -c 1-300
 }
 
-bench() { # KIND LIMIT [SHAPES]
-    stage "bench-$1${3:+-${3%%,*}}" "$2" python3 -m evocomp bench "$1" --out "$out" ${3:+--shape "$3"}
+bench() { # STAGE KIND LIMIT [SHAPE]
+    stage "$1" "$3" python3 -m evocomp bench "$2" --out "$out" ${4:+--shape "$4"}
+}
+
+one() { # the stages by name
+    case "$1" in
+        ops) bench ops ops 60 ;;
+        tests) stage tests 75 python3 -m pytest -m "not slow" --durations 5 "${parallel[@]}" tests/ops_triton \
+            tests/bench/test_bench_scorer.py tests/ops/test_ops_top_r_compact.py::test_does_not_synchronise_a_gpu ;;
+        score) bench score label-search 75 llava15_7b ;;
+        prefill) bench prefill inference 60 llava_next_7b ;;
+        score_qwen) bench score_qwen label-search 50 qwen25_vl_7b ;;
+        score_next) bench score_next label-search 60 llava_next_7b ;;
+        train) bench train training 40 ;;
+        prefill_15) bench prefill_15 inference 30 llava15_7b ;;
+        prefill_qwen) bench prefill_qwen inference 30 qwen25_vl_7b ;;
+        tiny) for name in tiny_llava tiny_llava_next tiny_qwen; do # the same code on any machine
+            bench "score_$name" label-search 60 "$name"
+            bench "prefill_$name" inference 60 "$name"
+            bench "ops_$name" ops 60 "$name"
+        done ;;
+    esac
 }
 
 parallel=()
 python3 -c "import xdist" 2>/dev/null && parallel=(-n "${WORKERS:-8}")
-bench ops 60
-stage tests 75 python3 -m pytest -m "not slow" --durations 5 "${parallel[@]}" tests/ops_triton tests/bench/test_bench_scorer.py \
-    tests/ops/test_ops_top_r_compact.py::test_does_not_synchronise_a_gpu
-bench label-search 60 "${SHAPES:-llava15_7b}"
-bench inference 60 "${SHAPES:-llava_next_7b}"
-bench label-search 60 "${SHAPES:-qwen25_vl_7b,llava_next_7b}"
-bench training 30
-bench inference 60 "${SHAPES:-llava15_7b,qwen25_vl_7b}"
-cat "$out"/bench-*.log >"$out/benches.log" && rm "$out"/bench-*.log
+shift $(($# < 2 ? $# : 2))
+for name in "${@:-ops tests score prefill score_qwen score_next train prefill_15 prefill_qwen}"; do
+    for part in $name; do one "$part"; done
+done
+cat "$out"/*.log >"$out/logs.txt" && rm "$out"/*.log
 python3 -m evocomp.bench.record "$out"/*.csv

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -13,17 +15,9 @@ def short_samples(monkeypatch):
 
 
 def test_every_op_has_a_row_with_its_ratio():
-    rows = run(repeats=1, shapes=[TINY])
-    assert [row["bench"].split(",")[0] for row in rows] == [
-        "cosine separation",
-        "cosine separation",
-        "head and separation",
-        "head and separation",
-        "grouping",
-        "grouping",
-        "GHM-C",
-        "top-r compaction",
-    ]
+    rows = list(run(repeats=1, shapes=[TINY]))
+    expected = {"cosine separation": 2, "head and separation": 2, "grouping": 2, "GHM-C": 1, "top-r compaction": 1}
+    assert Counter(row["bench"].split(",")[0] for row in rows) == expected
     for row in rows:
         assert row["ratio"] > 0 and row["torch"] == torch.__version__ and "reference" in row["ours"]
 
@@ -38,7 +32,7 @@ def test_a_wrong_op_gets_no_row(name, monkeypatch):
 
     monkeypatch.setattr(ops, name, wrong)
     with pytest.raises(AssertionError):
-        run(repeats=1, shapes=[TINY])
+        list(run(repeats=1, shapes=[TINY]))
 
 
 def test_chunks_need_at_most_a_quarter_of_the_memory():

@@ -28,7 +28,7 @@ def short_samples(monkeypatch):
 
 @pytest.mark.parametrize("name", TINY)
 def test_scorer_rows(name):
-    rows = scorer.run(name, "cpu", 1, quick=True)
+    rows = list(scorer.at_shape(name, "cpu", 1, quick=True))
     assert [row["bench"] for row in rows[:3]] == ["scorer", "one-flip candidates", "shared scoring"]
     assert all(row["bench"] == "ablation" for row in rows[3:]) and len(rows) >= 8
     assert all(row["largest_difference"] <= 1e-5 < row["spread"] for row in rows)
@@ -39,7 +39,7 @@ def test_a_wrong_scorer_gets_no_row(monkeypatch):
     right = CandidateScorer.__call__
     monkeypatch.setattr(CandidateScorer, "__call__", lambda *a, **k: right(*a, **k) + 1e-3)
     with pytest.raises(AssertionError):
-        scorer.run("tiny_llava", "cpu", 1, quick=True)
+        list(scorer.at_shape("tiny_llava", "cpu", 1, quick=True))
 
 
 @pytest.mark.parametrize("name", TINY[:2])
@@ -71,7 +71,7 @@ def test_one_flip_masks_differ_in_one_place():
 
 @pytest.mark.parametrize("name", TINY)
 def test_prefill_rows(name):
-    rows = prefill.run(name, "cpu", 1, batches=(2,))
+    rows = list(prefill.at_shape(name, "cpu", 1, batches=(2,)))
     benches = [row["bench"] for row in rows]
     assert benches[:4] == ["prefill", "prefill", "compressor's share", "decode, one token"]
     assert ("tower's share" in benches) == (models.SHAPES[name].tiles > 0)
