@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evocomp.bench.models import number_format, shape_named
 from evocomp.bench.timing import Clock, compare, each, host_waits, peak_memory
+from evocomp.mllm.sizes import number_format, shape_named
 from evocomp.ops import cosine_separation, ghm_bce, score_separation, top_r_compact, vocabulary_argmax
 from evocomp.ops.dispatch import choose
 
@@ -51,7 +51,7 @@ def run(device: str = "cpu", repeats: int | None = None, shapes: list[Shape] | N
 
 
 def at_shape(name: str, device: str) -> Iterator[Row]:
-    """The same at the sizes of a model of `models.SHAPES`, for 32 images."""
+    """The same at the sizes of a model of `sizes.SHAPES`, for 32 images."""
     shape = shape_named(name)
     text = shape.config().text_config
     return run(device, shapes=[Shape(32, shape.tokens, text.hidden_size, text.vocab_size, shape.kept)])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from evocomp.bench.inference import Prompts, Row, _close, _nothing, _same_shape, fastest_attention
-from evocomp.bench.models import ModelShape, pictures, random_model, shape_named
 from evocomp.bench.timing import Work, ceilings, compare, each, graphed
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.labels.estimate import Target
+from evocomp.mllm.sizes import ModelShape, pictures, random_model, shape_named
 from evocomp.ops import top_r_compact
 
 
@@ -88,7 +88,7 @@ class Stages:
 
 
 def at_shape(name: str, device: str, repeats: int = 5, batches: Sequence[int] = (1, 8)) -> Iterator[Row]:
-    """Rows of one model of `models.SHAPES`, as they are measured; half the repeats where the batch is large.
+    """Rows of one model of `sizes.SHAPES`, as they are measured; half the repeats where the batch is large.
 
     Raises:
         UserError: an unknown name.

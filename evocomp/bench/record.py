@@ -26,7 +26,7 @@ def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) ->
     Args:
         kind: a key of `KINDS`.
         out: CSV file, or a folder that gets KIND.csv.
-        shapes: names of real models' sizes (`bench.models.SHAPES`), one after another; none: the usual small sizes.
+        shapes: names of real models' sizes (`mllm.sizes.SHAPES`), one after another; none: the usual small sizes.
 
     Raises:
         UserError: a benchmark that is not there, or `out` that cannot be written.

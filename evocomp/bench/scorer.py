@@ -12,13 +12,14 @@ import torch
 
 from evocomp.bench import label_search
 from evocomp.bench.label_search import LADDER, NONE, Row, Sample
-from evocomp.bench.models import ModelShape, random_features, random_groups, random_model, shape_named
 from evocomp.bench.timing import ceilings, compare, each
 from evocomp.config.schema import ScorerConfig
+from evocomp.grouping.groups import Groups
 from evocomp.labels.estimate import Target
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.sizes import ModelShape, random_features, random_model, shape_named
 from evocomp.search.genome import random_genomes, stream
 
 Timed = tuple[str, Callable[[], np.ndarray]]
@@ -31,7 +32,7 @@ QUESTIONS = 8
 
 
 def at_shape(name: str, device: str, repeats: int = 3, quick: bool = False) -> Iterator[Row]:
-    """Rows of one model of `models.SHAPES`, as they are measured.
+    """Rows of one model of `sizes.SHAPES`, as they are measured.
 
     Raises:
         UserError: an unknown name.
@@ -119,6 +120,13 @@ def scoring_flop(target: Target, shape: ModelShape, masks: tuple[int, int]) -> f
     pairs = (length**2 - shape.before**2) / 2 * (target.layers - 1) + answer * length
     attention = 4 * pairs * target.heads * target.head_dim
     return count * (2 * places + attention + 2 * target.vocabulary * target.hidden * answer)
+
+
+def random_groups(shape: ModelShape) -> Groups:
+    """As many groups as the shape says, of random members."""
+    owners = np.random.default_rng(0).integers(0, shape.groups, shape.tokens)
+    owners[: shape.groups] = np.arange(shape.groups)  # none is empty
+    return Groups.from_ids(owners)
 
 
 def one_flip(sample: Sample, count: int) -> np.ndarray:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evocomp.bench.models import random_model, shape_named
 from evocomp.bench.ops import eager_ghm, pairwise_separation
 from evocomp.bench.timing import compare, environment, measure, peak_memory
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.mllm.nano import build_nano, nano_config
+from evocomp.mllm.sizes import random_model, shape_named
 from evocomp.ops import cosine_separation, ghm_bce
 
 Row = dict[str, Any]

@@ -5,20 +5,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from evocomp.bench import models, prefill, record, scorer, timing
+from evocomp.bench import prefill, record, scorer, timing
 from evocomp.bench.label_search import Sample
 from evocomp.config.schema import ScorerConfig
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
+from evocomp.mllm import sizes
 from evocomp.mllm.hf import FrozenMLLM
 
 TINY = ("tiny_llava", "tiny_llava_next", "tiny_qwen")
 
 
 def example(name, device="cpu"):
-    shape = models.SHAPES[name]
-    mllm = FrozenMLLM(models.random_model(shape, device).float(), None, name)
-    return Sample(mllm, models.random_features(mllm, shape), None, models.random_groups(shape)), shape
+    shape = sizes.SHAPES[name]
+    mllm = FrozenMLLM(sizes.random_model(shape, device).float(), None, name)
+    return Sample(mllm, sizes.random_features(mllm, shape), None, scorer.random_groups(shape)), shape
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +75,13 @@ def test_prefill_rows(name):
     rows = list(prefill.at_shape(name, "cpu", 1, batches=(2,)))
     benches = [row["bench"] for row in rows]
     assert benches[:4] == ["prefill", "prefill", "compressor's share", "decode, one token"]
-    assert ("tower's share" in benches) == (models.SHAPES[name].tiles > 0)
+    assert ("tower's share" in benches) == (sizes.SHAPES[name].tiles > 0)
 
 
 @torch.inference_mode()
 def test_stages_are_those_of_the_model():
-    model = models.random_model(models.SHAPES["tiny_llava"], "cpu")
-    stages = prefill.Stages(model, models.SHAPES["tiny_llava"], 2)
+    model = sizes.random_model(sizes.SHAPES["tiny_llava"], "cpu")
+    stages = prefill.Stages(model, sizes.SHAPES["tiny_llava"], 2)
     seen = model.base_model.get_image_features(pixel_values=stages.pixels, return_dict=True).pooler_output
     torch.testing.assert_close(stages.see(), torch.stack(list(seen)))
     logits, _ = stages.compressed()
@@ -92,7 +93,7 @@ def test_stages_are_those_of_the_model():
 
 def test_unknown_shapes_and_short_lines(tmp_path):
     with pytest.raises(UserError, match="choose one of llava15_7b"):
-        models.shape_named("llava")
+        sizes.shape_named("llava")
     row = {"bench": "a", "shape": "N=1", "ours": "o", "device": "d", "torch": "2"}
     record.append(tmp_path / "x.csv", [row | {"ratio": 2.0, "baseline_ms": 2.0, "ours_ms": 1.0, "floor_ms": 0.5}])
     record.append(tmp_path / "x.csv", [row | {"ratio": 3.0, "baseline_mib": 3.0, "ours_mib": 1.0}])

@@ -6,7 +6,6 @@ Speed does not depend on the weights. Sizes are those of the published configura
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -19,7 +18,6 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from evocomp.grouping.groups import Groups
 from evocomp.log import UserError
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
@@ -164,13 +162,6 @@ def random_features(mllm: FrozenMLLM, shape: ModelShape) -> Features:
         answer_ids=words[len(words) - shape.answer :],
         image_numbers=torch.zeros(shape.tokens, dtype=torch.long, device=device),
     )
-
-
-def random_groups(shape: ModelShape) -> Groups:
-    """As many groups as the shape says, of random members."""
-    owners = np.random.default_rng(0).integers(0, shape.groups, shape.tokens)
-    owners[: shape.groups] = np.arange(shape.groups)  # none is empty
-    return Groups.from_ids(owners)
 
 
 def pictures(shape: ModelShape, model: nn.Module, batch: int) -> Tensor:
