@@ -35,7 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names, separated by commas; default: all")
     parser.add_argument("--seeds", default="", help="default: those of runs.yaml")
-    parser.add_argument("--split", choices=("test", "selection"), default="test", help="choose on one, report the other")
+    parser.add_argument(
+        "--split", choices=("test", "selection"), default="test", help="choose on one, report the other"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "panel_nano.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     args = parser.parse_args()

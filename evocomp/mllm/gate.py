@@ -1,4 +1,4 @@
-"""How much each visual token matters to the answer by one backward pass: the only place where the MLLM gives gradients."""
+"""How much each visual token matters to the answer, by one backward pass: the only gradients taken of the MLLM."""
 
 import torch
 import torch.nn.functional as F
