@@ -1,6 +1,7 @@
 """Run the study of `experiments/study/runs.yaml` and write one row a run and kept count.
 
     python experiments/study.py --only published,plus --seeds 0,1,2 --out experiments/results/panel_nano.csv
+    python experiments/study.py --split selection --out experiments/results/panel_nano_selection.csv
 
 Runs go to runs/study/NAME-SEED; finished ones are not repeated, interrupted ones go on. `plus` with three seeds takes
 about 20 minutes of one CPU core, `published` about 8. Rows of the same name and seed are replaced.
@@ -34,6 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names, separated by commas; default: all")
     parser.add_argument("--seeds", default="", help="default: those of runs.yaml")
+    parser.add_argument(
+        "--split", choices=("test", "selection"), default="test", help="choose on one, report the other"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "panel_nano.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
@@ -50,7 +54,7 @@ def main() -> None:
             run(config)
             if judge is None:
                 data = replace(config.data, relation=True)
-                examples = test_questions(data, study["test_questions"], study["test_seed"])
+                examples = test_questions(data, study["questions"], study["scenes"][args.split])
                 judge = Judge(examples)
             write(args.out, judge.rows(name, seed, folder, config.eval.kept))
 

@@ -24,7 +24,7 @@ def head(path: Path) -> str:
 
 
 def test_the_main_job_is_there():
-    assert {"nano.yaml", "nano_plus.yaml"} <= {path.name for path in FILES}
+    assert {"nano.yaml", "nano_published.yaml"} <= {path.name for path in FILES}
 
 
 def can_begin(config) -> None:

@@ -85,8 +85,8 @@ class GroupingConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    strategy: Literal["published", "uniform_crossover", "cross_entropy", "hill_climb"] = "published"
-    """`published` = Algorithm 1 (method, section 2)."""
+    strategy: Literal["published", "uniform_crossover", "cross_entropy", "hill_climb", "gradient_seeded"] = "published"
+    """`published` = Algorithm 1 (method, section 2). `gradient_seeded` needs a backward pass of the MLLM."""
     population: int = 48
     """Candidate masks a round (q)."""
     parents: int = 12
@@ -144,11 +144,11 @@ class LabelConfig:
     """Label store; default: RUN_DIR/labels."""
     overwrite: bool = False
     """Throw away a store that was made with other settings."""
-    target: Literal["hard", "credit", "random"] = "hard"
+    target: Literal["hard", "credit", "random"] = "credit"
     """`hard`: the best mask (published); `credit`: per-token credits; `random`: the control with no information."""
-    refresh: Literal["none", "search", "on_policy"] = "search"
+    refresh: Literal["none", "search", "on_policy"] = "on_policy"
     """What RefreshLabels does at the start of later epochs."""
-    refresh_start: int = 1
+    refresh_start: int = 2
     """First epoch (counted from 0) that begins with a refresh."""
     refresh_every: int = 1
     """Epochs between refreshes."""
@@ -166,7 +166,9 @@ class LabelConfig:
     """Samples in a chunk of the store: what a crash may cost."""
     batch: int = 64
     """Candidate masks scored in one forward, at most."""
-    credit_sizes: tuple[float, ...] = (8, 16)
+    credit_masks_from: Literal["random", "search"] = "random"
+    """Credits of random masks, or of all the masks that `search` scores (target=credit)."""
+    credit_sizes: tuple[float, ...] = (1 / 18, 1 / 9)
     """Sizes r of the random masks (target=credit); below 1: a share of N."""
     credit_masks: int = 64
     """Random masks of each size (target=credit)."""
@@ -174,7 +176,9 @@ class LabelConfig:
     """Training questions that get credits (target=credit); 0 = all. Refreshes draw from all of them either way."""
     proposals: int = 16
     """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
-    proposal_sizes: tuple[float, ...] = (8, 16, 32, 48)
+    probes: int = 4
+    """Proposals that are scored first; a sample on which they tie gets no more (refresh=on_policy); 0 = all at once."""
+    proposal_sizes: tuple[float, ...] = (1 / 18, 1 / 9, 2 / 9, 1 / 3)
     """Sizes r of proposed masks (refresh=on_policy)."""
     samples_per_refresh: int = 1280
     """Questions drawn by priority at a refresh (refresh=on_policy)."""
@@ -207,7 +211,7 @@ class CompressorSection:
     """Which LLM layer to start from (init=layer)."""
     head_norm: Literal["layer", "none"] = "layer"
     """Normalise before the linear head; unnormalised LLM-sized states train badly."""
-    budget_input: bool = False
+    budget_input: bool = True
     """Tell the compressor how many tokens will be kept."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -218,8 +222,8 @@ class CompressorSection:
 
 @dataclass(frozen=True)
 class LossConfig:
-    name: Literal["ghm_cs", "ghm", "focal_cs", "bce_cs", "bce", "listwise"] = "ghm_cs"
-    """`ghm_cs` = GHM-C + alpha * cosine separation (method, section 4)."""
+    name: Literal["ghm_cs", "ghm", "focal_cs", "bce_cs", "bce", "listwise"] = "listwise"
+    """`listwise`: softmaxed credits; `ghm_cs` = GHM-C + alpha * cosine separation (method, section 4)."""
     alpha: float = 0.1
     """Weight of the cosine separation; not given in the paper."""
     form: Literal["histogram", "exact"] = "histogram"
@@ -245,7 +249,7 @@ class OptimConfig:
     """`muon`: Muon on the layer's matrices, AdamW on the rest."""
     lr: float = 2e-3
     """Peak learning rate."""
-    refresh_lr: float = 0.0
+    refresh_lr: float = 1.5e-3
     """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
@@ -255,7 +259,7 @@ class OptimConfig:
     """Share of the steps at the peak, before the linear fall to 1 %."""
     batch_size: int = 32
     """Questions a step and process."""
-    ema: float = 0.0
+    ema: float = 0.99
     """Decay of the weight average that is kept at the end; 0 = off."""
 
     def __post_init__(self):
@@ -293,8 +297,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    recipe: Literal["published", "plus"] = "published"
-    """Name of the recipe, for the records; the settings below are what counts."""
+    recipe: Literal["plus", "published"] = "plus"
+    """Where the settings below begin: `plus` (ours), or `published` (the paper: hard labels, GHM-C + CS)."""
     run_dir: str = "runs/nano"
     """Where everything of this run goes."""
     seed: int = 0
@@ -333,5 +337,6 @@ class RunConfig:
         )
         _require(
             self.loss.name != "listwise" or credit,
-            f"loss.name=listwise needs labels.target=credit, not {self.labels.target}",
+            f"loss.name=listwise needs labels.target=credit, not {self.labels.target}; for the paper's set "
+            "recipe=published, else choose another loss",
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from evocomp.config.schema import ScorerConfig
 from evocomp.labels.memory import Room
 from evocomp.mllm.features import Features
+from evocomp.mllm.gate import gate_gradient
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.scoring import AnswerLosses
 
@@ -73,6 +74,19 @@ class CandidateScorer:
         return self._in_parts(
             kept, lambda some, own: self.losses.batch(features[some], own), *length, questions=masks, sequences=masks
         )
+
+    def gate_gradient(self, features: Features, gate: np.ndarray) -> np.ndarray:
+        """See `evocomp.mllm.gate.gate_gradient`: gates [N] -> gradient of the answer loss by them, float32 [N].
+
+        Counted as the three forwards over all tokens that a forward with its backward costs.
+        """
+        started = time.perf_counter()
+        gradient = gate_gradient(self.mllm, features, torch.from_numpy(gate)).float().cpu().numpy()
+        self.forwards += 3
+        self.losses.sequences += 3
+        self.losses.tokens += 3 * (len(features.prompt_ids) + len(features.answer_ids) - 1)
+        self.seconds += time.perf_counter() - started
+        return gradient
 
     def full(self, features: Features) -> float:
         """Answer loss with every visual token kept."""

@@ -10,6 +10,7 @@ from evocomp.labels.labeller import Labeller
 from evocomp.labels.scorer import CandidateScorer
 
 TINY = [
+    "recipe=published",
     "data.max_samples=12",
     "data.val_samples=0",
     "data.test_samples=0",
