@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evocomp.bench.timing import Clock, compare, each, host_waits, peak_memory
+from evocomp.bench.timing import Clock, compare, compare_all, each, host_waits, peak_memory
 from evocomp.mllm.sizes import number_format, shape_named
 from evocomp.ops import cosine_separation, ghm_bce, score_separation, top_r_compact, vocabulary_argmax
-from evocomp.ops.dispatch import choose
+from evocomp.ops.dispatch import choose, triton_installed
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -86,8 +86,8 @@ def _clocks(device: str) -> list[tuple[str, Clock]]:
     return [("", "wall"), (", queued", "device")] if torch.device(device).type == "cuda" else [("", "wall")]
 
 
-def _ours(tensor: Tensor, name: str) -> str:
-    return f"{name} ({choose(tensor)})"
+def _ours(tensor: Tensor, name: str, slower: str = "") -> str:
+    return f"{name} ({choose(tensor, slower)})"
 
 
 def pairwise_separation(hidden: Tensor, retained: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def full_matrix_argmax(tokens: Tensor, table: Tensor) -> Tensor:
 
 
 def bench_grouping(shape: Shape, device: str, repeats: int) -> Rows:
-    """Nearest vocabulary row, chunked against the full matrix: one row for time, one for peak memory."""
+    """Nearest vocabulary row, in chunks (on GPUs by the kernel too) against the full matrix: time and memory."""
     generator = torch.Generator(device).manual_seed(0)
     dtype, chunk = number_format(device), shape.V // 8
     tokens = torch.randn(shape.N, shape.D, generator=generator, device=device).to(dtype)
@@ -184,23 +184,27 @@ def bench_grouping(shape: Shape, device: str, repeats: int) -> Rows:
     def full() -> Tensor:
         return full_matrix_argmax(tokens, table)
 
-    def chunked() -> Tensor:
-        return vocabulary_argmax(tokens, table, chunk=chunk)[0]
+    chunks = _ours(tokens, f"chunks of {chunk}", "vocabulary_argmax")
+    ways = [(chunks, lambda: vocabulary_argmax(tokens, table, chunk=chunk)[0])]
+    if tokens.is_cuda and triton_installed():
+        from evocomp.ops.vocabulary_argmax import triton
+
+        ways.append(("kernel (triton)", lambda: triton.vocabulary_argmax(tokens, table, None)[0]))
 
     def no_regret(a: Tensor, b: Tensor) -> None:
         best, got = (F.cosine_similarity(tokens.double(), table[index].double(), dim=-1) for index in (a, b))
         torch.testing.assert_close(got, best, rtol=0, atol=regret)
 
     sizes = f"N={shape.N} D={shape.D} V={shape.V}"
-    names = "full N x V matrix", _ours(tokens, f"chunks of {chunk}")
-    time_row = compare(
-        "grouping, time", sizes, (names[0], full), (names[1], chunked), no_regret, device, min(repeats, 5)
-    )
-    memory = [peak_memory(work, device) / 2**20 for work in (full, chunked)]
+    baseline = "full N x V matrix", full
+    rows = compare_all("grouping, time", sizes, baseline, ways, no_regret, device, min(repeats, 5))
     kept = ("shape", "baseline", "ours", "device", "threads", "torch", "triton", "python", "evocomp", "commit")
-    memory_row = {"bench": "grouping, peak memory"} | {key: time_row[key] for key in kept}
-    memory_row |= {"baseline_mib": memory[0], "ours_mib": memory[1], "ratio": memory[0] / memory[1]}
-    return [time_row, memory_row]
+    most = peak_memory(full, device) / 2**20
+    for row, (_, work) in zip(list(rows), ways, strict=True):
+        least = peak_memory(work, device) / 2**20
+        memory = {"baseline_mib": most, "ours_mib": least, "ratio": most / least}
+        rows.append({"bench": "grouping, peak memory"} | {key: row[key] for key in kept} | memory)
+    return rows
 
 
 def eager_ghm(logits: Tensor, targets: Tensor, bins: int = 10) -> Tensor:

@@ -5,14 +5,15 @@ Weights are random, so only losses can be compared, not searches: in bfloat16 ca
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
 from evocomp.bench import label_search
-from evocomp.bench.label_search import LADDER, NONE, Row, Sample
-from evocomp.bench.timing import ceilings, compare, each
+from evocomp.bench.label_search import LADDER, NONE, Row
+from evocomp.bench.samples import Sample
+from evocomp.bench.timing import ceilings, compare_all, each
 from evocomp.config.schema import ScorerConfig
 from evocomp.grouping.groups import Groups
 from evocomp.labels.estimate import Target
@@ -48,15 +49,17 @@ def at_shape(name: str, device: str, repeats: int = 3, quick: bool = False) -> I
 def _rows(sample: Sample, shape: ModelShape, device: str, repeats: int, count: int) -> Iterator[Row]:
     features = sample.features
     masks = sample.groups.kept(random_genomes(sample.groups.sizes, stream(0, 1, 0), count))
-    scorer = CandidateScorer(sample.mllm)
+    scorer = CandidateScorer(sample.mllm, settings=ScorerConfig(prefix_reuse="always"))
     straight = ("one HF forward a mask, all logits, dropped tokens removed", lambda: sample.removed(masks))
     sizes = label_search._sizes(sample)
 
-    def row(bench: str, baseline: Timed, ours: Timed, count: int = count) -> Row:
-        return _compared(bench, f"{sizes} q={count}", baseline, ours, sample.mllm, device, repeats)
+    def rows(bench: str, baseline: Timed, *ways: Timed, count: int = count) -> list[Row]:
+        agree = partial(_agree, TOLERANCE[sample.mllm.vocabulary.dtype])
+        clock = "process" if torch.device(device).type == "cpu" else "wall"
+        return compare_all(bench, f"{sizes} q={count}", baseline, ways, agree, device, repeats, clock)
 
     def main() -> Iterator[Row]:
-        found = row("scorer", straight, ("scorer", lambda: scorer(features, masks)))
+        found = rows("scorer", straight, ("scorer", lambda: scorer(features, masks)))[0]
         flop, (rate, copied) = scoring_flop(target_of(sample.mllm), shape, masks.shape), ceilings(device)
         floor = 1e3 * flop / rate
         forwards = 11 * 48  # of the published search
@@ -72,20 +75,21 @@ def _rows(sample: Sample, shape: ModelShape, device: str, repeats: int, count: i
         near = one_flip(sample, count)
         plain = ("whole candidates", lambda: scorer(features, near))
         reused = ("kept tokens before the flip once", lambda: scorer(features, near, True))
-        yield row("one-flip candidates", plain, reused)
+        yield from rows("one-flip candidates", plain, reused)
 
     def shared() -> Iterator[Row]:
         questions, some = asked_again(features), masks[: max(2, count // 4)]
         apart = ("questions apart", lambda: np.stack([scorer(one, some) for one in questions]))
         together = (f"{QUESTIONS} questions together", lambda: scorer.shared(questions, some))
-        yield row("shared scoring", apart, together, len(some))
+        yield from rows("shared scoring", apart, together, count=len(some))
 
     def ablation() -> Iterator[Row]:
         few = masks[: max(2, count // 4)]
+        ways = []
         for name, settings in ladder(sample):
             own = CandidateScorer(sample.mllm, settings=settings)
-            ours = (name, lambda own=own: own(features, few))
-            yield row("ablation", (straight[0], lambda: sample.removed(few)), ours, len(few))
+            ways.append((name, lambda own=own: own(features, few)))
+        yield from rows("ablation", (straight[0], lambda: sample.removed(few)), *ways, count=len(few))
 
     return each([main, flips, shared, ablation])
 
@@ -150,16 +154,6 @@ def asked_again(features: Features) -> list[Features]:
     return rows
 
 
-def _compared(
-    bench: str, sizes: str, baseline: Timed, ours: Timed, mllm: FrozenMLLM, device: str, repeats: int
-) -> Row:
-    found: dict[str, Any] = {}
-    tolerance = TOLERANCE[mllm.vocabulary.dtype]
-
-    def agree(one: np.ndarray, other: np.ndarray) -> None:
-        found["largest_difference"] = float(np.abs(one - other).max())
-        found["spread"] = float(one.std())
-        np.testing.assert_allclose(other, one, rtol=tolerance, atol=tolerance, err_msg=bench)
-
-    clock = "process" if torch.device(device).type == "cpu" else "wall"
-    return compare(bench, sizes, baseline, ours, agree, device, repeats, clock) | found
+def _agree(tolerance: float, one: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    np.testing.assert_allclose(other, one, rtol=tolerance, atol=tolerance)
+    return {"largest_difference": float(np.abs(one - other).max()), "spread": float(one.std())}

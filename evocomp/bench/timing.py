@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ SPIN_CYCLES = 8_000_000
 
 Clock = Literal["wall", "process", "device"]
 Work = Callable[[], Any]
+Agree = Callable[[Any, Any], dict[str, Any] | None]
 
 
 def compare(
@@ -37,52 +38,74 @@ def compare(
     shape: str,
     baseline: tuple[str, Work],
     ours: tuple[str, Work],
-    agree: Callable[[Any, Any], None],
+    agree: Agree,
     device: torch.device | str = "cpu",
     repeats: int = 5,
     clock: Clock = "wall",
 ) -> dict[str, Any]:
-    """Time two ways to the same answer, alternating, and return one row.
+    """One row of `compare_all`."""
+    return compare_all(bench, shape, baseline, [ours], agree, device, repeats, clock)[0]
+
+
+def compare_all(
+    bench: str,
+    shape: str,
+    baseline: tuple[str, Work],
+    ways: Sequence[tuple[str, Work]],
+    agree: Agree,
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+    clock: Clock = "wall",
+) -> list[dict[str, Any]]:
+    """Time several ways to the same answer, taking turns, and return a row for each against one common baseline.
 
     Args:
         bench: what is measured, e.g. "cosine separation, forward + backward".
         shape: the sizes, readable, e.g. "B=2 N=2880 D=256".
-        baseline, ours: (name, function without arguments that returns its answer).
-        agree: called with both answers of the warm-up; raises AssertionError when they differ.
+        baseline: (name, function without arguments that returns its answer).
+        ways: the same for each other way.
+        agree: called with the baseline's answer of the warm-up and that of each way; raises AssertionError when they
+            differ; what it returns goes into the row.
         device: device that the work runs on.
-        repeats: timed pairs, at least 5 for a table.
+        repeats: timed rounds, at least 5 for a table.
         clock: "process" counts this process's CPU time, which other jobs on the machine disturb less; CPUs only.
             "device" leaves out what the host takes to launch short work: it is queued while the GPU spins.
 
     Returns:
-        row with "baseline_ms" and "ours_ms" (medians), their 20 % and 80 % quantiles ("..._p20_ms" and
-        "..._p80_ms"), "ratio" (median over the pairs of baseline / ours; above 1 is faster), "ratio_p20",
+        rows with "baseline_ms" and "ours_ms" (medians), their 20 % and 80 % quantiles ("..._p20_ms" and
+        "..._p80_ms"), "ratio" (median over the rounds of baseline / ours; above 1 is faster), "ratio_p20",
         "ratio_p80", the names, the shape and `environment(device)`.
 
     Raises:
-        AssertionError: the answers differ; no time is reported for a wrong answer.
+        AssertionError: answers differ; no time is reported for a wrong answer.
     """
     device = torch.device(device)
-    agree(baseline[1](), ours[1]())
-    works = [baseline[1], ours[1]]
+    expected = baseline[1]()
+    found = [agree(expected, work()) for _, work in ways]
+    del expected
+    works = [baseline[1], *(work for _, work in ways)]
     rounds = [_rounds(work, device, clock) for work in works]
-    times: list[list[float]] = [[], []]
+    times: list[list[float]] = [[] for _ in works]
     for repeat in range(repeats):
-        for i in (0, 1) if repeat % 2 == 0 else (1, 0):  # who goes first alternates too
+        order = range(len(works)) if repeat % 2 == 0 else reversed(range(len(works)))  # who goes first alternates too
+        for i in order:
             times[i].append(_sample(works[i], rounds[i], device, clock))
-    row: dict[str, Any] = {"bench": bench, "shape": shape, "baseline": baseline[0], "ours": ours[0]}
-    for name, values in (("baseline", times[0]), ("ours", times[1])):
+    settings = {"repeats": repeats, "clock": clock, **environment(device)}
+    names = {"bench": bench, "shape": shape, "baseline": baseline[0]}
+    return [
+        names | {"ours": name} | _summary(times[0], own) | settings | (more or {})
+        for (name, _), own, more in zip(ways, times[1:], found, strict=True)
+    ]
+
+
+def _summary(baseline: list[float], ours: list[float]) -> dict[str, float]:
+    """Medians, quantiles and ratios of paired samples [s]."""
+    row: dict[str, float] = {}
+    for name, values in (("baseline", baseline), ("ours", ours)):
         low, middle, high = quantiles(values)
         row |= {f"{name}_ms": middle * 1e3, f"{name}_p20_ms": low * 1e3, f"{name}_p80_ms": high * 1e3}
-    low, middle, high = quantiles([a / b for a, b in zip(*times, strict=True)])
-    return row | {
-        "ratio": middle,
-        "ratio_p20": low,
-        "ratio_p80": high,
-        "repeats": repeats,
-        "clock": clock,
-        **environment(device),
-    }
+    low, middle, high = quantiles([a / b for a, b in zip(baseline, ours, strict=True)])
+    return row | {"ratio": middle, "ratio_p20": low, "ratio_p80": high}
 
 
 def measure(work: Work, device: torch.device | str = "cpu", clock: Clock = "wall") -> float:
@@ -165,7 +188,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """What a number depends on: device, threads, versions, and the commit where the sources are a checkout."""
+    """What a number depends on: device, threads, versions, commit (EVOCOMP_COMMIT, else that of the checkout)."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     return {
@@ -181,9 +204,11 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
 @cache
 def _commit() -> str | None:
+    if named := os.environ.get("EVOCOMP_COMMIT"):
+        return named  # sources that were copied to where they run, perhaps over an older checkout
     folder = Path(evocomp.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
-        return os.environ.get("EVOCOMP_COMMIT")  # sources that were copied to where they run
+        return None
     found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
     return found.stdout.strip() or None
 

@@ -132,8 +132,8 @@ class ScorerConfig:
     """Matrix products in float32 by oneDNN on CPUs (needs own_pass)."""
     memo: bool = True
     """Score no mask of a sample twice."""
-    prefix_reuse: bool = True
-    """In search.strategy=hill_climb, compute the tokens before the first flip once."""
+    prefix_reuse: Literal["auto", "always", "never"] = "auto"
+    """In search.strategy=hill_climb, compute the tokens before the first flip once; `auto`: on GPUs, where it pays."""
     fit_memory: bool = True
     """Lower `labels.batch` to what fits the memory."""
 

@@ -46,7 +46,8 @@ class CandidateScorer:
 
         `flips`: they differ from one another in few places (a search that changes one token at a time).
         """
-        flips = flips and self.settings.prefix_reuse
+        reuse = self.settings.prefix_reuse
+        flips = flips and (reuse == "always" or (reuse == "auto" and self._reuse_pays(self.mllm.device)))
         return self._in_parts(
             kept, lambda some, masks: self.losses.candidates(features, masks, flips), *self._length([features], kept)
         )
@@ -91,6 +92,12 @@ class CandidateScorer:
     def full(self, features: Features) -> float:
         """Answer loss with every visual token kept."""
         return float(self(features, np.arange(len(features.visual))[None])[0])
+
+    @staticmethod
+    def _reuse_pays(device: torch.device) -> bool:
+        """Whether keys and values of what one-flip candidates begin with save time: 1.16x on an H100, 0.8x to 1.06x
+        on CPUs, where attention over cached keys takes a mask and copies of them."""
+        return device.type == "cuda"
 
     @staticmethod
     def _length(features: Sequence[Features], kept: np.ndarray) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: the Triton kernel or the plain torch reference.
 
-CUDA tensors with Triton installed take the kernel, everything else the reference. The environment variable
-``EVOCOMP_OPS`` (``reference`` or ``triton``) forces one; a forced backend that cannot run is an error and
-never a silent fallback.
+CUDA tensors with Triton installed take the kernel where it is the faster one, everything else the reference. The
+environment variable ``EVOCOMP_OPS`` (``reference`` or ``triton``) forces one; a forced backend that cannot run is an
+error and never a silent fallback.
 """
 
 import functools
@@ -31,12 +31,12 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _announce(backend: str, device: str) -> None:
-    logger.info(f"ops: {backend} on {device}")
+def _announce(what: str, backend: str, device: str) -> None:
+    logger.info(f"{what}: {backend} on {device}")
 
 
 @torch.compiler.assume_constant_result
-def _choose(forced: str, device: str, double: bool) -> str:
+def _choose(forced: str, device: str, double: bool, slower: str) -> str:
     if forced not in ("", *BACKENDS):
         raise UserError(f"EVOCOMP_OPS={forced!r} is unknown; set it to reference or triton, or unset it")
     runs_here = device == "cuda" or interpreting()
@@ -50,17 +50,22 @@ def _choose(forced: str, device: str, double: bool) -> str:
             )
         if double:
             raise UserError("EVOCOMP_OPS=triton, but the tensors are float64; the kernels compute in float32")
-    chosen = forced or ("triton" if device == "cuda" and triton_installed() and not double else "reference")
-    _announce(chosen, device)
+    kernel = device == "cuda" and triton_installed() and not double and not slower
+    chosen = forced or ("triton" if kernel else "reference")
+    _announce(slower or "ops", chosen, device)
     return chosen
 
 
-def choose(tensor: Tensor) -> str:
+def choose(tensor: Tensor, slower: str = "") -> str:
     """Backend for an op whose main input is `tensor`: "triton" or "reference"; said once per device.
+
+    Args:
+        tensor: main input.
+        slower: name of an op whose kernel saves memory but no time, so that it runs only where it is forced.
 
     Raises UserError when EVOCOMP_OPS names an unknown backend or one that cannot run here.
     """
-    return _choose(os.environ.get("EVOCOMP_OPS", ""), tensor.device.type, tensor.dtype == torch.float64)
+    return _choose(os.environ.get("EVOCOMP_OPS", ""), tensor.device.type, tensor.dtype == torch.float64, slower)
 
 
 def launch_on(tensor: Tensor) -> torch.cuda.device_of:

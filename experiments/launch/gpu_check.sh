@@ -2,8 +2,8 @@
 # What only an NVIDIA GPU can show: the kernels' tests on it, then the benches at the sizes of real models with random
 # weights (nothing is downloaded). Needs 40 GB of GPU memory for all of it.
 #   experiments/launch/gpu_check.sh runs/gpu_check [SECONDS, default 600] [STAGE...]
-# EVOCOMP_COMMIT names the commit where the sources are no checkout. Every stage has a limit of its own and the next
-# one follows whatever happened; logs and CSVs lie in the folder.
+# EVOCOMP_COMMIT names the commit where the sources are no checkout of it, TESTS the kernels' tests, if not all of them.
+# Every stage has a limit of its own and the next one follows whatever happened; logs and CSVs lie in the folder.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out="$(mkdir -p "$1" && cd "$1" && pwd)"
@@ -27,9 +27,9 @@ bench() { # STAGE KIND LIMIT [SHAPE]
 one() { # the stages by name
     case "$1" in
         ops) bench ops ops 60 ;;
-        tests) stage tests 75 python3 -m pytest -m "not slow" --durations 5 "${parallel[@]}" tests/ops_triton \
-            tests/bench/test_bench_scorer.py::test_every_saving_gives_the_same_losses_on_a_gpu \
-            tests/ops/test_ops_top_r_compact.py::test_does_not_synchronise_a_gpu ;;
+        tests) # in two processes: an error on the device ends all that its process does there
+            stage tests_torch 45 python3 -m pytest -m gpu --durations 5 tests/bench/test_bench_scorer.py tests/ops
+            stage tests 75 python3 -m pytest -m "not slow" --durations 5 "${parallel[@]}" ${TESTS:-tests/ops_triton} ;;
         score) bench score label-search 75 llava15_7b ;;
         prefill) bench prefill inference 60 llava_next_7b ;;
         score_qwen) bench score_qwen label-search 50 qwen25_vl_7b ;;

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from evocomp.bench import label_search, timing
-from evocomp.bench.label_search import CandidateScorer, Sample, memo_row, middle_sample, nano_samples, run, search_row
+from evocomp.bench.label_search import CandidateScorer, memo_row, run, search_row
+from evocomp.bench.samples import Sample, middle_sample, nano_samples
 
 EFFORT = {"q": 6, "p": 2, "generations": 2}
 
@@ -20,10 +21,12 @@ def short_samples(monkeypatch):
 def test_every_kind_of_row_is_there():
     rows = run(repeats=1, quick=True)
     kinds = [row["bench"] for row in rows]
-    assert {"label search", "ablation", "memo", "hill_climb", "growth with q"} <= set(kinds)
-    assert all(row["ratio"] > 0 for row in rows if not row["bench"].startswith("growth")), "slopes of so little vary"
+    assert {"label search", "ablation", "memo", "hill_climb", "growth with q", "best masks"} <= set(kinds)
+    timed = [row for row in rows if not row["bench"].startswith(("growth", "best"))]  # slopes of so little vary
+    assert all(row["ratio"] > 0 for row in timed)
     assert all({"device", "torch", "commit"} <= set(row) for row in rows)
     assert all(row["same_best_mask"] for row in rows if row["bench"] == "label search")
+    assert len({row["baseline_ms"] for row in rows if row["bench"] == "ablation"}) == 1, "one baseline for all"
     assert kinds.count("ablation") == len(label_search.LADDER)
 
 
@@ -65,7 +68,16 @@ def test_another_best_mask_passes_only_as_a_tie(sample, monkeypatch):
     with pytest.raises(AssertionError):
         label_search.same_best(sample, good, other)
     monkeypatch.setattr(Sample, "removed", lambda self, kept: np.ones(len(kept), np.float32))
-    label_search.same_best(sample, good, other)
+    assert label_search.same_best(sample, good, other) == {"same_best_mask": False}
+
+
+def test_masks_of_other_losses_are_counted_as_such(sample, monkeypatch):
+    row = label_search.best_masks([sample], "cpu", **EFFORT)
+    assert row["ratio"] == row["equal_loss"] == 1 and row["largest_difference"] == 0
+    right = CandidateScorer.__call__
+    monkeypatch.setattr(CandidateScorer, "__call__", lambda *a, **k: -right(*a, **k))  # looks for the worst
+    row = label_search.best_masks([sample], "cpu", **EFFORT)
+    assert row["ratio"] == row["equal_loss"] == 0 and row["largest_difference"] > 1e-3
 
 
 def test_labels_are_made_three_times_faster(sample):

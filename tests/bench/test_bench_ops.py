@@ -49,9 +49,12 @@ def test_factorised_separation_is_five_times_faster_at_2880_tokens():
 @pytest.mark.gpu
 def test_gains_on_a_gpu():
     # what the op is for: at least so many times faster, or smaller
-    gates = {"cosine": 3, "head": 3, "grouping, peak memory": 10, "GHM-C": 5, "top-r compaction": 2}
+    gates = {"cosine": 3, "head": 3, "grouping, peak memory": 4, "top-r compaction": 2}
+    gates |= {"GHM-C, forward + backward, queued": 5}  # of the GPU's time; the host's launches add the same to both
     for row in run("cuda"):
         for bench, gate in gates.items():
             if row["bench"].startswith(bench):
                 assert row["ratio"] >= gate, row
+        if row["bench"] == "grouping, peak memory" and "kernel" in row["ours"]:
+            assert row["ratio"] >= 100, row
         assert row.get("ours_waits", 0) == 0, row

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evocomp.bench import prefill, record, scorer, timing
-from evocomp.bench.label_search import Sample
+from evocomp.bench.samples import Sample
 from evocomp.config.schema import ScorerConfig
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
@@ -110,5 +110,6 @@ def test_every_saving_gives_the_same_losses_on_a_gpu(name):
     for label, settings in scorer.ladder(sample):
         got = CandidateScorer(sample.mllm, settings=settings)(sample.features, masks)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=label)
-    reused = CandidateScorer(sample.mllm)(sample.features, masks, flips=True)
+    always = ScorerConfig(prefix_reuse="always")
+    reused = CandidateScorer(sample.mllm, settings=always)(sample.features, masks, flips=True)
     np.testing.assert_allclose(reused, expected, rtol=1e-5, atol=1e-5)
