@@ -50,9 +50,9 @@ def _choose(forced: str, device: str, double: bool, slower: str) -> str:
             )
         if double:
             raise UserError("EVOCOMP_OPS=triton, but the tensors are float64; the kernels compute in float32")
-    kernel = device == "cuda" and triton_installed() and not double and not slower
-    chosen = forced or ("triton" if kernel else "reference")
-    _announce(slower or "ops", chosen, device)
+    kernel = device == "cuda" and triton_installed() and not double
+    chosen = forced or ("triton" if kernel and not slower else "reference")
+    _announce(slower if kernel and slower else "ops", chosen, device)
     return chosen
 
 
