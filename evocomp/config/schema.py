@@ -21,7 +21,7 @@ def _at_least(config: Any, least: float, prefix: str, *names: str) -> None:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "nano"
-    """The frozen MLLM: `nano` (shipped), a folder, or a Hugging Face id."""
+    """The frozen MLLM: `nano` or `nano576` (shipped), a folder, or a Hugging Face id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -49,8 +49,8 @@ class DataConfig:
     """Scenes: ask the two-hop `relation` questions too."""
     questions_per_image: int = 0
     """Scenes: training questions taken from one picture, at most; 0 = all."""
-    image_size: int = 96
-    """Scenes: side of the picture [pixels]."""
+    scenes: Literal["small", "large"] = "small"
+    """Scenes: `small` for `nano` (96 pixels, 4 to 8 objects), `large` for `nano576` (192, 10 to 14, words to read)."""
     train_seed: int = 101
     """Scenes: seed of the training pictures."""
     val_seed: int = 202
@@ -61,7 +61,6 @@ class DataConfig:
     """Records with a missing or broken picture that are skipped before the run gives up."""
 
     def __post_init__(self):
-        _require(self.image_size >= 72, f"data.image_size={self.image_size}: scenes need at least 72 pixels")
         _at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
 
 
@@ -322,6 +321,11 @@ class RunConfig:
 
     def __post_init__(self):
         _at_least(self, 0, "", "seed", "threads")
+        scenes = {"nano": "small", "nano576": "large"}.get(self.model.name, self.data.scenes)
+        _require(
+            self.data.source != "scenes" or self.data.scenes == scenes,
+            f"model.name={self.model.name} was made for {scenes} scenes: set data.scenes={scenes}",
+        )
         credit = self.labels.target == "credit"
         _require(
             not credit or self.loss.name in ("listwise", "bce", "ghm", "ghm_cs"),
