@@ -33,11 +33,12 @@ questions() {
 }
 
 pictures() {
-  if [ ! -f "$RUN/features.done" ]; then  # align.py would make them too
-    stage features 300 python3 -m experiments.real.features --config "$CONFIG" && touch "$RUN/features.done"
+  if [ ! -f "$RUN/features.done" ]; then  # else align.py makes them
+    stage features 300 python3 -m experiments.real.features --config "$CONFIG" && touch "$RUN/features.done" &
   fi
   questions train 31 "$TRAIN_SCENES" 10 && questions few 31 "$TRAIN_SCENES" 2 &&
     questions val 32 "$VAL_SCENES" 4 && questions test 33 "$TEST_SCENES" 5
+  wait
 }
 
 aligned() { grep -qs '"passed": true' "$RUN/gate.json" && [ -f "$RUN/model/config.json" ]; }
@@ -64,7 +65,7 @@ if [ "${1:-all}" = pictures ]; then
 fi
 stage language_model 120 python3 -m experiments.real.smollm2 &  # converts it, once
 with_lock
-pictures || exit 1
+pictures
 exec 9>&-
 wait
 aligned || stage align "$ALIGN_LIMIT" python3 -m experiments.real.align --config "$CONFIG"

@@ -96,7 +96,7 @@ def eyes(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
 
 
 def save_eyes(model: LlavaForConditionalGeneration, path: Path, dtype: torch.dtype = torch.float16) -> None:
-    save_file({name: value.to(dtype).contiguous() for name, value in eyes(model).items()}, path)
+    save_file({name: value.to("cpu", dtype).contiguous() for name, value in eyes(model).items()}, path)
 
 
 def load_eyes(model: LlavaForConditionalGeneration, path: Path) -> None:

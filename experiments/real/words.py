@@ -26,15 +26,15 @@ def train_words(model: LlavaForConditionalGeneration, encoded: EncodedScenes, re
     own = word_embeddings(scene_words(spec), tokenizer, table)
     at, names = training_pairs(encoded, spec)
     side, generator = recipe.side, torch.Generator().manual_seed(recipe.seed)
-    shift = places[at[:, 1] // side] + places[side + at[:, 1] % side]
     optimizer = torch.optim.AdamW(projector.parameters(), lr=recipe.lr_words, weight_decay=0.01)
     hits: list[torch.Tensor] = []
     for step in range(recipe.word_steps):
         optimizer.param_groups[0]["lr"] = recipe.lr_words * (1 - step / recipe.word_steps)
         rows = torch.randint(len(at), (recipe.word_batch,), generator=generator).to(at.device)
-        inputs = (encoded.raw[at[rows, 0], at[rows, 1]].float() - mean) * scale
-        place = torch.cat([F.one_hot(at[rows, 1] // side, side), F.one_hot(at[rows, 1] % side, side)], dim=1)
-        tokens = projector(torch.cat([inputs, place], dim=1)) - shift[rows]
+        scene, token = at[rows].unbind(1)
+        inputs = (encoded.raw[scene, token].float() - mean) * scale
+        place = torch.cat([F.one_hot(token // side, side), F.one_hot(token % side, side)], dim=1)
+        tokens = projector(torch.cat([inputs, place], dim=1)) - places[token // side] - places[side + token % side]
         # a Gaussian around each word: the right one must be near, not only nearest
         logits = -0.5 * torch.cdist(tokens, own).square()
         loss = F.cross_entropy(logits, names[rows]) + 0.05 * (tokens - own[names[rows]]).square().sum(1).mean()
