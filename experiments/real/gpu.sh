@@ -10,8 +10,9 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 RUN=runs/real_gpu CONFIG=experiments/real/gpu.yaml
 : "${ALIGN_LIMIT:=260}" "${TRAIN_LIMIT:=170}" "${EVAL_LIMIT:=200}" "${TRAIN_TIME:=00:00:01:20}"
-: "${TRAIN_SCENES:=400}" "${VAL_SCENES:=30}" "${TEST_SCENES:=220}" "${QUESTIONS:=1100}"
-RIVALS=uniform_stride,average_pool,tome,divprune,cls_attention,visionzip,fastv,sparsevlm,pyramiddrop,dart
+: "${TRAIN_SCENES:=400}" "${VAL_SCENES:=30}" "${TEST_SCENES:=210}" "${QUESTIONS:=1050}"
+RIVALS=uniform_stride,average_pool,tome,divprune,cls_attention,visionzip
+LLM_RIVALS=fastv,sparsevlm,pyramiddrop,dart
 mkdir -p "$RUN"
 
 # stage NAME LIMIT COMMAND...: runs it, keeps its output in RUN/NAME.log, says how long it took and how it ended
@@ -54,6 +55,11 @@ compressors() {
   [ -f "$RUN/plus/compressor/config.json" ]
 }
 
+panel() {
+  stage "panel_$1" "$EVAL_LIMIT" python3 -m experiments.real.evocomp_real eval --run "$RUN/plus" --panel "$2" \
+    --questions "$QUESTIONS" --out "$RUN/judged/$1"
+}
+
 with_lock() {  # two at once (one that prepares, one that goes on) would draw the same scenes
   exec 9>"$RUN/lock" && flock 9
 }
@@ -72,7 +78,7 @@ aligned || stage align "$ALIGN_LIMIT" python3 -m experiments.real.align --config
 grep -E "^(projector|a step|[0-9]+ steps|step|gate)" "$RUN/align.log"
 aligned || { tail -n 20 "$RUN/align.log"; exit 1; }
 compressors || { tail -n 20 "$RUN/plus.log"; exit 1; }
-stage panel "$EVAL_LIMIT" python3 -m experiments.real.evocomp_real eval --run "$RUN/plus" --panel "$RIVALS" \
-  --questions "$QUESTIONS" --out "$RUN/judged"
+panel rivals "$RIVALS" & panel llm_rivals "$LLM_RIVALS"
+wait
 stage ship 60 python3 -m experiments.real.ship --run "$RUN" --out "$RUN/weights"
-python3 -m experiments.real.results --report "$RUN/judged/report.json" --out "$RUN/panel_real.csv"
+python3 -m experiments.real.results --report "$RUN"/judged/*rivals/report.json --out "$RUN/panel_real.csv"

@@ -1,6 +1,6 @@
-"""A panel's report as a short table, and as rows for experiments/results.
+"""Panels' reports as one short table, and as rows for experiments/results.
 
-    python -m experiments.real.results --report runs/real_gpu/judged/report.json --out rows.csv
+    python -m experiments.real.results --report runs/real_gpu/judged/*/report.json --out rows.csv
 """
 
 import argparse
@@ -44,12 +44,20 @@ def _cell(row: dict | None) -> str:
     return f"{row['accuracy']:.3f}" + (f" p={p:.3f}" if p is not None else "")
 
 
+def joined(reports: list[list[dict]]) -> list[dict]:
+    """Rows of several panels on the same questions; what stands in all of them once."""
+    rows: dict[tuple[str, int], dict] = {}
+    for row in (row for report in reports for row in report):
+        rows.setdefault((row["method"], row["kept"]), row)
+    return list(rows.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--report", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    rows = json.loads(args.report.read_text())
+    rows = joined([json.loads(path.read_text()) for path in args.report])
     if args.out is not None:
         write_rows(rows, args.out)
     print(short_table(rows))
