@@ -9,7 +9,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 RUN=runs/real_gpu CONFIG=experiments/real/gpu.yaml
-: "${ALIGN_LIMIT:=260}" "${TRAIN_LIMIT:=170}" "${EVAL_LIMIT:=200}" "${TRAIN_TIME:=00:00:01:20}"
+: "${ALIGN_LIMIT:=260}" "${TRAIN_LIMIT:=220}" "${EVAL_LIMIT:=200}" "${TRAIN_TIME:=00:00:01:20}"
 : "${TRAIN_SCENES:=400}" "${VAL_SCENES:=30}" "${TEST_SCENES:=210}" "${QUESTIONS:=1050}"
 RIVALS=uniform_stride,average_pool,tome,divprune,cls_attention,visionzip
 LLM_RIVALS=fastv,sparsevlm,pyramiddrop,dart
