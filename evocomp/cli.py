@@ -161,7 +161,7 @@ def label(words: Sequence[str]) -> int:
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """evocomp eval --run RUN [--out DIR] [--questions N] [--seed S] [--panel basic|full]
+    """evocomp eval --run RUN [--out DIR] [--questions N] [--seed S] [--panel basic|full|NAME,NAME,...]
                  [--source FILE_OR_BENCHMARK:FOLDER]
 
     Judges a finished run on fresh questions and writes report.json, report.md and kept.png.

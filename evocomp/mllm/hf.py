@@ -301,7 +301,7 @@ class FrozenMLLM:
                 break
             embeds, positions = self.embed(token)[:, None], positions[..., -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
+        texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1).tolist(), skip_special_tokens=True)
         return [text.strip() for text in texts], first
 
     def check_scorable(self) -> None:
