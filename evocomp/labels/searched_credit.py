@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from evocomp.labels.credit import credits, marginal_credits, marginal_targets
+from evocomp.labels.credit import CLIP, stored_credits
 from evocomp.labels.hard import HardLabels
 from evocomp.labels.labeller import Encode, Scores
 from evocomp.labels.records import Record
@@ -40,16 +40,13 @@ class SearchedCredits:
         """Question by question: groups and prompts differ."""
         for features in encode(ids):
             _, result = self.search.search_first(features)
-            masks, losses, tokens = [result.scored_kept], [result.scored_losses[None]], len(features.visual)
-            if self.probabilities:
-                values = marginal_targets(marginal_credits(masks, losses, tokens))
-            else:
-                values = credits(masks, losses, tokens)
+            masks, losses = [result.scored_kept], [result.scored_losses[None]]
+            values = stored_credits(masks, losses, len(features.visual), self.probabilities)
             yield {
                 "id": features.id,
-                "credits": values[0].astype(np.float16),
+                "credits": values[0],
                 "best_loss": np.float32(result.loss),
                 "first_mean": np.float32(result.trace[0, 1]),
-                "spread": np.float32(np.minimum(result.scored_losses, 6.0).std()),
+                "spread": np.float32(np.minimum(result.scored_losses, CLIP).std()),
                 "evaluations": np.int32(result.evaluations),
             }
