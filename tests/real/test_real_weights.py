@@ -26,14 +26,14 @@ def test_no_file_is_large():
     assert max(path.stat().st_size for path in WEIGHTS.rglob("*")) < 8 * 2**20
 
 
-def test_shapes_are_those_of_the_49_token_model():
+def test_shapes_are_those_of_the_576_token_model():
     eyes = load_file(WEIGHTS / "projector.safetensors")
-    assert eyes["projector.linear_1.weight"].shape == (576, CHANNELS + 2 * 7)
+    assert eyes["projector.linear_1.weight"].shape == (576, CHANNELS + 2 * 24)
     assert eyes["projector.linear_2.weight"].shape == (576, 576)
     assert (eyes["tower.scale"] > 0).all()
     lora = load_file(WEIGHTS / "lora" / "adapter_model.safetensors")
     assert len(lora) == 30 * 4 * 2  # layers, attention matrices, two factors
-    assert all(8 in value.shape and torch.isfinite(value).all() for value in lora.values())
+    assert all(16 in value.shape and torch.isfinite(value).all() for value in lora.values())
 
 
 def test_recorded_gate_passed():
