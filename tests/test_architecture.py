@@ -36,7 +36,7 @@ OUTSIDE = {
     "lightning": r"training/.*",
     "pytorch_lightning": r"(?!)",
     "torchmetrics": r"training/.*|evaluation/.*",
-    "torch.distributed": r"distributed\.py|training/.*",
+    "torch.distributed": r"distributed/.*|training/.*",
     "transformers": r"mllm/.*|compressor/.*|inference/.*",
     "peft": r"mllm/.*|compressor/.*|inference/.*",
     "triton": r"ops/[^/]*/triton\.py",

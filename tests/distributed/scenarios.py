@@ -70,7 +70,7 @@ def label(
 
     One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
     """
-    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.3, 8.0
+    distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.3, 8.0
     if own_disks:
         os.environ["LOCAL_RANK"] = "0"
         folder = f"{folder}/{rank()}"
@@ -91,7 +91,7 @@ def uneven(work: float):
 
     import torch.distributed as dist
 
-    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.2, work / 3
+    distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.2, work / 3
     distributed.join()
     queue, done = distributed.WorkQueue("uneven", lambda chunk: False), []
     dist.barrier()

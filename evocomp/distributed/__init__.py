@@ -1,0 +1,31 @@
+"""Who am I in this job, and which piece of work is mine next. Everything here also works in one process."""
+
+from evocomp.distributed.board import leave
+from evocomp.distributed.job import (
+    StopRequest,
+    broadcast,
+    gather,
+    join,
+    launched_by_torchrun,
+    local_rank,
+    rank,
+    set_threads,
+    world_size,
+)
+from evocomp.distributed.queue import WorkQueue
+from evocomp.distributed.team import Team
+
+__all__ = [
+    "StopRequest",
+    "Team",
+    "WorkQueue",
+    "broadcast",
+    "gather",
+    "join",
+    "launched_by_torchrun",
+    "leave",
+    "local_rank",
+    "rank",
+    "set_threads",
+    "world_size",
+]
