@@ -121,6 +121,9 @@ def train(words: Sequence[str]) -> int:
     is_new = run(config)
     if not log.is_rank_zero():
         return 0
+    if config.model.shard != 1:
+        log.logger.info("the MLLM is sharded, so the run is not judged: evocomp eval --run %s where it fits", run_dir)
+        return 0
     if is_new or not (run_dir / "report.json").exists():
         from evocomp.evaluation.run import evaluate_run
 

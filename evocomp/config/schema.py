@@ -26,6 +26,9 @@ class ModelConfig:
     """Number format of the frozen weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of the frozen MLLM."""
+    shard: int = 1
+    """Processes that hold one copy of the frozen MLLM together, for models that do not fit one GPU; 0 = all of a
+    node. They score the batches of a sample side by side: set `labels.batch` to search.population / shard."""
 
 
 @dataclass(frozen=True)

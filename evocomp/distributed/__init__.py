@@ -1,6 +1,6 @@
 """Who am I in this job, and which piece of work is mine next. Everything here also works in one process."""
 
-from evocomp.distributed.board import leave
+from evocomp.distributed.board import in_turn, leave
 from evocomp.distributed.job import (
     StopRequest,
     broadcast,
@@ -8,6 +8,7 @@ from evocomp.distributed.job import (
     join,
     launched_by_torchrun,
     local_rank,
+    local_size,
     rank,
     set_threads,
     world_size,
@@ -21,10 +22,12 @@ __all__ = [
     "WorkQueue",
     "broadcast",
     "gather",
+    "in_turn",
     "join",
     "launched_by_torchrun",
     "leave",
     "local_rank",
+    "local_size",
     "rank",
     "set_threads",
     "world_size",

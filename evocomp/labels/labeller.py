@@ -140,10 +140,12 @@ class Labeller:
         shared = len(set(gather(self.store.identity()))) == 1
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
-        queue = WorkQueue(f"round-{round}", lambda chunk: self.store.has(round, chunk))
+        queue = WorkQueue(f"round-{round}", lambda chunk: self.store.has(round, chunk), self.mllm.team)
         with StopRequest() as request, self._between_batches(queue, request):
             for chunk in queue(todo):
-                self.store.write(round, chunk, self._make(round, chunks[chunk], previous, scores, progress, report))
+                records = self._make(round, chunks[chunk], previous, scores, progress, report)
+                if self.mllm.team.leads:
+                    self.store.write(round, chunk, records)
         self.waited = queue.waited
         if not shared:
             self._exchange(round, len(chunks))
@@ -151,11 +153,11 @@ class Labeller:
 
     @contextmanager
     def _between_batches(self, queue: WorkQueue, request: StopRequest) -> Iterator[None]:
-        """After each candidate batch: say that work goes on, and stop if that was asked for."""
+        """After each candidate batch: say that work goes on, and stop if that was asked for (of any of the team)."""
 
         def look() -> None:
             queue.beat()
-            if request.asked:
+            if any(self.mllm.team.gather(request.asked)):
                 raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
 
         self.scorer.on_batch = look

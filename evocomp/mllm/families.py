@@ -65,6 +65,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def gathered(weight: Tensor) -> Tensor:
+    """A weight as a whole: of a sharded model, the parts of all processes that hold it, which call this together."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 def policy(model: nn.Module) -> Policy:
     """The family's policies. Raises UserError for a family that is not in `FAMILIES`."""
     model_type = getattr(getattr(unwrap(model), "config", None), "model_type", None)

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from transformers.utils import logging as transformers_logging
 
 from evocomp.data.example import Example
+from evocomp.distributed import Team
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.features import Features
@@ -43,6 +44,9 @@ class FrozenMLLM:
         processor: its processor.
         name: what to call it in records.
         cache_bytes: room for encoded pictures; those used least recently are encoded again when asked for.
+
+    Attributes:
+        team: the processes that hold the decoder's layers together, if it is sharded.
     """
 
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
@@ -50,6 +54,7 @@ class FrozenMLLM:
         self.model = families.unwrap(model).eval().requires_grad_(False)
         self.processor = processor
         self.name = name
+        self.team = Team()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
         self.cache_bytes = cache_bytes
@@ -99,10 +104,13 @@ class FrozenMLLM:
         return self.embed(features.prompt_ids[features.text_at])
 
     def fingerprint(self) -> str:
-        """Hash of configuration and weights (a strided sample of each tensor, so that 7B takes seconds)."""
+        """Hash of configuration and weights (a strided sample of each tensor, so that 7B takes seconds).
+
+        The same for a sharded model, whose processes call it together.
+        """
         digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
         for key, value in sorted(self.model.state_dict().items()):
-            flat = value.detach().flatten()
+            flat = families.gathered(value.detach()).flatten()
             sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
             digest.update(key.encode() + sample.tobytes())
         return digest.hexdigest()[:16]

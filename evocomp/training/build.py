@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
+from evocomp.training.shards import load_sharded
 from evocomp.training.stop import NoteStop, StopCleanly
 from evocomp.training.strategy import job_size, whole, with_strategy
 
@@ -123,10 +123,12 @@ def label_only(config: RunConfig) -> None:
 
 
 def load_mllm(config: RunConfig) -> FrozenMLLM:
-    """The frozen MLLM on this process's device."""
+    """The frozen MLLM on this process's device, or its part of one that several processes share."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+        device = f"cuda:{distributed.local_rank()}"
+    if config.model.shard != 1:
+        return load_sharded(config.model, device)
     return FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
 
 

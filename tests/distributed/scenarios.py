@@ -65,6 +65,7 @@ def label(
     chunks: int = 1,
     static: bool = False,
     own_disks: bool = False,
+    settings: tuple = (),
 ):
     """`evocomp label` into folder, or into one a rank.
 
@@ -79,10 +80,17 @@ def label(
     if static:
         distributed.WorkQueue.__call__ = lambda self, chunks: iter(chunks[rank() :: distributed.world_size()])
     made: list[int] = []
-    make = Labeller._make
-    Labeller._make = lambda self, round, ids, *rest: made.extend(ids) or make(self, round, ids, *rest)
-    code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY])
-    return {"code": code, "digest": digest(folder) if code == 0 else None, "made": len(made)}
+    make, scorers = Labeller._make, []
+
+    def counting(self, round, ids, *rest):
+        made.extend(ids)
+        scorers[:] = [self.scorer]
+        return make(self, round, ids, *rest)
+
+    Labeller._make = counting
+    code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY, *settings])
+    forwards = sum(scorer.forwards for scorer in scorers)
+    return {"code": code, "digest": digest(folder) if code == 0 else None, "made": len(made), "forwards": forwards}
 
 
 def uneven(work: float):

@@ -30,6 +30,73 @@ def test_several_ranks_make_the_same_bytes(ranks, alone, tmp_path, world, how):
     assert {result["digest"] for result in job.results} == {alone}
 
 
+# ------------------------------------------------------------ one model held by several processes
+
+# four parts a population, for the members to share; savings that a sharded model does without
+SHARDED = ["labels.batch=2", "scorer.own_pass=false", "scorer.shared_prefix=never", "scorer.prefix_reuse=false"]
+KINDS = {
+    "hard": [],
+    "hill_climb": ["search.strategy=hill_climb"],
+    "credit": ["labels.target=credit", "labels.refresh=none", "loss.name=listwise", "labels.credit_masks=8"],
+}
+
+
+def unsharded(folder, settings: list[str]) -> str:
+    from scenarios import TINY, digest
+
+    from evocomp import cli
+
+    words = ["label", f"--labels.dir={folder}/one", f"--run_dir={folder}/run", *TINY, *SHARDED, *settings]
+    assert cli.main(words) == 0
+    return digest(f"{folder}/one")
+
+
+@pytest.mark.parametrize("kind", ["hard", *(pytest.param(k, marks=pytest.mark.slow) for k in ("hill_climb", "credit"))])
+def test_two_processes_with_half_the_layers_each_make_the_same_bytes(ranks, tmp_path, kind):
+    settings = [*SHARDED, *KINDS[kind], "model.shard=2"]
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=settings).succeeded()
+    assert {result["digest"] for result in job.results} == {unsharded(tmp_path, KINDS[kind])}
+    assert [result["made"] for result in job.results] == [12, 12]  # both go through all samples together
+    scored = [result["forwards"] for result in job.results]
+    assert abs(scored[0] - scored[1]) < 0.2 * sum(scored) < sum(scored)  # and score half of the masks each
+
+
+@pytest.mark.slow
+def test_shard_groups_share_a_queue_and_survive_each_other(ranks, tmp_path):
+    settings = [*SHARDED, "model.shard=2"]
+    alone = unsharded(tmp_path, [])
+    job = ranks(4, "label", folder=str(tmp_path / "whole"), settings=settings).succeeded()
+    assert {result["digest"] for result in job.results} == {alone}
+    made = [result["made"] for result in job.results]
+    assert made[0] == made[1] > 0 and made[2] == made[3] > 0 and made[0] + made[2] == 12
+    # a follower dies: its leader cannot go on, the other group does the rest
+    folder = str(tmp_path / "labels")
+    job = ranks(4, "label", folder=folder, settings=settings, signal_rank=3)
+    assert job.codes[3] == -signal.SIGKILL and job.codes[2] not in (0, None) and job.codes[:2] == [0, 0], job.outputs
+    assert job.results[0]["digest"] == alone
+    assert any("takes over chunk" in output and "of rank 2" in output for output in job.outputs[:2])
+
+
+@pytest.mark.slow
+def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
+    """SIGTERM comes to one of two processes that need each other for every forward."""
+    settings, folder = [*SHARDED, "model.shard=2"], str(tmp_path / "labels")
+    options = {"signal_rank": 1, "number": signal.SIGTERM, "chunks": 0}
+    job = ranks(2, "label", folder=folder, settings=settings, **options)
+    assert job.codes == [2, 2] and all("stopped in labelling" in output for output in job.outputs), job.outputs
+    assert ranks(2, "label", folder=folder, settings=settings).succeeded().results[0]["digest"] == unsharded(
+        tmp_path, []
+    )
+
+
+def test_groups_that_cannot_be_made_are_refused(ranks, tmp_path):
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=["model.shard=3"])
+    assert job.codes == [2, 2] and "make no groups of 3" in job.outputs[0]
+
+
+# ------------------------------------------------------------ nodes without a shared disk
+
+
 @pytest.mark.slow
 def test_without_a_shared_disk_chunks_are_exchanged(ranks, alone, tmp_path):
     job = ranks(2, "label", folder=str(tmp_path), own_disks=True).succeeded()
