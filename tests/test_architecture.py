@@ -13,7 +13,7 @@ PACKAGE = ROOT / "evocomp"
 
 # a part imports only parts of lower tiers
 TIERS = [
-    ("config", "log", "distributed"),
+    ("config", "log", "files", "distributed"),
     ("ops", "data"),
     ("viz",),
     ("mllm", "grouping", "losses", "selection", "compressor"),

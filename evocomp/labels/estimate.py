@@ -15,6 +15,7 @@ import numpy as np
 
 from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
+from evocomp.files import readable
 from evocomp.labels.labeller import Labeller
 from evocomp.labels.random_credit import mask_sizes
 from evocomp.log import UserError, logger
@@ -219,8 +220,8 @@ class Estimate:
                 f"  a refresh   {self.refresh / 3600:.3g} GPU-hours more",
                 f"  wall hours  {hours / gpus:.3g} on {gpus} GPU{'s' * (gpus > 1)}",
                 f"  price       {hours * self.gpu.price:,.2f} USD at {self.gpu.price:g} USD/hour",
-                f"  GPU memory  {_amount(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),
-                f"  disk        at most {_amount(self.disk)}",
+                f"  GPU memory  {readable(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),
+                f"  disk        at most {readable(self.disk)}",
             ]
         )
 
@@ -299,22 +300,14 @@ def say_disk_use(config: RunConfig, samples: int, tokens: int, folder: Path) -> 
     """Print what the labels will take on disk, and warn if there may not be room."""
     a_round, free = samples * record_bytes(config, tokens), shutil.disk_usage(folder).free
     rounds = 1 if config.labels.refresh == "none" else 2  # a refresh is made from the round before it
-    logger.info("labels: at most %s a round in %s, %s free", _amount(a_round), folder, _amount(free))
+    logger.info("labels: at most %s a round in %s, %s free", readable(a_round), folder, readable(free))
     if rounds * a_round > free:
         logger.warning(
             "%d rounds may need %s, more than is free: give --labels.dir on a larger disk; a full disk stops the run "
             "and leaves the store intact",
             rounds,
-            _amount(rounds * a_round),
+            readable(rounds * a_round),
         )
-
-
-def _amount(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def text_lengths(examples: Sequence[Example]) -> tuple[int, int]:

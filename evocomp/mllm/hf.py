@@ -23,6 +23,7 @@ from evocomp.data.example import Example
 from evocomp.distributed import Team
 from evocomp.log import UserError
 from evocomp.mllm import families
+from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.features import Features
 
 _PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
@@ -47,6 +48,7 @@ class FrozenMLLM:
 
     Attributes:
         team: the processes that hold the decoder's layers together, if it is sharded.
+        cache: where the tower's features lie on disk, if anywhere.
     """
 
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
@@ -55,6 +57,7 @@ class FrozenMLLM:
         self.processor = processor
         self.name = name
         self.team = Team()
+        self.cache: FeatureCache | None = None
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
         self.cache_bytes = cache_bytes
@@ -156,7 +159,7 @@ class FrozenMLLM:
             self._pictures.move_to_end(key)
             return self._pictures[key]
         inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(self.vocabulary.dtype)}
-        encoded = families.encode(self.model, inputs)
+        encoded = self.cache.encode(inputs) if self.cache else families.encode(self.model, inputs)
         numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)[0]
         tokens = families.visual_tokens(self.model, inputs["input_ids"], encoded)
         self._pictures[key] = (tokens, numbers[numbers >= 0])

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from evocomp.labels.random_credit import CreditLabels
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
-from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.feature_cache import FeatureCache
+from evocomp.mllm.hf import FrozenMLLM, picture_key
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
@@ -67,6 +69,7 @@ def run(config: RunConfig) -> bool:
     L.seed_everything(config.seed, workers=True, verbose=False)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
+    use_feature_cache(config, mllm, splits)
     check_kept(config, mllm, splits.train[0])
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(
@@ -113,6 +116,7 @@ def label_only(config: RunConfig) -> None:
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
+    use_feature_cache(config, mllm, splits)
     folder = Path(config.run_dir)
     labeller = build_labeller(config, mllm, splits, folder)
     bar = LabelBar()
@@ -130,6 +134,24 @@ def load_mllm(config: RunConfig) -> FrozenMLLM:
     if config.model.shard != 1:
         return load_sharded(config.model, device)
     return FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+
+
+def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> None:
+    """Let the MLLM keep its tower's features where the settings say; rank 0 says what they will take first."""
+    if config.model.feature_cache is None:
+        return
+    mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
+    refusal = None
+    if distributed.rank() == 0:
+        examples = [*splits.train, *splits.val]
+        mllm.features(examples[:1])
+        try:
+            pictures = len({picture_key(example) for example in examples})
+            mllm.cache.reserve(pictures, shutil.disk_usage(mllm.cache.folder).free)
+        except UserError as error:
+            refusal = error
+    if refusal := distributed.broadcast(refusal):
+        raise refusal
 
 
 def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: Path) -> Labeller:

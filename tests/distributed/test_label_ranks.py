@@ -94,7 +94,17 @@ def test_groups_that_cannot_be_made_are_refused(ranks, tmp_path):
     assert job.codes == [2, 2] and "make no groups of 3" in job.outputs[0]
 
 
-# ------------------------------------------------------------ nodes without a shared disk
+# ------------------------------------------------------------ features on disk, nodes without a shared disk
+
+
+def test_features_on_disk_change_no_byte(ranks, alone, tmp_path):
+    settings, stamps = [f"model.feature_cache={tmp_path}/features"], []
+    for name in ("first", "again"):  # filled by both ranks, then read by both
+        job = ranks(2, "label", folder=f"{tmp_path}/{name}", settings=settings).succeeded()
+        assert {result["digest"] for result in job.results} == {alone}
+        assert "feature cache: " in job.outputs[0] and "feature cache: " not in job.outputs[1]
+        stamps.append({path.name: path.stat().st_mtime_ns for path in tmp_path.glob("features/*/*/*.safetensors")})
+    assert len(stamps[0]) > 1 and stamps[0] == stamps[1]
 
 
 @pytest.mark.slow

@@ -305,6 +305,14 @@ def test_trainer_settings_are_checked_against_lightnings_signature(settings, mat
     assert check_trainer({"max_epochs": 3, "precision": "bf16-mixed"}) == {"max_epochs": 3, "precision": "bf16-mixed"}
 
 
+def test_features_that_do_not_fit_on_the_disk_are_refused(steps, tmp_path, monkeypatch):
+    free = type("Usage", (), {"free": 100_000})
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: free)
+    mine = config(tmp_path / "run", f"model.feature_cache={tmp_path}/features")
+    refused(mine, "100 kB are free; name a folder on a larger disk")
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_few_questions_for_a_batch(steps, tmp_path):
     mine = config(tmp_path / "run", "optim.batch_size=64")
     refused(mine, "32 training questions make no batch of optim.batch_size=64")
