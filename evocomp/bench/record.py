@@ -11,7 +11,13 @@ import torch
 
 from evocomp.log import UserError, logger
 
-KINDS = {"label-search": "label_search", "ops": "ops", "inference": "inference", "training": "training"}
+KINDS = {
+    "label-search": "label_search",
+    "label-processes": "label_processes",
+    "ops": "ops",
+    "inference": "inference",
+    "training": "training",
+}
 """Kind -> module of this package with `run(device)`, which returns rows."""
 
 Row = dict[str, Any]

@@ -118,7 +118,8 @@ class WorkQueue:
                 elif self._keys.add(f"takeover/{chunk}/{owner}", 1) == 1:
                     logger.error("rank %d takes over chunk %d of rank %d", rank(), chunk, owner)
                     yield from self._work_on(chunk)
-            time.sleep(0.1)
+            # short rounds are not made longer, long ones not disturbed
+            time.sleep(min(0.1, 0.05 * (time.monotonic() - started) + 0.002))
         self.waited += time.monotonic() - started
 
     def _unfinished(self, chunks: list[int]) -> list[int]:

@@ -137,7 +137,7 @@ class Labeller:
         stored = set().union(*gather(self.store.stored(round)))
         todo = [chunk for chunk in range(len(chunks)) if chunk not in stored]
         todo.sort(key=lambda chunk: -self._cost(chunks[chunk]))
-        shared = len(set(gather(self.store.identity()))) == 1
+        shared = self._store_is_shared()
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
         queue = WorkQueue(f"round-{round}", lambda chunk: self.store.has(round, chunk), self.mllm.team)
@@ -150,6 +150,16 @@ class Labeller:
         if not shared:
             self._exchange(round, len(chunks))
         self._commit(round, len(chunks), queue, shared)
+
+    def forget(self, rounds: Sequence[int]) -> None:
+        """Delete rounds that are not needed any more, on every disk that holds the store. All ranks call it."""
+        shared = self._store_is_shared()
+        if rank() == 0 or (not shared and local_rank() == 0):
+            for round in set(rounds) & set(self.store.rounds()):
+                self.store.remove(round)
+
+    def _store_is_shared(self) -> bool:
+        return len(set(gather(self.store.identity()))) == 1
 
     @contextmanager
     def _between_batches(self, queue: WorkQueue, request: StopRequest) -> Iterator[None]:

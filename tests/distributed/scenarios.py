@@ -1,11 +1,12 @@
 """What the ranks of the tests' jobs do: each function runs in every process of a job. See ranks.py."""
 
+import logging
 import os
 import signal
 import time
 from pathlib import Path
 
-from evocomp import cli, distributed
+from evocomp import cli, distributed, log
 from evocomp.labels.labeller import Labeller
 from evocomp.labels.scorer import CandidateScorer
 
@@ -53,9 +54,25 @@ def send_self(number: int, store: str = "", chunks: int = 0):
     def send() -> None:
         while len(list(Path(store).glob("round-0000/chunk-*.safetensors"))) < chunks:
             time.sleep(0.01)
+        if store:
+            Path(f"{store}-died").write_text(str(time.time()))
         os.kill(os.getpid(), number)
 
     return send
+
+
+def watch_for(words: str) -> dict[str, float]:
+    """Gets the time at which these words are logged, as `named`."""
+    found: dict[str, float] = {}
+
+    class Watch(logging.Handler):
+        def emit(self, record):
+            if words in record.getMessage():
+                found.setdefault("named", time.time())
+
+    log.setup()  # else it would take this handler for its own
+    log.logger.addHandler(Watch())
+    return found
 
 
 def label(
@@ -66,17 +83,20 @@ def label(
     static: bool = False,
     own_disks: bool = False,
     settings: tuple = (),
+    patient: bool = False,
 ):
     """`evocomp label` into folder, or into one a rank.
 
     One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
     """
-    distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.3, 8.0
+    if not patient:
+        distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.3, 8.0
     if own_disks:
         os.environ["LOCAL_RANK"] = "0"
         folder = f"{folder}/{rank()}"
     if rank() == signal_rank:
         before_batch(2, send_self(number, folder, chunks))
+    named = watch_for("has not been heard of")
     if static:
         distributed.WorkQueue.__call__ = lambda self, chunks: iter(chunks[rank() :: distributed.world_size()])
     made: list[int] = []
@@ -90,7 +110,8 @@ def label(
     Labeller._make = counting
     code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY, *settings])
     forwards = sum(scorer.forwards for scorer in scorers)
-    return {"code": code, "digest": digest(folder) if code == 0 else None, "made": len(made), "forwards": forwards}
+    result = {"code": code, "digest": digest(folder) if code == 0 else None, "made": len(made), "forwards": forwards}
+    return result | named
 
 
 def uneven(work: float):
@@ -117,27 +138,6 @@ def uneven(work: float):
     except RuntimeError:
         barrier = "failed"
     return {"done": everyone, "barrier": barrier, "waited": queue.waited}
-
-
-def timed_label(folder: str):
-    """Wall and CPU seconds of labelling alone: everything is loaded before the clock starts."""
-    from evocomp.data.splits import load_splits
-    from evocomp.training import build
-
-    words = [f"run_dir={folder}", *TINY, "data.max_samples=64", "search.population=24", "search.generations=11"]
-    config = cli._config(words)
-    distributed.join()
-    splits = load_splits(config.data)
-    labeller = build.build_labeller(config, build.load_mllm(config), splits, Path(folder))
-    labeller.encode([example.id for example in splits.train])
-    labeller.scorer.full(labeller.encode([splits.train[0].id])[0])
-    labeller.scorer.forwards = 0
-    distributed.gather(None)
-    wall, cpu = time.perf_counter(), time.process_time()
-    labeller.ensure(0)
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    distributed.leave()
-    return {**seconds, "waited": labeller.waited, "forwards": labeller.scorer.forwards}
 
 
 class Spy:

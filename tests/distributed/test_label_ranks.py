@@ -24,7 +24,10 @@ def chunks(folder) -> list[int]:
     return LabelStore(folder).stored(0)
 
 
-@pytest.mark.parametrize(("world", "how"), [(2, {}), pytest.param(3, {"static": True}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "how"),
+    [(2, {}), *(pytest.param(3, how, marks=pytest.mark.slow) for how in ({}, {"static": True}))],
+)
 def test_several_ranks_make_the_same_bytes(ranks, alone, tmp_path, world, how):
     job = ranks(world, "label", folder=str(tmp_path / "labels"), **how).succeeded()
     assert {result["digest"] for result in job.results} == {alone}
@@ -132,6 +135,15 @@ def test_a_dead_rank_is_named_and_its_chunk_taken_over(ranks, alone, tmp_path):
     assert job.results[0]["digest"] == alone
     assert "rank 1 has not been heard of for 8 s" in job.outputs[0]
     assert any("takes over chunk" in output and "of rank 1" in output for output in job.outputs)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named_within_a_minute(ranks, tmp_path):
+    """With the heartbeat that jobs have; the tests above are less patient."""
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), signal_rank=1, patient=True)
+    assert job.codes == [0, -signal.SIGKILL] and "rank 1 has not been heard of for 45 s" in job.outputs[0]
+    died = float((tmp_path / "labels-died").read_text())
+    assert 40 < job.results[0]["named"] - died < 60
 
 
 def test_killed_ranks_and_a_resume_on_another_number(ranks, alone, tmp_path):
