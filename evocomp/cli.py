@@ -224,13 +224,13 @@ def generate(words: Sequence[str]) -> int:
 
 
 def bench(words: Sequence[str]) -> int:
-    """evocomp bench label-search | label-processes | ops | inference | training [--out FILE.csv]
+    """evocomp bench label-search | ops | inference | training | label-processes [--out FILE.csv]
 
     Times the project's parts against their straightforward counterparts, interleaved, as ratios of one run.
 
       evocomp bench ops
     """
-    kinds = ("label-search", "label-processes", "ops", "inference", "training")
+    kinds = ("label-search", "ops", "inference", "training", "label-processes")
     if not words or words[0] not in kinds:
         raise UserError(f"evocomp bench needs one of {', '.join(kinds)}")
     options = _options(words[1:], {"out": None}, "bench")

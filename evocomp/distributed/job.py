@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from evocomp.log import UserError
+
 
 def rank() -> int:
     """This process's number in the job."""
@@ -35,10 +37,19 @@ def launched_by_torchrun() -> bool:
 
 
 def join() -> None:
-    """Meet the other processes, if a launcher started several; Lightning then goes on with the same group."""
+    """Meet the other processes, if a launcher started several; Lightning then goes on with the same group.
+
+    Raises:
+        UserError: more processes than GPUs on this node.
+    """
     if not launched_by_torchrun() or dist.is_initialized():
         return
     if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank()} of this node has no GPU of its own, there are {torch.cuda.device_count()}: "
+                "start one process a GPU (PROCESSES=gpu)"
+            )
         torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl")
     else:

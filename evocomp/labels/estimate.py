@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -254,13 +255,21 @@ def _refresh_share(config: RunConfig, work: Workload) -> float:
 
 
 def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int, gpu: GPU, count: int = 3) -> Estimate:
-    """Estimate from `count` samples labelled now (after one to warm up); nothing is stored."""
-    ids = list(labeller.examples)[: count + 1]
+    """Estimate from `count` samples labelled now (after one to warm up); nothing is stored.
+
+    Credits are made for all questions about a picture together, so there a picture with all of its questions counts.
+    """
+    by_picture = config.labels.target == "credit"
+    pieces = [
+        [example.id for example in group]
+        for _, group in groupby(labeller.examples.values(), key=lambda one: one.image_id if by_picture else one.id)
+    ][: count + 1]
     seconds, made = [], []
-    for id in ids:
+    for ids in pieces:
         started = time.perf_counter()
-        made += list(labeller.rounds.make(0, [id], labeller.encode, {}, None))
-        seconds.append(time.perf_counter() - started)
+        made += list(labeller.rounds.make(0, ids, labeller.encode, {}, None))
+        seconds.append((time.perf_counter() - started) / len(ids))
+    ids = [id for piece in pieces for id in piece]
     features = labeller.encode(ids)
     kept = [len(record["kept"]) if "kept" in record else _mean_size(config, target.tokens) for record in made]
     work = Workload(
@@ -273,7 +282,7 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
     rough = by_arithmetic(config, replace(target, tokens=len(features[0].visual)), work, gpu)
     spent = total * float(np.mean(seconds[1:] or seconds))
     refresh = spent * _refresh_share(config, work)
-    return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - 1))
+    return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - len(pieces[0])))
 
 
 def _mean_size(config: RunConfig, tokens: int) -> int:
@@ -285,7 +294,7 @@ def _memory(config: RunConfig, target: Target, length: int, answer: int) -> floa
     tokens = min(config.labels.batch, candidate_forwards(config)) * length
     activations = 2.0 * tokens * (6 * target.hidden + 3 * target.intermediate)
     logits = 2 * 4.0 * min(config.labels.batch, candidate_forwards(config)) * answer * target.vocabulary
-    return target.weight_bytes() + activations + logits
+    return target.weight_bytes() / max(1, config.model.shard) + activations + logits
 
 
 def record_bytes(config: RunConfig, tokens: int) -> float:
