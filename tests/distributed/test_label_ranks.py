@@ -166,19 +166,22 @@ def test_sigterm_leaves_a_clean_store(ranks, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_job_and_leaves_the_store_intact(ranks, alone, tmp_path):
+@pytest.mark.parametrize("settings", [[], ["model.shard=2"]], ids=["alone", "sharded"])
+def test_a_full_disk_stops_the_job_and_leaves_the_store_intact(ranks, tmp_path, settings):
+    settings, world = [*SHARDED, *settings], 1 + len(settings)
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
     try:
-        job = ranks(1, "label", folder=str(disk / "labels"))
-        assert job.codes == [2] and "no space left" in job.outputs[0], job.outputs
+        job = ranks(world, "label", folder=str(disk / "labels"), settings=settings)
+        assert set(job.codes) == {2} and "no space left" in job.outputs[0], job.outputs
         assert "more than is free" in job.outputs[0]  # said beforehand
         kept = chunks(disk / "labels")
         assert 0 < len(kept) < 6 and not list(disk.rglob("*.tmp*"))
         subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
-        assert ranks(1, "label", folder=str(disk / "labels")).succeeded().results[0]["digest"] == alone
+        again = ranks(world, "label", folder=str(disk / "labels"), settings=settings).succeeded()
+        assert again.results[0]["digest"] == unsharded(tmp_path, [])
     finally:
         subprocess.run(["umount", disk], check=True)
