@@ -1,6 +1,6 @@
 """Who am I in this job, and which piece of work is mine next. Everything here also works in one process."""
 
-from evocomp.distributed.board import in_turn, leave
+from evocomp.distributed.board import leave
 from evocomp.distributed.job import (
     StopRequest,
     broadcast,
@@ -13,7 +13,7 @@ from evocomp.distributed.job import (
     set_threads,
     world_size,
 )
-from evocomp.distributed.queue import WorkQueue
+from evocomp.distributed.queue import WorkQueue, in_turn
 from evocomp.distributed.team import Team
 
 __all__ = [

@@ -1,17 +1,14 @@
 """The job's store with every rank's heartbeat: who lives, and who has signed off."""
 
 import atexit
-import itertools
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from evocomp.distributed.job import broadcast, local_rank, rank, world_size
+from evocomp.distributed.job import broadcast, rank, world_size
 from evocomp.log import UserError, logger
 
 HEARTBEAT_SECONDS = 5.0
@@ -104,7 +101,6 @@ class Board:
 
 _board: Board | None = None
 _server: dist.TCPStore | None = None
-_turns = itertools.count()
 
 
 def job_board() -> Board:
@@ -120,29 +116,6 @@ def job_board() -> Board:
         port = broadcast(_server.port if rank() == 0 else None)
         _board = Board(host, port)
     return _board
-
-
-@contextmanager
-def in_turn() -> Iterator[None]:
-    """One process of a node after another; all leave together.
-
-    They wait in the store, for the turns of a node may take longer than collectives may.
-    """
-    if world_size() == 1:
-        yield
-        return
-    keys = job_board().keys(f"turn/{next(_turns)}")
-
-    def wait_for(ranks: Iterable[int]) -> None:
-        others = [str(other) for other in ranks]
-        while others and not keys.check(others):
-            job_board().worked_at = time.monotonic()
-            time.sleep(0.1)
-
-    wait_for(range(rank() - local_rank(), rank()))
-    yield
-    keys.set(str(rank()), "done")
-    wait_for(range(world_size()))
 
 
 def leave() -> None:

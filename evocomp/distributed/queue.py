@@ -2,16 +2,17 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
 from evocomp.distributed import board
-from evocomp.distributed.job import rank, world_size
+from evocomp.distributed.job import local_rank, rank, world_size
 from evocomp.distributed.team import Team
 from evocomp.log import UserError, logger
 
-_numbers = itertools.count()  # of the queues of this job: none may find an earlier one's counters
+_numbers = itertools.count()  # of the queues and turns of this job: none may find an earlier one's keys
 _END = -1
 
 
@@ -130,6 +131,33 @@ class WorkQueue:
             return chunks
         half = len(chunks) // 2
         return self._unfinished(chunks[:half]) + self._unfinished(chunks[half:])
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """One process of a node after another; all leave together.
+
+    They wait in the store, for the turns of a node may take longer than collectives may.
+    """
+    if world_size() == 1:
+        yield
+        return
+    job = board.job_board()
+    keys = job.keys(f"turn/{next(_numbers)}")
+
+    def wait_for(ranks: Iterable[int]) -> None:
+        others = [str(other) for other in ranks]
+        while others and not keys.check(others):
+            job.worked_at = time.monotonic()
+            time.sleep(0.1)
+
+    with reaching_rank_0():
+        wait_for(range(rank() - local_rank(), rank()))
+        try:
+            yield
+        finally:
+            keys.set(str(rank()), "done")  # or failed: what ails this process will be told by the others too
+        wait_for(range(world_size()))
 
 
 class reaching_rank_0:

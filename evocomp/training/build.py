@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -195,6 +196,15 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     settings, ids = config.labels, [example.id for example in splits.train]
     dtype = None if settings.dtype == "model" else settings.dtype
     scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
+    masks = settings.credit_masks if settings.target == "credit" else config.search.population
+    if mllm.team.size > 1 and settings.batch * (mllm.team.size - 1) >= masks:
+        logger.warning(
+            "labels.batch=%d leaves some of the %d processes that share the model without masks to score: "
+            "give --labels.batch=%d",
+            settings.batch,
+            mllm.team.size,
+            math.ceil(masks / mllm.team.size),
+        )
     rounds: Rounds
     if settings.target == "credit":
         some = splits.train[: settings.credit_samples or None]

@@ -92,9 +92,22 @@ def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
     )
 
 
-def test_groups_that_cannot_be_made_are_refused(ranks, tmp_path):
-    job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=["model.shard=3"])
-    assert job.codes == [2, 2] and "make no groups of 3" in job.outputs[0]
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["model.shard=3"], "make no groups of 3"),
+        (["model.shard=2", "model.name=nowhere"], "model.name=nowhere does not load"),
+        (["model.shard=2", "labels.dtype=bfloat16"], "give labels.dtype=model"),
+    ],
+)
+def test_what_shard_groups_cannot_do_is_refused_by_all(ranks, tmp_path, settings, says):
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=settings)
+    assert job.codes == [2, 2] and all(says in output for output in job.outputs), job.outputs
+
+
+def test_a_batch_that_leaves_processes_idle_is_told(ranks, tmp_path):
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=["model.shard=0"]).succeeded()
+    assert "give --labels.batch=4" in job.outputs[0]
 
 
 # ------------------------------------------------------------ features on disk, nodes without a shared disk
