@@ -2,7 +2,7 @@
 
 Every process is kept on a core of its own and has loaded and encoded everything before the clock starts, so that
 start-up does not count. The three ways take turns, in changing order. Wall time is what counts here; whether the
-cores were idle shows in `wall_per_cpu`, which is 1 if nobody else had them.
+cores were idle shows in `wall_per_cpu`, which is 1 if nobody else had them. On busy cores look at `ratio_by_cpu`.
 """
 
 import multiprocessing
@@ -88,6 +88,8 @@ def _row(bench: str, shape: str, ours: str, one: list[dict], two: list[dict], de
         "ratio": middle,
         "ratio_p20": low,
         "ratio_p80": high,
+        # what the ratio of walls would be on idle cores but for waiting in the queue: CPU time of the busier process
+        "ratio_by_cpu": statistics.median(a["cpu"] / b["busiest"] for a, b in zip(one, two, strict=True)),
         "cpu_seconds_ratio": statistics.median(b["cpu"] / a["cpu"] for a, b in zip(one, two, strict=True)),
         "waited_ms": 1e3 * statistics.median(run["waited"] for run in two),
         "wall_per_cpu": statistics.median(run["wall_per_cpu"] for run in [*one, *two]),
@@ -105,6 +107,7 @@ def _measure(shares: dict[Connection, Share]) -> dict[str, float]:
     return {
         "wall": max(one["end"] for one in done) - min(one["start"] for one in done),
         "cpu": sum(one["cpu"] for one in done),
+        "busiest": max(one["cpu"] for one in done),
         "waited": max(one["waited"] for one in done),
         # time in the queue is no work
         "wall_per_cpu": max((one["end"] - one["start"] - one["waited"]) / one["cpu"] for one in done),

@@ -35,12 +35,13 @@ class FeatureCache:
         fingerprint: of its weights.
 
     Raises:
-        UserError: the family's decoder reads more than its visual tokens (DeepStack), or no folder can be made.
+        UserError: the model reads several layers of its tower (DeepStack is one way), or no folder can be made.
     """
 
     def __init__(self, folder: str | Path, model: nn.Module, fingerprint: str):
-        if families.policy(model).deepstack:
-            raise UserError(f"model.feature_cache: features of {model.config.model_type} are more than its tokens")
+        several = isinstance(getattr(model.config, "vision_feature_layer", None), list | tuple)
+        if several or families.policy(model).deepstack:
+            raise UserError("model.feature_cache: this model reads several layers of its vision tower; leave it out")
         self.model = model
         tower = families.tower(model)
         device = next(tower.parameters())

@@ -14,5 +14,5 @@ def test_rows():
     queue, control = label_processes.run(repeats=2, samples=6, search=small)  # compares the labels too
     for row in (queue, control):
         assert 0 < row["ratio"] < 4 and row["wall_per_cpu"] > 0.9 and row["repeats"] == 2
-        assert row["baseline_ms"] > 0 and row["cpu_seconds_ratio"] > 0.5
+        assert row["baseline_ms"] > 0 and row["cpu_seconds_ratio"] > 0.5 and 0.5 < row["ratio_by_cpu"] < 4
     assert queue["waited_ms"] >= 0 == control["waited_ms"]

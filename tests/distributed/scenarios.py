@@ -185,11 +185,25 @@ def spying(spy: Spy, workers: int) -> None:
     build.LabelledQuestions = functools.partial(build.LabelledQuestions, workers=workers)
 
 
-def train(run: str, out: str, settings: tuple = (), stop_at: int = 0, workers: int = 0, join_counts: bool = True):
-    """`evocomp train` without its judgement; what the spy saw, and where training stood at the end."""
+def train(
+    run: str,
+    out: str,
+    settings: tuple = (),
+    stop_at: int = 0,
+    workers: int = 0,
+    join_counts: bool = True,
+    own_disks: bool = False,
+):
+    """`evocomp train` without its judgement; what the spy saw, and where training stood at the end.
+
+    own_disks: each rank is a node of its own, with a store of labels of its own.
+    """
     from evocomp.training import build
     from evocomp.training.module import CompressorModule
 
+    if own_disks:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": str(rank())}
+        settings = [*settings, f"labels.dir={run}-labels-{rank()}"]
     if not join_counts:
         CompressorModule._sum_over_ranks = lambda self, counts: counts
     words = [f"run_dir={run}", *TINY, "trainer.accelerator=cpu", "trainer.max_epochs=1", *settings]

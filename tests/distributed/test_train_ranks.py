@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from evocomp.labels.store import LabelStore
+
 EPOCH = ["labels.samples_per_epoch=24", "optim.warmup_steps=1"]
 ADAMW = [*EPOCH, "optim.name=adamw", "optim.lr=1e-3"]
 
@@ -158,3 +160,14 @@ def test_a_run_with_a_sharded_mllm_is_that_of_one_process_a_rank(train):
     measured = [accuracies(folder) for folder in (plain, run)]
     assert len(measured[0]) == 2 * 2 and measured[0] == measured[1]
     assert all(key.startswith("compressor.") for key in weights(run))
+
+
+@pytest.mark.slow
+def test_nodes_with_disks_of_their_own_train_alike_and_forget_old_rounds(train):
+    settings = [*EPOCH, "optim.batch_size=4", "trainer.max_epochs=4"]
+    shared, run, _ = train(2, settings, shared_labels=False)
+    apart, own, _ = train(2, settings, shared_labels=False, own_disks=True)
+    assert apart.succeeded().results == shared.succeeded().results
+    stores = [run / "labels", *(Path(f"{own}-labels-{rank}") for rank in range(2))]
+    assert [LabelStore(store).rounds() for store in stores] == [[0, 2, 3]] * 3
+    assert len({LabelStore(store).digest(3) for store in stores}) == 1

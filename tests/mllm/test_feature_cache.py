@@ -107,9 +107,12 @@ def test_room_is_told_and_asked_for_beforehand(tmp_path, caplog):
         cache.reserve(1000, free=999 * size - 1)
 
 
-def test_deepstack_is_refused(tmp_path):
-    with pytest.raises(UserError, match="feature_cache"):
-        FeatureCache(tmp_path, build("qwen3_vl"), "a")
+def test_several_layers_of_a_tower_are_refused(tmp_path):
+    several = copy.deepcopy(build("llava"))
+    several.config.vision_feature_layer = [-2, -1]
+    for model in (build("qwen3_vl"), several):
+        with pytest.raises(UserError, match="several layers of its vision tower"):
+            FeatureCache(tmp_path, model, "a")
 
 
 def _encode_all(folder, family: str, order: int) -> None:
