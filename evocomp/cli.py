@@ -164,7 +164,7 @@ def label(words: Sequence[str]) -> int:
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """evocomp eval --run RUN [--out DIR] [--questions N] [--seed S] [--panel basic|full]
+    """evocomp eval --run RUN [--out DIR] [--questions N] [--seed S] [--panel basic|full|NAME,NAME,...]
                  [--source FILE_OR_BENCHMARK:FOLDER]
 
     Judges a finished run on fresh questions and writes report.json, report.md and kept.png.
@@ -224,19 +224,26 @@ def generate(words: Sequence[str]) -> int:
 
 
 def bench(words: Sequence[str]) -> int:
-    """evocomp bench label-search | ops | inference | training | label-processes [--out FILE.csv]
+    """evocomp bench label-search | ops | inference | training | label-processes [--out FILE.csv] [--shape NAME[,NAME]]
 
     Times the project's parts against their straightforward counterparts, interleaved, as ratios of one run.
 
+      --shape NAME   at the sizes of llava15_7b, llava_next_7b or qwen25_vl_7b, with random weights (needs a GPU;
+                     not for training)
+
       evocomp bench ops
+      evocomp bench label-search --shape llava15_7b,qwen25_vl_7b
     """
     kinds = ("label-search", "ops", "inference", "training", "label-processes")
     if not words or words[0] not in kinds:
         raise UserError(f"evocomp bench needs one of {', '.join(kinds)}")
-    options = _options(words[1:], {"out": None}, "bench")
+    options = _options(words[1:], {"out": None, "shape": None}, "bench")
+    if options["shape"] and words[0] == "training":
+        raise UserError("evocomp bench training has no --shape")
     from evocomp.bench.record import run_bench
 
-    run_bench(words[0], Path(options["out"]) if options["out"] else None)
+    shapes = options["shape"].split(",") if options["shape"] else ()
+    run_bench(words[0], Path(options["out"]) if options["out"] else None, shapes)
     return 0
 
 

@@ -1,9 +1,11 @@
-"""Run the study of `experiments/study/runs.yaml` and write one row a run and kept count.
+"""Run a study, by default that of `experiments/study/runs.yaml`, and write one row a run and kept count.
 
     python experiments/study.py --only published,plus --seeds 0,1,2 --out experiments/results/panel_nano.csv
+    python experiments/study.py --split selection --out experiments/results/panel_nano_selection.csv
 
 Runs go to runs/study/NAME-SEED; finished ones are not repeated, interrupted ones go on. `plus` with three seeds takes
-about 20 minutes of one CPU core, `published` about 8. Rows of the same name and seed are replaced.
+about 20 minutes of one CPU core, `published` about 8. Rows of the same name and seed are replaced. A study that names
+`rivals` has rows of these too, and of the uncompressed model with the right and with another picture.
 """
 
 import argparse
@@ -18,8 +20,11 @@ from omegaconf import OmegaConf
 
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.load import load
+from evocomp.config.schema import RunConfig
 from evocomp.data.splits import test_questions
-from evocomp.evaluation.panel import Panel
+from evocomp.evaluation.outcome import Outcome
+from evocomp.evaluation.panel import Panel, Rival
+from evocomp.evaluation.run import build_rival
 from evocomp.evaluation.statistics import ImageBootstrap
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.build import run
@@ -32,12 +37,16 @@ COSTS = ["labelled", *(f"{purpose}_cpu_s" for purpose in PURPOSES), "forwards", 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="names, separated by commas; default: all")
-    parser.add_argument("--seeds", default="", help="default: those of runs.yaml")
+    parser.add_argument("--study", type=Path, default=HERE / "study" / "runs.yaml")
+    parser.add_argument("--only", default="", help="names of runs, or rivals, separated by commas; default: all")
+    parser.add_argument("--seeds", default="", help="default: those of the study")
+    parser.add_argument(
+        "--split", choices=("test", "selection"), default="test", help="choose on one, report the other"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "panel_nano.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
-    study = OmegaConf.to_container(OmegaConf.load(HERE / "study" / "runs.yaml"))
+    study = OmegaConf.to_container(OmegaConf.load(args.study))
     names = [name for name in study["runs"] if not args.only or name in args.only.split(",")]
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else study["seeds"]
     judge = None
@@ -48,55 +57,67 @@ def main() -> None:
             settings = [*entry["set"], f"seed={seed}", f"run_dir={folder}", "logger=none"]
             config = load([HERE / entry["config"]], settings)
             run(config)
-            if judge is None:
-                data = replace(config.data, relation=True)
-                examples = test_questions(data, study["test_questions"], study["test_seed"])
-                judge = Judge(examples)
+            judge = judge or Judge(config, study, args.split)
             write(args.out, judge.rows(name, seed, folder, config.eval.kept))
+    if "rivals" in study and (not args.only or "rivals" in args.only.split(",")):
+        config = load([HERE / next(iter(study["runs"].values()))["config"]])
+        judge = judge or Judge(config, study, args.split)
+        write(args.out, judge.rivals(study["rivals"], config.eval.kept))
 
 
 class Judge:
     """The same fresh questions for all runs."""
 
-    def __init__(self, examples):
-        self.panel = Panel(FrozenMLLM.load("nano"), examples, batch=200, max_new_tokens=1)
+    def __init__(self, config: RunConfig, study: dict, split: str):
+        data = replace(config.data, relation=True)
+        examples = test_questions(data, study["questions"], study["scenes"][split])
+        self.panel = Panel(FrozenMLLM.load(config.model.name), examples, batch=200, max_new_tokens=1)
         self.kinds = np.array([example.kind for example in examples])
-        self.images = [example.image_id for example in examples]
-        self.full = np.asarray(self.panel.full().correct)
+        images = [example.image_id for example in examples if example.kind != "relation"]
+        self.bootstrap = ImageBootstrap(images)
+        self.whole = self.panel.full()
+        self.full = np.asarray(self.whole.correct)
 
     @torch.inference_mode()
     def rows(self, name: str, seed: int, folder: Path, kept) -> list[dict]:
         compressor = EvoCompCompressor.from_pretrained(folder / "compressor").eval()
-        plain, relation = self.kinds != "relation", self.kinds == "relation"
-        bootstrap = ImageBootstrap([image for image, own in zip(self.images, plain, strict=True) if own])
         cost = json.loads((folder / "trained.json").read_text())["cost"]
         parts = [share for share in cost.values() if isinstance(share, dict)]
-        rows = []
-        for count in kept:
-            right = np.asarray(self.panel.compressor(compressor, count).correct)
-            interval = bootstrap.interval(right[plain])
-            rows.append(
-                {
-                    "name": name,
-                    "seed": seed,
-                    "kept": count,
-                    "accuracy": interval.mean,
-                    "low": interval.low,
-                    "high": interval.high,
-                    "relative": interval.mean / self.full[plain].mean(),
-                    "relation": right[relation].mean(),
-                    "count": right[self.kinds == "count"].mean(),
-                    "n": int(plain.sum()),
-                    "n_relation": int(relation.sum()),
-                    "labelled": cost["labelled"],
-                    **{f"{purpose}_cpu_s": cost[purpose]["cpu_seconds"] for purpose in PURPOSES},
-                    "forwards": sum(share["forwards"] for share in parts),
-                    "tflop": sum(share["flops"] for share in parts) / 1e12,
-                }
-            )
-        listed = "  ".join(f"{row['kept']}: {row['accuracy']:.3f} ({100 * row['relative']:.1f} %)" for row in rows)
-        print(f"{name} seed {seed}  {listed}", flush=True)
-        return rows
+        spent = {
+            "labelled": cost["labelled"],
+            **{f"{purpose}_cpu_s": cost[purpose]["cpu_seconds"] for purpose in PURPOSES},
+            "forwards": sum(share["forwards"] for share in parts),
+            "tflop": sum(share["flops"] for share in parts) / 1e12,
+        }
+        outcomes = [self.panel.compressor(compressor, count, name) for count in kept]
+        return [self.row(outcome, seed) | spent for outcome in outcomes]
+
+    @torch.inference_mode()
+    def rivals(self, names: list[str], kept) -> list[dict]:
+        """Rows of the uncompressed model, of another picture in its place, and of training-free methods."""
+        rivals = [Rival(build_rival(name, self.panel.mllm), name) for name in names]
+        outcomes = [self.whole, self.panel.wrong_image(), *self.panel.selectors(rivals, kept)]
+        return [self.row(outcome, 0) for outcome in outcomes if outcome.not_applicable is None]
+
+    def row(self, outcome: Outcome, seed: int) -> dict:
+        right, plain = np.asarray(outcome.correct), self.kinds != "relation"
+        interval = self.bootstrap.interval(right[plain])
+        row = {
+            "name": outcome.method,
+            "seed": seed,
+            "kept": outcome.kept,
+            "accuracy": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "relative": interval.mean / self.full[plain].mean(),
+            "relation": right[~plain].mean(),
+            "count": right[self.kinds == "count"].mean(),
+            "n": int(plain.sum()),
+            "n_relation": int((~plain).sum()),
+        }
+        share = f"{interval.mean:.3f} ({100 * row['relative']:.1f} %)"
+        print(f"{outcome.method} seed {seed}  {outcome.kept}: {share}", flush=True)
+        return row
 
 
 def write(path: Path, rows: list[dict]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from evocomp.config.load import load
-from evocomp.data.scenes import SceneSpec
+from evocomp.data.scenes import SPECS
 from tests.commands import commands, understood
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,15 +24,15 @@ def head(path: Path) -> str:
 
 
 def test_the_main_job_is_there():
-    assert {"nano.yaml", "nano_plus.yaml"} <= {path.name for path in FILES}
+    assert {"nano.yaml", "nano_published.yaml"} <= {path.name for path in FILES}
 
 
 def can_begin(config) -> None:
     from evocomp.training.build import check_trainer
 
     check_trainer(config.trainer)
-    if config.model.name == "nano":
-        assert max(config.eval.kept) <= SceneSpec().tokens_per_side ** 2
+    if config.model.name in ("nano", "nano576"):
+        assert max(config.eval.kept) <= SPECS[config.data.scenes].tokens_per_side ** 2
     if config.data.source == "scenes":
         asked = config.labels.samples_per_epoch or config.labels.passes * config.data.max_samples
         assert asked >= config.optim.batch_size

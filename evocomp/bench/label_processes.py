@@ -160,7 +160,8 @@ def _work(pipe: Connection, place: dict[str, str], number: int, device: str, sam
     scorer = CandidateScorer(mllm)
     pipe.send("ready")
     while (share := pipe.recv()) is not None:
-        rounds = HardLabels(share.ids, scorer, GroupingConfig(), search, LabelConfig(chunk_size=1), seed=0)
+        labels = LabelConfig(target="hard", chunk_size=1)
+        rounds = HardLabels(share.ids, scorer, GroupingConfig(), search, labels, seed=0)
         store = LabelStore.open(share.folder, {"bench": "label processes"})
         labeller = Labeller(mllm, scorer, rounds, store, [known[id] for id in share.ids])
         distributed.gather(None)

@@ -1,17 +1,20 @@
 """Benchmarks of the ops against what one would write without them: small on the CPU, real sizes on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evocomp.bench.timing import compare, peak_memory
-from evocomp.ops import cosine_separation, ghm_bce, top_r_compact, vocabulary_argmax
-from evocomp.ops.dispatch import choose
+from evocomp.bench.timing import Clock, compare, compare_all, each, host_waits, peak_memory
+from evocomp.mllm.sizes import number_format, shape_named
+from evocomp.ops import cosine_separation, ghm_bce, score_separation, top_r_compact, vocabulary_argmax
+from evocomp.ops.dispatch import choose, triton_installed
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 class Shape(NamedTuple):
@@ -27,51 +30,82 @@ class Shape(NamedTuple):
 # CPU: narrow states, so that all of it ends within a minute on one thread. CUDA: LLaVA-1.5 and LLaVA-NeXT.
 SHAPES = {
     "cpu": [Shape(B=2, N=576, D=128, V=32_000, R=64), Shape(B=1, N=2880, D=128, V=16_000, R=160)],
-    "cuda": [Shape(B=8, N=576, D=4096, V=32_000, R=64), Shape(B=8, N=2880, D=4096, V=32_000, R=160)],
+    "cuda": [Shape(B=32, N=576, D=4096, V=32_064, R=64), Shape(B=32, N=2880, D=4096, V=32_064, R=160)],
 }
 
 
-def run(device: str = "cpu", repeats: int = 5, shapes: list[Shape] | None = None) -> Rows:
-    """All rows for the device ("cpu" or "cuda"): separation, grouping (time and memory), GHM, compaction.
+def run(device: str = "cpu", repeats: int | None = None, shapes: list[Shape] | None = None) -> Iterator[Row]:
+    """All rows for the device ("cpu" or "cuda"): separation, head, grouping (time and memory), GHM, compaction.
 
-    Each row holds baseline, ours, times, "ratio" (above 1: ours is faster or smaller), device and versions.
+    Each row holds baseline, ours, times, "ratio" (above 1: ours is faster or smaller), device and versions. On GPUs
+    states are bfloat16, and short ops have a second row in which only the GPU's time counts ("queued").
 
     Raises:
-        AssertionError: an op and its baseline disagree.
+        AssertionError: an op and its baseline disagree; the others are measured all the same.
     """
-    rows = []
-    for shape in shapes or SHAPES[torch.device(device).type]:
-        for bench in (bench_separation, bench_grouping, bench_ghm, bench_compaction):
-            rows += bench(shape, device, repeats)
-    return rows
+    kind = torch.device(device).type
+    repeats = repeats or (20 if kind == "cuda" else 5)
+    benches = (bench_head, bench_ghm, bench_compaction, bench_separation, bench_grouping)
+    works = [partial(bench, shape, device, repeats) for shape in shapes or SHAPES[kind] for bench in benches]
+    return each(works)
+
+
+def at_shape(name: str, device: str) -> Iterator[Row]:
+    """The same at the sizes of a model of `sizes.SHAPES`, for 32 images."""
+    shape = shape_named(name)
+    text = shape.config().text_config
+    return run(device, shapes=[Shape(32, shape.tokens, text.hidden_size, text.vocab_size, shape.kept)])
 
 
 def _close(rtol: float = 1e-4, atol: float = 1e-5) -> Callable[[Any, Any], None]:
     return lambda a, b: torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-def _ours(tensor: Tensor, name: str) -> str:
-    return f"{name} ({choose(tensor)})"
+def _near(share: float) -> Callable[[Any, Any], None]:
+    """Answers whose distance is at most this share of the baseline's norm, one tensor at a time."""
+
+    def check(baseline: Sequence[Tensor], ours: Sequence[Tensor]) -> None:
+        for one, other in zip(baseline, ours, strict=True):
+            distance, size = (one.double() - other.double()).norm(), one.double().norm()
+            assert distance <= share * size, f"{float(distance):.3g} of {float(size):.3g}"
+
+    return check
+
+
+def _hidden(shape: Shape, device: str) -> tuple[Tensor, Tensor, float]:
+    """States [B, N, D] that are alike enough to have a cosine, what is retained [B, N], and their rounding."""
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(shape.B, shape.N, shape.D, generator=generator, device=device).add_(0.5)
+    retained = torch.rand(shape.B, shape.N, generator=generator, device=device) < shape.R / shape.N
+    dtype = number_format(device)
+    return hidden.to(dtype).requires_grad_(), retained, 1e-4 if dtype == torch.float32 else 1e-2
+
+
+def _clocks(device: str) -> list[tuple[str, Clock]]:
+    """(what to add to a bench's name, clock)"""
+    return [("", "wall"), (", queued", "device")] if torch.device(device).type == "cuda" else [("", "wall")]
+
+
+def _ours(tensor: Tensor, name: str, slower: str = "") -> str:
+    return f"{name} ({choose(tensor, slower)})"
 
 
 def pairwise_separation(hidden: Tensor, retained: Tensor) -> Tensor:
     """[B] mean cosine of discarded with retained tokens, as published: over the |I0| x |I1| pairs."""
-    unit = F.normalize(hidden, dim=-1)
+    unit = F.normalize(hidden.float(), dim=-1)
     return torch.stack([(u[~kept] @ u[kept].T).mean() for u, kept in zip(unit, retained, strict=True)])
 
 
 def pairwise_separation_batched(hidden: Tensor, retained: Tensor) -> Tensor:
     """The same without a host sync: a masked N x N matrix of the whole batch."""
-    unit = F.normalize(hidden, dim=-1)
+    unit = F.normalize(hidden.float(), dim=-1)
     pairs = (~retained)[:, :, None] & retained[:, None, :]
     return (unit @ unit.mT * pairs).sum((1, 2)) / pairs.sum((1, 2))
 
 
 def bench_separation(shape: Shape, device: str, repeats: int) -> Rows:
     """Cosine separation, factorised against all pairs; forward + backward."""
-    generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(shape.B, shape.N, shape.D, generator=generator, device=device, requires_grad=True)
-    retained = torch.rand(shape.B, shape.N, generator=generator, device=device) < shape.R / shape.N
+    hidden, retained, rounding = _hidden(shape, device)
 
     def step(separation: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         value = separation(hidden, retained)
@@ -83,9 +117,9 @@ def bench_separation(shape: Shape, device: str, repeats: int) -> Rows:
             f"B={shape.B} N={shape.N} D={shape.D} R={shape.R}",
             (name, lambda baseline=baseline: step(baseline)),
             (_ours(hidden, "factorised"), lambda: step(cosine_separation)),
-            _close(),
+            _near(rounding),
             device,
-            repeats,
+            min(repeats, 5),
         )
         for name, baseline in (
             ("pairs |I0| x |I1|", pairwise_separation),
@@ -94,38 +128,83 @@ def bench_separation(shape: Shape, device: str, repeats: int) -> Rows:
     ]
 
 
+def eager_score_separation(hidden: Tensor, weight: Tensor, bias: Tensor, retained: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, N] of a linear head and the separation [B], by mean unit vectors: three lines of torch."""
+    logits = F.linear(hidden, weight[None], bias)[..., 0]
+    segment = torch.stack([~retained, retained], dim=1).float()
+    means = segment @ F.normalize(hidden.float(), dim=-1) / segment.sum(-1, keepdim=True)
+    return logits.float(), (means[:, 0] * means[:, 1]).sum(-1)
+
+
+def bench_head(shape: Shape, device: str, repeats: int) -> Rows:
+    """Head and cosine separation from one read of the states, against the same by torch; forward and both ways."""
+    hidden, retained, rounding = _hidden(shape, device)
+    generator = torch.Generator(device).manual_seed(1)
+    weight = torch.randn(shape.D, generator=generator, device=device).mul_(shape.D**-0.5).to(hidden.dtype)
+    weight, bias = weight.requires_grad_(), torch.zeros(1, device=device, dtype=hidden.dtype, requires_grad=True)
+    up = torch.randn(shape.B, shape.N, generator=generator, device=device)
+
+    def forward(function: Callable) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return function(hidden, weight, bias, retained)
+
+    def both(function: Callable) -> tuple[Tensor, ...]:
+        logits, separation = function(hidden, weight, bias, retained)
+        loss = (logits * up).sum() + separation.sum()
+        return logits.detach(), separation.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    return [
+        compare(
+            f"head and separation, {name}",
+            f"B={shape.B} N={shape.N} D={shape.D} R={shape.R}",
+            ("torch, by mean unit vectors", lambda work=work: work(eager_score_separation)),
+            (_ours(hidden, "one read"), lambda work=work: work(score_separation)),
+            _near(rounding),
+            device,
+            repeats,
+        )
+        for name, work in (("forward", forward), ("forward + backward", both))
+    ]
+
+
 def full_matrix_argmax(tokens: Tensor, table: Tensor) -> Tensor:
     """[N] nearest rows through the whole N x V matrix of scores, normalised in place."""
-    return (tokens @ table.T).div_(torch.linalg.vector_norm(table, dim=-1)).argmax(-1)
+    norms = torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32)
+    return (tokens @ table.T).float().div_(norms).argmax(-1)
 
 
 def bench_grouping(shape: Shape, device: str, repeats: int) -> Rows:
-    """Nearest vocabulary row, chunked against the full matrix: one row for time, one for peak memory."""
+    """Nearest vocabulary row, in chunks (on GPUs by the kernel too) against the full matrix: time and memory."""
     generator = torch.Generator(device).manual_seed(0)
-    tokens = torch.randn(shape.N, shape.D, generator=generator, device=device)
-    chunk = shape.V // 8
-    table = torch.randn(shape.V, shape.D, generator=generator, device=device)
+    dtype, chunk = number_format(device), shape.V // 8
+    tokens = torch.randn(shape.N, shape.D, generator=generator, device=device).to(dtype)
+    table = torch.randn(shape.V, shape.D, generator=generator, device=device).to(dtype)
+    regret = 1e-6 if dtype == torch.float32 else 2e-3  # the full matrix rounds its scores to the format
 
     def full() -> Tensor:
         return full_matrix_argmax(tokens, table)
 
-    def chunked() -> Tensor:
-        return vocabulary_argmax(tokens, table, chunk=chunk)[0]
+    chunks = _ours(tokens, f"chunks of {chunk}", "vocabulary_argmax")
+    ways = [(chunks, lambda: vocabulary_argmax(tokens, table, chunk=chunk)[0])]
+    if tokens.is_cuda and triton_installed():
+        from evocomp.ops.vocabulary_argmax import triton
+
+        ways.append(("kernel (triton)", lambda: triton.vocabulary_argmax(tokens, table, None)[0]))
 
     def no_regret(a: Tensor, b: Tensor) -> None:
-        best, got = (F.cosine_similarity(tokens, table[index], dim=-1) for index in (a, b))
-        torch.testing.assert_close(got, best, rtol=0, atol=1e-6)
+        best, got = (F.cosine_similarity(tokens.double(), table[index].double(), dim=-1) for index in (a, b))
+        torch.testing.assert_close(got, best, rtol=0, atol=regret)
 
     sizes = f"N={shape.N} D={shape.D} V={shape.V}"
-    names = "full N x V matrix", _ours(tokens, f"chunks of {chunk}")
-    time_row = compare(
-        "grouping, time", sizes, (names[0], full), (names[1], chunked), no_regret, device, repeats
-    )
-    memory = [peak_memory(work, device) / 2**20 for work in (full, chunked)]
+    baseline = "full N x V matrix", full
+    rows = compare_all("grouping, time", sizes, baseline, ways, no_regret, device, min(repeats, 5))
     kept = ("shape", "baseline", "ours", "device", "threads", "torch", "triton", "python", "evocomp", "commit")
-    memory_row = {"bench": "grouping, peak memory"} | {key: time_row[key] for key in kept}
-    memory_row |= {"baseline_mib": memory[0], "ours_mib": memory[1], "ratio": memory[0] / memory[1]}
-    return [time_row, memory_row]
+    most = peak_memory(full, device) / 2**20
+    for row, (_, work) in zip(list(rows), ways, strict=True):
+        least = peak_memory(work, device) / 2**20
+        memory = {"baseline_mib": most, "ours_mib": least, "ratio": most / least}
+        rows.append({"bench": "grouping, peak memory"} | {key: row[key] for key in kept} | memory)
+    return rows
 
 
 def eager_ghm(logits: Tensor, targets: Tensor, bins: int = 10) -> Tensor:
@@ -154,16 +233,19 @@ def bench_ghm(shape: Shape, device: str, repeats: int) -> Rows:
         value = loss(logits, targets)
         return value.detach(), torch.autograd.grad(value, logits)[0]
 
-    row = compare(
-        "GHM-C, forward + backward",
-        f"B=32 N={shape.N}",
-        ("eager loop over bins", lambda: step(eager_ghm)),
-        (_ours(logits, "fused"), lambda: step(ghm_bce)),
-        _close(),
-        device,
-        repeats,
-    )
-    return [row]
+    return [
+        compare(
+            f"GHM-C, forward + backward{suffix}",
+            f"B=32 N={shape.N}",
+            ("eager loop over bins", lambda: step(eager_ghm)),
+            (_ours(logits, "fused"), lambda: step(ghm_bce)),
+            _close(),
+            device,
+            repeats,
+            clock,
+        )
+        for suffix, clock in _clocks(device)
+    ]
 
 
 def nonzero_compact(
@@ -184,20 +266,23 @@ def bench_compaction(shape: Shape, device: str, repeats: int) -> Rows:
     """Top-r with original order: static shapes against a mask and nonzero."""
     generator = torch.Generator(device).manual_seed(0)
     scores = torch.randn(shape.B, shape.N, generator=generator, device=device)
-    embeddings = torch.randn(shape.B, shape.N, shape.D, generator=generator, device=device)
+    embeddings = torch.randn(shape.B, shape.N, shape.D, generator=generator, device=device).to(number_format(device))
     positions = torch.arange(shape.N, device=device).expand(shape.B, -1)
 
     def ours() -> tuple[Tensor, Tensor]:
         kept = top_r_compact(scores, shape.R, embeddings, positions)
         return kept.embeddings, kept.position_ids
 
-    row = compare(
-        "top-r compaction",
-        f"B={shape.B} N={shape.N} D={shape.D} R={shape.R}",
-        ("mask + nonzero", lambda: nonzero_compact(scores, shape.R, embeddings, positions)),
-        (_ours(scores, "static shapes"), ours),
-        _close(0, 0),
-        device,
-        repeats,
-    )
-    return [row]
+    sizes = f"B={shape.B} N={shape.N} D={shape.D} R={shape.R}"
+    straight = ("mask + nonzero", lambda: nonzero_compact(scores, shape.R, embeddings, positions))
+    static = (_ours(scores, "static shapes"), ours)
+    rows = [
+        compare(f"top-r compaction{suffix}", sizes, straight, static, _close(0, 0), device, repeats, clock)
+        for suffix, clock in _clocks(device)
+    ]
+    if torch.device(device).type == "cuda":
+        waits = [host_waits(work) for _, work in (straight, static)]
+        kept = {key: value for key, value in rows[0].items() if isinstance(value, str)}
+        counts = {"baseline_waits": waits[0], "ours_waits": waits[1], "ratio": waits[0] / max(1, waits[1])}
+        rows.append(kept | {"bench": "top-r compaction, waits of the host"} | counts)
+    return rows

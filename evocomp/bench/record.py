@@ -3,6 +3,7 @@
 import csv
 import datetime
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,28 @@ KINDS = {
     "inference": "inference",
     "training": "training",
 }
-"""Kind -> module of this package with `run(device)`, which returns rows."""
+"""Kind -> module of this package with `run(device)`, which gives rows."""
+AT_SHAPE = {"label-search": "scorer", "ops": "ops", "inference": "prefill"}
+"""Kind -> module with `at_shape(name, device)`, which gives those at the sizes of a real model."""
 
 Row = dict[str, Any]
 
 
-def run_bench(kind: str, out: Path | None = None) -> list[Row]:
+def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) -> list[Row]:
     """Run a benchmark on the GPU if there is one, print its table, append its rows to `out`.
 
     Args:
         kind: a key of `KINDS`.
         out: CSV file, or a folder that gets KIND.csv.
+        shapes: names of real models' sizes (`mllm.sizes.SHAPES`), one after another; none: the usual small sizes.
 
     Raises:
         UserError: a benchmark that is not there, or `out` that cannot be written.
     """
-    if kind not in KINDS:
-        raise UserError(f"evocomp bench {kind}: choose one of {', '.join(KINDS)}")
-    name = f"evocomp.bench.{KINDS[kind]}"
+    modules = AT_SHAPE if shapes else KINDS
+    if kind not in modules:
+        raise UserError(f"evocomp bench {kind}{' --shape' if shapes else ''}: choose one of {', '.join(modules)}")
+    name = f"evocomp.bench.{modules[kind]}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -45,10 +50,18 @@ def run_bench(kind: str, out: Path | None = None) -> list[Row]:
     path = out / f"{kind}.csv" if out is not None and out.suffix != ".csv" else out
     if path is not None and not path.parent.exists():
         path.parent.mkdir(parents=True)
-    rows = module.run("cuda" if torch.cuda.is_available() else "cpu")
-    print(table(rows))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[Row] = []
+    try:
+        for found in [module.at_shape(shape, device) for shape in shapes] or [module.run(device)]:
+            for row in found:
+                rows.append(row)
+                if path is not None:
+                    append(path, [row])  # at once, so that a stop keeps what was measured
+    finally:
+        if rows:
+            print(table(rows))
     if path is not None:
-        append(path, rows)
         logger.info("%d rows appended to %s", len(rows), path)
     return rows
 
@@ -68,6 +81,8 @@ def _values(row: Row) -> tuple[str, str]:
     for unit, name in (("ms", "ms"), ("MiB", "mib")):
         if f"ours_{name}" in row:
             return f"{row[f'baseline_{name}']:.2f} {unit}", f"{row[f'ours_{name}']:.2f} {unit}"
+    if "ours_waits" in row:
+        return f"{row['baseline_waits']} waits", f"{row['ours_waits']} waits"
     return "", ""
 
 
@@ -76,7 +91,8 @@ def _ratio(row: Row) -> str:
         kept = row["break_even_kept"]
         return "never pays at what was measured" if kept is None else f"pays up to {kept:.0f} kept"
     spread = f" ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})" if "ratio_p20" in row else ""
-    return f"{row['ratio']:.2f}{spread}"
+    floor = f", floor {row['floor_ms']:.2f} ms" if "floor_ms" in row else ""
+    return f"{row['ratio']:.2f}{spread}{floor}"
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
@@ -94,3 +110,28 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         writer.writerows([*old, *new])
     temporary.replace(path)
+
+
+def overview(paths: Sequence[Path]) -> str:
+    """What CSV files of benchmarks hold, a short line a row: times, ratio, share of the floor."""
+    lines = []
+    for path in paths:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        lines.append(f"{path.stem} ({rows[-1]['device']}, torch {rows[-1]['torch']})" if rows else path.stem)
+        lines += [_brief(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _brief(row: dict[str, str]) -> str:
+    pairs = ((f"{row.get(f'baseline_{name}')}", f"{row.get(f'ours_{name}')}") for name in ("ms", "mib", "waits"))
+    before, after = next(((a, b) for a, b in pairs if b not in ("", "None")), ("nan", "nan"))
+    floor = f" floor {float(row['floor_ms']):.2f}" if row.get("floor_ms") else ""
+    apart = f" apart {float(row['largest_difference']):.1g}" if row.get("largest_difference") else ""
+    ratio = float(row["ratio"] or "nan")
+    names = f"{row['bench'][:32]:32} {row['shape'][:36]:36} {row['ours'][:30]:30}"
+    return f"  {names} {float(before):9.3f} {float(after):9.3f} x{ratio:.2f}{floor}{apart}"
+
+
+if __name__ == "__main__":
+    print(overview([Path(name) for name in sys.argv[1:]]))

@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,13 +19,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import evocomp
+from evocomp.log import logger
 
 # Shorter work is repeated inside the clock: one slice of a busy machine's scheduler takes milliseconds.
 MIN_SAMPLE_SECONDS = 0.03
 # Written before each timed GPU sample, so that inputs come from memory; an L2 cache is smaller (H200: 50 MB).
 FLUSH_BYTES = 256 * 2**20
+# For the clock "device" the GPU spins about this long before a sample, while the host queues it.
+SPIN_CYCLES = 8_000_000
 
+Clock = Literal["wall", "process", "device"]
 Work = Callable[[], Any]
+Agree = Callable[[Any, Any], dict[str, Any] | None]
 
 
 def compare(
@@ -32,59 +38,145 @@ def compare(
     shape: str,
     baseline: tuple[str, Work],
     ours: tuple[str, Work],
-    agree: Callable[[Any, Any], None],
+    agree: Agree,
     device: torch.device | str = "cpu",
     repeats: int = 5,
-    clock: Literal["wall", "process"] = "wall",
+    clock: Clock = "wall",
 ) -> dict[str, Any]:
-    """Time two ways to the same answer, alternating, and return one row.
+    """One row of `compare_all`."""
+    return compare_all(bench, shape, baseline, [ours], agree, device, repeats, clock)[0]
+
+
+def compare_all(
+    bench: str,
+    shape: str,
+    baseline: tuple[str, Work],
+    ways: Sequence[tuple[str, Work]],
+    agree: Agree,
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+    clock: Clock = "wall",
+) -> list[dict[str, Any]]:
+    """Time several ways to the same answer, taking turns, and return a row for each against one common baseline.
 
     Args:
         bench: what is measured, e.g. "cosine separation, forward + backward".
         shape: the sizes, readable, e.g. "B=2 N=2880 D=256".
-        baseline, ours: (name, function without arguments that returns its answer).
-        agree: called with both answers of the warm-up; raises AssertionError when they differ.
+        baseline: (name, function without arguments that returns its answer).
+        ways: the same for each other way.
+        agree: called with the baseline's answer of the warm-up and that of each way; raises AssertionError when they
+            differ; what it returns goes into the row.
         device: device that the work runs on.
-        repeats: timed pairs, at least 5 for a table.
+        repeats: timed rounds, at least 5 for a table.
         clock: "process" counts this process's CPU time, which other jobs on the machine disturb less; CPUs only.
+            "device" leaves out what the host takes to launch short work: it is queued while the GPU spins.
 
     Returns:
-        row with "baseline_ms" and "ours_ms" (medians), their 20 % and 80 % quantiles ("..._p20_ms" and
-        "..._p80_ms"), "ratio" (median over the pairs of baseline / ours; above 1 is faster), "ratio_p20",
+        rows with "baseline_ms" and "ours_ms" (medians), their 20 % and 80 % quantiles ("..._p20_ms" and
+        "..._p80_ms"), "ratio" (median over the rounds of baseline / ours; above 1 is faster), "ratio_p20",
         "ratio_p80", the names, the shape and `environment(device)`.
 
     Raises:
-        AssertionError: the answers differ; no time is reported for a wrong answer.
+        AssertionError: answers differ; no time is reported for a wrong answer.
     """
     device = torch.device(device)
-    agree(baseline[1](), ours[1]())
-    works = [baseline[1], ours[1]]
+    expected = baseline[1]()
+    found = [agree(expected, work()) for _, work in ways]
+    del expected
+    works = [baseline[1], *(work for _, work in ways)]
     rounds = [_rounds(work, device, clock) for work in works]
-    times: list[list[float]] = [[], []]
+    times: list[list[float]] = [[] for _ in works]
     for repeat in range(repeats):
-        for i in (0, 1) if repeat % 2 == 0 else (1, 0):  # who goes first alternates too
+        order = range(len(works)) if repeat % 2 == 0 else reversed(range(len(works)))  # who goes first alternates too
+        for i in order:
             times[i].append(_sample(works[i], rounds[i], device, clock))
-    row: dict[str, Any] = {"bench": bench, "shape": shape, "baseline": baseline[0], "ours": ours[0]}
-    for name, values in (("baseline", times[0]), ("ours", times[1])):
+    settings = {"repeats": repeats, "clock": clock, **environment(device)}
+    names = {"bench": bench, "shape": shape, "baseline": baseline[0]}
+    return [
+        names | {"ours": name} | _summary(times[0], own) | settings | (more or {})
+        for (name, _), own, more in zip(ways, times[1:], found, strict=True)
+    ]
+
+
+def _summary(baseline: list[float], ours: list[float]) -> dict[str, float]:
+    """Medians, quantiles and ratios of paired samples [s]."""
+    row: dict[str, float] = {}
+    for name, values in (("baseline", baseline), ("ours", ours)):
         low, middle, high = quantiles(values)
         row |= {f"{name}_ms": middle * 1e3, f"{name}_p20_ms": low * 1e3, f"{name}_p80_ms": high * 1e3}
-    low, middle, high = quantiles([a / b for a, b in zip(*times, strict=True)])
-    return row | {
-        "ratio": middle,
-        "ratio_p20": low,
-        "ratio_p80": high,
-        "repeats": repeats,
-        "clock": clock,
-        **environment(device),
-    }
+    low, middle, high = quantiles([a / b for a, b in zip(baseline, ours, strict=True)])
+    return row | {"ratio": middle, "ratio_p20": low, "ratio_p80": high}
 
 
-def measure(work: Work, device: torch.device | str = "cpu", clock: Literal["wall", "process"] = "wall") -> float:
+def measure(work: Work, device: torch.device | str = "cpu", clock: Clock = "wall") -> float:
     """Seconds of one call: the least of three samples, which other jobs disturb least."""
     device = torch.device(device)
     work()
     rounds = _rounds(work, device, clock)
     return min(_sample(work, rounds, device, clock) for _ in range(3))
+
+
+def ceilings(device: torch.device | str) -> tuple[float, float]:
+    """What the device reaches: FLOP/s of a large matrix product in bf16 (CPUs: fp32), byte/s of a copy, both ways."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    size, rounds = (8192, 20) if cuda else (512, 1)
+    matrices = torch.randn(2, size, size, device=device).to(torch.bfloat16 if cuda else torch.float32)
+    product = measure(lambda: [matrices[0] @ matrices[1] for _ in range(rounds)], device) / rounds
+    source = torch.empty(2**30 if cuda else 2**26, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copy = measure(lambda: [target.copy_(source) for _ in range(rounds)], device) / rounds
+    return 2 * size**3 / product, 2 * source.numel() / copy
+
+
+def graphed(work: Work) -> Work:
+    """`work` as a CUDA graph: its replays leave out what the host takes to launch it; each overwrites its answer.
+
+    Raises:
+        RuntimeError: work waits for the host.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = work()
+
+    def replay() -> Any:
+        graph.replay()
+        return answer
+
+    return replay
+
+
+def host_waits(work: Work) -> int:
+    """How often work() makes the host wait for the GPU, by the profiler."""
+    work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        work()
+    names = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    return sum(event.count for event in trace.key_averages() if event.key in names)
+
+
+def each(works: Iterable[Callable[[], Iterable[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
+    """Rows of every work, as they come; one that fails is logged and the others still run.
+
+    Raises:
+        AssertionError, RuntimeError: the first failure, when all the rest is done.
+    """
+    failed = None
+    for work in works:
+        try:
+            yield from work()
+        except (AssertionError, RuntimeError) as error:
+            logger.error("no row: %s", error)
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -96,7 +188,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """What a number depends on: device, threads, versions, and the commit where the sources are a checkout."""
+    """What a number depends on: device, threads, versions, commit (EVOCOMP_COMMIT, else that of the checkout)."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     return {
@@ -112,6 +204,8 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
 @cache
 def _commit() -> str | None:
+    if named := os.environ.get("EVOCOMP_COMMIT"):
+        return named  # sources that were copied to where they run, perhaps over an older checkout
     folder = Path(evocomp.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None
@@ -143,7 +237,7 @@ def peak_memory(work: Work, device: torch.device | str = "cpu") -> int:
 
 def _rounds(work: Work, device: torch.device, clock: str) -> int:
     """Calls in one timed sample, after warm-up; on a GPU one, between a cold cache and an event."""
-    if device.type != "cuda" and _sample(work, 1, device, clock) >= 10 * MIN_SAMPLE_SECONDS:
+    if _sample(work, 1, device, clock) >= 10 * MIN_SAMPLE_SECONDS:
         return 1  # long work, which has been called once before, needs no more of it
     for _ in range(2):
         work()
@@ -164,6 +258,8 @@ def _sample(work: Work, rounds: int, device: torch.device, clock: str) -> float:
     torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    if clock == "device":
+        torch.cuda._sleep(SPIN_CYCLES)
     start.record()
     work()
     end.record()

@@ -12,16 +12,17 @@ from evocomp.bench.ops import eager_ghm, pairwise_separation
 from evocomp.bench.timing import compare, environment, measure, peak_memory
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.mllm.nano import build_nano, nano_config
+from evocomp.mllm.sizes import random_model, shape_named
 from evocomp.ops import cosine_separation, ghm_bce
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-SIZES: dict[str, list[dict[str, int]]] = {
+SIZES: dict[str, list[dict[str, int] | str]] = {
     "cpu": [{"image_size": 96, "patch": 8, "width": 96}, {"image_size": 336, "patch": 14, "width": 256}],
-    "cuda": [{"image_size": 336, "patch": 14, "width": 4096}],
+    "cuda": ["llava15_7b", "llava_next_7b"],
 }
-"""Pictures and widths: the nano model, LLaVA-1.5's 576 tokens with a narrow LLM, and with its real width."""
+"""Pictures and widths: the nano model, LLaVA-1.5's 576 tokens with a narrow LLM; or the sizes of real models."""
 
 TEXT = 32
 """Prompt tokens (T)."""
@@ -39,7 +40,7 @@ def by_ops(logits: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
     return ghm_bce(logits, targets) + ALPHA * cosine_separation(hidden, targets.bool()).mean()
 
 
-def run(device: str = "cpu", repeats: int = 3, batch: int = 8, sizes: list[dict[str, int]] | None = None) -> list[Row]:
+def run(device: str = "cpu", repeats: int = 3, batch: int = 8, sizes: list | None = None) -> list[Row]:
     """All rows: time and peak memory of a step both ways, and how the time grows with the batch.
 
     Raises:
@@ -51,11 +52,15 @@ def run(device: str = "cpu", repeats: int = 3, batch: int = 8, sizes: list[dict[
     return rows
 
 
-def _rows(size: dict[str, int], device: str, repeats: int, batch: int) -> Iterator[Row]:
-    width = size["width"]
-    model = build_nano(nano_config(**size, layers=1, heads=width // 32), torch.Generator().manual_seed(0))
-    compressor = EvoCompCompressor.from_mllm(model, keep=16).float().to(device).train()
-    count = (size["image_size"] // size["patch"]) ** 2
+def _rows(size: dict[str, int] | str, device: str, repeats: int, batch: int) -> Iterator[Row]:
+    if isinstance(size, str):
+        model, count = random_model(shape_named(size), device, layers=1), shape_named(size).tokens
+    else:
+        config = nano_config(**size, layers=1, heads=size["width"] // 32)
+        model, count = build_nano(config, torch.Generator().manual_seed(0)), config.image_seq_length
+    width = model.config.text_config.hidden_size
+    with torch.device(device):
+        compressor = EvoCompCompressor.from_mllm(model, keep=16).float().train()
     step = _step(compressor, count, width, device)
     shape = f"B={batch} N={count} T={TEXT} D={width}"
     names = "losses as written", "losses by evocomp.ops"
@@ -90,14 +95,17 @@ def _rows(size: dict[str, int], device: str, repeats: int, batch: int) -> Iterat
 def _step(compressor: EvoCompCompressor, count: int, width: int, device: str) -> Callable[[Loss, int], Any]:
     """Forward, loss and backward on random tokens; returns the loss and the gradient of the head."""
 
+    mixed = torch.autocast(device, dtype=torch.bfloat16, enabled=torch.device(device).type == "cuda")
+
     def step(loss: Loss, batch: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(device).manual_seed(0)
         visual = torch.randn(batch, count, width, generator=generator, device=device)
         prompt = torch.randn(batch, TEXT, width, generator=generator, device=device)
         targets = (torch.rand(batch, count, generator=generator, device=device) < 0.15).float()
         compressor.zero_grad()
-        output = compressor(visual, prompt)
-        value = loss(output.logits, output.hidden, targets)
+        with mixed:
+            output = compressor(visual, prompt)
+            value = loss(output.logits, output.hidden, targets)
         value.backward()
         return value.detach(), compressor.score.weight.grad.clone()
 
@@ -105,5 +113,6 @@ def _step(compressor: EvoCompCompressor, count: int, width: int, device: str) ->
 
 
 def _agree(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    rtol = 1e-3 if one[0].device.type == "cpu" else 2e-2  # autocast rounds to bfloat16
     for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(a.float(), b.float(), rtol=rtol, atol=1e-5)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evocomp.config import schema
+from evocomp.config.recipes import RECIPES
 from evocomp.config.schema import RunConfig
 from evocomp.log import UserError
 
@@ -48,7 +49,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunConfig:
-    """Defaults, then the YAML files in order, then `a.b=v` settings; resolved, checked, frozen.
+    """Defaults, the recipe's settings, then the YAML files in order, then `a.b=v`; resolved, checked, frozen.
+
+    The recipe is the last one that a file or the command line names.
 
     Raises:
         UserError: unknown key (with a suggestion), wrong type, value that is not allowed, unreadable file.
@@ -56,16 +59,12 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
     >>> load(settings=["search.population=24", "eval.kept=[16,8]"]).eval.kept
     (16, 8)
     """
-    config = OmegaConf.structured(RunConfig)
-    for file in files:
-        config = _merge(config, _read(Path(file)), origin=str(file))
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        try:
-            node = OmegaConf.from_dotlist([f"{key}={value}"])
-        except (OmegaConfBaseException, yaml.YAMLError):
-            node = OmegaConf.create(_nested(key.split("."), value))
-        config = _merge(config, node, origin="command line")
+    changes = [(_read(Path(file)), str(file)) for file in files]
+    changes += [(_setting(setting), "command line") for setting in settings]
+    recipe = next((str(node["recipe"]) for node, _ in reversed(changes) if "recipe" in node), RunConfig.recipe)
+    config = OmegaConf.merge(OmegaConf.structured(RunConfig), RECIPES.get(recipe, {}))
+    for node, origin in changes:
+        config = _merge(config, node, origin)
     try:
         return OmegaConf.to_object(config)  # resolves ${...} on the way
     except OmegaConfBaseException as error:
@@ -107,6 +106,14 @@ def _read(path: Path) -> DictConfig:
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: must hold settings (key: value), not a {type(content).__name__}")
     return content
+
+
+def _setting(text: str) -> DictConfig:
+    key, _, value = text.partition("=")
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}"])
+    except (OmegaConfBaseException, yaml.YAMLError):
+        return OmegaConf.create(_nested(key.split("."), value))
 
 
 def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:

@@ -21,7 +21,7 @@ def _at_least(config: Any, least: float, prefix: str, *names: str) -> None:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "nano"
-    """The frozen MLLM: `nano` (shipped), a folder, or a Hugging Face id."""
+    """The frozen MLLM: `nano` or `nano576` (shipped), a folder, or a Hugging Face id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -54,8 +54,8 @@ class DataConfig:
     """Scenes: ask the two-hop `relation` questions too."""
     questions_per_image: int = 0
     """Scenes: training questions taken from one picture, at most; 0 = all."""
-    image_size: int = 96
-    """Scenes: side of the picture [pixels]."""
+    scenes: Literal["small", "large"] = "small"
+    """Scenes: `small` for `nano` (96 pixels, 4 to 8 objects), `large` for `nano576` (192, 10 to 14, words to read)."""
     train_seed: int = 101
     """Scenes: seed of the training pictures."""
     val_seed: int = 202
@@ -66,7 +66,6 @@ class DataConfig:
     """Records with a missing or broken picture that are skipped before the run gives up."""
 
     def __post_init__(self):
-        _require(self.image_size >= 72, f"data.image_size={self.image_size}: scenes need at least 72 pixels")
         _at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
 
 
@@ -90,8 +89,8 @@ class GroupingConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    strategy: Literal["published", "uniform_crossover", "cross_entropy", "hill_climb"] = "published"
-    """`published` = Algorithm 1 (method, section 2)."""
+    strategy: Literal["published", "uniform_crossover", "cross_entropy", "hill_climb", "gradient_seeded"] = "published"
+    """`published` = Algorithm 1 (method, section 2). `gradient_seeded` needs a backward pass of the MLLM."""
     population: int = 48
     """Candidate masks a round (q)."""
     parents: int = 12
@@ -137,8 +136,8 @@ class ScorerConfig:
     """Matrix products in float32 by oneDNN on CPUs (needs own_pass)."""
     memo: bool = True
     """Score no mask of a sample twice."""
-    prefix_reuse: bool = True
-    """In search.strategy=hill_climb, compute the tokens before the first flip once."""
+    prefix_reuse: Literal["auto", "always", "never"] = "auto"
+    """In search.strategy=hill_climb, compute the tokens before the first flip once; `auto`: on GPUs, where it pays."""
     fit_memory: bool = True
     """Lower `labels.batch` to what fits the memory."""
 
@@ -149,11 +148,11 @@ class LabelConfig:
     """Label store; default: RUN_DIR/labels."""
     overwrite: bool = False
     """Throw away a store that was made with other settings."""
-    target: Literal["hard", "credit", "random"] = "hard"
+    target: Literal["hard", "credit", "random"] = "credit"
     """`hard`: the best mask (published); `credit`: per-token credits; `random`: the control with no information."""
-    refresh: Literal["none", "search", "on_policy"] = "search"
+    refresh: Literal["none", "search", "on_policy"] = "on_policy"
     """What RefreshLabels does at the start of later epochs."""
-    refresh_start: int = 1
+    refresh_start: int = 2
     """First epoch (counted from 0) that begins with a refresh."""
     refresh_every: int = 1
     """Epochs between refreshes."""
@@ -171,7 +170,9 @@ class LabelConfig:
     """Samples in a chunk of the store: what a crash may cost."""
     batch: int = 64
     """Candidate masks scored in one forward, at most."""
-    credit_sizes: tuple[float, ...] = (8, 16)
+    credit_masks_from: Literal["random", "search"] = "random"
+    """Credits of random masks, or of all the masks that `search` scores (target=credit)."""
+    credit_sizes: tuple[float, ...] = (1 / 18, 1 / 9)
     """Sizes r of the random masks (target=credit); below 1: a share of N."""
     credit_masks: int = 64
     """Random masks of each size (target=credit)."""
@@ -179,7 +180,9 @@ class LabelConfig:
     """Training questions that get credits (target=credit); 0 = all. Refreshes draw from all of them either way."""
     proposals: int = 16
     """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
-    proposal_sizes: tuple[float, ...] = (8, 16, 32, 48)
+    probes: int = 4
+    """Proposals that are scored first; a sample on which they tie gets no more (refresh=on_policy); 0 = all at once."""
+    proposal_sizes: tuple[float, ...] = (1 / 18, 1 / 9, 2 / 9, 1 / 3)
     """Sizes r of proposed masks (refresh=on_policy)."""
     samples_per_refresh: int = 1280
     """Questions drawn by priority at a refresh (refresh=on_policy)."""
@@ -212,7 +215,7 @@ class CompressorSection:
     """Which LLM layer to start from (init=layer)."""
     head_norm: Literal["layer", "none"] = "layer"
     """Normalise before the linear head; unnormalised LLM-sized states train badly."""
-    budget_input: bool = False
+    budget_input: bool = True
     """Tell the compressor how many tokens will be kept."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -223,8 +226,8 @@ class CompressorSection:
 
 @dataclass(frozen=True)
 class LossConfig:
-    name: Literal["ghm_cs", "ghm", "focal_cs", "bce_cs", "bce", "listwise"] = "ghm_cs"
-    """`ghm_cs` = GHM-C + alpha * cosine separation (method, section 4)."""
+    name: Literal["ghm_cs", "ghm", "focal_cs", "bce_cs", "bce", "listwise"] = "listwise"
+    """`listwise`: softmaxed credits; `ghm_cs` = GHM-C + alpha * cosine separation (method, section 4)."""
     alpha: float = 0.1
     """Weight of the cosine separation; not given in the paper."""
     form: Literal["histogram", "exact"] = "histogram"
@@ -250,7 +253,7 @@ class OptimConfig:
     """`muon`: Muon on the layer's matrices, AdamW on the rest."""
     lr: float = 2e-3
     """Peak learning rate."""
-    refresh_lr: float = 0.0
+    refresh_lr: float = 1.5e-3
     """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
@@ -260,7 +263,7 @@ class OptimConfig:
     """Share of the steps at the peak, before the linear fall to 1 %."""
     batch_size: int = 32
     """Questions a step and process."""
-    ema: float = 0.0
+    ema: float = 0.99
     """Decay of the weight average that is kept at the end; 0 = off."""
 
     def __post_init__(self):
@@ -298,8 +301,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    recipe: Literal["published", "plus"] = "published"
-    """Name of the recipe, for the records; the settings below are what counts."""
+    recipe: Literal["plus", "published"] = "plus"
+    """Where the settings below begin: `plus` (ours), or `published` (the paper: hard labels, GHM-C + CS)."""
     run_dir: str = "runs/nano"
     """Where everything of this run goes."""
     seed: int = 0
@@ -323,6 +326,11 @@ class RunConfig:
 
     def __post_init__(self):
         _at_least(self, 0, "", "seed", "threads")
+        scenes = {"nano": "small", "nano576": "large"}.get(self.model.name, self.data.scenes)
+        _require(
+            self.data.source != "scenes" or self.data.scenes == scenes,
+            f"model.name={self.model.name} was made for {scenes} scenes: set data.scenes={scenes}",
+        )
         credit = self.labels.target == "credit"
         _require(
             not credit or self.loss.name in ("listwise", "bce", "ghm", "ghm_cs"),
@@ -338,5 +346,6 @@ class RunConfig:
         )
         _require(
             self.loss.name != "listwise" or credit,
-            f"loss.name=listwise needs labels.target=credit, not {self.labels.target}",
+            f"loss.name=listwise needs labels.target=credit, not {self.labels.target}; for the paper's set "
+            "recipe=published, else choose another loss",
         )

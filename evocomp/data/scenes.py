@@ -1,17 +1,17 @@
 """Drawn scenes with known answers: an endless, seeded benchmark in which the picture matters.
 
-A scene is a 3 x 3 arrangement of 4 to 8 coloured shapes, each with a digit at its centre, on a noisy
-background. Object centres fall on patch centres (to within a pixel), so that a patch-8 vision tower of less
-than half a million parameters can learn to see them. Nothing here depends on fonts of the system.
+A scene is a grid of coloured shapes, each with a digit at its centre, on a noisy background; larger scenes hold
+signs too, plates with a word of three letters, one letter a patch. Object centres fall on patch centres (to within
+a pixel), so that a patch-8 vision tower of less than half a million parameters can learn to see them.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from evocomp.data.example import Example, stable_id
+from evocomp.data.glyphs import dots
 
 COLORS = {
     "red": (220, 40, 40),
@@ -24,23 +24,13 @@ COLORS = {
     "pink": (250, 140, 190),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-# six types that a two-hop-free reader can answer, and `relation`, which needs two hops and is reported apart
-KINDS = ("color", "shape", "digit", "find", "exist", "count", "relation")
+SIGN = "sign"  # the shape of things that bear a word in place of a digit
+SIGN_WORDS = tuple("ant bee box bus cat cup dog egg fox hat ice jam key map owl pen sky sun tea van".split())
+# types that a two-hop-free reader can answer, and `relation`, which needs two hops and is reported apart;
+# `read` needs signs
+KINDS = ("color", "shape", "digit", "find", "exist", "count", "read", "relation")
 PLACES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
-# 5 x 7 dot-matrix digits, one string of seven rows each
-_DIGITS = (
-    "01110 10001 10001 10001 10001 10001 01110",
-    "00100 01100 00100 00100 00100 00100 01110",
-    "01110 10001 00001 00110 01000 10000 11111",
-    "11110 00001 00001 01110 00001 00001 11110",
-    "00010 00110 01010 10010 11111 00010 00010",
-    "11111 10000 11110 00001 00001 10001 01110",
-    "01110 10000 10000 11110 10001 10001 01110",
-    "11111 00001 00010 00100 01000 01000 01000",
-    "01110 10001 10001 01110 10001 10001 01110",
-    "01110 10001 10001 01111 00001 00001 01110",
-)
 _SUPERSAMPLE = 2
 _INK = (15, 15, 15)
 
@@ -62,24 +52,57 @@ class SceneSpec:
     exist: int = 2
     count: int = 2
     relation: int = 3
+    # how many colours and shapes one scene may show
+    palette: int = 6
+    forms: int = 5
+    min_signs: int = 0
+    max_signs: int = 0
+    read: int = 0
+
+    def __str__(self) -> str:
+        """What ids are made of: fields that came later stand here only where they are used, so older ids stay."""
+        later = ("palette", "forms", "min_signs", "max_signs", "read")
+        shown = [f.name for f in fields(self) if f.name not in later or getattr(self, f.name) != f.default]
+        return f"SceneSpec({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def tokens_per_side(self) -> int:
         return self.size // self.patch
 
 
+# by name: the shipped nano's scenes, and those of 576 patches with words to read
+SPECS = {
+    "small": SceneSpec(),
+    "large": SceneSpec(
+        size=192,
+        grid=4,
+        min_objects=8,
+        max_objects=11,
+        palette=8,
+        forms=6,
+        min_signs=2,
+        max_signs=3,
+        digit=4,
+        find=3,
+        exist=3,
+        read=3,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; `x`, `y`, `radius` in pixels, `row`, `column` its cell."""
+    """One object; `x`, `y`, `radius` in pixels, `row`, `column` its cell. It bears a digit or, as a sign, a word."""
 
     color: str
     shape: str
-    digit: int
+    digit: int | None
     row: int
     column: int
     x: float
     y: float
     radius: float
+    word: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,15 +184,19 @@ def _background(rng: np.random.Generator, spec: SceneSpec) -> tuple[Image.Image,
 
 def _place_objects(rng: np.random.Generator, spec: SceneSpec) -> tuple[SceneObject, ...]:
     count = int(rng.integers(spec.min_objects, spec.max_objects + 1))
-    cells = rng.permutation(spec.grid**2)[:count]
-    palette = rng.permutation(list(COLORS))[:6]
-    shapes = rng.permutation(list(SHAPES))[:5]
+    signs = int(rng.integers(spec.min_signs, spec.max_signs + 1)) if spec.max_signs else 0
+    cells = rng.permutation(spec.grid**2)[: count + signs]
+    palette = rng.permutation(list(COLORS))[: spec.palette]
+    shapes = rng.permutation(list(SHAPES))[: spec.forms]
+    words = rng.permutation(SIGN_WORDS)[:signs] if signs else ()
     patches = spec.size // spec.grid // spec.patch  # patches along a cell
     taken: set[tuple[str, str]] = set()
     objects = []
-    for cell in cells:
+    for number, cell in enumerate(cells):
+        sign = number >= count
         while True:
-            pair = (str(palette[rng.integers(6)]), str(shapes[rng.integers(5)]))
+            color = str(palette[rng.integers(spec.palette)])
+            pair = (color, SIGN if sign else str(shapes[rng.integers(spec.forms)]))
             if pair not in taken:
                 break
         taken.add(pair)
@@ -181,7 +208,11 @@ def _place_objects(rng: np.random.Generator, spec: SceneSpec) -> tuple[SceneObje
         jitter = spec.patch / 8
         x = (px + 0.5) * spec.patch + rng.uniform(-jitter, jitter)
         y = (py + 0.5) * spec.patch + rng.uniform(-jitter, jitter)
-        objects.append(SceneObject(*pair, int(rng.integers(10)), row, column, x, y, radius))
+        if sign:
+            radius, bears = 1.5 * spec.patch, (None, str(words[number - count]))  # half the length of its plate
+        else:
+            bears = (int(rng.integers(10)), None)
+        objects.append(SceneObject(*pair, bears[0], row, column, x, y, radius, bears[1]))
     return tuple(objects)
 
 
@@ -207,19 +238,19 @@ def _draw_object(draw: ImageDraw.ImageDraw, thing: SceneObject, rng: np.random.G
             w = 0.72 * r
             draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
             draw.ellipse((x - w, y - w, x + w, y + w), fill=(235, 235, 235))
-    _draw_digit(draw, thing.digit, x, y + (0.12 * r if thing.shape == "triangle" else 0.0))
+        case "sign":
+            draw.rectangle((x - r, y - 0.46 * r, x + r, y + 0.46 * r), fill=fill)
+    if thing.word is None:
+        _draw_glyph(draw, str(thing.digit), x, y + (0.12 * r if thing.shape == "triangle" else 0.0))
+    else:
+        for place, letter in enumerate(thing.word):
+            _draw_glyph(draw, letter, x + 2 * r * (place - 1) / 3, y)  # one letter a patch
 
 
-@lru_cache(maxsize=10)
-def _dots(digit: int) -> tuple[tuple[int, int], ...]:
-    rows = _DIGITS[digit].split()
-    return tuple((i, j) for j, row in enumerate(rows) for i, dot in enumerate(row) if dot == "1")
-
-
-def _draw_digit(draw: ImageDraw.ImageDraw, digit: int, x: float, y: float) -> None:
+def _draw_glyph(draw: ImageDraw.ImageDraw, glyph: str, x: float, y: float) -> None:
     dot = _SUPERSAMPLE  # one pixel of the final picture; neighbouring dots overlap a little, which makes it bold
     left, top = round(x - 2.5 * dot), round(y - 3.5 * dot)
-    for i, j in _dots(digit):
+    for i, j in dots(glyph):
         draw.rectangle((left + i * dot, top + j * dot, left + (i + 1) * dot, top + (j + 1) * dot - 1), fill=_INK)
 
 
@@ -227,7 +258,8 @@ def _ask(rng: np.random.Generator, objects: tuple[SceneObject, ...], spec: Scene
     number = {id(thing): i for i, thing in enumerate(objects)}
     by_color = _grouped(objects, "color")
     by_shape = _grouped(objects, "shape")
-    by_digit = _grouped(objects, "digit")
+    by_digit = _grouped([thing for thing in objects if thing.word is None], "digit")
+    signs = [thing for thing in objects if thing.word is not None]
 
     def pick(items, count):
         items = list(items)
@@ -238,19 +270,22 @@ def _ask(rng: np.random.Generator, objects: tuple[SceneObject, ...], spec: Scene
         questions.append(Question("color", f"color of {thing.shape}", thing.color, number[id(thing)]))
     for thing in pick([v[0] for v in by_color.values() if len(v) == 1], spec.shape):
         questions.append(Question("shape", f"shape of {thing.color}", thing.shape, number[id(thing)]))
-    for thing in pick(objects, spec.digit):
+    for thing in pick([thing for thing in objects if thing.word is None], spec.digit):
         text = f"digit on {thing.color} {thing.shape}"
         questions.append(Question("digit", text, str(thing.digit), number[id(thing)]))
-    for thing in pick([v[0] for v in by_digit.values() if len(v) == 1], spec.find):
-        what = ("color", "shape")[rng.integers(2)]
-        text = f"{what} with {thing.digit}"
+    for thing in pick([v[0] for v in by_digit.values() if len(v) == 1] + signs, spec.find):
+        what = ("color", "shape")[rng.integers(2)] if thing.word is None else "color"
+        text = f"{what} with {thing.word or thing.digit}"
         questions.append(Question("find", text, getattr(thing, what), number[id(thing)]))
+    if signs:
+        for thing in pick(signs, spec.read):
+            questions.append(Question("read", f"word on {thing.color} {SIGN}", thing.word, number[id(thing)]))
     for _ in range(spec.exist):
         questions.extend(_ask_existence(rng, objects, number))
     for _ in range(spec.count):
         questions.append(_ask_count(rng, by_color, by_shape))
     for place, thing, neighbour in pick(_neighbours(objects), spec.relation):
-        what = ("color", "shape")[rng.integers(2)]
+        what = ("color", "shape")[rng.integers(2)] if neighbour.word is None else "word"
         text = f"{what} {place} {thing.color} {thing.shape}"
         questions.append(Question("relation", text, getattr(neighbour, what), number[id(neighbour)]))
     return questions

@@ -9,7 +9,7 @@ from evocomp.config.schema import DataConfig
 from evocomp.data.benchmarks import read_task, split_source
 from evocomp.data.conversations import read_conversations
 from evocomp.data.example import Example, stable_id
-from evocomp.data.scenes import SceneSpec, scene_examples
+from evocomp.data.scenes import SPECS, scene_examples
 from evocomp.log import UserError, logger
 
 
@@ -73,7 +73,7 @@ def digest(examples: Sequence[Example]) -> str:
 
 def drawn(data: DataConfig, seed: int, count: int, per_image: int = 0) -> list[Example]:
     """`count` questions about drawn scenes, at most `per_image` of one scene (0 = all of its questions)."""
-    spec, index = SceneSpec(size=data.image_size), 0
+    spec, index = SPECS[data.scenes], 0
     examples: list[Example] = []
     while len(examples) < count:
         asked = scene_examples(seed, index, 1, spec, data.relation)

@@ -37,7 +37,8 @@ def page(report: "Report", sheet: bytes | None = None) -> str:
     ]
     parts += [f"<p>{html.escape(text)}</p>" for text in how_made(report).split("\n\n")]
     parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes(report)) + "</ul>")
-    parts += ["<h2>Accuracy against tokens kept</h2>", to_svg(retention_curve(report.rows))]
+    if any(row["relative"] is not None for row in report.rows):  # else the model answers nothing rightly
+        parts += ["<h2>Accuracy against tokens kept</h2>", to_svg(retention_curve(report.rows))]
     for table in rest:
         parts += [f"<h2>{html.escape(table.title)}</h2>", table_html(table)]
     if sheet is not None:

@@ -14,7 +14,7 @@ from evocomp.evaluation.outcome import REFERENCE, Outcome, Questions
 from evocomp.evaluation.tasks import score_answer
 from evocomp.log import UserError
 from evocomp.mllm.features import Features, grid_of, pad_right
-from evocomp.mllm.hf import FrozenMLLM, as_array
+from evocomp.mllm.hf import FrozenMLLM, as_array, picture_key
 from evocomp.mllm.probes import Probes
 from evocomp.selection.base import NotApplicable, SelectionInputs, Selector
 from evocomp.selection.downsample import downsample
@@ -147,14 +147,19 @@ class Panel:
         self.report(f"selecting with {len(methods)} methods")
         chosen: dict[tuple[int, int], list[Compressed]] = {}
         reasons: dict[int, str] = {}
+        known: dict[tuple[int, int], tuple[str, Compressed]] = {}
         for asked in self.asked:
             for number, rival in enumerate(methods):
                 if number in reasons:
                     continue
                 try:
                     for count in kept:
-                        compressed = self._select(rival, asked, count)
-                        chosen.setdefault((number, count), []).append(compressed)
+                        place, key = (number, count), picture_key(asked.example)
+                        # neither question nor chance: the same for all questions about a picture
+                        by_picture = not rival.method.text_aware and "generator" not in rival.method.needs
+                        if not by_picture or known.get(place, ("",))[0] != key:
+                            known[place] = (key, self._select(rival, asked, count))
+                        chosen.setdefault(place, []).append(known[place][1])
                 except NotApplicable as error:
                     reasons[number] = str(error)
         outcomes = []

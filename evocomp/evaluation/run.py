@@ -59,14 +59,14 @@ def evaluate_run(
         run_dir: what `evocomp train` wrote.
         out: where the report goes; default: the run folder.
         questions, seed: other test questions than the run's settings say.
-        panel: "basic" (floors and simple baselines, the default) or "full" (every rival).
+        panel: "basic" (floors and simple baselines, the default), "full" (every rival), or selectors by name with
+            commas between them, which leaves out those that drop tokens inside the LLM, one prompt at a time.
         source: another `data.test_source`, for a run that is judged on several benchmarks.
 
     Returns:
         The rows of report.json.
     """
-    if panel not in (None, "basic", "full"):
-        raise UserError(f"--panel={panel}: must be basic or full")
+    names = panel_names(panel or "basic")
     config = config_files.load([run_dir / "config.yaml"])
     if not (run_dir / "compressor" / "config.json").is_file():
         raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
@@ -84,7 +84,6 @@ def evaluate_run(
     judge = Panel(
         mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=lambda text: logger.debug(text)
     )
-    names = FULL if panel == "full" else BASIC
     outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
     if panel == "full":
         outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
@@ -107,6 +106,17 @@ def evaluate_run(
         print(f"\n{kind}, reported apart\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def panel_names(panel: str) -> tuple[str, ...]:
+    """The selectors of a panel. Raises `UserError` for a name that is none."""
+    if panel in ("basic", "full"):
+        return BASIC if panel == "basic" else FULL
+    names = tuple(panel.split(","))
+    unknown = [name for name in names if name not in FULL]
+    if unknown:
+        raise UserError(f"--panel={panel}: {unknown[0]!r} is none of basic, full, {', '.join(FULL)}")
+    return names
 
 
 def part(outcomes: Sequence[Outcome], questions: Questions, own: np.ndarray) -> tuple[list[Outcome], Questions]:
@@ -137,7 +147,7 @@ def siblings(
         if not (folder / "compressor" / "config.json").is_file():
             remarks.append(f"{folder} would stand beside it, but has not been trained yet.")
             continue
-        other = EvoCompCompressor.from_pretrained(folder / "compressor").eval()
+        other = EvoCompCompressor.from_pretrained(folder / "compressor").eval().to(own.device)
         if other.config.hidden_size != own.config.hidden_size:
             remarks.append(f"{folder} is for another model and is left out.")
             continue

@@ -68,6 +68,14 @@ def marginal_targets(credits: np.ndarray) -> np.ndarray:
     return (0.5 * (1 + np.tanh(0.5 * (np.asarray(credits, dtype=np.float64) - 2.0)))).astype(np.float32)
 
 
+def stored_credits(masks: Arrays, losses: Arrays, num_tokens: int, probabilities: bool) -> np.ndarray:
+    """What a label store keeps for J questions [J, N] float16: `marginal_targets` for losses that expect
+    probabilities, else `credits`."""
+    if probabilities:
+        return marginal_targets(marginal_credits(masks, losses, num_tokens)).astype(np.float16)
+    return credits(masks, losses, num_tokens).astype(np.float16)
+
+
 def _standardised(masks: np.ndarray, losses: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Summed gain of the masks that keep each token, in deviations [J, N], and their number [N]."""
     losses = np.minimum(np.asarray(losses, dtype=np.float64), CLIP)

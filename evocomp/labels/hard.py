@@ -73,13 +73,23 @@ class HardLabels:
             yield self._again(features, round, previous[features.id], ranking)
 
     def _first(self, features: Features) -> Record:
-        groups = self.groups(features)
-        rng = stream(self.seed, features.id, 0)
         full = self.scorer.full(features)
         if self.labels.target == "random":
-            return self._random(groups, rng, features.id, full)
-        result = self._run(features, groups, rng, self.search.generations)
+            return self._random(self.groups(features), stream(self.seed, features.id, 0), features.id, full)
+        groups, result = self.search_first(features)
         return self._record(features.id, groups, result, full, first_best=result.first_best)
+
+    def search_first(self, features: Features) -> tuple[Groups, SearchResult]:
+        """The whole search of a sample that has none yet."""
+        groups = self.groups(features)
+        prior = None if self.strategy.forward_only else self._prior(features, groups)
+        rng = stream(self.seed, features.id, 0)
+        return groups, self._run(features, groups, rng, self.search.generations, scores=prior)
+
+    def _prior(self, features: Features, groups: Groups) -> np.ndarray:
+        """Token scores [N] from one backward pass, at gates that keep one token's worth of each group."""
+        gates = 1.0 / np.asarray(groups.sizes, dtype=np.float32)[groups.of]
+        return -self.scorer.gate_gradient(features, gates)
 
     def _again(self, features: Features, round: int, previous: Record, scores: np.ndarray | None) -> Record:
         """Further generations; with scores [N] half of the population is first replaced by masks drawn from them."""

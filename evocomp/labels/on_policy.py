@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from evocomp.config.schema import LabelConfig
+from evocomp.labels.credit import CLIP
 from evocomp.labels.labeller import Encode, Rounds, Scores, cut
 from evocomp.labels.random_credit import mask_sizes
 from evocomp.labels.records import Record
@@ -96,22 +97,32 @@ class OnPolicyRounds:
     ) -> dict[int, Record]:
         """K masks of one size for each sample, scored and compared within the sample."""
         draws = np.stack([self._sample(round, f.id, row, size) for f, row in zip(features, logits, strict=True)])
-        losses = torch.from_numpy(self.scorer.each(features, np.sort(draws, axis=-1)))
-        advantages = group_relative_advantages(losses)
-        spreads = losses.clamp(max=6.0).std(dim=1)
-        records = {}
-        for row, (one, own) in enumerate(zip(features, logits, strict=True)):
-            spread = float(spreads[row])
-            if spread <= self.labels.flat:
-                records[one.id] = self._carried(one.id, spread)
+        masks = np.sort(draws, axis=-1)
+        first = self.labels.probes or self.labels.proposals
+        losses = self.scorer.each(features, masks[:, :first])
+        spreads = _spread(losses)
+        records = {one.id: self._carried(one.id, spread) for one, spread in zip(features, spreads, strict=True)}
+        differ = np.flatnonzero(spreads > self.labels.flat)
+        if not len(differ):
+            return records
+        if first < self.labels.proposals:
+            rest = self.scorer.each([features[row] for row in differ], masks[differ, first:])
+            losses = np.concatenate([losses[differ], rest], axis=1)
+        else:
+            losses = losses[differ]
+        spreads, advantages = _spread(losses), group_relative_advantages(torch.from_numpy(losses)).numpy()
+        for place, row in enumerate(differ):
+            one, own = features[row], draws[row]
+            if spreads[place] <= self.labels.flat:
+                records[one.id] = self._carried(one.id, spreads[place])
                 continue
-            log_prob = plackett_luce_log_prob(torch.from_numpy(own)[None], torch.from_numpy(draws[row])[None])[0]
+            log_prob = plackett_luce_log_prob(torch.from_numpy(logits[row])[None], torch.from_numpy(own)[None])[0]
             records[one.id] = {
                 "id": one.id,
-                "draws": draws[row].astype(np.uint16),
-                "advantages": advantages[row].numpy().astype(np.float32),
+                "draws": own.astype(np.uint16),
+                "advantages": advantages[place].astype(np.float32),
                 "log_prob": log_prob.numpy().astype(np.float32),
-                "spread": np.float32(spread),
+                "spread": spreads[place],
             }
         return records
 
@@ -133,3 +144,8 @@ class OnPolicyRounds:
             "log_prob": np.zeros(0, np.float32),
             "spread": np.float32(spread),
         }
+
+
+def _spread(losses: np.ndarray) -> np.ndarray:
+    """Standard deviation [B] of clipped losses [B, K]: how much it matters which of its masks a sample gets [nats]."""
+    return np.minimum(losses, CLIP).std(axis=1, ddof=1).astype(np.float32)

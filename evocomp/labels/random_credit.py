@@ -7,7 +7,7 @@ import numpy as np
 
 from evocomp.config.schema import LabelConfig
 from evocomp.data.example import Example, stable_id
-from evocomp.labels.credit import credits, marginal_credits, marginal_targets, random_masks
+from evocomp.labels.credit import CLIP, random_masks, stored_credits
 from evocomp.labels.labeller import Encode, Scores
 from evocomp.labels.records import Record
 from evocomp.labels.scorer import CandidateScorer
@@ -76,18 +76,15 @@ class CreditLabels:
         return np.stack([self.scorer(one, masks) for one in questions])
 
     def _records(self, questions, masks, losses, tokens: int) -> Iterator[Record]:
-        if self.probabilities:
-            values = marginal_targets(marginal_credits(masks, losses, tokens))
-        else:
-            values = credits(masks, losses, tokens)
+        values = stored_credits(masks, losses, tokens, self.probabilities)
         everything = np.concatenate(losses, axis=1)
         for row, one in enumerate(questions):
             yield {
                 "id": one.id,
-                "credits": values[row].astype(np.float16),
+                "credits": values[row],
                 "best_loss": np.float32(everything[row].min()),
                 "first_mean": np.float32(everything[row].mean()),
-                "spread": np.float32(np.minimum(everything[row], 6.0).std()),
+                "spread": np.float32(np.minimum(everything[row], CLIP).std()),
                 "evaluations": np.int32(everything.shape[1]),
             }
 

@@ -69,7 +69,7 @@ class FrozenMLLM:
     def load(
         cls, name: str, dtype: str = "float32", attention: str = "sdpa", device: str | torch.device = "cpu"
     ) -> "FrozenMLLM":
-        """Load `nano` (shipped), a folder, or a Hugging Face id."""
+        """Load `nano` or `nano576` (shipped), a folder, or a Hugging Face id."""
         path = ASSETS / name if (ASSETS / name / "config.json").is_file() else name
         transformers_logging.disable_progress_bar()
         try:
@@ -80,8 +80,8 @@ class FrozenMLLM:
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"model.name={name} does not load as an image-text-to-text model: {reason}; give `nano`, a folder "
-                "with weights and processor, or a Hugging Face id that this machine can reach"
+                f"model.name={name} does not load as an image-text-to-text model: {reason}; give `nano`, `nano576`, a "
+                "folder with weights and processor, or a Hugging Face id that this machine can reach"
             ) from None
         return cls(model.to(device), processor, name)
 
@@ -312,7 +312,7 @@ class FrozenMLLM:
                 break
             embeds, positions = self.embed(token)[:, None], positions[..., -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)
+        texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1).tolist(), skip_special_tokens=True)
         return [text.strip() for text in texts], first
 
     def check_scorable(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaModel, MistralModel, Qwen2Model
+from transformers import LlamaModel, MistralModel, Qwen2_5_VLTextModel, Qwen2Model, Qwen2VLTextModel
 
 from evocomp.config.schema import ScorerConfig
 from evocomp.mllm.sequences import Past, Table
@@ -50,7 +50,7 @@ class _Known:
 
 
 class LlamaBody:
-    """`Body` for decoders of plain RoPE layers with RMSNorm and SwiGLU (Llama, Mistral, Qwen2).
+    """`Body` for decoders of RoPE or M-RoPE, RMSNorm and SwiGLU (Llama, Mistral, Qwen2, Qwen2-VL, Qwen2.5-VL).
 
     Args:
         decoder: transformers' decoder; see `fits`.
@@ -181,7 +181,8 @@ class LlamaBody:
 
     def _angles(self, table: Table) -> Tensor:
         """Cosines and sines of every row [S, 2, 1, d], or as complex numbers [S, 1, d / 2]."""
-        cos, sin = self.rotary(table.embeds[None].to(self.dtype), table.positions[None])
+        positions = table.positions if table.positions.ndim == 1 else table.positions[1:]  # the first is the text's
+        cos, sin = self.rotary(table.embeds[None].to(self.dtype), positions[..., None, :])
         if self.paired:
             half = self.head_dim // 2
             return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())[:, None]
@@ -192,10 +193,12 @@ class LlamaBody:
         if self.paired:
             pairs = torch.view_as_complex(rows.view(len(rows), -1, self.head_dim // 2, 2))
             return torch.view_as_real(pairs * angles).view(rows.shape)
-        heads = rows.view(len(rows), -1, self.head_dim)
-        first, second = heads.chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        return (heads * angles[:, 0] + turned * angles[:, 1]).view(rows.shape)
+        heads, (cos, sin) = rows.view(len(rows), -1, self.head_dim), angles.unbind(1)
+        half = self.head_dim // 2
+        turned = heads * cos  # then in place: half the memory traffic of a turned copy
+        turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+        turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+        return turned.view(rows.shape)
 
     @staticmethod
     def _flat_read(read: Tensor, count: int, length: int) -> Tensor:
@@ -269,10 +272,12 @@ def _has_onednn() -> bool:
 
 def fits(decoder: nn.Module) -> bool:
     """Whether the decoder is built of what `LlamaBody` computes: known classes, nothing wrapped or replaced."""
-    if type(decoder) not in (LlamaModel, MistralModel, Qwen2Model):
+    if type(decoder) not in (LlamaModel, MistralModel, Qwen2Model, Qwen2VLTextModel, Qwen2_5_VLTextModel):
         return False
     config = decoder.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if multi_axis(decoder) and not hasattr(decoder.rotary_emb, "recomposition_frequencies"):
+        return False  # older releases put the axes together in the attention, not in the rotary module
     sliding = getattr(config, "sliding_window", None) if type(decoder) is MistralModel else None
     if config.hidden_act != "silu" or rope not in ("default", "linear", "llama3") or sliding:
         return False
@@ -288,17 +293,25 @@ def fits(decoder: nn.Module) -> bool:
     return all(type(one) is nn.Linear for one in projections) and not hooked
 
 
+def multi_axis(decoder: nn.Module) -> bool:
+    """Whether its positions are those of M-RoPE: [4, S], the text's, then time, height and width."""
+    return "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {})
+
+
 @torch.inference_mode()
 def agrees(ours: LlamaBody, theirs: nn.Module) -> bool:
     """Whether the pass gives what transformers gives, on two short random sequences with gaps in their positions."""
     embeds = theirs.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(embeds), (24,), generator=generator)
-    table = Table(embeds[rows.to(embeds.device)], 3 * torch.arange(24, device=embeds.device))
+    positions = 3 * torch.arange(24, device=embeds.device)
+    if multi_axis(theirs):
+        positions = torch.stack([positions, positions // 2, positions % 7, positions % 5])
+    table = Table(embeds[rows.to(embeds.device)], positions)
     index = torch.rand(2, 24, generator=generator).argsort(1)[:, :16].sort(1).values.to(embeds.device)
     expected = theirs(
         inputs_embeds=table.embeds[index],
-        position_ids=table.positions[index],
+        position_ids=table.positions[..., index],
         attention_mask=torch.ones_like(index),
         use_cache=False,
     ).last_hidden_state.float()

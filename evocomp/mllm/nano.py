@@ -1,10 +1,11 @@
-"""The nano MLLM: a real `LlavaForConditionalGeneration`, small enough to ship, that truly reads its picture.
+"""The nano MLLMs: real `LlavaForConditionalGeneration`s, small enough to ship, that truly read their picture.
 
-CLIP tower (patch 8 on 96 x 96 pixels: 144 visual tokens), two-layer projector, Llama of three layers; 0.7 M
-parameters. It answers the questions of `evocomp.data.scenes`. The weights in `evocomp/assets/nano/` are an
-ordinary Hugging Face folder; `experiments/nano_mllm.py` trains them again from nothing.
+CLIP tower (patch 8), two-layer projector, Llama of three layers; 0.7 M parameters. `nano` reads 96 x 96 pixels (144
+visual tokens), `nano576` reads 192 x 192 (576) and words too. They answer the questions of `evocomp.data.scenes`. The
+weights in `evocomp/assets/` are ordinary Hugging Face folders; `experiments/nano_mllm.py` trains them again.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evocomp.data.scenes import COLORS, SHAPES
+from evocomp.data.scenes import COLORS, SHAPES, SIGN, SIGN_WORDS
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>", "<unk>")
@@ -31,6 +32,8 @@ WORDS = (
     *"color shape digit on with of any how many left right above below yes no".split(),
     *"what is the there a things nothing word in text".split(),
 )
+# the vocabulary of a model that reads signs; the ids of `WORDS` are the same in it
+READING_WORDS = (*WORDS, SIGN, *SIGN_WORDS)
 # the whole template: pictures and words in the order in which they come, answers closed by <eos>
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
@@ -40,8 +43,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def nano_config(image_size: int = 96, patch: int = 8, width: int = 96, layers: int = 3, heads: int = 3) -> LlavaConfig:
-    """Configuration of the nano MLLM; sizes in pixels, `width` shared by tower and LLM."""
+def nano_config(
+    image_size: int = 96,
+    patch: int = 8,
+    width: int = 96,
+    layers: int = 3,
+    heads: int = 3,
+    words: Sequence[str] = WORDS,
+) -> LlavaConfig:
+    """Configuration of a nano MLLM; sizes in pixels, `width` shared by tower and LLM, `words` its vocabulary."""
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -53,7 +63,7 @@ def nano_config(image_size: int = 96, patch: int = 8, width: int = 96, layers: i
         hidden_act="gelu",
     )
     text = LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(words),
         hidden_size=width,
         intermediate_size=width * 8 // 3 // 16 * 16,
         num_hidden_layers=layers,
@@ -109,18 +119,19 @@ def _grid_sinusoids(side: int, width: int) -> torch.Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
 
 
-def nano_processor(config: LlavaConfig) -> LlavaProcessor:
+def nano_processor(config: LlavaConfig, words: Sequence[str] = WORDS) -> LlavaProcessor:
     """Word tokenizer + picture processor, saved beside the weights like any other."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPImageProcessorPil
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", WORDS.index("<bos>"))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocabulary["<bos>"])]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=tokens,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",

@@ -4,7 +4,8 @@ Everything is recomputed from projections caught by hooks, so that it works with
 that never materialise attention (SDPA, FlashAttention) stay in use.
 """
 
-from collections.abc import Collection, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,19 +108,45 @@ class Probes:
             )
         cos, sin = decoder.rotary_emb(embeds, positions)
         queries_wanted = len(features.prompt_ids) - 1 - int(features.visual_at[-1])
-        attention, rotated, hidden = {}, {}, {}
-        for number, module in enumerate(attentions):
-            size = module.head_dim
-            query, key = (_heads(caught[module][name], size) for name in ("q_proj", "k_proj"))
+
+        @functools.cache
+        def rotated(number: int) -> tuple[Tensor, Tensor]:
+            module = attentions[number]
+            query, key = (_heads(caught[module][name], module.head_dim) for name in ("q_proj", "k_proj"))
             query, key = (
                 getattr(module, name)(x) if hasattr(module, name) else x
                 for name, x in (("q_norm", query), ("k_norm", key))
             )
             query, key = apply_rotary_pos_emb(query, key, cos, sin)
-            attention[number] = _causal_rows(query[0], key[0], queries_wanted, module.scaling)
-            rotated[number] = key[0].transpose(0, 1).flatten(1)
-            hidden[number] = decoder.norm(outputs[number][0])
-        return {"llm_attention": attention, "llm_keys": rotated, "llm_hidden": hidden}
+            return query[0], key[0]
+
+        def attention(number: int) -> Tensor:
+            return _causal_rows(*rotated(number), queries_wanted, attentions[number].scaling)
+
+        layers = len(attentions)
+        return {
+            "llm_attention": _OnDemand(layers, attention),
+            "llm_keys": _OnDemand(layers, lambda number: rotated(number)[1].transpose(0, 1).flatten(1)),
+            "llm_hidden": _OnDemand(layers, lambda number: decoder.norm(outputs[number][0])),
+        }
+
+
+class _OnDemand(Mapping):
+    """What layers saw, worked out when it is asked for: of a deep LLM's layers a method reads few."""
+
+    def __init__(self, layers: int, make: Callable[[int], Tensor]):
+        self._layers, self._make = layers, functools.cache(torch.no_grad()(make))
+
+    def __getitem__(self, number: int) -> Tensor:
+        if not 0 <= number < self._layers:
+            raise KeyError(number)
+        return self._make(number)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._layers))
+
+    def __len__(self) -> int:
+        return self._layers
 
 
 def _heads(rows: Tensor, size: int) -> Tensor:

@@ -29,6 +29,7 @@ from evocomp.labels.labeller import Interrupted, Labeller, Rounds
 from evocomp.labels.on_policy import OnPolicyRounds
 from evocomp.labels.random_credit import CreditLabels
 from evocomp.labels.scorer import CandidateScorer
+from evocomp.labels.searched_credit import SearchedCredits
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.feature_cache import FeatureCache
@@ -196,7 +197,8 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     settings, ids = config.labels, [example.id for example in splits.train]
     dtype = None if settings.dtype == "model" else settings.dtype
     scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
-    masks = settings.credit_masks if settings.target == "credit" else config.search.population
+    at_random = settings.target == "credit" and settings.credit_masks_from == "random"
+    masks = settings.credit_masks if at_random else config.search.population
     if mllm.team.size > 1 and settings.batch * (mllm.team.size - 1) >= masks:
         logger.warning(
             "labels.batch=%d leaves some of the %d processes that share the model without masks to score: "
@@ -206,12 +208,15 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
             math.ceil(masks / mllm.team.size),
         )
     rounds: Rounds
-    if settings.target == "credit":
-        some = splits.train[: settings.credit_samples or None]
-        rounds = CreditLabels(some, scorer, settings, config.seed, config.loss.name != "listwise")
+    probabilities = config.loss.name != "listwise"
+    some = splits.train[: settings.credit_samples or None] if settings.target == "credit" else splits.train
+    if at_random:
+        rounds = CreditLabels(some, scorer, settings, config.seed, probabilities)
     else:
-        special = mllm.processor.tokenizer.all_special_ids
-        rounds = HardLabels(ids, scorer, config.grouping, config.search, settings, config.seed, special)
+        special, own = mllm.processor.tokenizer.all_special_ids, [example.id for example in some]
+        rounds = HardLabels(own, scorer, config.grouping, config.search, settings, config.seed, special)
+        if settings.target == "credit":
+            rounds = SearchedCredits(rounds, probabilities)
     if settings.refresh == "on_policy":
         rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed)
     return Labeller(mllm, scorer, rounds, store, splits.train)

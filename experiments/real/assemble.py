@@ -8,6 +8,7 @@ Face folder (LoRA merged, 290 MB) that `evocomp` takes as `--model.name` through
 
 import argparse
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -28,11 +29,12 @@ def check_sums(folder: Path) -> None:
             raise UserError(f"{path} is missing or not the file that was shipped; check it out again")
 
 
-def assemble(folder: Path, side: int = 7, size: int = 224):
-    """The aligned model with LoRA merged, in bfloat16, and its processor."""
+def assemble(folder: Path):
+    """The aligned model with LoRA merged, in bfloat16, and its processor; of the size that its gate.json names."""
     if not (folder / "projector.safetensors").is_file():
         raise UserError(f"{folder} holds no projector.safetensors; train one: python -m experiments.real.align")
-    model = build_real(side, size, torch.float32)
+    recipe = json.loads((folder / "gate.json").read_text())["recipe"]
+    model = build_real(recipe["side"], recipe["size"], torch.float32)
     load_eyes(model, folder / "projector.safetensors")
     merged = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload()
     return merged.to(torch.bfloat16).eval(), real_processor(model.config)

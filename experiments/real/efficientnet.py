@@ -160,18 +160,20 @@ class EfficientNetLiteTower(PreTrainedModel):
         self.post_init()
 
     def raw(self, pixel_values: Tensor) -> Tensor:
-        """Features [B, side^2, 472] before standardising."""
+        """Features [B, side^2, 472] before standardising; fewer of a smaller picture."""
         fine, coarse = self.network.maps(pixel_values)
-        if fine.shape[2] == 2 * self.config.side:
+        if self.config.patch_size == 32:
             fine = F.avg_pool2d(fine, 2)
         coarse = F.interpolate(coarse, size=fine.shape[2:], mode="nearest")
         return torch.cat([fine, coarse], dim=1).flatten(2).transpose(1, 2)
 
     def tokens(self, raw: Tensor) -> Tensor:
-        """Standardised features with places; `raw` [B, side^2, 472]."""
-        side = self.config.side
-        eye = torch.eye(side, dtype=raw.dtype, device=raw.device)
-        place = torch.cat([eye.repeat_interleave(side, 0), eye.repeat(side, 1)], dim=1)
+        """Standardised features with places; `raw` [B, n^2, 472], n = side but for smaller pictures."""
+        side, rows = self.config.side, round(raw.shape[1] ** 0.5)
+        # a smaller picture's token stands where its middle would stand in the whole grid
+        at = (torch.arange(rows, device=raw.device) + 0.5) * side / rows
+        place = F.one_hot(at.long(), side).to(raw.dtype)
+        place = torch.cat([place.repeat_interleave(rows, 0), place.repeat(rows, 1)], dim=1)
         return torch.cat([(raw - self.mean) * self.scale, place.expand(len(raw), -1, -1)], dim=2)
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:

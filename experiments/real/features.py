@@ -1,57 +1,102 @@
-"""Tower features of many scenes, computed once: the tower is frozen, so alignment never needs pixels again."""
+"""Tower features of many scenes, computed once: the tower is frozen, so alignment never needs pixels again.
 
-from dataclasses import dataclass
+    python -m experiments.real.features --config experiments/real/gpu.yaml    # beforehand; needs no language model
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from experiments.real.efficientnet import CHANNELS, EfficientNetLiteTower
-from experiments.real.model import pixels
-from experiments.real.scenes import COLORS, Scene, SceneSpec, draw_scene
+from experiments.real.efficientnet import CHANNELS, EfficientNetLiteConfig, EfficientNetLiteTower, package_weights
+from experiments.real.model import normalised
+from experiments.real.recipe import Recipe, read_recipe
+from experiments.real.scenes import COLORS, Scene, SceneSpec, draw_scene, in_processes
+from experiments.real.smollm2 import cache_folder
 
 CHUNK = 32
+TRAIN, HELD_OUT, TEST = 1, 2, 3  # streams of scenes; HELD_OUT is looked at while training, TEST only by the gate
 
 
 @dataclass(frozen=True)
 class EncodedScenes:
-    """Scenes without their pixels, and raw tower features [S, N, 472] in bfloat16."""
+    """Scenes without their pixels.
+
+    Attributes:
+        raw: tower features [S, N, 472] in bfloat16.
+        shown: what each token shows [S, N] int16; see `token_words`.
+    """
 
     scenes: list[Scene]
-    raw: torch.Tensor
+    raw: Tensor
+    shown: Tensor
+
+    def to(self, device: str | torch.device) -> "EncodedScenes":
+        return EncodedScenes(self.scenes, self.raw.to(device), self.shown.to(device))
 
 
 def encode_scenes(
-    tower: EfficientNetLiteTower, seed: int, count: int, spec: SceneSpec, folder: Path | None = None
+    tower: EfficientNetLiteTower, seed: int, count: int, spec: SceneSpec, folder: Path | None = None, processes: int = 0
 ) -> EncodedScenes:
-    """Draw and encode scenes 0..count-1 of a stream.
+    """Draw and encode scenes 0..count-1 of a stream; on the CPU, whatever the tower's device.
 
     Args:
         folder: where to keep the features; a file of a longer run of the same stream is used as it is.
+        processes: that draw scenes beside this one.
     """
     side = tower.config.side
-    name = f"features-{seed}-{spec.size}-{side}-{len(spec.names)}-{spec.cells}.pt"
-    path = folder / name if folder is not None else None
-    stored = torch.load(path, weights_only=False) if path is not None and path.is_file() else None
+    path = folder / f"features-{seed}-{spec.size}-{side}-{_digest(spec)}.pt" if folder is not None else None
+    stored = torch.load(path, weights_only=False, mmap=True) if path is not None and path.is_file() else None
     if stored is not None and len(stored.scenes) >= count:
-        return EncodedScenes(stored.scenes[:count], stored.raw[:count])
-    tower = tower.to(memory_format=torch.channels_last).eval()
-    dtype = next(tower.parameters()).dtype
+        return EncodedScenes(stored.scenes[:count], stored.raw[:count], stored.shown[:count])
     raw = torch.empty(count, side * side, CHANNELS, dtype=torch.bfloat16)
-    scenes = []
-    for start in range(0, count, CHUNK):
-        drawn = [draw_scene(seed, i, spec) for i in range(start, min(count, start + CHUNK))]
-        batch = pixels([scene.image for scene in drawn], dtype).to(tower.device, memory_format=torch.channels_last)
-        with torch.inference_mode():
-            raw[start : start + len(drawn)] = tower.raw(batch).bfloat16().cpu()
-        scenes += [Scene(None, s.items, s.color, s.style, s.questions) for s in drawn]
-    encoded = EncodedScenes(scenes, raw)
+    shown = torch.empty(count, side * side, dtype=torch.int16)
+    scenes: list[Scene] = []
+    for images, some, words in in_processes(partial(_draw, seed, spec, side), count, CHUNK, processes):
+        part = slice(len(scenes), len(scenes) + len(some))
+        raw[part], shown[part] = _encode(tower, images), words
+        scenes += some
+    encoded = EncodedScenes(scenes, raw, shown)
     if path is not None:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(encoded, path)
     return encoded
 
 
-def token_words(scene: Scene, words: list[str], size: int, side: int) -> torch.Tensor:
+def _digest(spec: SceneSpec) -> str:
+    return hashlib.sha256(json.dumps(asdict(spec)).encode()).hexdigest()[:8]
+
+
+def _draw(seed: int, spec: SceneSpec, side: int, start: int, stop: int) -> tuple[np.ndarray, list[Scene], Tensor]:
+    """Pictures [n, size, size, 3], the scenes without them, and what each token shows [n, side^2]."""
+    drawn, words = [draw_scene(seed, index, spec) for index in range(start, stop)], scene_words(spec)
+    bare = [Scene(None, s.items, s.color, s.style, s.questions) for s in drawn]
+    shown = torch.stack([token_words(scene, words, spec.size, side) for scene in bare])
+    return np.stack([scene.image for scene in drawn]), bare, shown.short()
+
+
+@torch.inference_mode()
+def _encode(tower: EfficientNetLiteTower, images: np.ndarray) -> Tensor:
+    weight = next(tower.parameters())
+    batch = normalised(torch.from_numpy(images).to(weight.device), weight.dtype)
+    return tower.raw(batch.contiguous(memory_format=torch.channels_last)).bfloat16().cpu()
+
+
+def encode_streams(tower: EfficientNetLiteTower, recipe: Recipe) -> Iterator[EncodedScenes]:
+    """Scenes for training, to look at meanwhile, and for the gate."""
+    tower = tower.to(memory_format=torch.channels_last).eval()
+    for seed, count in ((TRAIN, recipe.scenes), (HELD_OUT, recipe.held_out), (TEST, recipe.test)):
+        yield encode_scenes(tower, seed, count, recipe.spec(), cache_folder(), recipe.processes)
+
+
+def token_words(scene: Scene, words: list[str], size: int, side: int) -> Tensor:
     """What each token shows, as an index into `words`: int64 [side^2].
 
     A name or a sign's word where the item's box covers half of the token's square, the background's colour where
@@ -74,3 +119,19 @@ def token_words(scene: Scene, words: list[str], size: int, side: int) -> torch.T
 def scene_words(spec: SceneSpec) -> list[str]:
     """Every word that a token may stand for: names, signs, colours."""
     return list(dict.fromkeys([*spec.names, *spec.words, *COLORS]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=None, help="the alignment's recipe")
+    recipe = read_recipe(parser.parse_args().config)
+    torch.set_grad_enabled(False)
+    tower = EfficientNetLiteTower(EfficientNetLiteConfig(image_size=recipe.size, side=recipe.side))
+    tower.network.load_state_dict(package_weights())
+    device = "cuda" if recipe.accelerator == "gpu" else "cpu"
+    for encoded in encode_streams(tower.to(device, torch.bfloat16), recipe):
+        print(f"{len(encoded.scenes)} scenes of {encoded.raw.shape[1]} tokens in {cache_folder()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,11 +10,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
 
 from evocomp.grouping.vocabulary import nearest_words
-from experiments.real.features import encode_scenes, scene_words, token_words
+from experiments.real.features import encode_scenes, scene_words
 from experiments.real.model import build_real, real_processor
 from experiments.real.ridge import ridge_projector, vocabulary_masks
 from experiments.real.scenes import SceneSpec, all_names
@@ -35,7 +34,7 @@ def main() -> None:
         encode_scenes(model.model.vision_tower, seed, count, spec, cache_folder())
         for seed, count in ((1, args.scenes), (2, 60))
     )
-    mean, scale, weight, bias = ridge_projector(train, spec, SIDE, tokenizer, table)
+    mean, scale, weight, bias = ridge_projector(train, spec, tokenizer, table)
     # statistics folded into the map: one matrix from raw features to word embeddings
     weight, bias = scale[:, None] * weight, bias - (mean * scale) @ weight
     tokens = test.raw.float() @ weight + bias
@@ -49,7 +48,6 @@ def main() -> None:
     rest = np.random.default_rng(0).permutation(sorted(set(range(len(tokenizer))) - wanted))
     rows = sorted([*wanted, *rest.tolist()[: max(0, ROWS - len(wanted))]])
     chosen = [i for i, scene in enumerate(test.scenes) if len(scene.items) >= 3][:SCENES]
-    shown = torch.stack([token_words(test.scenes[i], words, spec.size, SIDE) for i in chosen])
     args.out.mkdir(parents=True, exist_ok=True)
     tensors = {
         "table": table[rows].half(),
@@ -57,7 +55,7 @@ def main() -> None:
         "weight": weight.half(),
         "bias": bias.half(),
         "features": test.raw[chosen].half(),
-        "shown": shown.short(),
+        "shown": test.shown[chosen],
     }
     save_file({name: value.contiguous() for name, value in tensors.items()}, args.out / "vocabulary.safetensors")
     texts = {"rows": rows, "texts": [tokenizer.decode([i]) for i in rows], "words": words}

@@ -96,7 +96,7 @@ def eyes(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
 
 
 def save_eyes(model: LlavaForConditionalGeneration, path: Path, dtype: torch.dtype = torch.float16) -> None:
-    save_file({name: value.to(dtype).contiguous() for name, value in eyes(model).items()}, path)
+    save_file({name: value.to("cpu", dtype).contiguous() for name, value in eyes(model).items()}, path)
 
 
 def load_eyes(model: LlavaForConditionalGeneration, path: Path) -> None:
@@ -110,6 +110,11 @@ def load_eyes(model: LlavaForConditionalGeneration, path: Path) -> None:
 
 def pixels(images, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Pictures [size, size, 3] uint8, normalised as the processor does: [B, 3, size, size]."""
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    return normalised(torch.from_numpy(np.stack(images)), dtype)
+
+
+def normalised(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The same for pictures [B, size, size, 3] uint8 on any device."""
+    batch = images.permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
     return ((batch - mean) / std).to(dtype)

@@ -1,32 +1,42 @@
 """All questions of a scene in one row: they share the picture and see the picture and themselves only."""
 
+import functools
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.real.model import question_text
-from experiments.real.scenes import KINDS, Scene
+from experiments.real.scenes import KINDS, Question, Scene
 
 IGNORE = -100
 
 
-def pack(scene: Scene, tokenizer, length: int, questions: list[int] | None = None) -> Tensor:
+@functools.cache
+def _columns(question: Question, tokenizer) -> np.ndarray:
+    """ids, offset, next token (answer only), kind: int64 [4, length]. Few questions differ, so each is made once."""
+    prompt = tokenizer(question_text(question.text), add_special_tokens=False).input_ids
+    reply = [*tokenizer(question.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    ids = [*prompt, *reply[:-1]]
+    target = np.full(len(ids), IGNORE)
+    target[len(prompt) - 1 :] = reply
+    return np.stack([ids, np.arange(len(ids)), target, np.full(len(ids), KINDS.index(question.kind))])
+
+
+def pack(scene: Scene, tokenizer, length: int, questions: Sequence[int] | None = None) -> Tensor:
     """ids, question number, offset in the question, next token (answers only), kind: int64 [5, length]."""
-    row = torch.tensor([tokenizer.pad_token_id, -1, 0, IGNORE, -1])[:, None].repeat(1, length)
+    row = np.repeat(np.array([[tokenizer.pad_token_id], [-1], [0], [IGNORE], [-1]]), length, axis=1)
     at = 0
     for number in range(len(scene.questions)) if questions is None else questions:
-        kind, text, answer = scene.questions[number]
-        prompt = tokenizer(question_text(text), add_special_tokens=False).input_ids
-        reply = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        ids = torch.tensor([*prompt, *reply[:-1]])
-        end = at + len(ids)
+        columns = _columns(scene.questions[number], tokenizer)
+        end = at + columns.shape[1]
         if end > length:
             break
-        row[0, at:end], row[1, at:end], row[2, at:end] = ids, number, torch.arange(len(ids))
-        row[3, at + len(prompt) - 1 : end] = torch.tensor(reply)
-        row[4, at:end] = KINDS.index(kind)
+        row[[0, 2, 3, 4], at:end], row[1, at:end] = columns, number
         at = end
-    return row
+    return torch.from_numpy(row)
 
 
 def trimmed(rows: Tensor) -> Tensor:
@@ -34,14 +44,26 @@ def trimmed(rows: Tensor) -> Tensor:
     return rows[:, :, : int((rows[:, 1] >= 0).sum(1).max())]
 
 
-def packed_logits(llm: nn.Module, head: nn.Module, visual: Tensor, index: Tensor, rows: Tensor, total: int) -> Tensor:
-    """Logits [K, V] at the K places that have a target, row after row.
+def targets(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in the flattened [B, L] that have a target [K], and the targets [K].
+
+    To be asked before rows go to a GPU: how many there are is known at once on the CPU only.
+    """
+    flat = rows[:, 3].flatten()
+    places = (flat != IGNORE).nonzero()[:, 0]
+    return places, flat[places]
+
+
+def packed_logits(
+    llm: nn.Module, head: nn.Module, visual: Tensor, index: Tensor, rows: Tensor, places: Tensor, total: int
+) -> Tensor:
+    """Logits [K, V] at the K `places` that have a target, row after row.
 
     Args:
         visual: [B, R, D] visual tokens; `index` [B, R] their places among all `total` ones.
-        rows: [B, 5, L] from `pack`.
+        rows: [B, 5, L] from `pack`; `places` [K] from `targets`.
     """
-    ids, number, offset, target, _ = rows.unbind(1)
+    ids, number, offset = rows[:, 0], rows[:, 1], rows[:, 2]
     embed = llm.get_input_embeddings()
     start = torch.full((len(ids), 1), llm.config.bos_token_id, device=ids.device)
     embeds = torch.cat([embed(start), visual.to(embed.weight.dtype), embed(ids)], dim=1)
@@ -50,16 +72,17 @@ def packed_logits(llm: nn.Module, head: nn.Module, visual: Tensor, index: Tensor
     mask[:, 0, prefix:, prefix:] = (number[:, :, None] == number[:, None]) & (offset[:, None] <= offset[:, :, None])
     positions = torch.cat([torch.zeros_like(start), index + 1, offset + total + 1], dim=1)
     hidden = llm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
-    return head(hidden.last_hidden_state[:, prefix:][target != IGNORE])
+    return head(hidden.last_hidden_state[:, prefix:].flatten(0, 1)[places])
 
 
 @torch.no_grad()
 def question_scores(logits: Tensor, rows: Tensor, eos: int) -> list[tuple[int, float, bool]]:
     """(kind, mean answer loss [nats] without the end mark, every token right?) of each packed question."""
-    at = (rows[:, 3] != IGNORE).nonzero()
-    target = rows[at[:, 0], 3, at[:, 1]]
-    losses = F.cross_entropy(logits.float(), target, reduction="none")
-    right = logits.argmax(-1) == target
+    places, target = targets(rows)
+    here = target.to(logits.device)
+    losses = F.cross_entropy(logits.float(), here, reduction="none").cpu()
+    right = (logits.argmax(-1) == here).cpu()
+    at = torch.stack([places // rows.shape[2], places % rows.shape[2]], dim=1)
     keys = at[:, 0] * 1000 + rows[at[:, 0], 1, at[:, 1]]
     scores = []
     for key in keys.unique():

@@ -16,23 +16,24 @@ from torch import Tensor
 
 from evocomp.grouping.groups import Groups
 from evocomp.grouping.vocabulary import nearest_words
-from experiments.real.features import EncodedScenes, encode_scenes, scene_words, token_words
+from experiments.real.features import EncodedScenes, encode_scenes, scene_words
 from experiments.real.model import build_real, real_processor
 from experiments.real.scenes import COLORS, NAMES, SceneSpec, all_names
 from experiments.real.smollm2 import cache_folder
 
+MOST_ROWS = 300_000  # tokens that the closed form is made of, at most: 1,000 for each number in a column of it
 PLACE_WEIGHT = 0.3  # share of the row's and the column's word that starts each token's sense of place
 
 
 def word_embeddings(words: list[str], tokenizer, table: Tensor) -> Tensor:
     """Mean embedding [W, D] of each word's tokens, as they are written inside a sentence."""
     ids = [tokenizer(" " + word, add_special_tokens=False).input_ids for word in words]
-    return torch.stack([table[torch.tensor(row)].float().mean(0) for row in ids])
+    return torch.stack([table[torch.tensor(row, device=table.device)].float().mean(0) for row in ids])
 
 
 def statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation [472] of features [S, N, 472]."""
-    flat = raw.flatten(0, 1).float()
+    """Mean and 1 / standard deviation [472] of features [S, N, 472], from the first 2,000 scenes."""
+    flat = raw[:2000].flatten(0, 1).float()
     return flat.mean(0), 1 / flat.std(0).clamp_min(1e-6)
 
 
@@ -41,19 +42,18 @@ def fit_ridge(inputs: Tensor, targets: Tensor, penalty: float = 1.0) -> tuple[Te
     x, y = inputs.double(), targets.double()
     centre, offset = x.mean(0), y.mean(0)
     gram = (x - centre).T @ (x - centre)
-    gram += penalty * len(x) / 1000 * torch.eye(len(gram), dtype=torch.float64)
+    gram += penalty * len(x) / 1000 * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     weight = torch.linalg.solve(gram, (x - centre).T @ (y - offset))
     return weight.float(), (offset - centre @ weight).float()
 
 
-def training_pairs(encoded: EncodedScenes, spec: SceneSpec, side: int) -> tuple[Tensor, Tensor]:
+def training_pairs(encoded: EncodedScenes, spec: SceneSpec) -> tuple[Tensor, Tensor]:
     """(scene and token number [n, 2], word [n]) of every token that shows one thing; backgrounds thinned."""
-    words, generator = scene_words(spec), torch.Generator().manual_seed(0)
-    names = torch.stack([token_words(scene, words, spec.size, side) for scene in encoded.scenes])
-    first_color = len(words) - len(COLORS)
-    keep = (names >= 0) & ((names < first_color) | (torch.rand(names.shape, generator=generator) < 0.25))
-    at = keep.nonzero()
-    return at, names[at[:, 0], at[:, 1]]
+    shown, generator = encoded.shown, torch.Generator().manual_seed(0)
+    first_color = len(scene_words(spec)) - len(COLORS)
+    some = (torch.rand(shown.shape, generator=generator) < 0.25).to(shown.device)
+    at = ((shown >= 0) & ((shown < first_color) | some)).nonzero()
+    return at, shown[at[:, 0], at[:, 1]].long()
 
 
 def trained_rows(table: Tensor, reserved: list[int]) -> Tensor:
@@ -115,14 +115,17 @@ def as_projector(weight: Tensor, bias: Tensor, state: dict[str, Tensor]) -> dict
 def place_vectors(side: int, tokenizer, table: Tensor) -> Tensor:
     """Rows then columns [2 side, D]: blends of "top"/"bottom" and "left"/"right", `PLACE_WEIGHT` of a word long."""
     top, bottom, left, right = word_embeddings(["top", "bottom", "left", "right"], tokenizer, table)
-    share = torch.linspace(0, 1, side)[:, None]
+    share = torch.linspace(0, 1, side, device=table.device)[:, None]
     return PLACE_WEIGHT * torch.cat([top + share * (bottom - top), left + share * (right - left)])
 
 
-def ridge_projector(encoded: EncodedScenes, spec: SceneSpec, side: int, tokenizer, table: Tensor):
+def ridge_projector(encoded: EncodedScenes, spec: SceneSpec, tokenizer, table: Tensor):
     """Feature statistics and the map from standardised features to words: (mean, scale, W [472, D], b [D])."""
     mean, scale = statistics(encoded.raw)
-    at, names = training_pairs(encoded, spec, side)
+    at, names = training_pairs(encoded, spec)
+    if len(at) > MOST_ROWS:
+        some = torch.randperm(len(at), generator=torch.Generator().manual_seed(1))[:MOST_ROWS].to(at.device)
+        at, names = at[some], names[some]
     inputs = (encoded.raw[at[:, 0], at[:, 1]].float() - mean) * scale
     targets = word_embeddings(scene_words(spec), tokenizer, table)[names]
     return mean, scale, *fit_ridge(inputs, targets)
@@ -165,12 +168,12 @@ def main() -> None:
     tower, folder = model.model.vision_tower, cache_folder()
     train = encode_scenes(tower, 1, args.scenes, spec, folder)
     test = encode_scenes(tower, 2, 60, spec, folder)
-    mean, scale, weight, bias = ridge_projector(train, spec, args.side, tokenizer, table)
+    mean, scale, weight, bias = ridge_projector(train, spec, tokenizer, table)
     words = scene_words(spec)
     own = word_embeddings(words, tokenizer, table)
     tokens = (test.raw.float() - mean) * scale @ weight + bias
     figures: dict = {"words": len(words), "scenes": args.scenes, "tokens": args.side**2, "size": args.size}
-    names = torch.stack([token_words(scene, words, spec.size, args.side) for scene in test.scenes])
+    names = test.shown.long()
     shown, plane = (names >= 0) & (names < len(spec.names)), names >= len(words) - len(COLORS)
     nearest = torch.cdist(tokens, own[None].expand(len(tokens), -1, -1)).argmin(-1)
     figures["picture_token_right"] = round((nearest == names)[shown].float().mean().item(), 3)

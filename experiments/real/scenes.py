@@ -1,6 +1,4 @@
-"""Scenes of named pictures and rendered words with questions of six kinds, written in LLaVA's JSON format.
-
-    python -m experiments.real.scenes --out runs/real/data --seed 3 --count 200
+"""Scenes of named pictures and rendered words with questions of six kinds.
 
 A scene is a grid of 2 x 2 (or 3 x 3) cells on a coloured, shaded background. A cell holds a picture in one of three
 styles, a word, or nothing. Pictures: Fluent Emoji 3D (npm `@lobehub/fluent-emoji-3d`, MIT); names:
@@ -9,16 +7,17 @@ styles, a word, or nothing. Pictures: Fluent Emoji 3D (npm `@lobehub/fluent-emoj
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
 """
 
-import argparse
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -50,6 +49,7 @@ KINDS = ("naming", "place", "count", "yes-no", "reading", "color")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 COLUMNS = {2: ("left", "right"), 3: ("left", "center", "right")}
+T = TypeVar("T")
 _WORDLESS = ("People & Body", "Flags", "Symbols", "Smileys & Emotion")
 
 
@@ -81,13 +81,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """Size in pixels, cells a side (2 or 3), names of the pictures."""
+    """Size in pixels, cells a side (2 or 3), names of the pictures, and how much of its cell's side a picture takes."""
 
     size: int = 224
     cells: int = 2
     names: tuple[str, ...] = NAMES
     most: int = 4
     words: tuple[str, ...] = WORDS
+    smallest: float = 0.78
+    largest: float = 0.98
 
 
 # ---------------------------------------------------------------- pictures
@@ -192,7 +194,7 @@ def draw_scene(seed: int, index: int, spec: SceneSpec = SceneSpec()) -> Scene:
         is_word = number >= count
         picture = _word_sprite(text, rng) if is_word else _styled(sprite(text), style)
         picture = picture.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR, expand=True)
-        side = cell_size * rng.uniform(0.78, 0.98)
+        side = cell_size * rng.uniform(spec.smallest, spec.largest)
         ratio = side / max(picture.size)
         wide, high = (max(1, int(length * ratio)) for length in picture.size)
         picture = picture.resize((wide, high), Image.Resampling.BILINEAR)
@@ -246,37 +248,16 @@ def scene_examples(seed: int, start: int, stop: int, spec: SceneSpec = SceneSpec
             )
 
 
-def write_llava(out: Path, seed: int, count: int, spec: SceneSpec = SceneSpec(), per_scene: int = 4) -> int:
-    """Write a LLaVA-format folder (data.json, images/) with up to `per_scene` questions each; returns their number."""
-    if (out / "data.json").exists():
-        raise UserError(f"--out={out} already holds data.json; choose another folder")
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    rng, records = np.random.default_rng([seed, 1]), []
-    for index in range(count):
-        scene = draw_scene(seed, index, spec)
-        name = f"images/{seed}-{index}.png"
-        Image.fromarray(scene.image).save(out / name)
-        for number in rng.permutation(len(scene.questions))[:per_scene]:
-            question = scene.questions[number]
-            turns = [
-                {"from": "human", "value": f"<image>\n{question.text}"},
-                {"from": "gpt", "value": question.answer},
-            ]
-            record = {"id": f"{seed}-{index}-{number}", "image": name, "kind": question.kind, "conversations": turns}
-            records.append(record)
-    (out / "data.json").write_text(json.dumps(records, indent=0) + "\n")
-    return len(records)
+def in_processes(
+    work: Callable[[int, int], T], count: int, chunk: int, processes: int
+) -> Iterator[T]:
+    """work(start, stop) for 0..count in chunks, in order, by so many processes beside this one; 0 = in this one.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=3)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--size", type=int, default=224)
-    args = parser.parse_args()
-    print(f"{write_llava(args.out, args.seed, args.count, SceneSpec(size=args.size))} questions in {args.out}")
-
-
-if __name__ == "__main__":
-    main()
+    `work` must be picklable. The processes are fresh ones: a forked child of a process that holds a GPU is broken.
+    """
+    parts = [(start, min(count, start + chunk)) for start in range(0, count, chunk)]
+    if processes == 0:
+        yield from (work(*part) for part in parts)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(work, *zip(*parts, strict=True))

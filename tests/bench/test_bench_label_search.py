@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from evocomp.bench import label_search, timing
-from evocomp.bench.label_search import CandidateScorer, Sample, memo_row, middle_sample, nano_samples, run, search_row
+from evocomp.bench.label_search import CandidateScorer, memo_row, run, search_row
+from evocomp.bench.samples import middle_sample, nano_samples
 
 EFFORT = {"q": 6, "p": 2, "generations": 2}
 
@@ -20,10 +21,12 @@ def short_samples(monkeypatch):
 def test_every_kind_of_row_is_there():
     rows = run(repeats=1, quick=True)
     kinds = [row["bench"] for row in rows]
-    assert {"label search", "ablation", "memo", "hill_climb", "growth with q"} <= set(kinds)
-    assert all(row["ratio"] > 0 for row in rows if not row["bench"].startswith("growth")), "slopes of so little vary"
+    assert {"label search", "ablation", "memo", "hill_climb", "growth with q", "best masks"} <= set(kinds)
+    timed = [row for row in rows if not row["bench"].startswith(("growth", "best"))]  # slopes of so little vary
+    assert all(row["ratio"] > 0 for row in timed)
     assert all({"device", "torch", "commit"} <= set(row) for row in rows)
     assert all(row["same_best_mask"] for row in rows if row["bench"] == "label search")
+    assert len({row["baseline_ms"] for row in rows if row["bench"] == "ablation"}) == 1, "one baseline for all"
     assert kinds.count("ablation") == len(label_search.LADDER)
 
 
@@ -59,13 +62,33 @@ def test_a_scorer_that_is_wrong_gets_no_row(sample, bench, monkeypatch):
         bench(sample, "cpu", 1, **EFFORT)
 
 
-def test_another_best_mask_passes_only_as_a_tie(sample, monkeypatch):
+def test_another_best_mask_is_reported_with_its_loss(sample):
     good = label_search._search(sample, label_search.Published(q=6, p=2), sample.removed, 1)
-    other = label_search.replace(good, kept=np.arange(len(good.kept)))
-    with pytest.raises(AssertionError):
-        label_search.same_best(sample, good, other)
-    monkeypatch.setattr(Sample, "removed", lambda self, kept: np.ones(len(kept), np.float32))
-    label_search.same_best(sample, good, other)
+    kept = np.arange(len(good.kept))
+    other = label_search.replace(good, kept=kept, loss=float(sample.removed(kept[None])[0]))
+    found = label_search.same_best(sample, good, other)
+    apart = pytest.approx(abs(good.loss - other.loss), rel=1e-4)
+    assert found == {"same_best_mask": False, "largest_difference": apart}
+    assert found["largest_difference"] > 1e-3
+    assert label_search.same_best(sample, good, good) == {"same_best_mask": True, "largest_difference": 0}
+    with pytest.raises(AssertionError):  # a loss that is not the mask's
+        label_search.same_best(sample, good, label_search.replace(good, kept=kept))
+
+
+def test_searches_that_end_elsewhere_are_counted(sample, monkeypatch):
+    row = label_search.best_masks([sample], "cpu", **EFFORT)
+    assert row["ratio"] == row["equal_loss"] == 1 and row["largest_difference"] == 0
+    right = label_search._search
+
+    def worst(sample, strategy, score, generations, remember=True):
+        if score == sample.removed:
+            return right(sample, strategy, score, generations, remember)
+        found = right(sample, strategy, lambda kept: -score(kept), generations, remember)
+        return label_search.replace(found, loss=-found.loss)
+
+    monkeypatch.setattr(label_search, "_search", worst)
+    row = label_search.best_masks([sample], "cpu", **EFFORT)
+    assert row["ratio"] == row["equal_loss"] == 0 and row["largest_difference"] > 1e-3
 
 
 def test_labels_are_made_three_times_faster(sample):

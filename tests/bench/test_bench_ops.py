@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -13,20 +15,14 @@ def short_samples(monkeypatch):
 
 
 def test_every_op_has_a_row_with_its_ratio():
-    rows = run(repeats=1, shapes=[TINY])
-    assert [row["bench"].split(",")[0] for row in rows] == [
-        "cosine separation",
-        "cosine separation",
-        "grouping",
-        "grouping",
-        "GHM-C",
-        "top-r compaction",
-    ]
+    rows = list(run(repeats=1, shapes=[TINY]))
+    expected = {"cosine separation": 2, "head and separation": 2, "grouping": 2, "GHM-C": 1, "top-r compaction": 1}
+    assert Counter(row["bench"].split(",")[0] for row in rows) == expected
     for row in rows:
         assert row["ratio"] > 0 and row["torch"] == torch.__version__ and "reference" in row["ours"]
 
 
-@pytest.mark.parametrize("name", ["cosine_separation", "ghm_bce", "vocabulary_argmax"])
+@pytest.mark.parametrize("name", ["cosine_separation", "score_separation", "ghm_bce", "vocabulary_argmax"])
 def test_a_wrong_op_gets_no_row(name, monkeypatch):
     right = getattr(ops, name)
 
@@ -36,7 +32,7 @@ def test_a_wrong_op_gets_no_row(name, monkeypatch):
 
     monkeypatch.setattr(ops, name, wrong)
     with pytest.raises(AssertionError):
-        run(repeats=1, shapes=[TINY])
+        list(run(repeats=1, shapes=[TINY]))
 
 
 def test_chunks_need_at_most_a_quarter_of_the_memory():
@@ -53,8 +49,12 @@ def test_factorised_separation_is_five_times_faster_at_2880_tokens():
 @pytest.mark.gpu
 def test_gains_on_a_gpu():
     # what the op is for: at least so many times faster, or smaller
-    gates = {"cosine separation": 3, "grouping, peak memory": 10, "GHM-C": 5, "top-r compaction": 2}
+    gates = {"cosine": 3, "head": 3, "grouping, peak memory": 4, "top-r compaction": 2}
+    gates |= {"GHM-C, forward + backward, queued": 5}  # of the GPU's time; the host's launches add the same to both
     for row in run("cuda"):
         for bench, gate in gates.items():
             if row["bench"].startswith(bench):
                 assert row["ratio"] >= gate, row
+        if row["bench"] == "grouping, peak memory" and "kernel" in row["ours"]:
+            assert row["ratio"] >= 100, row
+        assert row.get("ours_waits", 0) == 0, row

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evocomp.bench import timing
-from evocomp.bench.timing import compare, environment, peak_memory, quantiles
+from evocomp.bench.timing import compare, compare_all, environment, peak_memory, quantiles
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30))
@@ -43,6 +43,22 @@ def test_samples_are_interleaved_and_alternate(monkeypatch):
     compare("b", "", clock.work("A", 1.0, 1), clock.work("B", 1.0, 1), lambda a, b: None, repeats=4)
     assert "".join(clock.log[-8:]) == "ABBAABBA"
     assert len(clock.log) > 8 + 2  # warm-up before
+
+
+def test_several_ways_take_turns_with_one_baseline(monkeypatch):
+    clock = Clock(monkeypatch)
+    baseline, *ways = (clock.work(name, seconds, name) for name, seconds in (("A", 3.0), ("B", 1.0), ("C", 2.0)))
+    rows = compare_all("b", "", baseline, ways, lambda a, b: {"answers": a + b}, repeats=2)
+    assert "".join(clock.log[-6:]) == "ABCCBA"
+    assert [row["answers"] for row in rows] == ["AB", "AC"]
+    assert [row["ratio"] for row in rows] == [pytest.approx(3), pytest.approx(1.5)]
+
+
+def test_a_named_commit_wins_over_that_of_the_checkout(monkeypatch):
+    timing._commit.cache_clear()
+    monkeypatch.setenv("EVOCOMP_COMMIT", "abc")
+    assert environment("cpu")["commit"] == "abc"
+    timing._commit.cache_clear()
 
 
 def test_short_work_is_repeated_inside_the_clock(monkeypatch):

@@ -62,6 +62,20 @@ def test_no_source_gives_the_defaults():
     assert load() == RunConfig()
 
 
+def test_a_recipe_is_where_settings_begin(yaml):
+    published = load([], ["recipe=published"])
+    assert (published.labels.target, published.labels.refresh, published.loss.name) == ("hard", "search", "ghm_cs")
+    assert not published.compressor.budget_input and published.optim.ema == 0
+    assert published.search == RunConfig().search, "Algorithm 1 is the default search of both"
+    # what a file says of the same setting wins over the recipe, wherever it is named
+    file = yaml("labels: {refresh: none}\noptim: {ema: 0.9}\n")
+    mixed = load([file], ["recipe=published"])
+    assert (mixed.labels.refresh, mixed.optim.ema, mixed.labels.target) == ("none", 0.9, "hard")
+    # the last recipe that is named counts
+    assert load([yaml("recipe: published\n", "p.yaml")], ["recipe=plus"]) == RunConfig()
+    refused("recipe=nonsense", match="recipe.*nonsense")
+
+
 @pytest.mark.parametrize(
     "words",
     [["--seed=3", "--data.max_bad=4"], ["--seed", "3", "--data.max_bad", "4"], ["seed=3", "data.max_bad=4"]],
@@ -92,7 +106,7 @@ def test_the_trainer_section_is_open():
 
 def test_references_are_resolved_once(yaml):
     config = load([yaml("run_dir: runs/${recipe}-${seed}\n")], ["seed=5"])
-    assert config.run_dir == "runs/published-5"
+    assert config.run_dir == "runs/plus-5"
     refused("run_dir=${nowhere}", match="run_dir.*nowhere.* not found")
 
 
@@ -167,7 +181,9 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["search.mutation=1.5"], r"search.mutation=1.5: must lie in \[0, 1\]"),
         (["search.generations=-1"], "search.generations=-1: must not be negative"),
         (["data.max_samples=-1"], "data.max_samples=-1: must not be negative"),
-        (["data.image_size=48"], "data.image_size=48: scenes need at least 72 pixels"),
+        (["data.scenes=huge"], "data.scenes: Invalid value 'huge', expected one of"),
+        (["model.name=nano576"], "model.name=nano576 was made for large scenes: set data.scenes=large"),
+        (["data.scenes=large"], "model.name=nano was made for small scenes: set data.scenes=small"),
         (["labels.chunk_size=0"], "labels.chunk_size=0: must be at least 1"),
         (["labels.batch=0"], "labels.batch=0: must be at least 1"),
         (["optim.batch_size=0"], "optim.batch_size=0: must be at least 1"),
@@ -183,7 +199,7 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["seed=-1"], "^seed=-1: must not be negative"),
         (["threads=-1"], "^threads=-1: must not be negative"),
         (["grouping.method=dpc_knn"], "grouping.method=dpc_knn needs grouping.count > 0"),
-        (["loss.name=listwise"], "loss.name=listwise needs labels.target=credit, not hard"),
+        (["recipe=published", "loss.name=listwise"], "loss.name=listwise needs labels.target=credit, not hard"),
         (["labels.target=credit", "labels.refresh=none", "loss.name=focal_cs"], "loss.name=focal_cs needs hard labels"),
     ],
 )

@@ -8,9 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evocomp.data.example import stable_id
-from evocomp.data.scenes import COLORS, KINDS, PLACES, SHAPES, SceneSpec, draw_scene, scene_examples
+from evocomp.data.glyphs import dots
+from evocomp.data.scenes import (
+    COLORS,
+    KINDS,
+    PLACES,
+    SHAPES,
+    SIGN,
+    SIGN_WORDS,
+    SPECS,
+    SceneSpec,
+    draw_scene,
+    scene_examples,
+)
 
 seeds = st.integers(0, 2**31)
+specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
 def answer_of(text: str, objects) -> str:
@@ -24,6 +37,8 @@ def answer_of(text: str, objects) -> str:
         (one,) = found
         return one
 
+    if words[:2] == ["word", "on"]:
+        return only(those(color=words[2], shape=words[3])).word
     if words[0] == "digit":
         return str(only(those(color=words[2], shape=words[3])).digit)
     if words[0] == "any":
@@ -34,6 +49,8 @@ def answer_of(text: str, objects) -> str:
         return only(those(shape=words[2])).color
     if words[1] == "of":
         return only(those(color=words[2])).shape
+    if words[1] == "with" and not words[2].isdigit():
+        return only(those(word=words[2])).color
     if words[1] == "with":
         return getattr(only(those(digit=int(words[2]))), words[0])
     place = next(p for p in PLACES if text.split(" ", 1)[1].startswith(p))
@@ -43,22 +60,28 @@ def answer_of(text: str, objects) -> str:
     return getattr(only([o for o in objects if (o.row, o.column) == (here.row + down, here.column + right)]), words[0])
 
 
+@specs
 @settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(0, 10**6))
-def test_answers_follow_from_the_objects(seed, index):
-    scene = draw_scene(seed, index)
+@given(seed=seeds, index=st.integers(0, 10**6))
+def test_answers_follow_from_the_objects(spec, seed, index):
+    scene = draw_scene(seed, index, spec)
     assert scene.questions
     for question in scene.questions:
         assert answer_of(question.text, scene.objects) == question.answer
         assert question.kind in KINDS
 
 
+@specs
 @settings(max_examples=30, deadline=None)
-@given(seeds)
-def test_objects_stand_in_their_cells_on_the_patch_grid(seed):
-    spec = SceneSpec()
-    scene = draw_scene(seed, 0)
-    assert spec.min_objects <= len(scene.objects) <= spec.max_objects
+@given(seed=seeds)
+def test_objects_stand_in_their_cells_on_the_patch_grid(spec, seed):
+    scene = draw_scene(seed, 0, spec)
+    signs = [thing for thing in scene.objects if thing.shape == SIGN]
+    assert spec.min_objects <= len(scene.objects) - len(signs) <= spec.max_objects
+    assert spec.min_signs <= len(signs) <= spec.max_signs
+    for thing in scene.objects:
+        assert (thing.word in SIGN_WORDS, thing.digit is None) == ((thing in signs),) * 2
+    assert len({thing.word for thing in signs}) == len(signs)
     assert len({(o.row, o.column) for o in scene.objects}) == len(scene.objects)
     assert len({(o.color, o.shape) for o in scene.objects}) == len(scene.objects)
     for thing in scene.objects:
@@ -99,8 +122,11 @@ def test_a_scene_is_a_function_of_seed_and_number():
 
 def test_relation_is_asked_only_if_wanted():
     plain, all_kinds = scene_examples(1, 0, 10), scene_examples(1, 0, 10, relation=True)
-    assert {e.kind for e in plain} == set(KINDS) - {"relation"}
-    assert {e.kind for e in all_kinds} == set(KINDS)
+    assert {e.kind for e in plain} == set(KINDS) - {"relation", "read"}  # there are no signs in small scenes
+    assert {e.kind for e in all_kinds} == set(KINDS) - {"read"}
+    large = scene_examples(1, 0, 10, SPECS["large"], relation=True)
+    assert {e.kind for e in large} == set(KINDS)
+    assert any(e.kind == "relation" and e.prompt.startswith("word ") for e in large)
     assert [e.id for e in all_kinds if e.kind != "relation"] == [e.id for e in plain]
 
 
@@ -120,6 +146,48 @@ def test_targets_point_at_the_object_that_is_asked_about():
             if question.kind in ("digit", "find", "color", "shape"):
                 thing = scene.objects[question.target]
                 assert question.answer in (str(thing.digit), thing.color, thing.shape)
+
+
+def test_the_letters_of_a_sign_stand_in_their_own_patches():
+    """Where a letter's dots are there is ink, and where its gaps are there is the plate."""
+    spec, checked = SPECS["large"], 0
+    for index in range(10):
+        scene = draw_scene(4, index, spec)
+        for thing in scene.objects:
+            if thing.shape != SIGN:
+                continue
+            for place, letter in enumerate(thing.word):
+                middle = thing.x + (place - 1) * spec.patch
+                left, top = round(middle * 2 - 5) / 2, round(thing.y * 2 - 7) / 2
+                if left % 1 or top % 1:
+                    continue  # half a pixel off: ink and plate mix
+                cells = scene.image[int(top) : int(top) + 7, int(left) : int(left) + 5].astype(int).sum(2)
+                inked = np.zeros((7, 5), bool)
+                inked[tuple(np.array([(row, column) for column, row in dots(letter)]).T)] = True
+                # the last row and column of a dot overlap the next one by half a pixel
+                assert np.median(cells[inked]) < np.median(cells[~inked]) - 80
+                patch = int(middle) // spec.patch
+                assert int(left) // spec.patch == int(left + 4) // spec.patch == patch
+                assert patch == int(thing.x) // spec.patch + place - 1 and 0 <= patch < 24
+                checked += 1
+    assert checked > 5
+
+
+def test_every_letter_of_every_word_can_be_told_apart():
+    shapes = {glyph: dots(glyph) for glyph in "0123456789abcdefghijklmnopqrstuvwxyz"}
+    same = [(a, b) for a in shapes for b in shapes if a < b and shapes[a] == shapes[b]]
+    assert same == [("0", "o")]  # which stand on objects and on signs
+    assert all(len(word) == 3 and word.isalpha() for word in SIGN_WORDS)
+    assert len(set(SIGN_WORDS)) == len(SIGN_WORDS)
+
+
+def test_ids_depend_on_everything_in_the_spec():
+    one, other = (scene_examples(1, 0, 1, SceneSpec(palette=palette)) for palette in (6, 7))
+    assert {e.id for e in one}.isdisjoint(e.id for e in other)
+    assert str(SceneSpec()) == (
+        "SceneSpec(size=96, patch=8, grid=3, min_objects=4, max_objects=8, color=2, shape=2, digit=3, find=2, exist=2, "
+        "count=2, relation=3)"
+    )
 
 
 def test_answers_are_balanced_enough_that_guessing_fails():

@@ -36,7 +36,7 @@ def test_several_ranks_make_the_same_bytes(ranks, alone, tmp_path, world, how):
 # ------------------------------------------------------------ one model held by several processes
 
 # four parts a population, for the members to share; savings that a sharded model does without
-SHARDED = ["labels.batch=2", "scorer.own_pass=false", "scorer.shared_prefix=never", "scorer.prefix_reuse=false"]
+SHARDED = ["labels.batch=2", "scorer.own_pass=false", "scorer.shared_prefix=never", "scorer.prefix_reuse=never"]
 KINDS = {
     "hard": [],
     "hill_climb": ["search.strategy=hill_climb"],
@@ -98,6 +98,7 @@ def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
         (["model.shard=3"], "make no groups of 3"),
         (["model.shard=2", "model.name=nowhere"], "model.name=nowhere does not load"),
         (["model.shard=2", "labels.dtype=bfloat16"], "give labels.dtype=model"),
+        (["model.shard=2", "search.strategy=gradient_seeded"], "needs gradients"),
     ],
 )
 def test_what_shard_groups_cannot_do_is_refused_by_all(ranks, tmp_path, settings, says):

@@ -149,11 +149,16 @@ def test_mixed_precision_and_gradient_accumulation_go_with_the_strategies(train,
         assert torch.equal(value, weights(again)[key]), key
 
 
+PLUS = ["recipe=plus", "labels.refresh_start=1", "labels.samples_per_refresh=8", "labels.flat=0.001"]
+
+
 @pytest.mark.slow
-def test_a_run_with_a_sharded_mllm_is_that_of_one_process_a_rank(train):
+@pytest.mark.parametrize("recipe", [[], PLUS], ids=["published", "plus"])
+def test_a_run_with_a_sharded_mllm_is_that_of_one_process_a_rank(train, recipe):
     """Labels, refreshes, training and measurements with half of the MLLM's layers in each of two processes."""
     exact = ["scorer.own_pass=false", "scorer.shared_prefix=never", "labels.batch=2", "data.val_samples=5"]
-    settings = [*EPOCH, *exact, "optim.batch_size=4", "trainer.max_epochs=2", "logger=csv", "compressor.init=layer"]
+    settings = [*EPOCH, *exact, "optim.batch_size=4", "trainer.max_epochs=2", "logger=csv", *recipe]
+    settings += ["compressor.init=layer"]
     whole, plain, _ = train(2, [*settings, "model.shard=1"], shared_labels=False)
     shards, run, _ = train(2, [*settings, "model.shard=2"], shared_labels=False)
     assert whole.succeeded().results == shards.succeeded().results

@@ -43,3 +43,11 @@ def test_every_rival_has_a_row(run_folder):
 def test_another_source_needs_a_place_of_its_own(run_folder):
     with pytest.raises(UserError, match="give --out"):
         evaluate_run(run_folder, source="pope:data/pope")
+
+
+def test_a_panel_of_named_rivals(run_folder, tmp_path):
+    rows = evaluate_run(run_folder, out=tmp_path, panel="divprune,fastv")
+    methods = {row["method"] for row in rows}
+    assert {"divprune", "fastv", "random", "full"} < methods and not methods & {"tome", "fastv_inside"}
+    with pytest.raises(UserError, match="'no_such' is none of basic, full, "):
+        evaluate_run(run_folder, panel="divprune,no_such")

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -291,3 +292,13 @@ def test_roles_may_have_other_names():
     other = summarise(renamed, questions, Roles("mine", "whole", "blind", "small"), resamples=30)
     for a, b in zip(usual, other, strict=True):
         assert {k: v for k, v in a.items() if k != "method"} == {k: v for k, v in b.items() if k != "method"}
+
+
+def test_a_model_that_answers_nothing_rightly_has_a_report_too(tmp_path):
+    """Nothing is relative to it, so there is no curve; the rest is written."""
+    outcomes, questions = panel()
+    outcomes = [replace(one, correct=np.zeros_like(one.correct)) for one in outcomes]
+    write_report(make_report(outcomes, questions, resamples=50), tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "<table" in text
+    assert "Accuracy against tokens kept" not in text

@@ -60,7 +60,7 @@ def run(tmp_path_factory, nano):
     from evocomp.data.splits import load_splits
     from evocomp.training.build import build_labeller
 
-    sizes = ["data.max_samples=5", "data.val_samples=0", "data.test_samples=0"]
+    sizes = ["recipe=published", "data.max_samples=5", "data.val_samples=0", "data.test_samples=0"]
     search = ["search.population=8", "search.parents=4", "search.generations=2", "labels.chunk_size=2"]
     config = load(settings=[*sizes, *search])
     labeller = build_labeller(config, nano, load_splits(config.data), tmp_path_factory.mktemp("run"))

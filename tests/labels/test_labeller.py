@@ -19,6 +19,7 @@ from evocomp.training.build import build_labeller
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = [
+    "recipe=published",
     "data.max_samples=12",
     "data.val_samples=0",
     "data.test_samples=0",

@@ -174,3 +174,17 @@ def test_half_precision_is_close_and_leaves_the_model_alone(nano, encoded):
     assert np.corrcoef(half, before)[0, 1] > 0.99
     assert nano.vocabulary.dtype == torch.float32
     assert np.array_equal(CandidateScorer(nano)(encoded[0], kept), before)
+
+
+@pytest.mark.parametrize(
+    "reuse,device,reused", [("auto", "cpu", 0), ("auto", "cuda", 1), ("always", "cpu", 1), ("never", "cuda", 0)]
+)
+def test_local_search_reuses_prefixes_where_it_pays(nano, asked, reuse, device, reused, monkeypatch):
+    features, kept = asked[0][0], masks(3, 16)
+    scorer = CandidateScorer(nano, settings=ScorerConfig(prefix_reuse=reuse))
+    seen, right = [], scorer.losses.candidates
+    scorer.losses.candidates = lambda one, some, flips: seen.append(flips) or right(one, some, flips)
+    monkeypatch.setattr(CandidateScorer, "_reuse_pays", staticmethod(lambda _: device == "cuda"))
+    scorer(features, kept, flips=True)
+    scorer(features, kept)
+    assert seen == [bool(reused), False]

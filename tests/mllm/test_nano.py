@@ -1,4 +1,4 @@
-"""The shipped model: an ordinary Hugging Face folder, and it answers from its picture."""
+"""The shipped models: ordinary Hugging Face folders, and they answer from their picture."""
 
 import json
 import socket
@@ -8,17 +8,23 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from evocomp.data.scenes import COLORS, SHAPES, scene_examples
-from evocomp.mllm.nano import ASSETS, WORDS, build_nano, nano_config, nano_processor
+from evocomp.data.scenes import COLORS, SHAPES, SIGN_WORDS, SPECS, scene_examples
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.nano import ASSETS, READING_WORDS, WORDS, build_nano, nano_config, nano_processor
 
 FOLDER = ASSETS / "nano"
 FRESH = 424242  # no setting, no training and no other test draws scenes from this seed
 
 
+@pytest.fixture(scope="module")
+def nano576():
+    return FrozenMLLM.load("nano576")
+
+
 def share_right(nano, examples, other_pictures=False, batch=100) -> float:
-    """Share of exact answers with all 144 tokens; or with those of the picture half of the list away."""
+    """Share of exact answers with all tokens; or with those of the picture half of the list away."""
     features = nano.features(examples)
-    everything = torch.arange(144)
+    everything = torch.arange(len(features[0].visual))
     right = 0
     for start in range(0, len(examples), batch):
         prompts = []
@@ -40,6 +46,25 @@ def test_answers_fresh_questions_and_needs_the_picture(nano):
     assert len(examples) == 400 and {e.kind for e in examples} == {"color", "shape", "digit", "find", "exist", "count"}
     assert share_right(nano, examples) >= 0.93
     assert share_right(nano, examples, other_pictures=True) <= 0.45
+
+
+def fresh_large(count: int) -> list:
+    return scene_examples(FRESH, 0, count // 10, SPECS["large"])[:count]
+
+
+def test_the_larger_model_answers_fresh_questions_and_needs_the_picture(nano576):
+    examples = fresh_large(200)
+    assert len(examples) == 200 and "read" in {e.kind for e in examples}
+    assert len(nano576.features(examples[:1])[0].visual) == 576
+    assert share_right(nano576, examples, batch=50) >= 0.86
+    assert share_right(nano576, examples, other_pictures=True, batch=50) <= 0.45
+
+
+@pytest.mark.slow
+def test_the_larger_model_answers_two_thousand_fresh_questions(nano576):
+    examples = fresh_large(2000)
+    assert share_right(nano576, examples, batch=50) >= 0.90
+    assert share_right(nano576, examples, other_pictures=True, batch=50) <= 0.45
 
 
 @pytest.mark.slow
@@ -103,25 +128,29 @@ def test_the_pipeline_answers(plain, questions):
     assert out[0]["generated_text"].strip() == example.answer
 
 
-def test_assets_are_small_enough_to_ship():
-    sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= sizes.keys()
+@pytest.mark.parametrize("name", ["nano", "nano576"])
+def test_assets_are_small_enough_to_ship(name):
+    sizes = {path.name: path.stat().st_size for path in (ASSETS / name).iterdir()}
+    needed = {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json", "README.md"}
+    assert needed <= sizes.keys()
     assert sum(sizes.values()) < 4_000_000, sizes
 
 
-def test_the_recipe_builds_what_is_shipped(plain):
-    model, processor = plain
-    config = nano_config()
+@pytest.mark.parametrize(("name", "size", "words"), [("nano", 96, WORDS), ("nano576", 192, READING_WORDS)])
+def test_the_recipe_builds_what_is_shipped(nano, nano576, name, size, words):
+    shipped = {"nano": nano, "nano576": nano576}[name]
+    model, processor = shipped.model, shipped.processor
+    config = nano_config(size, words=words)
     again = build_nano(config, torch.Generator().manual_seed(3))
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
-    shipped = json.loads((FOLDER / "config.json").read_text())
+    shipped = json.loads((ASSETS / name / "config.json").read_text())
     rebuilt = json.loads(config.to_json_string(use_diff=False))
     for section in ("text_config", "vision_config"):
         for key, value in shipped[section].items():
             if key not in ("dtype", "_name_or_path"):
                 assert rebuilt[section][key] == value, key
-    made = nano_processor(config)
-    text = "color of circle how many red any pink cross"
+    made = nano_processor(config, words)
+    text = "color of circle how many red any pink cross sign sun"
     assert made.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
     assert made.chat_template == processor.chat_template
 
@@ -136,9 +165,11 @@ def test_fresh_weights_depend_on_the_generator_alone():
     assert abs(embeddings[0].std().item() - 0.5) < 0.02
 
 
-def test_every_word_of_every_question_is_in_the_vocabulary(nano):
-    examples = scene_examples(77, 0, 60, relation=True)
-    texts = {f"{e.prompt} {e.answer}" for e in examples} | {" ".join([*COLORS, *SHAPES, *map(str, range(10))])}
+@pytest.mark.parametrize("name", ["nano", "nano576"])
+def test_every_word_of_every_question_is_in_the_vocabulary(nano, nano576, name):
+    spec, words, model = {"nano": ("small", (), nano), "nano576": ("large", SIGN_WORDS, nano576)}[name]
+    examples = scene_examples(77, 0, 60, SPECS[spec], relation=True)
+    texts = {f"{e.prompt} {e.answer}" for e in examples} | {" ".join([*COLORS, *SHAPES, *map(str, range(10)), *words])}
     unknown = WORDS.index("<unk>")
     for text in texts:
-        assert unknown not in nano.processor.tokenizer(text).input_ids, text
+        assert unknown not in model.processor.tokenizer(text).input_ids, text

@@ -18,7 +18,7 @@ from evocomp.mllm.transformers_body import TransformersBody
 from tests.mllm.test_hf import SCORABLE, tiny
 
 SWITCHES = [field.name for field in fields(ScorerConfig)]
-OFF = {name: "never" if name == "shared_prefix" else False for name in SWITCHES}
+OFF = {name: "never" if "prefix" in name else False for name in SWITCHES}
 SETTINGS = {
     "all": ScorerConfig(),
     "prefix": ScorerConfig(shared_prefix="always"),
@@ -118,11 +118,14 @@ def test_families(family, own_pass, prefix):
     features = with_answer(features, 40, 60, 80)
     mllm = FrozenMLLM(model, processor=None)
     losses = AnswerLosses(mllm, settings=ScorerConfig(own_pass=own_pass, shared_prefix=prefix))
-    expected_body = LlamaBody if own_pass and not family.startswith("qwen") else TransformersBody
+    expected_body = LlamaBody if own_pass else TransformersBody
     assert type(losses.body) is expected_body
     kept = masks(features, 4, 5)
     expected = masked_losses(mllm, features, kept)
-    torch.testing.assert_close(losses.candidates(features, kept), expected, atol=1e-4, rtol=1e-4)
+    for flips in (False, True):
+        torch.testing.assert_close(losses.candidates(features, kept, flips), expected, atol=1e-4, rtol=1e-4)
+    together = losses.shared([features, with_answer(features, 60, 40)], kept)
+    torch.testing.assert_close(together[:, 0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_candidates_that_share_a_beginning_give_the_same_losses(nano, encoded):
@@ -154,6 +157,18 @@ def test_own_pass_is_given_up_where_it_is_not_the_models(nano, encoded, monkeypa
     monkeypatch.setattr(LlamaBody, "_after", lambda *a: right(*a) * 1.001)
     assert not llama_body.agrees(LlamaBody(nano.decoder, torch.float32, ScorerConfig()), nano.decoder)
     assert type(AnswerLosses(nano).body) is TransformersBody
+
+
+@pytest.mark.parametrize("family", [f for f in SCORABLE if f.startswith("qwen")])
+def test_own_pass_needs_every_axis_of_the_positions(family, monkeypatch):
+    _, _, model = tiny(family)
+    decoder = FrozenMLLM(model, processor=None).decoder
+    ours = LlamaBody(decoder, torch.float32, ScorerConfig())
+    assert llama_body.agrees(ours, decoder)
+    right = ours.rotary
+    for axis in range(3):
+        ours.rotary = lambda x, positions, axis=axis: right(x, positions[axis].expand(3, -1, -1))
+        assert not llama_body.agrees(ours, decoder)
 
 
 def test_own_pass_is_for_known_layers_only(nano, monkeypatch):

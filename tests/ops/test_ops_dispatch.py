@@ -36,6 +36,15 @@ def test_cuda_takes_the_kernel_where_triton_is_installed(installed, expected, mo
     assert dispatch.choose(on("cuda", torch.float64)) == "reference"
 
 
+def test_a_kernel_that_is_slower_runs_where_it_is_forced(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    with caplog.at_level(logging.INFO, logger="evocomp"):
+        assert dispatch.choose(on("cuda"), slower="vocabulary_argmax") == "reference"
+    assert [r.message for r in caplog.records] == ["vocabulary_argmax: reference on cuda"]
+    monkeypatch.setenv("EVOCOMP_OPS", "triton")
+    assert dispatch.choose(on("cuda"), slower="vocabulary_argmax") == "triton"
+
+
 def test_forced_reference_wins_on_cuda(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
     monkeypatch.setenv("EVOCOMP_OPS", "reference")

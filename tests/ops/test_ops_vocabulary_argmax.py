@@ -70,3 +70,19 @@ def test_low_precision_inputs_are_scored_in_fp32(dtype, generator):
     full = F.cosine_similarity(tokens.double()[:, None], table.double()[None], dim=-1)
     regret = full.gather(1, exact_index[:, None]) - full.gather(1, index[:, None])
     assert regret.max() <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_chunks_on_a_gpu(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    # small whole numbers: sums are exact in any order, so that copies in other chunks score the same bits
+    both = (torch.randn(n, 4096, generator=generator, device="cuda").mul(2).round() for n in (577, 9001))
+    tokens, table = (one.to(dtype) for one in both)
+    table[7000:] = table[:2001]
+    index, cosine = vocabulary_argmax(tokens, table, chunk=4008)
+    scores = F.normalize(tokens.double(), dim=-1) @ F.normalize(table.double(), dim=-1).T
+    assert cosine.dtype == torch.float32 and (index < 7000).all()
+    regret = scores.amax(-1) - scores.gather(1, index[:, None])[:, 0]
+    assert (regret <= 1e-5).all()
+    torch.testing.assert_close(cosine.double(), scores.amax(-1), rtol=0, atol=1e-5)

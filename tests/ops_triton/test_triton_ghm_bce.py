@@ -117,7 +117,7 @@ def test_operator_registration(generator):
     kernel = _module()
     logits, targets, valid = example(generator, (2, 37))
     counts = ghm_histogram(logits, targets, valid)
-    torch.library.opcheck(kernel.ghm_histogram, (logits, targets, valid, 10))
+    torch.library.opcheck(kernel._ghm_histogram, (logits, targets, valid, 10))
     torch.library.opcheck(kernel._ghm_bce, (logits.requires_grad_(), targets, valid, counts, "paper"))
     torch.library.opcheck(kernel._ghm_bce, (logits, targets, None, counts, "non_empty"))
 

@@ -17,8 +17,10 @@ def example(generator, b, n, d=5, dtype=torch.float32):
 
 def check(scores, r, embeddings, valid):
     positions = torch.arange(scores.shape[1], device=DEVICE).expand(3, *scores.shape) * 2
-    kept = top_r_compact(scores, r, embeddings, positions, valid)
     index = reference.top_r_index(scores, r, valid)
+    # alone first: gathering by a wrong index reads outside memory, which ends all work of a process on its GPU
+    assert torch.equal(_module().top_r_index(scores, r, valid), index)
+    kept = top_r_compact(scores, r, embeddings, positions, valid)
     assert torch.equal(kept.index, index)
     assert torch.equal(kept.embeddings, reference.gather_embeddings(embeddings, index))
     assert torch.equal(kept.position_ids, (index * 2).expand(3, -1, -1))
@@ -70,16 +72,16 @@ def test_operator_registration(generator):
     module = _module()
     scores, embeddings, valid = example(generator, 2, 37)
     index = reference.top_r_index(scores, 4, valid)
-    torch.library.opcheck(module.top_r_index, (scores, 4, valid))
-    torch.library.opcheck(module.top_r_index, (scores, 37, None))
-    torch.library.opcheck(module.gather_embeddings, (embeddings.requires_grad_(), index))
+    torch.library.opcheck(module._top_r_index, (scores, 4, valid))
+    torch.library.opcheck(module._top_r_index, (scores, 37, None))
+    torch.library.opcheck(module._gather_embeddings, (embeddings.requires_grad_(), index))
 
 
 @pytest.mark.parametrize("name", ["_index_kernel", "_gather_kernel"])
 def test_a_kernel_that_does_nothing_fails_the_check(name, generator, guarded, monkeypatch):
     monkeypatch.setattr(_module(), name, DoesNothing())
     scores, embeddings, valid = example(generator, 2, 37)
-    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+    with pytest.raises(AssertionError):
         check(scores, 4, embeddings, valid)
 
 

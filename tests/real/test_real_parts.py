@@ -13,7 +13,7 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.scoring import AnswerLosses
 from experiments.real.efficientnet import CHANNELS, EfficientNetLite2, EfficientNetLiteConfig, SameConv
 from experiments.real.features import token_words
-from experiments.real.packing import IGNORE, pack, packed_logits, question_scores
+from experiments.real.packing import IGNORE, pack, packed_logits, question_scores, targets
 from experiments.real.ridge import as_projector, fit_ridge
 from experiments.real.scenes import Item, Question, Scene
 
@@ -88,6 +88,17 @@ def test_tower_lays_tokens_out_in_raster_order_with_their_places(size, side):
     assert torch.equal(place, torch.arange(side * side))
 
 
+def test_tokens_of_a_smaller_picture_stand_where_they_would_in_the_whole_grid():
+    """What the panel's downsampling asks for: 3 x 3 tokens in the middles of thirds of a 4 x 4 grid."""
+    from transformers import AutoModel
+
+    tower = AutoModel.from_config(EfficientNetLiteConfig(image_size=64, side=4)).eval()
+    with torch.inference_mode():
+        tokens = tower(torch.randn(1, 3, 48, 48)).last_hidden_state
+    row, column = tokens[0, :, CHANNELS:].split(4, dim=1)
+    assert (row.argmax(1) * 4 + column.argmax(1)).tolist() == [0, 2, 3, 8, 10, 11, 12, 14, 15]
+
+
 def test_adapter_takes_stock_llava_with_this_tower(tiny):
     """Scoring with all tokens kept is transformers' own forward."""
     model, processor = tiny
@@ -132,7 +143,7 @@ def test_packed_questions_score_as_if_asked_alone(tiny):
     llm = model.model.language_model
     index = torch.arange(16)[None]
     with torch.inference_mode():
-        packed = packed_logits(llm, model.lm_head, visual, index, rows, 16)
+        packed = packed_logits(llm, model.lm_head, visual, index, rows, targets(rows)[0], 16)
     alone = []
     for _, text, answer in questions:
         prompt = tokenizer(f"\n{text}\n", add_special_tokens=False).input_ids
@@ -145,6 +156,7 @@ def test_packed_questions_score_as_if_asked_alone(tiny):
         alone.append(logits[0, -len(reply) - 1 :])
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
     target = rows[0, 3][rows[0, 3] != IGNORE]
+    assert torch.equal(targets(rows)[1], target)
     scores = question_scores(packed, rows, tokenizer.eos_token_id)
     first = F.cross_entropy(alone[0][:2], target[:2]).item()
     assert scores[0] == (0, pytest.approx(first, abs=1e-5), False)
@@ -161,9 +173,20 @@ def test_packing_with_kept_tokens_matches_the_adapter(tiny):
     scene = Scene(None, (), "red", "color", (Question("count", "how many red", "2"),))
     rows = pack(scene, processor.tokenizer, 20)[None]
     with torch.inference_mode():
-        packed = packed_logits(model.model.language_model, model.lm_head, features.visual[kept], kept, rows, 16)
+        parts = (model.model.language_model, model.lm_head, features.visual[kept], kept, rows)
+        packed = packed_logits(*parts, targets(rows)[0], 16)
     loss = F.cross_entropy(packed[:1], features.answer_ids, reduction="none")
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_what_stands_beyond_the_row_is_left_out_whole(tiny):
+    tokenizer = tiny[1].tokenizer
+    questions = tuple(Question("count", "how many red", str(number)) for number in (1, 2, 3))
+    alone = int((pack(Scene(None, (), "red", "color", questions[:1]), tokenizer, 40)[1] >= 0).sum())
+    row = pack(Scene(None, (), "red", "color", questions), tokenizer, 3 * alone - 1, [2, 0, 1])
+    asked = row[1][row[1] >= 0]
+    assert asked.unique_consecutive().tolist() == [2, 0]
+    assert row[0][row[1] < 0].eq(tokenizer.pad_token_id).all() and row[3][row[1] < 0].eq(IGNORE).all()
 
 
 def test_ridge_solves_the_penalised_least_squares_problem(generator):

@@ -20,6 +20,7 @@ from evocomp.training.curves import Curves
 from evocomp.training.tensorboard import TensorBoardPage, layout, varied
 
 SMALL = {
+    "recipe": "published",
     "threads": "1",
     "data.max_samples": "24",
     "data.val_samples": "90",

@@ -10,8 +10,8 @@ from evocomp.training.refresh_labels import RefreshLabels
     ("settings", "rounds"),
     [
         ({"refresh": "none"}, [0, 0, 0, 0, 0, 0]),
-        ({"refresh": "search"}, [0, 1, 2, 3, 4, 5]),
-        ({"refresh": "search", "refresh_every": 2}, [0, 1, 1, 2, 2, 3]),
+        ({"refresh": "search", "refresh_start": 1}, [0, 1, 2, 3, 4, 5]),
+        ({"refresh": "search", "refresh_start": 1, "refresh_every": 2}, [0, 1, 1, 2, 2, 3]),
         ({"refresh": "search", "refresh_start": 3}, [0, 0, 0, 1, 2, 3]),
         ({"refresh": "on_policy", "refresh_start": 2, "refresh_every": 3}, [0, 0, 1, 1, 1, 2]),
     ],

@@ -23,6 +23,7 @@ from evocomp.training.module import CompressorModule
 
 EPOCHS = 4
 TINY = [
+    "recipe=published",
     "data.max_samples=16",
     "data.val_samples=6",
     "data.test_samples=0",

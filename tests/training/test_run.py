@@ -21,6 +21,7 @@ from evocomp.training.module import CompressorModule
 from evocomp.training.refresh_labels import RefreshLabels
 
 QUICK = [
+    "recipe=published",
     "data.max_samples=24",
     "data.val_samples=10",
     "data.test_samples=30",

@@ -85,16 +85,15 @@ def _flat(logits: Tensor, targets: Tensor, valid: Tensor | None) -> tuple[Tensor
 
 
 def _cells(bins: int) -> int:
-    return triton.next_power_of_2(bins + 1)
+    return 1 << bins.bit_length()
 
 
-@torch.library.custom_op("evocomp::ghm_histogram", mutates_args=())
-def ghm_histogram(logits: Tensor, targets: Tensor, valid: Tensor | None, bins: int) -> Tensor:
+def _count(logits: Tensor, targets: Tensor, valid: Tensor | None, bins: int) -> Tensor:
     """See `evocomp.ops.ghm_histogram`."""
     counts = torch.zeros(bins, dtype=torch.long, device=logits.device)
     n = logits.numel()
     with dispatch.launch_on(logits):
-        _histogram_kernel[(triton.cdiv(n, BLOCK),)](
+        _histogram_kernel[(dispatch.blocks(n, BLOCK),)](
             *_flat(logits, targets, valid),
             counts,
             n,
@@ -106,18 +105,23 @@ def ghm_histogram(logits: Tensor, targets: Tensor, valid: Tensor | None, bins: i
     return counts
 
 
-@ghm_histogram.register_fake
+_ghm_histogram = torch.library.custom_op("evocomp::ghm_histogram", _count, mutates_args=())
+
+
+@_ghm_histogram.register_fake
 def _(logits: Tensor, targets: Tensor, valid: Tensor | None, bins: int) -> Tensor:
     return logits.new_empty(bins, dtype=torch.long)
 
 
-@torch.library.custom_op("evocomp::ghm_bce", mutates_args=())
-def _ghm_bce(
+ghm_histogram = dispatch.without_gradient(_ghm_histogram, _count)
+
+
+def _weigh(
     logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar) and slopes (logits' shape, fp32), the loss's derivative by the logits."""
     n, bins = logits.numel(), counts.numel()
-    programs = triton.cdiv(n, BLOCK)
+    programs = dispatch.blocks(n, BLOCK)
     slopes = torch.empty(logits.shape, device=logits.device)
     partial = torch.empty(programs, device=logits.device)  # summed afterwards: no float atomics, same bits
     with dispatch.launch_on(logits):
@@ -136,6 +140,9 @@ def _ghm_bce(
     return partial.sum(), slopes
 
 
+_ghm_bce = torch.library.custom_op("evocomp::ghm_bce", _weigh, mutates_args=())
+
+
 @_ghm_bce.register_fake
 def _(logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str):
     return logits.new_empty((), dtype=torch.float32), torch.empty(logits.shape, device=logits.device)
@@ -150,9 +157,9 @@ def _backward(ctx, grad: Tensor, _) -> tuple:
     return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None
 
 
-_ghm_bce.register_autograd(_backward, setup_context=_setup)
+_differentiable = dispatch.differentiable(_ghm_bce, _weigh, _setup, _backward)
 
 
 def ghm_bce(logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str) -> Tensor:
     """See `evocomp.ops.ghm_bce`; here the counts are always given."""
-    return _ghm_bce(logits, targets, valid, counts, rule)[0]
+    return _differentiable(logits, targets, valid, counts, rule)[0]

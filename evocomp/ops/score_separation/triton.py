@@ -1,5 +1,7 @@
 """Classifier logits and cosine separation from one read of the hidden states, and a one-read backward."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -183,18 +185,17 @@ def _backward_kernel(
 
 def _launch(width: int, values: int) -> dict[str, int]:
     """Launch options for tiles of at most `values` numbers and rows of `width`; checked not to spill."""
-    block_d = triton.next_power_of_2(width)
+    block_d = 1 << (width - 1).bit_length()
     tile = max(1, min(4, values // block_d))
     return {"ROWS": ROWS, "TILE": tile, "BLOCK_D": block_d, "num_warps": min(16, max(4, block_d // 512))}
 
 
-@torch.library.custom_op("evocomp::score_separation", mutates_args=())
-def _forward(
+def _launch_forward(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, retained: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logits [B, N], or [0] without a weight, separation [B], norms [B, N], means [B, 2, D], size [B, 2])"""
-    (b, n, d), chunks = hidden.shape, triton.cdiv(hidden.shape[1], ROWS)
-    blocks = triton.cdiv(d, FINISH_BLOCK)
+    (b, n, d), chunks = hidden.shape, dispatch.blocks(hidden.shape[1], ROWS)
+    blocks = dispatch.blocks(d, FINISH_BLOCK)
     make = {"device": hidden.device, "dtype": torch.float32}
     logits = torch.empty((b, n) if weight is not None else (0,), **make)
     norms, means, size = torch.empty(b, n, **make), torch.empty(b, 2, d, **make), torch.empty(b, 2, **make)
@@ -225,6 +226,9 @@ def _forward(
     return logits, products.sum(-1), norms, means, size
 
 
+_forward = torch.library.custom_op("evocomp::score_separation", _launch_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(hidden, weight, bias, retained, valid):
     b, n, d = hidden.shape
@@ -235,8 +239,7 @@ def _(hidden, weight, bias, retained, valid):
     return make(b, n) if weight is not None else make(0), make(b), make(b, n), make(b, 2, d), make(b, 2)
 
 
-@torch.library.custom_op("evocomp::score_separation_backward", mutates_args=())
-def _backward_op(
+def _launch_backward(
     grad_logits: Tensor,
     grad_separation: Tensor,
     hidden: Tensor,
@@ -248,7 +251,7 @@ def _backward_op(
     size: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(grad_hidden [B, N, D] in hidden's dtype, grad_weight [D] fp32, or [0] without a weight)"""
-    (b, n, d), chunks = hidden.shape, triton.cdiv(hidden.shape[1], ROWS)
+    (b, n, d), chunks = hidden.shape, dispatch.blocks(hidden.shape[1], ROWS)
     grad_hidden = torch.empty(b, n, d, dtype=hidden.dtype, device=hidden.device)
     partial = torch.empty((b * chunks, d) if weight is not None else (1, 0), device=hidden.device)
     with dispatch.launch_on(hidden):
@@ -275,6 +278,9 @@ def _backward_op(
     return grad_hidden, partial.sum(0)
 
 
+_backward_op = torch.library.custom_op("evocomp::score_separation_backward", _launch_backward, mutates_args=())
+
+
 @_backward_op.register_fake
 def _(grad_logits, grad_separation, hidden, weight, retained, valid, norms, means, size):
     columns = 0 if weight is None else hidden.shape[2]
@@ -286,11 +292,11 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, bias, retained, valid, *output[2:])
 
 
-def _backward(ctx, grad_logits, grad_separation, *_) -> tuple:
-    hidden, weight, bias, retained, valid, *saved = ctx.saved_tensors
-    grad_hidden, grad_weight = _backward_op(
-        grad_logits, grad_separation, hidden, weight, retained, valid, *saved
-    )
+def _gradient(ctx, grad_logits: Tensor | None, grad_separation: Tensor | None, launch: Callable) -> tuple:
+    hidden, weight, bias, retained, valid, norms, *saved = ctx.saved_tensors
+    grad_logits = torch.zeros_like(norms) if grad_logits is None else grad_logits
+    grad_separation = norms.new_zeros(len(norms)) if grad_separation is None else grad_separation
+    grad_hidden, grad_weight = launch(grad_logits, grad_separation, hidden, weight, retained, valid, norms, *saved)
     grad_bias = None
     if bias is not None:
         real = grad_logits if valid is None else grad_logits.masked_fill(~valid, 0)
@@ -298,16 +304,24 @@ def _backward(ctx, grad_logits, grad_separation, *_) -> tuple:
     return grad_hidden, None if weight is None else grad_weight.to(weight.dtype), grad_bias, None, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup)
+def _backward(ctx, grad_logits, grad_separation, *_) -> tuple:
+    return _gradient(ctx, grad_logits, grad_separation, _backward_op)
+
+
+def _direct_backward(ctx, grad_logits, grad_separation, *_) -> tuple:
+    return _gradient(ctx, grad_logits, grad_separation, _launch_backward)
+
+
+_differentiable = dispatch.differentiable(_forward, _launch_forward, _setup, _backward, _direct_backward)
 
 
 def score_separation(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, retained: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `evocomp.ops.score_separation`."""
-    return _forward(hidden, weight, bias, retained, valid)[:2]
+    return _differentiable(hidden, weight, bias, retained, valid)[:2]
 
 
 def cosine_separation(hidden: Tensor, retained: Tensor, valid: Tensor | None) -> Tensor:
     """See `evocomp.ops.cosine_separation`."""
-    return _forward(hidden, None, None, retained, valid)[1]
+    return _differentiable(hidden, None, None, retained, valid)[1]

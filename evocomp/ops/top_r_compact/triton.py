@@ -48,11 +48,10 @@ def _gather_kernel(embeddings, index, out, R, D, stride_b, stride_n, stride_d, B
         tl.store(out + row * D + d, tl.load(source + d * stride_d, mask=d < D), mask=d < D)
 
 
-@torch.library.custom_op("evocomp::top_r_index", mutates_args=())
-def top_r_index(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
+def _index(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
     """See `evocomp.ops.top_r_compact`: [B, R] ascending positions of the r best tokens."""
     b, n = scores.shape
-    block = triton.next_power_of_2(n)
+    block = 1 << (n - 1).bit_length()
     index = torch.empty(b, r, dtype=torch.long, device=scores.device)
     with dispatch.launch_on(scores):
         _index_kernel[(b,)](
@@ -69,17 +68,22 @@ def top_r_index(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
     return index
 
 
-@top_r_index.register_fake
+_top_r_index = torch.library.custom_op("evocomp::top_r_index", _index, mutates_args=())
+
+
+@_top_r_index.register_fake
 def _(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
     return scores.new_empty(scores.shape[0], r, dtype=torch.long)
 
 
-@torch.library.custom_op("evocomp::gather_embeddings", mutates_args=())
-def gather_embeddings(embeddings: Tensor, index: Tensor) -> Tensor:
+top_r_index = dispatch.without_gradient(_top_r_index, _index)
+
+
+def _gather(embeddings: Tensor, index: Tensor) -> Tensor:
     """embeddings [B, N, D] at index [B, R], distinct in a row: [B, R, D]; differentiable."""
     (b, r), d = index.shape, embeddings.shape[2]
     out = torch.empty(b, r, d, dtype=embeddings.dtype, device=embeddings.device)
-    block = min(1024, triton.next_power_of_2(d))
+    block = min(1024, 1 << (d - 1).bit_length())
     with dispatch.launch_on(embeddings):
         _gather_kernel[(b * r,)](
             embeddings, index.contiguous(), out, r, d, *embeddings.stride(), BLOCK_D=block
@@ -87,7 +91,10 @@ def gather_embeddings(embeddings: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-@gather_embeddings.register_fake
+_gather_embeddings = torch.library.custom_op("evocomp::gather_embeddings", _gather, mutates_args=())
+
+
+@_gather_embeddings.register_fake
 def _(embeddings: Tensor, index: Tensor) -> Tensor:
     return embeddings.new_empty(*index.shape, embeddings.shape[2])
 
@@ -105,4 +112,4 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
     return grad.new_zeros(b, ctx.tokens, d).scatter(1, index[..., None].expand(-1, -1, d), grad), None
 
 
-gather_embeddings.register_autograd(_backward, setup_context=_setup)
+gather_embeddings = dispatch.differentiable(_gather_embeddings, _gather, _setup, _backward)

@@ -5,17 +5,24 @@ from torch import Tensor
 
 from evocomp.ops.precision import compute_dtype, full_precision
 
+HALVES = (torch.bfloat16, torch.float16)
 
-def _nearest(tokens: Tensor, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+
+def _products(tokens: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """<v, e> [N, V] in `dtype`. GPUs multiply short formats as they are and add up in float32: nothing is lost."""
+    if tokens.is_cuda and tokens.dtype == rows.dtype and tokens.dtype in HALVES:
+        return torch.mm(tokens, rows.T, out_dtype=dtype)
+    return tokens.to(dtype) @ rows.to(dtype).T
+
+
+def _nearest(tokens: Tensor, rows: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(score <v, e> / |e| [N], position [N]) of the best of these rows."""
-    rows = rows.to(tokens.dtype)
-    norm = torch.linalg.vector_norm(rows, dim=-1)
+    norm = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     allowed = norm > 0  # false for NaN rows too
     if mask is not None:
         allowed &= mask
     # only the rows' norms matter to the argmax; in place, as the scores are the peak of memory
-    scores = (tokens @ rows.T).div_(norm).masked_fill_(~allowed, -torch.inf)
-    return scores.max(dim=-1)
+    return _products(tokens, rows, dtype).div_(norm).masked_fill_(~allowed, -torch.inf).max(dim=-1)
 
 
 def vocabulary_argmax(
@@ -23,15 +30,15 @@ def vocabulary_argmax(
 ) -> tuple[Tensor, Tensor]:
     """See `evocomp.ops.vocabulary_argmax`."""
     with full_precision(tokens), torch.no_grad():
-        tokens = tokens.to(compute_dtype(tokens))
-        best = tokens.new_full((tokens.shape[0],), -torch.inf)
+        dtype = compute_dtype(tokens)
+        best = tokens.new_full((tokens.shape[0],), -torch.inf, dtype=dtype)
         index = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
         for start in range(0, table.shape[0], chunk):
             part = slice(start, start + chunk)
-            top, at = _nearest(tokens, table[part], None if mask is None else mask[part])
+            top, at = _nearest(tokens, table[part], None if mask is None else mask[part], dtype)
             better = top > best  # strict, so that the lowest id keeps a tie between chunks
             best = torch.where(better, top, best)
             index = torch.where(better, at + start, index)
-        norm = torch.linalg.vector_norm(tokens, dim=-1)
+        norm = torch.linalg.vector_norm(tokens, dim=-1, dtype=dtype)
         # a token of zero norm has cosine 0 with everything, as in torch.nn.functional.cosine_similarity
         return index, torch.where(norm > 0, best / norm, best)

@@ -96,9 +96,9 @@ def vocabulary_argmax(tokens: Tensor, table: Tensor, mask: Tensor | None) -> tup
     common = torch.promote_types(tokens.dtype, table.dtype)  # tl.dot takes no mixed dtypes
     tokens, table = tokens.to(common), table.to(common)
     block_n, block_v, block_d = _blocks(tokens.element_size())
-    token_blocks, row_blocks = triton.cdiv(n, block_n), triton.cdiv(v, block_v)
-    rows_per_split = block_v * triton.cdiv(row_blocks, _splits(tokens, token_blocks, row_blocks))
-    splits = triton.cdiv(v, rows_per_split)
+    token_blocks, row_blocks = dispatch.blocks(n, block_n), dispatch.blocks(v, block_v)
+    rows_per_split = block_v * dispatch.blocks(row_blocks, _splits(tokens, token_blocks, row_blocks))
+    splits = dispatch.blocks(v, rows_per_split)
     best = torch.empty(splits, n, device=tokens.device)
     index = torch.empty(splits, n, dtype=torch.long, device=tokens.device)
     with dispatch.launch_on(tokens):

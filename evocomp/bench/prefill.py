@@ -1,0 +1,154 @@
+"""The stages of a compressed answer at the sizes of real models: tower, compressor, prefill, decoding.
+
+The uncompressed model runs on the fastest attention kernel that is there. Short prefills are bound by what the host
+takes to launch them, so GPUs get rows of CUDA graph replays too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evocomp.bench.inference import Prompts, Row, _close, _nothing, _same_shape, fastest_attention
+from evocomp.bench.timing import Work, ceilings, compare, each, graphed
+from evocomp.compressor.model import EvoCompCompressor
+from evocomp.labels.estimate import Target
+from evocomp.mllm.sizes import ModelShape, pictures, random_model, shape_named
+from evocomp.ops import top_r_compact
+
+
+class Stages:
+    """Works without arguments, for a batch of equal prompts."""
+
+    def __init__(self, model: nn.Module, shape: ModelShape, batch: int):
+        self.model, self.shape, self.batch = model, shape, batch
+        weight = model.get_input_embeddings().weight
+        make = {"device": weight.device, "dtype": weight.dtype}
+        text = shape.before + shape.after
+        self.text = torch.randn(batch, text, weight.shape[1], **make) * 0.02
+        self.visual = torch.randn(batch, shape.tokens, weight.shape[1], **make) * 0.02
+        with torch.device(weight.device):
+            compressor = EvoCompCompressor.from_mllm(model, keep=shape.kept)
+        self.compressor = compressor.eval().requires_grad_(False).to(weight)
+        self.pixels = pictures(shape, model, batch) if shape.tiles else None
+
+    def see(self) -> Tensor:
+        """Vision tower and projector: visual tokens [B, N, D], without any rows that a family puts between tiles."""
+        base = self.model.base_model
+        states = base.vision_tower(self.pixels, output_hidden_states=True).hidden_states
+        tokens = base.multi_modal_projector(states[self.model.config.vision_feature_layer][:, 1:])
+        return tokens.view(self.batch, -1, tokens.shape[-1])
+
+    def choose(self) -> Tensor:
+        """Compressor and top-r: kept tokens [B, R, D]."""
+        return self._chosen(self.visual)
+
+    def prefill(self, kept: Tensor) -> tuple[Tensor, Any]:
+        """The LLM over text with visual tokens [B, n, D]: last logits and cache."""
+        before = self.shape.before
+        embeds = torch.cat([self.text[:, :before], kept, self.text[:, before:]], dim=1)
+        return Prompts._run(self.model, embeds, None)
+
+    def full(self) -> tuple[Tensor, Any]:
+        """Prefill of all tokens."""
+        return self.prefill(self.visual)
+
+    def short(self) -> tuple[Tensor, Any]:
+        """Prefill of R tokens that are already chosen."""
+        return self.prefill(self.visual[:, : self.shape.kept])
+
+    def compressed(self) -> tuple[Tensor, Any]:
+        """Compressor, top-r and prefill of what it keeps."""
+        return self.prefill(self.choose())
+
+    def seen_full(self) -> tuple[Tensor, Any]:
+        """From pixels on, all tokens."""
+        return self.prefill(self.see())
+
+    def seen_compressed(self) -> tuple[Tensor, Any]:
+        """From pixels on, compressed."""
+        return self.prefill(self._chosen(self.see()))
+
+    @torch.inference_mode()
+    def decode(self, kept: Tensor) -> Work:
+        """One more token after a prompt; the cache is cut back each time."""
+        _, cache = self.prefill(kept)
+        length, token = cache.get_seq_length(), self.text[:, :1]
+
+        def step() -> Tensor:
+            logits, _ = Prompts._run(self.model, token, cache)
+            cache.crop(length - cache.get_seq_length())
+            return logits
+
+        return step
+
+    def _chosen(self, visual: Tensor) -> Tensor:
+        return top_r_compact(self.compressor(visual, self.text).logits.float(), self.shape.kept, visual).embeddings
+
+
+def at_shape(name: str, device: str, repeats: int = 5, batches: Sequence[int] = (1, 8)) -> Iterator[Row]:
+    """Rows of one model of `sizes.SHAPES`, as they are measured; half the repeats where the batch is large.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    shape = shape_named(name)
+    model = random_model(shape, device)
+    model.set_attn_implementation(fastest_attention(torch.device(device)))
+    limits = ceilings(device)
+    for batch in batches:
+        with torch.inference_mode():
+            stages = Stages(model, shape, batch)
+        yield from _rows(name, stages, device, repeats if batch == 1 else (repeats + 1) // 2, limits)
+
+
+def _rows(
+    name: str, stages: Stages, device: str, repeats: int, limits: tuple[float, float]
+) -> Iterator[Row]:
+    shape, target = stages.shape, Target.from_config(stages.model.config.to_dict())
+    text = shape.before + shape.after
+    sizes = f"{name} B={stages.batch} N={shape.tokens} R={shape.kept} T={text}"
+    names = f"{shape.tokens} tokens", f"{shape.kept} tokens"
+
+    @torch.inference_mode()
+    def row(bench: str, baseline: tuple[str, Work], ours: tuple[str, Work], agree: Callable = _nothing) -> Row:
+        found = compare(bench, sizes, baseline, ours, agree, device, repeats)
+        return found | {"ceiling_tflops": limits[0] / 1e12, "ceiling_copy_gbs": limits[1] / 1e9}
+
+    def floor(tokens: int) -> dict[str, float]:
+        """Of a prefill: its arithmetic, or one read of the weights."""
+        flop = stages.batch * target.forward(tokens + text, 1)
+        return {"floor_ms": 1e3 * max(flop / limits[0], target.body * stages.text.itemsize / limits[1])}
+
+    whole = (f"{names[1]}, compressor included", stages.compressed)
+    least = floor(shape.kept)
+
+    def launched() -> Iterator[Row]:
+        yield row("prefill", (names[0], stages.full), (names[1], stages.short), _same_shape) | least
+        yield row("prefill", (names[0], stages.full), whole, _same_shape) | least
+        chosen = ("compressor and top-r", stages.choose)
+        yield row("compressor's share", (f"prefill of {names[1]}", stages.short), chosen)
+
+    def replayed() -> Iterator[Row]:
+        works = (stages.full, stages.short, stages.choose, stages.compressed)
+        with torch.inference_mode():
+            full, short, choose, compressed = map(graphed, works)
+        yield row("CUDA graph", whole, (f"{whole[0]}, replayed", compressed), _close)
+        yield row("prefill, replayed", (names[0], full), (names[1], short), _same_shape) | least
+        yield row("prefill, replayed", (names[0], full), (whole[0], compressed), _same_shape) | least
+        chosen = ("compressor and top-r", choose)
+        yield row("compressor's share, replayed", (f"prefill of {names[1]}", short), chosen)
+
+    def decoding() -> Iterator[Row]:
+        visual = stages.visual
+        steps = (names[0], stages.decode(visual)), (names[1], stages.decode(visual[:, : shape.kept]))
+        yield row("decode, one token", *steps, _same_shape)
+
+    def from_pixels() -> Iterator[Row]:
+        yield row("tower's share", (f"prefill of {names[1]}", stages.short), ("tower and projector", stages.see))
+        seen = (f"{names[0]}, from pixels", stages.seen_full), (f"{names[1]}, from pixels", stages.seen_compressed)
+        yield row("from pixels to the first token", *seen, _same_shape)
+
+    cuda = torch.device(device).type == "cuda"
+    return each([launched, *[replayed] * cuda, decoding, *[from_pixels] * (stages.pixels is not None)])

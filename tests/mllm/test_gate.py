@@ -1,0 +1,67 @@
+"""The gradient by soft gates: against central differences, and gates at their ends against masks."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from evocomp.mllm import gate as gate_module
+from evocomp.mllm.gate import gate_gradient
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.scoring import AnswerLosses
+
+
+@pytest.fixture(scope="module")
+def exact(nano):
+    """The nano MLLM in float64, with the encoded samples' dtype to match."""
+    return FrozenMLLM(copy.deepcopy(nano.model).double(), nano.processor, "nano64")
+
+
+def loss_at(mllm, features, gate):
+    """The loss that `gate_gradient` differentiates, caught on its way."""
+    caught = []
+    real = gate_module.F.cross_entropy
+
+    def catch(logits, targets):
+        caught.append(float(real(logits.detach(), targets)))
+        return real(logits, targets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate_module.F, "cross_entropy", catch)
+        gate_gradient(mllm, features, gate)
+    return caught[0]
+
+
+def test_it_is_the_gradient(exact, encoded):
+    # the hardest of some samples: elsewhere the slope drowns in the decoder's own rounding (its norms are float32)
+    features = max(encoded[:20], key=lambda f: loss_at(exact, f, torch.ones(len(f.visual))))
+    gate = torch.rand(len(features.visual), generator=torch.Generator().manual_seed(1)) * 0.8 + 0.2
+    gradient = gate_gradient(exact, features, gate)
+    for token in gradient.abs().topk(5).indices.tolist():
+        step = 1e-2
+        up, down = gate.clone(), gate.clone()
+        up[token] += step
+        down[token] -= step
+        slope = (loss_at(exact, features, up) - loss_at(exact, features, down)) / (2 * step)
+        assert gradient[token].item() == pytest.approx(slope, rel=1e-2)
+
+
+def test_open_gates_are_the_whole_picture_and_shut_ones_the_mask(nano, encoded):
+    losses = AnswerLosses(nano)
+    for features in encoded[:6]:
+        count = len(features.visual)
+        everything = torch.arange(count)
+        full = float(losses.candidates(features, everything[None])[0])
+        assert loss_at(nano, features, torch.ones(count)) == pytest.approx(full, abs=1e-4)
+        kept = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(count)[:16]))
+        gate = torch.full((count,), 1e-30)
+        gate[kept] = 1.0
+        masked = float(losses.candidates(features, kept[None])[0])
+        assert loss_at(nano, features, gate) == pytest.approx(masked, abs=1e-4)
+
+
+def test_nothing_is_left_on_the_model(nano, encoded):
+    gradient = gate_gradient(nano, encoded[0], torch.ones(len(encoded[0].visual)))
+    assert gradient.shape == (144,) and gradient.isfinite().all() and gradient.abs().max() > 0
+    assert all(p.grad is None for p in nano.model.parameters())
