@@ -121,6 +121,9 @@ def train(words: Sequence[str]) -> int:
     is_new = run(config)
     if not log.is_rank_zero():
         return 0
+    if config.model.shard != 1:
+        log.logger.info("the MLLM is sharded, so the run is not judged: evocomp eval --run %s where it fits", run_dir)
+        return 0
     if is_new or not (run_dir / "report.json").exists():
         from evocomp.evaluation.run import evaluate_run
 
@@ -221,7 +224,7 @@ def generate(words: Sequence[str]) -> int:
 
 
 def bench(words: Sequence[str]) -> int:
-    """evocomp bench label-search | ops | inference | training [--out FILE.csv] [--shape NAME[,NAME]]
+    """evocomp bench label-search | ops | inference | training | label-processes [--out FILE.csv] [--shape NAME[,NAME]]
 
     Times the project's parts against their straightforward counterparts, interleaved, as ratios of one run.
 
@@ -231,7 +234,7 @@ def bench(words: Sequence[str]) -> int:
       evocomp bench ops
       evocomp bench label-search --shape llava15_7b,qwen25_vl_7b
     """
-    kinds = ("label-search", "ops", "inference", "training")
+    kinds = ("label-search", "ops", "inference", "training", "label-processes")
     if not words or words[0] not in kinds:
         raise UserError(f"evocomp bench needs one of {', '.join(kinds)}")
     options = _options(words[1:], {"out": None, "shape": None}, "bench")

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "evocomp"
 
 # a part imports only parts of lower tiers
 TIERS = [
-    ("config", "log", "distributed"),
+    ("config", "log", "files", "distributed"),
     ("ops", "data"),
     ("viz",),
     ("mllm", "grouping", "losses", "selection", "compressor"),
@@ -36,7 +36,7 @@ OUTSIDE = {
     "lightning": r"training/.*",
     "pytorch_lightning": r"(?!)",
     "torchmetrics": r"training/.*|evaluation/.*",
-    "torch.distributed": r"distributed\.py|training/.*",
+    "torch.distributed": r"distributed/.*|training/.*",
     "transformers": r"mllm/.*|compressor/.*|inference/.*",
     "peft": r"mllm/.*|compressor/.*|inference/.*",
     "triton": r"ops/[^/]*/triton\.py",

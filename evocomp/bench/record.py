@@ -12,7 +12,13 @@ import torch
 
 from evocomp.log import UserError, logger
 
-KINDS = {"label-search": "label_search", "ops": "ops", "inference": "inference", "training": "training"}
+KINDS = {
+    "label-search": "label_search",
+    "label-processes": "label_processes",
+    "ops": "ops",
+    "inference": "inference",
+    "training": "training",
+}
 """Kind -> module of this package with `run(device)`, which gives rows."""
 AT_SHAPE = {"label-search": "scorer", "ops": "ops", "inference": "prefill"}
 """Kind -> module with `at_shape(name, device)`, which gives those at the sizes of a real model."""

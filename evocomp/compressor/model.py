@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from evocomp.compressor.config import EvoCompConfig, layer_config
-from evocomp.mllm.families import unwrap
+from evocomp.mllm.families import gathered, unwrap
 
 
 @dataclass
@@ -132,7 +132,8 @@ class EvoCompCompressor(PreTrainedModel):
         """Copy decoder layers `layer`, `layer` + 1, ... of a multimodal LLM, strictly. Returns itself."""
         source = unwrap(model).get_decoder().layers
         for offset, target in enumerate(self.encoder.layers):
-            target.load_state_dict(source[layer + offset].state_dict(), strict=True)
+            state = {key: gathered(value) for key, value in source[layer + offset].state_dict().items()}
+            target.load_state_dict(state, strict=True)
         self.config.init_layer = layer
         return self
 

@@ -26,6 +26,11 @@ class ModelConfig:
     """Number format of the frozen weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of the frozen MLLM."""
+    feature_cache: str | None = None
+    """Folder for what the vision tower makes of each picture, so that it runs once a picture; default: none."""
+    shard: int = 1
+    """Processes that hold one copy of the frozen MLLM together, for models that do not fit one GPU; 0 = all of a
+    node. They score the batches of a sample side by side: set `labels.batch` to search.population / shard."""
 
 
 @dataclass(frozen=True)

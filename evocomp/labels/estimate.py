@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
+from evocomp.files import readable
 from evocomp.labels.labeller import Labeller
 from evocomp.labels.random_credit import mask_sizes
 from evocomp.log import UserError, logger
@@ -220,8 +222,8 @@ class Estimate:
                 f"  a refresh   {self.refresh / 3600:.3g} GPU-hours more",
                 f"  wall hours  {hours / gpus:.3g} on {gpus} GPU{'s' * (gpus > 1)}",
                 f"  price       {hours * self.gpu.price:,.2f} USD at {self.gpu.price:g} USD/hour",
-                f"  GPU memory  {_amount(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),
-                f"  disk        at most {_amount(self.disk)}",
+                f"  GPU memory  {readable(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),
+                f"  disk        at most {readable(self.disk)}",
             ]
         )
 
@@ -254,13 +256,21 @@ def _refresh_share(config: RunConfig, work: Workload) -> float:
 
 
 def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int, gpu: GPU, count: int = 3) -> Estimate:
-    """Estimate from `count` samples labelled now (after one to warm up); nothing is stored."""
-    ids = list(labeller.examples)[: count + 1]
+    """Estimate from `count` samples labelled now (after one to warm up); nothing is stored.
+
+    Credits of random masks are made for all questions about a picture together, so a piece is a picture's questions.
+    """
+    by_picture = config.labels.target == "credit" and config.labels.credit_masks_from == "random"
+    pieces = [
+        [example.id for example in group]
+        for _, group in groupby(labeller.examples.values(), key=lambda one: one.image_id if by_picture else one.id)
+    ][: count + 1]
     seconds, made = [], []
-    for id in ids:
+    for ids in pieces:
         started = time.perf_counter()
-        made += list(labeller.rounds.make(0, [id], labeller.encode, {}, None))
-        seconds.append(time.perf_counter() - started)
+        made += list(labeller.rounds.make(0, ids, labeller.encode, {}, None))
+        seconds.append((time.perf_counter() - started) / len(ids))
+    ids = [id for piece in pieces for id in piece]
     features = labeller.encode(ids)
     kept = [len(record["kept"]) if "kept" in record else _mean_size(config, target.tokens) for record in made]
     work = Workload(
@@ -273,7 +283,7 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
     rough = by_arithmetic(config, replace(target, tokens=len(features[0].visual)), work, gpu)
     spent = total * float(np.mean(seconds[1:] or seconds))
     refresh = spent * _refresh_share(config, work)
-    return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - 1))
+    return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - len(pieces[0])))
 
 
 def _mean_size(config: RunConfig, tokens: int) -> int:
@@ -285,7 +295,7 @@ def _memory(config: RunConfig, target: Target, length: int, answer: int) -> floa
     tokens = min(config.labels.batch, candidate_forwards(config)) * length
     activations = 2.0 * tokens * (6 * target.hidden + 3 * target.intermediate)
     logits = 2 * 4.0 * min(config.labels.batch, candidate_forwards(config)) * answer * target.vocabulary
-    return target.weight_bytes() + activations + logits
+    return target.weight_bytes() / max(1, config.model.shard) + activations + logits
 
 
 def record_bytes(config: RunConfig, tokens: int) -> float:
@@ -300,22 +310,14 @@ def say_disk_use(config: RunConfig, samples: int, tokens: int, folder: Path) -> 
     """Print what the labels will take on disk, and warn if there may not be room."""
     a_round, free = samples * record_bytes(config, tokens), shutil.disk_usage(folder).free
     rounds = 1 if config.labels.refresh == "none" else 2  # a refresh is made from the round before it
-    logger.info("labels: at most %s a round in %s, %s free", _amount(a_round), folder, _amount(free))
+    logger.info("labels: at most %s a round in %s, %s free", readable(a_round), folder, readable(free))
     if rounds * a_round > free:
         logger.warning(
             "%d rounds may need %s, more than is free: give --labels.dir on a larger disk; a full disk stops the run "
             "and leaves the store intact",
             rounds,
-            _amount(rounds * a_round),
+            readable(rounds * a_round),
         )
-
-
-def _amount(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def text_lengths(examples: Sequence[Example]) -> tuple[int, int]:

@@ -137,25 +137,37 @@ class Labeller:
         stored = set().union(*gather(self.store.stored(round)))
         todo = [chunk for chunk in range(len(chunks)) if chunk not in stored]
         todo.sort(key=lambda chunk: -self._cost(chunks[chunk]))
-        shared = len(set(gather(self.store.identity()))) == 1
+        shared = self._store_is_shared()
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
-        queue = WorkQueue(f"round-{round}", lambda chunk: self.store.has(round, chunk))
+        queue = WorkQueue(f"round-{round}", lambda chunk: self.store.has(round, chunk), self.mllm.team)
         with StopRequest() as request, self._between_batches(queue, request):
             for chunk in queue(todo):
-                self.store.write(round, chunk, self._make(round, chunks[chunk], previous, scores, progress, report))
+                records = self._make(round, chunks[chunk], previous, scores, progress, report)
+                if self.mllm.team.leads:
+                    self.store.write(round, chunk, records)
         self.waited = queue.waited
         if not shared:
             self._exchange(round, len(chunks))
         self._commit(round, len(chunks), queue, shared)
 
+    def forget(self, rounds: Sequence[int]) -> None:
+        """Delete rounds that are not needed any more, on every disk that holds the store. All ranks call it."""
+        shared = self._store_is_shared()
+        if rank() == 0 or (not shared and local_rank() == 0):
+            for round in set(rounds) & set(self.store.rounds()):
+                self.store.remove(round)
+
+    def _store_is_shared(self) -> bool:
+        return len(set(gather(self.store.identity()))) == 1
+
     @contextmanager
     def _between_batches(self, queue: WorkQueue, request: StopRequest) -> Iterator[None]:
-        """After each candidate batch: say that work goes on, and stop if that was asked for."""
+        """After each candidate batch: say that work goes on, and stop if that was asked for (of any of the team)."""
 
         def look() -> None:
             queue.beat()
-            if request.asked:
+            if any(self.mllm.team.gather(request.asked)):
                 raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
 
         self.scorer.on_batch = look

@@ -32,7 +32,9 @@ class Room:
         self.logits = len(mllm.vocabulary) * (itemsize + 8)  # and in float32, with their softmax
         self.budget = CPU_BYTES
         if mllm.device.type == "cuda":
-            weights = sum(p.numel() * p.element_size() for p in mllm.model.parameters())
+            # of a sharded model, the part that lies here
+            held = (p.to_local() if hasattr(p, "to_local") else p for p in mllm.model.parameters())
+            weights = sum(part.numel() * part.element_size() for part in held)
             total = torch.cuda.get_device_properties(mllm.device).total_memory
             self.budget = int(CUDA_SHARE * (total - weights))
 

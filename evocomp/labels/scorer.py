@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from evocomp.config.schema import ScorerConfig
 from evocomp.labels.memory import Room
+from evocomp.log import UserError
 from evocomp.mllm.features import Features
 from evocomp.mllm.gate import gate_gradient
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.scoring import AnswerLosses
+
+Score = Callable[[slice, Tensor], Tensor]
+"""Which rows of all, and those rows -> their losses."""
 
 
 class CandidateScorer:
@@ -33,10 +38,15 @@ class CandidateScorer:
         self, mllm: FrozenMLLM, batch: int = 64, dtype: str | None = None, settings: ScorerConfig | None = None
     ):
         self.mllm = mllm
+        self.team = mllm.team
         self.settings = settings or ScorerConfig()
+        if self.team.size > 1:
+            # savings that run more forwards for some masks than for others
+            self.settings = replace(self.settings, shared_prefix="never", prefix_reuse="never")
         self.losses = AnswerLosses(mllm, getattr(torch, dtype) if dtype else None, self.settings)
         self.batch = batch
         self.room = Room(mllm, self.losses.dtype.itemsize)
+        self.room.budget = min(self.team.gather(self.room.budget))
         self.forwards = 0
         self.seconds = 0.0
         self.on_batch: Callable[[], None] = lambda: None
@@ -81,6 +91,8 @@ class CandidateScorer:
 
         Counted as the three forwards over all tokens that a forward with its backward costs.
         """
+        if self.team.size > 1:
+            raise UserError("search.strategy=gradient_seeded needs gradients of the model, which must not be sharded")
         started = time.perf_counter()
         gradient = gate_gradient(self.mllm, features, torch.from_numpy(gate)).float().cpu().numpy()
         self.forwards += 3
@@ -116,18 +128,29 @@ class CandidateScorer:
     def _in_parts(
         self,
         kept: np.ndarray,
-        score: Callable[[slice, Tensor], Tensor],
+        score: Score,
         tokens: int,
         answers: int,
         questions: int = 1,
         sequences: int = 1,
     ) -> np.ndarray:
-        """Score rows, so many at a time; on a GPU that proves too small half as many.
+        """Score rows, so many at a time.
 
         Each row is so many `sequences` of so many tokens, and counts as so many `questions`.
         """
         started = time.perf_counter()
         indices = torch.from_numpy(np.ascontiguousarray(kept, dtype=np.int64)).to(self.mllm.device)
+        if self.team.size > 1:
+            size = max(1, self._at_once(tokens, answers) // sequences)
+            result = self._among_members(indices, score, size, questions)
+        else:
+            result = self._alone(indices, score, tokens, answers, sequences)
+            self.forwards += len(kept) * questions
+        self.seconds += time.perf_counter() - started
+        return result
+
+    def _alone(self, indices: Tensor, score: Score, tokens: int, answers: int, sequences: int) -> np.ndarray:
+        """On a GPU that proves too small half as many at a time."""
         losses: list[Tensor] = []
         done = 0
         while done < len(indices):
@@ -140,7 +163,20 @@ class CandidateScorer:
                 continue
             done = some.stop
             self.on_batch()
-        self.forwards += len(kept) * questions
-        result = torch.cat(losses).float().cpu().numpy()
-        self.seconds += time.perf_counter() - started
-        return result
+        return torch.cat(losses).float().cpu().numpy()
+
+    def _among_members(self, indices: Tensor, score: Score, size: int, questions: int) -> np.ndarray:
+        """The same parts, but each member of the team scores its share of them, and all run equally many forwards."""
+        starts = range(0, len(indices), size)
+        mine: dict[int, np.ndarray] = {}
+        for turn in range(0, len(starts), self.team.size):
+            # a member without a part of its own helps the others to their weights by scoring the last one again
+            start = starts[min(turn + self.team.member, len(starts) - 1)]
+            some = slice(start, min(start + size, len(indices)))
+            losses = score(some, indices[some]).float().cpu().numpy()
+            if turn + self.team.member < len(starts):
+                mine[start] = losses
+                self.forwards += len(losses) * questions
+            self.on_batch()
+        parts = {start: losses for part in self.team.gather(mine) for start, losses in part.items()}
+        return np.concatenate([parts[start] for start in starts])

@@ -9,19 +9,16 @@ readers and writers need no locks. Chunks are keyed by samples and never by rank
 made, crashed in and resumed has the same bytes as one made by a single process.
 """
 
-import errno
 import hashlib
 import json
-import os
 import re
-import socket
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evocomp.files import is_full, sweep, write_whole
 from evocomp.labels.records import ANEW, Record, decode, encode, tensors_of
 from evocomp.log import UserError, logger, warn_once
 
@@ -41,7 +38,6 @@ class LabelStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writes = 0
 
     @classmethod
     def open(cls, path: str | Path, fingerprint: dict[str, Any], overwrite: bool = False) -> "LabelStore":
@@ -67,7 +63,7 @@ class LabelStore:
         if found is None and entries:
             raise UserError(f"{path} is neither empty nor a label store; choose another folder")
         if found is not None and {key: found[key] for key in made_by} == made_by:
-            store._sweep()
+            sweep([*store.path.glob("*.tmp.*"), *store.path.glob("round-*/*.tmp.*")])
             store._check_numpy(found)
             return store
         if found is not None:
@@ -231,39 +227,15 @@ class LabelStore:
             )
 
     def _replace(self, path: Path, content: bytes) -> None:
-        """Write a file so that it is there whole or not at all, also after a power cut."""
-        self._writes += 1
-        temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}.{self._writes}")
         try:
-            if not path.parent.exists():
-                path.parent.mkdir(exist_ok=True)
-                _sync(path.parent.parent)
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync(path.parent)
+            write_whole(path, content)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise UserError(
                     f"no space left for label store {self.path}; make room and run again: "
                     "the chunks that are finished are kept"
                 ) from error
             raise
-
-    def _sweep(self) -> None:
-        """Delete what killed writers left behind; other ranks may be writing at this moment."""
-        for path in [*self.path.glob("*.tmp.*"), *self.path.glob("round-*/*.tmp.*")]:
-            host, pid, _ = path.name.split(".tmp.")[1].rsplit(".", 2)
-            # only a process of this host can be asked whether it lives; a day is longer than any write
-            try:
-                old = time.time() - path.stat().st_mtime > 86_400
-            except FileNotFoundError:
-                continue
-            if old or (host == socket.gethostname() and not _alive(int(pid))):
-                path.unlink(missing_ok=True)
 
     def _remove(self, folder: Path) -> None:
         # the commit goes first: a removal that is cut short leaves an incomplete round, not a broken one
@@ -281,19 +253,6 @@ def _content(path: Path) -> bytes:
         raise UserError(f"label chunk {path} is missing; run the labelling again") from None
 
 
-def _sync(folder: Path) -> None:
-    """Put the names in a folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # some network file systems cannot do this for folders
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -307,13 +266,3 @@ def _difference(found: dict, made_by: dict) -> str:
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     there_text, here_text = (", ".join(f"{key}={side.get(key)}" for key in keys) for side in (there, here))
     return f"{there_text} (this run has {here_text})"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

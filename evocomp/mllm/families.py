@@ -13,6 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evocomp.log import UserError
 
@@ -63,6 +64,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return model.get_base_model()
     return model
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """A weight as a whole: of a sharded model, the parts of all processes that hold it, which call this together."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def policy(model: nn.Module) -> Policy:
@@ -135,6 +141,35 @@ def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, transfor
         kwargs = {name: inputs[name] for name in names if name != "kwargs" and inputs.get(name) is not None}
         encoded[kind] = function(**kwargs, return_dict=True)
     return encoded
+
+
+def tower(model: nn.Module) -> nn.Module:
+    """The vision tower, which is most of the work of encoding."""
+    base = unwrap(model).base_model
+    return next(getattr(base, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(base, name))
+
+
+def read_of_tower(model: nn.Module, output: transformers.utils.ModelOutput) -> Tensor:
+    """What the family reads of its tower's output; Qwen's towers end with the projector, the others come before it."""
+    if policy(model).mrope:
+        return output.pooler_output
+    layer = getattr(unwrap(model).config, "vision_feature_layer", None)
+    return output.last_hidden_state if layer is None else output.hidden_states[layer]
+
+
+class _EveryLayer:
+    """Hidden states of a tower of which one layer is read, whichever its number."""
+
+    def __init__(self, states: Tensor):
+        self.states = states
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.states
+
+
+def as_tower_output(read: Tensor) -> transformers.utils.ModelOutput:
+    """An output of which the family reads what `read_of_tower` gave."""
+    return BaseModelOutputWithPooling(last_hidden_state=read, pooler_output=read, hidden_states=_EveryLayer(read))
 
 
 def entries(output: transformers.utils.ModelOutput) -> list[Tensor]:

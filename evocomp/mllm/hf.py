@@ -20,8 +20,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 from transformers.utils import logging as transformers_logging
 
 from evocomp.data.example import Example
+from evocomp.distributed import Team
 from evocomp.log import UserError
 from evocomp.mllm import families
+from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.features import Features
 
 _PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
@@ -43,6 +45,10 @@ class FrozenMLLM:
         processor: its processor.
         name: what to call it in records.
         cache_bytes: room for encoded pictures; those used least recently are encoded again when asked for.
+
+    Attributes:
+        team: the processes that hold the decoder's layers together, if it is sharded.
+        cache: where the tower's features lie on disk, if anywhere.
     """
 
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
@@ -50,6 +56,8 @@ class FrozenMLLM:
         self.model = families.unwrap(model).eval().requires_grad_(False)
         self.processor = processor
         self.name = name
+        self.team = Team()
+        self.cache: FeatureCache | None = None
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
         self.cache_bytes = cache_bytes
@@ -99,10 +107,13 @@ class FrozenMLLM:
         return self.embed(features.prompt_ids[features.text_at])
 
     def fingerprint(self) -> str:
-        """Hash of configuration and weights (a strided sample of each tensor, so that 7B takes seconds)."""
+        """Hash of configuration and weights (a strided sample of each tensor, so that 7B takes seconds).
+
+        The same for a sharded model, whose processes call it together.
+        """
         digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
         for key, value in sorted(self.model.state_dict().items()):
-            flat = value.detach().flatten()
+            flat = families.gathered(value.detach()).flatten()
             sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
             digest.update(key.encode() + sample.tobytes())
         return digest.hexdigest()[:16]
@@ -148,7 +159,7 @@ class FrozenMLLM:
             self._pictures.move_to_end(key)
             return self._pictures[key]
         inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(self.vocabulary.dtype)}
-        encoded = families.encode(self.model, inputs)
+        encoded = self.cache.encode(inputs) if self.cache else families.encode(self.model, inputs)
         numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)[0]
         tokens = families.visual_tokens(self.model, inputs["input_ids"], encoded)
         self._pictures[key] = (tokens, numbers[numbers >= 0])

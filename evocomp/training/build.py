@@ -3,7 +3,8 @@
 import difflib
 import inspect
 import logging
-import os
+import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.searched_credit import SearchedCredits
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
-from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.feature_cache import FeatureCache
+from evocomp.mllm.hf import FrozenMLLM, picture_key
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
@@ -40,6 +42,7 @@ from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
+from evocomp.training.shards import load_sharded
 from evocomp.training.stop import NoteStop, StopCleanly
 from evocomp.training.strategy import job_size, whole, with_strategy
 
@@ -68,6 +71,7 @@ def run(config: RunConfig) -> bool:
     L.seed_everything(config.seed, workers=True, verbose=False)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
+    use_feature_cache(config, mllm, splits)
     check_kept(config, mllm, splits.train[0])
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(
@@ -114,6 +118,7 @@ def label_only(config: RunConfig) -> None:
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
+    use_feature_cache(config, mllm, splits)
     folder = Path(config.run_dir)
     labeller = build_labeller(config, mllm, splits, folder)
     bar = LabelBar()
@@ -124,11 +129,31 @@ def label_only(config: RunConfig) -> None:
 
 
 def load_mllm(config: RunConfig) -> FrozenMLLM:
-    """The frozen MLLM on this process's device."""
+    """The frozen MLLM on this process's device, or its part of one that several processes share."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+        device = f"cuda:{distributed.local_rank()}"
+    if config.model.shard != 1:
+        return load_sharded(config.model, device)
     return FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+
+
+def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> None:
+    """Let the MLLM keep its tower's features where the settings say; rank 0 says what they will take first."""
+    if config.model.feature_cache is None:
+        return
+    mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
+    refusal = None
+    if distributed.rank() == 0:
+        examples = [*splits.train, *splits.val]
+        mllm.features(examples[:1])
+        try:
+            pictures = len({picture_key(example) for example in examples})
+            mllm.cache.reserve(pictures, shutil.disk_usage(mllm.cache.folder).free)
+        except UserError as error:
+            refusal = error
+    if refusal := distributed.broadcast(refusal):
+        raise refusal
 
 
 def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: Path) -> Labeller:
@@ -172,10 +197,20 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     settings, ids = config.labels, [example.id for example in splits.train]
     dtype = None if settings.dtype == "model" else settings.dtype
     scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
+    at_random = settings.target == "credit" and settings.credit_masks_from == "random"
+    masks = settings.credit_masks if at_random else config.search.population
+    if mllm.team.size > 1 and settings.batch * (mllm.team.size - 1) >= masks:
+        logger.warning(
+            "labels.batch=%d leaves some of the %d processes that share the model without masks to score: "
+            "give --labels.batch=%d",
+            settings.batch,
+            mllm.team.size,
+            math.ceil(masks / mllm.team.size),
+        )
     rounds: Rounds
     probabilities = config.loss.name != "listwise"
     some = splits.train[: settings.credit_samples or None] if settings.target == "credit" else splits.train
-    if settings.target == "credit" and settings.credit_masks_from == "random":
+    if at_random:
         rounds = CreditLabels(some, scorer, settings, config.seed, probabilities)
     else:
         special, own = mllm.processor.tokenizer.all_special_ids, [example.id for example in some]

@@ -9,6 +9,7 @@ from evocomp.data.splits import Splits, load_splits
 from evocomp.labels.estimate import (
     GPU,
     GPUS,
+    Estimate,
     Target,
     assumed_workload,
     by_arithmetic,
@@ -24,10 +25,10 @@ def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: floa
     """What round 0 of the labels costs, as text: timed on this machine if it has that GPU, else by arithmetic."""
     known = GPUS.get((gpu or "h100").lower())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    timed = gpu == "here" or (device and (gpu is None or gpu.lower() in device.lower()))
+    # a model that this one process cannot hold is not timed
+    timed = config.model.shard == 1 and (gpu == "here" or (device and (gpu is None or gpu.lower() in device.lower())))
     if known is None and not timed:
         raise UserError(f"--gpu={gpu} is unknown; choose one of {', '.join(GPUS)}, or here to time this machine")
-    target = Target.named(config.model.name, ASSETS)
     try:
         splits = load_splits(config.data)
     except UserError as error:
@@ -39,7 +40,20 @@ def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: floa
     if timed:
         here = next((one for name, one in GPUS.items() if name in device.lower()), GPU(device or "this CPU", 0, 0, 0))
         here = replace(here, price=here.price if price is None else price)
-        labeller = build_rounds(config, load_mllm(config), splits, None)
-        return by_timing(config, target, labeller, samples, here).report(gpus)
+        return _timed(config, splits, samples, here).report(gpus)
+    target = Target.named(config.model.name, ASSETS)
     work = assumed_workload(config, target, samples, *text_lengths(splits.train))
-    return by_arithmetic(config, target, work, replace(known, price=price or known.price)).report(gpus)
+    known = replace(known, price=known.price if price is None else price)
+    return by_arithmetic(config, target, work, known).report(gpus)
+
+
+def _timed(config: RunConfig, splits: Splits, samples: int, here: GPU) -> Estimate:
+    """From samples labelled now, on the GPU that this machine has, or else on its CPU."""
+    mllm = load_mllm(config)
+    target = Target.from_config(mllm.model.config.to_dict())
+    labeller = build_rounds(config, mllm, splits, None)
+    on_gpu = mllm.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(mllm.device)
+    estimate = by_timing(config, target, labeller, samples, here)
+    return replace(estimate, memory=float(torch.cuda.max_memory_reserved(mllm.device))) if on_gpu else estimate

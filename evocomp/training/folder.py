@@ -81,6 +81,7 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
 
     walk(config_files.to_dict(config), "")
     changeable = ("scorer.", "run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
+    changeable += ("model.shard", "model.feature_cache")
     return {key: value for key, value in flat.items() if not key.startswith(changeable)}
 
 

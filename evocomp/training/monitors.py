@@ -41,8 +41,8 @@ class SelectionAccuracy(L.Callback):
         last = trainer.current_epoch + 1 == trainer.max_epochs
         if not self.examples or not (last or (trainer.current_epoch + 1) % self.every == 0):
             return
-        # ranks take every world-th question and sum up
-        mine = self.examples[trainer.global_rank :: trainer.world_size]
+        # ranks (or those that hold the MLLM together) take every world-th question and sum up
+        mine = self.examples[self.mllm.team.index :: self.mllm.team.count]
         right = torch.tensor(self.count_right(whole(module), mine), dtype=torch.float64)
         asked = torch.tensor(float(len(mine)), dtype=torch.float64)
         if trainer.world_size > 1:

@@ -115,13 +115,9 @@ class RefreshLabels(L.Callback):
 
     def _forget_old(self, trainer: L.Trainer) -> None:
         """Delete rounds that neither this epoch nor a resume from any checkpoint of the run will read."""
-        if not trainer.is_global_zero:
-            return
         needed = min([self.round, *(_round_of(path) for path in _checkpoints(trainer))])
-        for round in self.labeller.store.rounds():
-            # a round is made from the one before it; round 0 is what evocomp label makes
-            if 0 < round < min(needed, self.round - 1):
-                self.labeller.store.remove(round)
+        # a round is made from the one before it; round 0 is what evocomp label makes
+        self.labeller.forget(range(1, min(needed, self.round - 1)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"round": self.round}

@@ -48,8 +48,11 @@ class StopCleanly(L.Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch:
             return  # the epoch's end has its own checkpoint; what comes next looks again
+        if progress.current.ready % trainer.accumulate_grad_batches:
+            return  # no checkpoint holds gradients of which more are to be added
         asked = torch.tensor(int(self.request.asked), device=module.device)
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce(asked, reduce_op="max")

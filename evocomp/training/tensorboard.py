@@ -53,8 +53,8 @@ class TensorBoardPage:
     def of(
         cls, trainer: L.Trainer, refresh: RefreshLabels, monitor: SelectionAccuracy, pictures: int, watched: int
     ) -> "TensorBoardPage | None":
-        """The page of this run, if it has one and this process writes it."""
-        if not trainer.is_global_zero:
+        """The page of this run, if it has one and this process writes it; a sharded MLLM answers to all or nobody."""
+        if not trainer.is_global_zero or monitor.mllm.team.size > 1:
             return None
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

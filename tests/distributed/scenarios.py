@@ -1,11 +1,12 @@
 """What the ranks of the tests' jobs do: each function runs in every process of a job. See ranks.py."""
 
+import logging
 import os
 import signal
 import time
 from pathlib import Path
 
-from evocomp import cli, distributed
+from evocomp import cli, distributed, log
 from evocomp.labels.labeller import Labeller
 from evocomp.labels.scorer import CandidateScorer
 
@@ -54,9 +55,25 @@ def send_self(number: int, store: str = "", chunks: int = 0):
     def send() -> None:
         while len(list(Path(store).glob("round-0000/chunk-*.safetensors"))) < chunks:
             time.sleep(0.01)
+        if store:
+            Path(f"{store}-died").write_text(str(time.time()))
         os.kill(os.getpid(), number)
 
     return send
+
+
+def watch_for(words: str) -> dict[str, float]:
+    """Gets the time at which these words are logged, as `named`."""
+    found: dict[str, float] = {}
+
+    class Watch(logging.Handler):
+        def emit(self, record):
+            if words in record.getMessage():
+                found.setdefault("named", time.time())
+
+    log.setup()  # else it would take this handler for its own
+    log.logger.addHandler(Watch())
+    return found
 
 
 def label(
@@ -66,24 +83,36 @@ def label(
     chunks: int = 1,
     static: bool = False,
     own_disks: bool = False,
+    settings: tuple = (),
+    patient: bool = False,
 ):
     """`evocomp label` into folder, or into one a rank.
 
     One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
     """
-    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.3, 8.0
+    if not patient:
+        distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.3, 8.0
     if own_disks:
         os.environ["LOCAL_RANK"] = "0"
         folder = f"{folder}/{rank()}"
     if rank() == signal_rank:
         before_batch(2, send_self(number, folder, chunks))
+    named = watch_for("has not been heard of")
     if static:
         distributed.WorkQueue.__call__ = lambda self, chunks: iter(chunks[rank() :: distributed.world_size()])
     made: list[int] = []
-    make = Labeller._make
-    Labeller._make = lambda self, round, ids, *rest: made.extend(ids) or make(self, round, ids, *rest)
-    code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY])
-    return {"code": code, "digest": digest(folder) if code == 0 else None, "made": len(made)}
+    make, scorers = Labeller._make, []
+
+    def counting(self, round, ids, *rest):
+        made.extend(ids)
+        scorers[:] = [self.scorer]
+        return make(self, round, ids, *rest)
+
+    Labeller._make = counting
+    code = cli.main(["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY, *settings])
+    forwards = sum(scorer.forwards for scorer in scorers)
+    result = {"code": code, "digest": digest(folder) if code == 0 else None, "made": len(made), "forwards": forwards}
+    return result | named
 
 
 def uneven(work: float):
@@ -92,7 +121,7 @@ def uneven(work: float):
 
     import torch.distributed as dist
 
-    distributed.HEARTBEAT_SECONDS, distributed.DEAD_AFTER_SECONDS = 0.2, work / 3
+    distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.2, work / 3
     distributed.join()
     queue, done = distributed.WorkQueue("uneven", lambda chunk: False), []
     dist.barrier()
@@ -110,27 +139,6 @@ def uneven(work: float):
     except RuntimeError:
         barrier = "failed"
     return {"done": everyone, "barrier": barrier, "waited": queue.waited}
-
-
-def timed_label(folder: str):
-    """Wall and CPU seconds of labelling alone: everything is loaded before the clock starts."""
-    from evocomp.data.splits import load_splits
-    from evocomp.training import build
-
-    words = [f"run_dir={folder}", *TINY, "data.max_samples=64", "search.population=24", "search.generations=11"]
-    config = cli._config(words)
-    distributed.join()
-    splits = load_splits(config.data)
-    labeller = build.build_labeller(config, build.load_mllm(config), splits, Path(folder))
-    labeller.encode([example.id for example in splits.train])
-    labeller.scorer.full(labeller.encode([splits.train[0].id])[0])
-    labeller.scorer.forwards = 0
-    distributed.gather(None)
-    wall, cpu = time.perf_counter(), time.process_time()
-    labeller.ensure(0)
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    distributed.leave()
-    return {**seconds, "waited": labeller.waited, "forwards": labeller.scorer.forwards}
 
 
 class Spy:
@@ -153,7 +161,8 @@ class Spy:
         from evocomp.labels.store import LabelStore
 
         records = LabelStore(self.store).read(batch.round)
-        for id, target in zip(batch.ids, batch.targets, strict=True):
+        hard = [id for id in batch.ids if "kept" in records[id]]
+        for id, target in zip(hard, batch.targets if hard else [], strict=True):
             assert target.nonzero()[:, 0].tolist() == records[id]["kept"].tolist(), "labels of another round"
         seen = {"epoch": trainer.current_epoch, "round": batch.round, "ids": batch.ids}
         self.steps.append({**seen, "loss": float(outputs["loss"])})
@@ -178,11 +187,25 @@ def spying(spy: Spy, workers: int) -> None:
     build.LabelledQuestions = functools.partial(build.LabelledQuestions, workers=workers)
 
 
-def train(run: str, out: str, settings: tuple = (), stop_at: int = 0, workers: int = 0, join_counts: bool = True):
-    """`evocomp train` without its judgement; what the spy saw, and where training stood at the end."""
+def train(
+    run: str,
+    out: str,
+    settings: tuple = (),
+    stop_at: int = 0,
+    workers: int = 0,
+    join_counts: bool = True,
+    own_disks: bool = False,
+):
+    """`evocomp train` without its judgement; what the spy saw, and where training stood at the end.
+
+    own_disks: each rank is a node of its own, with a store of labels of its own.
+    """
     from evocomp.training import build
     from evocomp.training.module import CompressorModule
 
+    if own_disks:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": str(rank())}
+        settings = [*settings, f"labels.dir={run}-labels-{rank()}"]
     if not join_counts:
         CompressorModule._sum_over_ranks = lambda self, counts: counts
     words = [f"run_dir={run}", *TINY, "trainer.accelerator=cpu", "trainer.max_epochs=1", *settings]

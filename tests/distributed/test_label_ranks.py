@@ -24,10 +24,104 @@ def chunks(folder) -> list[int]:
     return LabelStore(folder).stored(0)
 
 
-@pytest.mark.parametrize(("world", "how"), [(2, {}), pytest.param(3, {"static": True}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world", "how"),
+    [(2, {}), *(pytest.param(3, how, marks=pytest.mark.slow) for how in ({}, {"static": True}))],
+)
 def test_several_ranks_make_the_same_bytes(ranks, alone, tmp_path, world, how):
     job = ranks(world, "label", folder=str(tmp_path / "labels"), **how).succeeded()
     assert {result["digest"] for result in job.results} == {alone}
+
+
+# ------------------------------------------------------------ one model held by several processes
+
+# four parts a population, for the members to share; savings that a sharded model does without
+SHARDED = ["labels.batch=2", "scorer.own_pass=false", "scorer.shared_prefix=never", "scorer.prefix_reuse=never"]
+KINDS = {
+    "hard": [],
+    "hill_climb": ["search.strategy=hill_climb"],
+    "credit": ["labels.target=credit", "labels.refresh=none", "loss.name=listwise", "labels.credit_masks=8"],
+}
+
+
+def unsharded(folder, settings: list[str]) -> str:
+    from scenarios import TINY, digest
+
+    from evocomp import cli
+
+    words = ["label", f"--labels.dir={folder}/one", f"--run_dir={folder}/run", *TINY, *SHARDED, *settings]
+    assert cli.main(words) == 0
+    return digest(f"{folder}/one")
+
+
+@pytest.mark.parametrize("kind", ["hard", *(pytest.param(k, marks=pytest.mark.slow) for k in ("hill_climb", "credit"))])
+def test_two_processes_with_half_the_layers_each_make_the_same_bytes(ranks, tmp_path, kind):
+    settings = [*SHARDED, *KINDS[kind], "model.shard=2"]
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=settings).succeeded()
+    assert {result["digest"] for result in job.results} == {unsharded(tmp_path, KINDS[kind])}
+    assert [result["made"] for result in job.results] == [12, 12]  # both go through all samples together
+    scored = [result["forwards"] for result in job.results]
+    assert abs(scored[0] - scored[1]) < 0.2 * sum(scored) < sum(scored)  # and score half of the masks each
+
+
+@pytest.mark.slow
+def test_shard_groups_share_a_queue_and_survive_each_other(ranks, tmp_path):
+    settings = [*SHARDED, "model.shard=2"]
+    alone = unsharded(tmp_path, [])
+    job = ranks(4, "label", folder=str(tmp_path / "whole"), settings=settings).succeeded()
+    assert {result["digest"] for result in job.results} == {alone}
+    made = [result["made"] for result in job.results]
+    assert made[0] == made[1] > 0 and made[2] == made[3] > 0 and made[0] + made[2] == 12
+    # a follower dies: its leader cannot go on, the other group does the rest
+    folder = str(tmp_path / "labels")
+    job = ranks(4, "label", folder=folder, settings=settings, signal_rank=3)
+    assert job.codes[3] == -signal.SIGKILL and job.codes[2] not in (0, None) and job.codes[:2] == [0, 0], job.outputs
+    assert job.results[0]["digest"] == alone
+    assert any("takes over chunk" in output and "of rank 2" in output for output in job.outputs[:2])
+
+
+@pytest.mark.slow
+def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
+    """SIGTERM comes to one of two processes that need each other for every forward."""
+    settings, folder = [*SHARDED, "model.shard=2"], str(tmp_path / "labels")
+    options = {"signal_rank": 1, "number": signal.SIGTERM, "chunks": 0}
+    job = ranks(2, "label", folder=folder, settings=settings, **options)
+    assert job.codes == [2, 2] and all("stopped in labelling" in output for output in job.outputs), job.outputs
+    assert ranks(2, "label", folder=folder, settings=settings).succeeded().results[0]["digest"] == unsharded(
+        tmp_path, []
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["model.shard=3"], "make no groups of 3"),
+        (["model.shard=2", "model.name=nowhere"], "model.name=nowhere does not load"),
+        (["model.shard=2", "labels.dtype=bfloat16"], "give labels.dtype=model"),
+        (["model.shard=2", "search.strategy=gradient_seeded"], "needs gradients"),
+    ],
+)
+def test_what_shard_groups_cannot_do_is_refused_by_all(ranks, tmp_path, settings, says):
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=settings)
+    assert job.codes == [2, 2] and all(says in output for output in job.outputs), job.outputs
+
+
+def test_a_batch_that_leaves_processes_idle_is_told(ranks, tmp_path):
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=["model.shard=0"]).succeeded()
+    assert "give --labels.batch=4" in job.outputs[0]
+
+
+# ------------------------------------------------------------ features on disk, nodes without a shared disk
+
+
+def test_features_on_disk_change_no_byte(ranks, alone, tmp_path):
+    settings, stamps = [f"model.feature_cache={tmp_path}/features"], []
+    for name in ("first", "again"):  # filled by both ranks, then read by both
+        job = ranks(2, "label", folder=f"{tmp_path}/{name}", settings=settings).succeeded()
+        assert {result["digest"] for result in job.results} == {alone}
+        assert "feature cache: " in job.outputs[0] and "feature cache: " not in job.outputs[1]
+        stamps.append({path.name: path.stat().st_mtime_ns for path in tmp_path.glob("features/*/*/*.safetensors")})
+    assert len(stamps[0]) > 1 and stamps[0] == stamps[1]
 
 
 @pytest.mark.slow
@@ -57,6 +151,15 @@ def test_a_dead_rank_is_named_and_its_chunk_taken_over(ranks, alone, tmp_path):
     assert any("takes over chunk" in output and "of rank 1" in output for output in job.outputs)
 
 
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named_within_a_minute(ranks, tmp_path):
+    """With the heartbeat that jobs have; the tests above are less patient."""
+    job = ranks(2, "label", folder=str(tmp_path / "labels"), signal_rank=1, patient=True)
+    assert job.codes == [0, -signal.SIGKILL] and "rank 1 has not been heard of for 45 s" in job.outputs[0]
+    died = float((tmp_path / "labels-died").read_text())
+    assert 40 < job.results[0]["named"] - died < 60
+
+
 def test_killed_ranks_and_a_resume_on_another_number(ranks, alone, tmp_path):
     folder = tmp_path / "labels"
     # rank 0 hosts the queue: with it the whole job ends
@@ -77,19 +180,22 @@ def test_sigterm_leaves_a_clean_store(ranks, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_job_and_leaves_the_store_intact(ranks, alone, tmp_path):
+@pytest.mark.parametrize("settings", [[], ["model.shard=2"]], ids=["alone", "sharded"])
+def test_a_full_disk_stops_the_job_and_leaves_the_store_intact(ranks, tmp_path, settings):
+    settings, world = [*SHARDED, *settings], 1 + len(settings)
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
     try:
-        job = ranks(1, "label", folder=str(disk / "labels"))
-        assert job.codes == [2] and "no space left" in job.outputs[0], job.outputs
+        job = ranks(world, "label", folder=str(disk / "labels"), settings=settings)
+        assert set(job.codes) == {2} and "no space left" in job.outputs[0], job.outputs
         assert "more than is free" in job.outputs[0]  # said beforehand
         kept = chunks(disk / "labels")
         assert 0 < len(kept) < 6 and not list(disk.rglob("*.tmp*"))
         subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
-        assert ranks(1, "label", folder=str(disk / "labels")).succeeded().results[0]["digest"] == alone
+        again = ranks(world, "label", folder=str(disk / "labels"), settings=settings).succeeded()
+        assert again.results[0]["digest"] == unsharded(tmp_path, [])
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -1,10 +1,13 @@
 """Two ranks train as one does on the joined batch; labels are never stale; a resume sees what was left."""
 
+import csv
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+from evocomp.labels.store import LabelStore
 
 EPOCH = ["labels.samples_per_epoch=24", "optim.warmup_steps=1"]
 ADAMW = [*EPOCH, "optim.name=adamw", "optim.lr=1e-3"]
@@ -39,6 +42,13 @@ def gradients(out: Path, rank: int = 0) -> torch.Tensor:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
     return content["state_dict"]
+
+
+def accuracies(run: Path) -> list[tuple[str, str]]:
+    """What the CSV logger wrote about the selection split."""
+    with (run / "curves" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [(name, value) for row in rows for name, value in row.items() if name.startswith("val/accuracy") and value]
 
 
 def ids(job) -> list[set[int]]:
@@ -101,8 +111,9 @@ def test_a_run_stopped_in_mid_epoch_goes_on_exactly(train, uninterrupted):
 
 
 @pytest.mark.slow
-def test_sharded_training_goes_on_with_two_ranks_or_one(train, single):
-    settings = [*ADAMW, "optim.batch_size=4", "trainer.strategy=fsdp2"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_training_goes_on_with_two_ranks_or_one(train, single, strategy):
+    settings = [*ADAMW, "optim.batch_size=4", f"trainer.strategy={strategy}"]
     longer = [*settings, "trainer.max_epochs=2"]
     first, run, _ = train(2, longer, stop_at=5)
     assert first.codes == [2, 2], first.outputs
@@ -115,3 +126,53 @@ def test_sharded_training_goes_on_with_two_ranks_or_one(train, single):
         assert (folder / "trained.json").exists()
     assert [len(steps) for steps in seen] == [5, 1, 2]
     assert seen[1][0] == seen[2][0] | seen[2][1]  # the samples that were left of the epoch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_mixed_precision_and_gradient_accumulation_go_with_the_strategies(train, strategy):
+    """An interruption waits for the gradients that are being added up; then the resume is exact as ever."""
+    half = [*ADAMW, "optim.batch_size=2", f"trainer.strategy={strategy}", "trainer.accumulate_grad_batches=2"]
+    settings = [*half, "trainer.precision=bf16-mixed"]
+    whole, run, out = train(2, settings)
+    whole.succeeded()
+    assert [len(result["steps"]) for result in whole.results] == [6, 6]
+    assert len(gradients(out)) == 3 and gradients(out).isfinite().all()
+    first, again, _ = train(2, settings, stop_at=3)
+    assert first.codes == [2, 2] and [len(result["steps"]) for result in first.results] == [4, 4]
+    second, _, _ = train(2, settings, run=again)
+    second.succeeded()
+    for rank in range(2):
+        parts = first.results[rank]["steps"] + second.results[rank]["steps"]
+        assert parts == whole.results[rank]["steps"]
+    for key, value in weights(run).items():
+        assert torch.equal(value, weights(again)[key]), key
+
+
+PLUS = ["recipe=plus", "labels.refresh_start=1", "labels.samples_per_refresh=8", "labels.flat=0.001"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [[], PLUS], ids=["published", "plus"])
+def test_a_run_with_a_sharded_mllm_is_that_of_one_process_a_rank(train, recipe):
+    """Labels, refreshes, training and measurements with half of the MLLM's layers in each of two processes."""
+    exact = ["scorer.own_pass=false", "scorer.shared_prefix=never", "labels.batch=2", "data.val_samples=5"]
+    settings = [*EPOCH, *exact, "optim.batch_size=4", "trainer.max_epochs=2", "logger=csv", *recipe]
+    settings += ["compressor.init=layer"]
+    whole, plain, _ = train(2, [*settings, "model.shard=1"], shared_labels=False)
+    shards, run, _ = train(2, [*settings, "model.shard=2"], shared_labels=False)
+    assert whole.succeeded().results == shards.succeeded().results
+    measured = [accuracies(folder) for folder in (plain, run)]
+    assert len(measured[0]) == 2 * 2 and measured[0] == measured[1]
+    assert all(key.startswith("compressor.") for key in weights(run))
+
+
+@pytest.mark.slow
+def test_nodes_with_disks_of_their_own_train_alike_and_forget_old_rounds(train):
+    settings = [*EPOCH, "optim.batch_size=4", "trainer.max_epochs=4"]
+    shared, run, _ = train(2, settings, shared_labels=False)
+    apart, own, _ = train(2, settings, shared_labels=False, own_disks=True)
+    assert apart.succeeded().results == shared.succeeded().results
+    stores = [run / "labels", *(Path(f"{own}-labels-{rank}") for rank in range(2))]
+    assert [LabelStore(store).rounds() for store in stores] == [[0, 2, 3]] * 3
+    assert len({LabelStore(store).digest(3) for store in stores}) == 1

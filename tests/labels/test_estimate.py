@@ -85,6 +85,23 @@ def test_timed_samples_tell_lengths_and_hours(run):
     assert "2 samples timed here" in result.report()
 
 
+def test_credits_are_timed_by_whole_pictures(nano, tmp_path):
+    """All questions about a picture share its masks: one alone would cost as much as all."""
+    from evocomp.data.splits import load_splits
+    from evocomp.training.build import build_rounds
+
+    credit = ["labels.target=credit", "labels.refresh=none", "loss.name=listwise", "labels.credit_masks=4"]
+    config = load(settings=[*credit, "data.max_samples=40", "data.val_samples=0", "data.test_samples=0"])
+    splits = load_splits(config.data)
+    labeller, made = build_rounds(config, nano, splits, None), []
+    make = labeller.rounds.make
+    labeller.rounds.make = lambda round, ids, *rest: made.append(list(ids)) or make(round, ids, *rest)
+    result = by_timing(config, Target.named("nano", ASSETS), labeller, 1000, GPUS["l4"], count=2)
+    pictures = [{labeller.examples[id].image_id for id in ids} for ids in made]
+    assert len(made) == 3 and all(len(one) == 1 for one in pictures) and len(set.union(*pictures)) == 3
+    assert result.timed == len(made[1]) + len(made[2]) > 2
+
+
 def test_hours_price_and_refresh_follow(run):
     config, _, _ = run
     target, gpu = Target.from_config(KNOWN[LLAVA]), GPUS["h100"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -215,6 +216,40 @@ def test_a_crash_in_mid_epoch_costs_that_epochs_steps(whole, steps, tmp_path):
     assert_same_weights(folder, tmp_path / "run")
 
 
+def test_a_crash_between_labels_and_their_epoch_costs_nothing(whole, steps, tmp_path, monkeypatch):
+    settings, folder, seen = whole
+    commit, made = LabelStore.commit, []
+
+    def crash_after(store, round, chunks):
+        commit(store, round, chunks)
+        made.append(round)
+        if len(made) == 2:  # the first refresh is complete, its epoch has not begun
+            raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(LabelStore, "commit", crash_after)
+    with pytest.raises(ZeroDivisionError):
+        run(config(tmp_path / "run", *settings))
+    done = len(steps.seen)
+    assert steps.seen == seen[:done] and done in (4, 8)
+    assert run(config(tmp_path / "run", *settings)) is True
+    assert steps.seen == seen
+    assert made == sorted(set(made))  # no round was made twice
+    assert_same_weights(folder, tmp_path / "run")
+
+
+def test_rounds_are_kept_as_long_as_a_checkpoint_needs_them(steps, tmp_path, whole):
+    settings, _, _ = whole
+    if settings:
+        pytest.skip("one recipe will do")
+    mine = config(tmp_path / "run", "trainer.max_epochs=6")
+    old = tmp_path / "run" / "checkpoints" / "mine.ckpt"
+    steps.at[8] = lambda: shutil.copy(old.with_name("last.ckpt"), old)  # of the second epoch: round 1
+    run(mine)
+    store = LabelStore(tmp_path / "run" / "labels")
+    assert store.rounds() == [0, 1, 2, 3, 4, 5]
+    assert int(torch.load(old, weights_only=False)["callbacks"]["RefreshLabels"]["round"]) == 1
+
+
 def test_sigterm_in_a_refresh_goes_on_with_that_refresh(whole, steps, tmp_path, monkeypatch):
     settings, folder, seen = whole
     score = CandidateScorer._in_parts
@@ -304,6 +339,14 @@ def test_trainer_settings_are_checked_against_lightnings_signature(settings, mat
     with pytest.raises(UserError, match=match):
         check_trainer(settings)
     assert check_trainer({"max_epochs": 3, "precision": "bf16-mixed"}) == {"max_epochs": 3, "precision": "bf16-mixed"}
+
+
+def test_features_that_do_not_fit_on_the_disk_are_refused(steps, tmp_path, monkeypatch):
+    free = type("Usage", (), {"free": 100_000})
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: free)
+    mine = config(tmp_path / "run", f"model.feature_cache={tmp_path}/features")
+    refused(mine, "100 kB are free; name a folder on a larger disk")
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_few_questions_for_a_batch(steps, tmp_path):

@@ -7,7 +7,7 @@ from evocomp.config.schema import OptimConfig
 from evocomp.log import UserError
 from evocomp.training.strategy import job_size, whole, with_strategy
 
-ADAMW = OptimConfig(name="adamw")
+ADAMW = OptimConfig(name="adamw", ema=0.0)
 
 
 def test_other_names_are_lightnings_own():

@@ -1,0 +1,176 @@
+"""Two processes on one label queue against one process, beside two that share nothing: what the machine allows.
+
+Every process is kept on a core of its own and has loaded and encoded everything before the clock starts, so that
+start-up does not count. The three ways take turns, in changing order. Wall time is what counts here; whether the
+cores were idle shows in `wall_per_cpu`, which is 1 if nobody else had them. On busy cores look at `ratio_by_cpu`.
+"""
+
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evocomp import distributed
+from evocomp.bench.timing import environment, quantiles
+from evocomp.config.schema import GroupingConfig, LabelConfig, SearchConfig
+from evocomp.data.scenes import scene_examples
+from evocomp.labels.hard import HardLabels
+from evocomp.labels.labeller import Labeller
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.labels.store import LabelStore
+from evocomp.log import UserError
+from evocomp.mllm.hf import FrozenMLLM
+
+Row = dict[str, Any]
+
+SEARCH = SearchConfig()
+"""The published search."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process labels into a store, and where in its job it is."""
+
+    folder: str
+    ids: list[int]
+
+
+def run(device: str = "cpu", repeats: int = 5, samples: int = 96, search: SearchConfig = SEARCH) -> list[Row]:
+    """Both rows: two processes on the queue, and two without one, against one process.
+
+    Raises:
+        UserError: fewer than two cores (or GPUs).
+        AssertionError: the two processes made other labels than the one.
+    """
+    places = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    if places < 2:
+        raise UserError(f"evocomp bench label-processes needs two {'GPUs' if device == 'cuda' else 'cores'}")
+    ids = [example.id for example in _examples(samples)]
+    with _processes(device, samples, search) as (alone, together), tempfile.TemporaryDirectory() as folder:
+        runs: dict[str, list[dict]] = {"one": [], "queue": [], "halves": []}
+        for repeat in range(repeats + 1):  # the first warms up: libraries prepare for each new size of matrix
+            for way in list(runs) if repeat % 2 else list(runs)[::-1]:
+                store = f"{folder}/{way}-{repeat}"
+                if way == "one":
+                    done = _measure({alone[0]: Share(store, ids)})
+                elif way == "queue":
+                    done = _measure({pipe: Share(store, ids) for pipe in together})
+                else:
+                    parts = {pipe: Share(f"{store}-{k}", ids[k::2]) for k, pipe in enumerate(alone)}
+                    done = _measure(parts)
+                runs[way] += [done] if repeat else []
+            digests = {LabelStore(Path(f"{folder}/{way}-{repeat}")).digest(0) for way in ("one", "queue")}
+            assert len(digests) == 1, "two processes made other labels than one"
+    shape = f"nano {samples} questions q={search.population} L={search.generations} chunks of 1"
+    return [
+        _row("label processes", shape, "two processes, one queue", runs["one"], runs["queue"], device),
+        _row("label processes, control", shape, "two that share nothing", runs["one"], runs["halves"], device),
+    ]
+
+
+def _row(bench: str, shape: str, ours: str, one: list[dict], two: list[dict], device: str) -> Row:
+    row: Row = {"bench": bench, "shape": shape, "baseline": "one process", "ours": ours}
+    for name, runs in (("baseline", one), ("ours", two)):
+        low, middle, high = quantiles([run["wall"] for run in runs])
+        row |= {f"{name}_ms": middle * 1e3, f"{name}_p20_ms": low * 1e3, f"{name}_p80_ms": high * 1e3}
+    low, middle, high = quantiles([a["wall"] / b["wall"] for a, b in zip(one, two, strict=True)])
+    return row | {
+        "ratio": middle,
+        "ratio_p20": low,
+        "ratio_p80": high,
+        # what the ratio of walls would be on idle cores but for waiting in the queue: CPU time of the busier process
+        "ratio_by_cpu": statistics.median(a["cpu"] / b["busiest"] for a, b in zip(one, two, strict=True)),
+        "cpu_seconds_ratio": statistics.median(b["cpu"] / a["cpu"] for a, b in zip(one, two, strict=True)),
+        "waited_ms": 1e3 * statistics.median(run["waited"] for run in two),
+        "wall_per_cpu": statistics.median(run["wall_per_cpu"] for run in [*one, *two]),
+        "repeats": len(one),
+        "clock": "wall",
+        **environment(device),
+    }
+
+
+def _measure(shares: dict[Connection, Share]) -> dict[str, float]:
+    """Let processes label their shares at the same time."""
+    for pipe, share in shares.items():
+        pipe.send(share)
+    done = [pipe.recv() for pipe in shares]
+    return {
+        "wall": max(one["end"] for one in done) - min(one["start"] for one in done),
+        "cpu": sum(one["cpu"] for one in done),
+        "busiest": max(one["cpu"] for one in done),
+        "waited": max(one["waited"] for one in done),
+        # time in the queue is no work
+        "wall_per_cpu": max((one["end"] - one["start"] - one["waited"]) / one["cpu"] for one in done),
+    }
+
+
+# ---------------------------------------------------------------- the processes
+
+
+@contextmanager
+def _processes(device: str, samples: int, search: SearchConfig) -> Iterator[tuple[list[Connection], list[Connection]]]:
+    """Pipes to two processes that know nothing of one another, and to two of one job; all ready to begin."""
+    context, pipes, started = multiprocessing.get_context("spawn"), [], []
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    for world in (1, 2):
+        for rank in range(2):
+            ours, theirs = context.Pipe()
+            place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            if world == 2:
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            arguments = (theirs, place, rank, device, samples, search)
+            started.append(context.Process(target=_work, args=arguments, daemon=True))
+            started[-1].start()
+            pipes.append(ours)
+    try:
+        for pipe in pipes:
+            assert pipe.recv() == "ready"
+        yield pipes[:2], pipes[2:]
+    finally:
+        for pipe in pipes:
+            pipe.send(None)
+        for process in started:
+            process.join(30)
+
+
+def _work(pipe: Connection, place: dict[str, str], number: int, device: str, samples: int, search: SearchConfig):
+    """A process: gets ready, then labels what it is told until it is told nothing."""
+    os.environ |= place
+    torch.set_num_threads(1)
+    if device == "cpu":
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
+    distributed.join()
+    mllm = FrozenMLLM.load("nano", device=f"cuda:{number}" if device == "cuda" else "cpu")
+    examples = _examples(samples)
+    known = {example.id: example for example in examples}
+    mllm.features(examples)
+    scorer = CandidateScorer(mllm)
+    pipe.send("ready")
+    while (share := pipe.recv()) is not None:
+        labels = LabelConfig(target="hard", chunk_size=1)
+        rounds = HardLabels(share.ids, scorer, GroupingConfig(), search, labels, seed=0)
+        store = LabelStore.open(share.folder, {"bench": "label processes"})
+        labeller = Labeller(mllm, scorer, rounds, store, [known[id] for id in share.ids])
+        distributed.gather(None)
+        start, cpu = time.monotonic(), time.process_time()
+        labeller.ensure(0)
+        end = time.monotonic()
+        pipe.send({"start": start, "end": end, "cpu": time.process_time() - cpu, "waited": labeller.waited})
+    distributed.leave()
+
+
+def _examples(samples: int):
+    return scene_examples(seed=616161, start=0, count=samples)[:samples]

@@ -1,0 +1,34 @@
+"""Who am I in this job, and which piece of work is mine next. Everything here also works in one process."""
+
+from evocomp.distributed.board import leave
+from evocomp.distributed.job import (
+    StopRequest,
+    broadcast,
+    gather,
+    join,
+    launched_by_torchrun,
+    local_rank,
+    local_size,
+    rank,
+    set_threads,
+    world_size,
+)
+from evocomp.distributed.queue import WorkQueue, in_turn
+from evocomp.distributed.team import Team
+
+__all__ = [
+    "StopRequest",
+    "Team",
+    "WorkQueue",
+    "broadcast",
+    "gather",
+    "in_turn",
+    "join",
+    "launched_by_torchrun",
+    "leave",
+    "local_rank",
+    "local_size",
+    "rank",
+    "set_threads",
+    "world_size",
+]

@@ -1,0 +1,125 @@
+"""The job and this process's place in it; what all of its processes tell one another; requests to stop."""
+
+import os
+import signal
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from evocomp.log import UserError
+
+
+def rank() -> int:
+    """This process's number in the job."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the job."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    """Processes of the job on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_by_torchrun() else 1
+
+
+def launched_by_torchrun() -> bool:
+    """Whether a launcher has set the variables of a job of several processes."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and "MASTER_ADDR" in os.environ and "RANK" in os.environ
+
+
+def join() -> None:
+    """Meet the other processes, if a launcher started several; Lightning then goes on with the same group.
+
+    Raises:
+        UserError: more processes than GPUs on this node.
+    """
+    if not launched_by_torchrun() or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank()} of this node has no GPU of its own, there are {torch.cuda.device_count()}: "
+                "start one process a GPU (PROCESSES=gpu)"
+            )
+        torch.cuda.set_device(local_rank())
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
+
+
+def broadcast(value, source: int = 0):
+    """`value` of rank `source` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=_object_device())
+    return box[0]
+
+
+def gather(value) -> list[Any]:
+    """Every rank's `value`, by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _object_device() -> torch.device | None:
+    """Where objects travel: over gloo if the group has it."""
+    return torch.device("cpu") if "gloo" in dist.get_backend_config() else None
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of torch; 0 = all cores if they are idle (two threads on a busy machine are slower than one)."""
+    if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
+        cores = os.cpu_count() or 1
+        busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        threads = max(1, min(4, int(cores - busy)))
+    if threads:
+        torch.set_num_threads(threads)
+
+
+class StopRequest:
+    """Notes SIGTERM instead of dying of it, so that the piece of work in hand can be finished.
+
+    One inside another knows what the outer one has noted.
+
+    Args:
+        chain: also do what was done at SIGTERM before.
+    """
+
+    _active: list["StopRequest"] = []
+
+    def __init__(self, chain: bool = True) -> None:
+        self.asked = False
+        self._chain = chain
+        self._previous = None
+
+    def __enter__(self) -> "StopRequest":
+        def note(number, frame):
+            self.asked = True
+            if self._chain and callable(self._previous):
+                self._previous(number, frame)
+
+        self.asked = any(outer.asked for outer in self._active)
+        self._active.append(self)
+        try:
+            self._previous = signal.signal(signal.SIGTERM, note)
+        except ValueError:  # not the main thread: whoever owns it handles signals
+            self._previous = None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._active.remove(self)
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)

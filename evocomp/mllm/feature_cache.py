@@ -1,0 +1,145 @@
+"""Pictures on disk as the vision tower leaves them: before the projector, which makes LLaVA-1.5's four times as large.
+
+    FOLDER/KEY/3f/3fa9....safetensors     one picture, named by a hash of the pixels that the tower sees
+
+KEY is a hash of the model and of all else that the numbers depend on. A picture read from the disk gives the very
+same visual tokens as one encoded now, for the projector and what follows run as ever.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from evocomp.files import is_full, readable, sweep, write_whole
+from evocomp.log import UserError, logger, warn_once
+from evocomp.mllm import families
+
+_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+class FeatureCache:
+    """Encodes pictures, each only once for all processes and runs that use the folder.
+
+    Several processes may write and read at once; a full disk ends the writing, not the run.
+
+    Args:
+        folder: shared by all processes of a node, or of a job.
+        model: the MLLM.
+        fingerprint: of its weights.
+
+    Raises:
+        UserError: the model reads several layers of its tower (DeepStack is one way), or no folder can be made.
+    """
+
+    def __init__(self, folder: str | Path, model: nn.Module, fingerprint: str):
+        several = isinstance(getattr(model.config, "vision_feature_layer", None), list | tuple)
+        if several or families.policy(model).deepstack:
+            raise UserError("model.feature_cache: this model reads several layers of its vision tower; leave it out")
+        self.model = model
+        tower = families.tower(model)
+        device = next(tower.parameters())
+        depends_on = (fingerprint, device.dtype, device.device.type, tower.config._attn_implementation)
+        self.folder = Path(folder) / hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"model.feature_cache={folder} cannot be a folder: {error.strerror}") from None
+        self._writes = True
+
+    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, ModelOutput]:
+        """`families.encode` for one picture, without the tower's part of the work if that lies on disk."""
+        path = self._path(inputs)
+        known = self._read(path)
+        if known is not None:
+            with self._in_place_of_tower(known.to(inputs["pixel_values"].device)):
+                return families.encode(self.model, inputs)
+        with self._listening_to_tower() as heard:
+            encoded = families.encode(self.model, inputs)
+        if self._writes:
+            self._write(path, heard[0])
+        return encoded
+
+    def reserve(self, pictures: int, free: int) -> None:
+        """Say what so many pictures will take, once one of them has been encoded.
+
+        Raises:
+            UserError: that is more than the `free` bytes of the disk.
+        """
+        sweep(self.folder.glob("*/*.tmp.*"))
+        sizes = [path.stat().st_size for path in self.folder.glob("*/*.safetensors")]
+        if not sizes:
+            raise UserError(f"model.feature_cache: not even one picture fits on the disk of {self.folder}")
+        a_picture = sum(sizes) / len(sizes)
+        missing = max(0, pictures - len(sizes)) * a_picture
+        logger.info(
+            "feature cache: %s for %d pictures (%s each), %s of it there already, in %s, %s free",
+            readable(pictures * a_picture),
+            pictures,
+            readable(a_picture),
+            readable(sum(sizes)),
+            self.folder,
+            readable(free),
+        )
+        if missing > free:
+            raise UserError(
+                f"model.feature_cache: {readable(missing)} more are needed in {self.folder}, {readable(free)} are "
+                "free; name a folder on a larger disk, or none: encoding is a small share of the work"
+            )
+
+    # ------------------------------------------------------------ files
+
+    def _path(self, inputs: Mapping[str, Tensor]) -> Path:
+        digest = hashlib.sha256()
+        for name in sorted(set(inputs) - set(_TEXT)):
+            value = inputs[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.view(torch.uint8).numpy().tobytes())
+        name = digest.hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _read(self, path: Path) -> Tensor | None:
+        try:
+            return load(path.read_bytes())["features"]
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError):
+            logger.warning("%s is damaged; the picture is encoded again", path)
+            return None
+
+    def _write(self, path: Path, features: Tensor) -> None:
+        try:
+            write_whole(path, save({"features": features.detach().cpu().contiguous()}))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._writes = False
+            warn_once(f"the disk of feature cache {self.folder} is full; further pictures are not kept")
+
+    # ------------------------------------------------------------ the tower
+
+    @contextmanager
+    def _listening_to_tower(self) -> Iterator[list[Tensor]]:
+        heard: list[Tensor] = []
+        hook = families.tower(self.model).register_forward_hook(
+            lambda module, arguments, output: heard.append(families.read_of_tower(self.model, output))
+        )
+        try:
+            yield heard
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _in_place_of_tower(self, read: Tensor) -> Iterator[None]:
+        tower = families.tower(self.model)
+        tower.forward = lambda *_, **__: families.as_tower_output(read)
+        try:
+            yield
+        finally:
+            del tower.forward
