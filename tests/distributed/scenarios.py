@@ -219,3 +219,30 @@ def train(
         print(f"evocomp: {error}", flush=True)
         code = 2
     return {"code": code, "steps": spy.steps}
+
+
+def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):
+    """On-policy rounds 1.. from scores that are the same in every process; the digests of all rounds.
+
+    One rank may be killed while round 1 is made.
+    """
+    from evocomp.training import build
+
+    distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.3, 8.0
+    plus = ["recipe=plus", "labels.credit_masks=4", "labels.samples_per_refresh=8", "labels.proposals=8"]
+    config = cli._config([f"run_dir={folder}", *TINY, *plus, "labels.flat=0.001"])
+    distributed.join()
+    splits, mllm = build.load_splits(config.data), build.load_mllm(config)
+    labeller = build.build_labeller(config, mllm, splits, Path(folder))
+
+    def scores(features, budgets):
+        return [one.visual.norm(dim=1).numpy() + budget for one, budget in zip(features, budgets, strict=True)]
+
+    usable = []
+    for round in range(rounds):
+        if round == 1 and rank() == signal_rank:
+            before_batch(1, send_self(signal.SIGKILL))
+        records = labeller.ensure(round, scores)
+        usable.append(sum("draws" in record and record["draws"].size > 0 for record in records.values()))
+    distributed.leave()
+    return {"digests": [digest(f"{folder}/labels", round) for round in range(rounds)], "usable": usable}

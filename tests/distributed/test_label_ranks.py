@@ -199,3 +199,24 @@ def test_a_full_disk_stops_the_job_and_leaves_the_store_intact(ranks, tmp_path, 
         assert again.results[0]["digest"] == unsharded(tmp_path, [])
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+# ------------------------------------------------------------ masks that a compressor proposed
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_proposals_and_priorities_are_the_same_for_any_number_of_ranks(ranks, tmp_path, world):
+    (alone,) = ranks(1, "proposals", folder=str(tmp_path / "one")).succeeded().results
+    assert len(set(alone["digests"])) == 3 and all(count > 0 for count in alone["usable"][1:])
+    job = ranks(world, "proposals", folder=str(tmp_path / "many")).succeeded()
+    assert all(result["digests"] == alone["digests"] for result in job.results)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_an_on_policy_round_changes_no_byte(ranks, tmp_path):
+    (alone,) = ranks(1, "proposals", folder=str(tmp_path / "one")).succeeded().results
+    job = ranks(2, "proposals", folder=str(tmp_path / "many"), signal_rank=1)
+    assert job.codes[1] == -signal.SIGKILL and any("takes over chunk" in output for output in job.outputs), job.outputs
+    # the next round needs all ranks; another number of them goes on from what is there
+    (later,) = ranks(1, "proposals", folder=str(tmp_path / "many")).succeeded().results
+    assert later["digests"] == alone["digests"]

@@ -40,6 +40,7 @@ PLUS = {
     "labels.target": "credit",
     "labels.credit_masks": "6",
     "labels.refresh": "on_policy",
+    "labels.refresh_start": "1",
     "labels.samples_per_refresh": "16",
     "labels.proposals": "4",
     "labels.flat": "0.0",
