@@ -180,8 +180,9 @@ class LabelConfig:
     """Training questions that get credits (target=credit); 0 = all. Refreshes draw from all of them either way."""
     proposals: int = 16
     """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
-    probes: int = 4
-    """Proposals that are scored first; a sample on which they tie gets no more (refresh=on_policy); 0 = all at once."""
+    probes: int = 0
+    """Proposals that are scored first; a sample on which they tie gets no more (refresh=on_policy); 0 = all at once.
+    4 of 16 halve a refresh's cost for some tenths of a point (LOG)."""
     proposal_sizes: tuple[float, ...] = (1 / 18, 1 / 9, 2 / 9, 1 / 3)
     """Sizes r of proposed masks (refresh=on_policy)."""
     samples_per_refresh: int = 1280
