@@ -46,6 +46,7 @@ PLUS = [
     "labels.credit_samples=12",
     "labels.credit_masks=8",
     "labels.refresh=on_policy",
+    "labels.refresh_start=1",
     "labels.samples_per_refresh=20",
     "labels.proposals=4",
     "labels.flat=0.0",
