@@ -194,6 +194,10 @@ class LabelConfig:
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
         _at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
         _at_least(self, 0, "labels.", "generations_per_refresh")
+        _require(
+            self.probes == 0 or 2 <= self.probes <= self.proposals,
+            f"labels.probes={self.probes}: must be 0, or from 2 to labels.proposals={self.proposals}",
+        )
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
     mllm.check_scorable()
     table = prompt_table(features, mllm.embed)
     length, answer = table.embeds.shape[0], features.answer_ids
-    gate = gate.to(table.embeds.device, compute_dtype(table.embeds)).requires_grad_()
-    keys = gate.new_zeros(length).index_put((features.visual_at,), gate.log())
-    hidden = gate.new_full((length, length), torch.finfo(table.embeds.dtype).min, requires_grad=False).triu(1)
-    # a token that looks at itself is kept, whatever its gate
-    bias = (hidden + keys.expand(length, -1).tril(-1)).to(table.embeds.dtype)
     positions = table.positions
     with torch.enable_grad():
+        gate = gate.to(table.embeds.device, compute_dtype(table.embeds)).requires_grad_()
+        keys = gate.new_zeros(length).index_put((features.visual_at,), gate.log())
+        unseen = torch.full_like(keys, torch.finfo(table.embeds.dtype).min).expand(length, -1).triu(1)
+        # a token that looks at itself is kept, whatever its gate
+        bias = (unseen + keys.expand(length, -1).tril(-1)).to(table.embeds.dtype)
         states = mllm.decoder(
             inputs_embeds=table.embeds[None].detach(),
             attention_mask=bias[None, None],

@@ -199,6 +199,8 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["seed=-1"], "^seed=-1: must not be negative"),
         (["threads=-1"], "^threads=-1: must not be negative"),
         (["grouping.method=dpc_knn"], "grouping.method=dpc_knn needs grouping.count > 0"),
+        (["labels.probes=1"], "labels.probes=1: must be 0, or from 2 to labels.proposals=16"),
+        (["labels.probes=8", "labels.proposals=4"], "labels.probes=8"),
         (["recipe=published", "loss.name=listwise"], "loss.name=listwise needs labels.target=credit, not hard"),
         (["labels.target=credit", "labels.refresh=none", "loss.name=focal_cs"], "loss.name=focal_cs needs hard labels"),
     ],
