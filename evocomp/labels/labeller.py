@@ -73,10 +73,12 @@ class LabelProgress:
 
     def line(self) -> str:
         """One line for a log."""
+        # proposals are compared with one another; none of them is a best mask
+        best = "" if np.isnan(self.mean_best) else f"mean best loss {self.mean_best:.4f}  "
         return (
             f"labels, round {self.round}: {self.done}/{self.total}  {self.labels_per_second:.1f} labels/s  "
             f"{self.forwards_per_second:.0f} forwards/s  {self.saved} forwards saved  "
-            f"mean best loss {self.mean_best:.4f}  {self.seconds_left:.0f} s left"
+            f"{best}{self.seconds_left:.0f} s left"
         )
 
 

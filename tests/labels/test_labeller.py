@@ -157,6 +157,8 @@ def test_progress_is_counted_and_said(labeller):
     assert line == (
         "labels, round 2: 4/10  0.5 labels/s  12 forwards/s  3 forwards saved  mean best loss 0.5000  12 s left"
     )
+    proposed = LabelProgress(2, total=10, done=4, made=2, loss_sum=float("nan"), seconds=4.0).line()
+    assert "nan" not in proposed and proposed.endswith("0 forwards saved  12 s left")
 
 
 # ------------------------------------------------------------ the command
