@@ -275,16 +275,25 @@ def test_a_population_of_another_grouping_is_refused():
         run(Published(), Groups(np.array([0, 0, 1, 1])), Landscape(4, 0), stream(0, 0, 1), 1, broken)
 
 
+def least(action, times: int = 20) -> float:
+    """The least CPU time of several calls [s]: the machine may be shared."""
+    taken = []
+    for _ in range(times):
+        started = time.process_time()
+        action()
+        taken.append(time.process_time() - started)
+    return min(taken)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_bookkeeping_takes_less_than_300_microseconds_a_generation(name):
+def test_bookkeeping_of_a_generation_takes_as_long_as_some_dozens_of_small_numpy_calls(name):
     groups = Groups.from_ids(np.random.default_rng(0).integers(0, 15, 144))
     effect = np.random.default_rng(1).normal(size=144).astype(np.float32)
-    times = []
-    for _ in range(20):  # the least of several runs: the machine may be shared
-        started = time.process_time()
-        search(name, groups, lambda kept: effect[kept].sum(1), generations=10)
-        times.append(time.process_time() - started)
-    assert min(times) / 11 < 300e-6
+    losses = np.random.default_rng(2).random(48).astype(np.float32)
+    # a yardstick of the same run: 200 calls are about 0.3 ms on an idle core, twice that on a busy one
+    yardstick = least(lambda: [np.argsort(losses, kind="stable") for _ in range(200)])
+    took = least(lambda: search(name, groups, lambda kept: effect[kept].sum(1), generations=10))
+    assert took / 11 < yardstick
 
 
 def test_in_a_warm_start_seeds_take_the_place_of_the_worst():
