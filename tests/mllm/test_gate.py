@@ -65,3 +65,20 @@ def test_nothing_is_left_on_the_model(nano, encoded):
     gradient = gate_gradient(nano, encoded[0], torch.ones(len(encoded[0].visual)))
     assert gradient.shape == (144,) and gradient.isfinite().all() and gradient.abs().max() > 0
     assert all(p.grad is None for p in nano.model.parameters())
+
+
+def test_a_gate_multiplies_the_weight_of_its_token_in_what_others_see(nano, encoded):
+    features, seen = encoded[0], []
+    hook = nano.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"][0, 0].detach()), with_kwargs=True
+    )
+    gate = torch.rand(len(features.visual), generator=torch.Generator().manual_seed(2)) + 0.1
+    try:
+        gate_gradient(nano, features, gate)
+    finally:
+        hook.remove()
+    factors = seen[0].exp()  # what attention multiplies its unnormalised weights by
+    expected = torch.ones(len(factors), len(factors))
+    expected[:, features.visual_at] = gate
+    expected.fill_diagonal_(1.0)
+    assert torch.allclose(factors, expected.tril(), atol=1e-6)
