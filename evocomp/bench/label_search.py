@@ -51,6 +51,9 @@ LADDER: list[tuple[str, dict[str, Any]]] = [
 """The ablation: each row has the savings of the rows above it too. Memo and prefix reuse have rows of their own."""
 
 
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Largest difference of two losses, as a share of them and in nats; that measured is in the row."""
+
 SEARCHES = 20
 """Questions whose best masks are compared."""
 
@@ -74,6 +77,7 @@ def _rows(device: str, repeats: int, quick: bool) -> Iterator[Row]:
     middle, nano = middle_sample(device, *((24, 2) if quick else ())), nano_samples(2 if quick else SEARCHES, device)
     effort = {"q": 5, "p": 2, "generations": 1} if quick else {"q": 8, "p": 3, "generations": 2}
     yield search_row(middle, "removed", device, repeats, **effort)
+    yield search_row(middle, "removed", device, repeats, dtype="bfloat16", **effort)
     yield search_row(middle, "masked", device, min(2, repeats), **(effort | {"generations": 1}))
     full = effort if quick else {"q": 48, "p": 12, "generations": 10}
     for sample in nano[:1] if quick else nano[:2]:
@@ -81,15 +85,25 @@ def _rows(device: str, repeats: int, quick: bool) -> Iterator[Row]:
     yield from ablation(middle, device, repeats, candidates=2 if quick else 8)
     yield memo_row(nano[0], device, repeats, **full)
     yield flips_row(middle, device, repeats, q=6 if quick else 16)
-    yield best_masks(nano[: 1 if quick else SEARCHES], device, **full)
+    for dtype in (None, "bfloat16"):
+        yield best_masks(nano[: 1 if quick else SEARCHES], device, dtype=dtype, **full)
     for sample, q in ((nano[0], (4, 8) if quick else (12, 24, 48)), (middle, (2, 4) if quick else (8, 16, 32))):
         yield from slopes(sample, device, q)
 
 
-def search_row(sample: Sample, counterpart: str, device: str, repeats: int, q: int, p: int, generations: int) -> Row:
-    """A whole search both ways."""
+def search_row(
+    sample: Sample,
+    counterpart: str,
+    device: str,
+    repeats: int,
+    q: int,
+    p: int,
+    generations: int,
+    dtype: str | None = None,
+) -> Row:
+    """A whole search both ways; the scorer in `dtype`, if not in the model's own."""
     straight: Score = getattr(sample, counterpart)
-    scorer = CandidateScorer(sample.mllm)
+    scorer = CandidateScorer(sample.mllm, dtype=dtype)
     names = {
         "removed": "one HF forward a mask, all logits, dropped tokens removed",
         "masked": "one HF forward a mask from pixels on, all logits, dropped tokens masked",
@@ -99,8 +113,11 @@ def search_row(sample: Sample, counterpart: str, device: str, repeats: int, q: i
         "label search",
         f"{_sizes(sample)} q={q} L={generations}",
         (names[counterpart], lambda: _search(sample, strategy, straight, generations, remember=False)),
-        ("scorer", lambda: _search(sample, strategy, _scored(scorer, sample), generations)),
-        lambda a, b: same_best(sample, a, b),
+        (
+            f"scorer, {dtype}" if dtype else "scorer",
+            lambda: _search(sample, strategy, _scored(scorer, sample), generations),
+        ),
+        lambda a, b: same_best(sample, a, b, TOLERANCE[scorer.losses.dtype]),
         device,
         repeats,
         _clock(device),
@@ -191,7 +208,7 @@ def slopes(sample: Sample, device: str, candidates: tuple[int, ...]) -> Iterator
         }
 
 
-def same_best(sample: Sample, one: SearchResult, other: SearchResult) -> Row:
+def same_best(sample: Sample, one: SearchResult, other: SearchResult, tolerance: float = 1e-5) -> Row:
     """Whether both found the same mask, and how far apart the losses are, measured in the straightforward way.
 
     Many masks tie within rounding, and which of them a search follows depends on the last bits: it may end elsewhere.
@@ -200,25 +217,28 @@ def same_best(sample: Sample, one: SearchResult, other: SearchResult) -> Row:
         AssertionError: a search claims another loss for its mask than the straightforward way gives it.
     """
     losses = sample.removed(np.stack([one.kept, other.kept]))
-    np.testing.assert_allclose([one.loss, other.loss], losses, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose([one.loss, other.loss], losses, rtol=tolerance, atol=tolerance)
     same = bool(np.array_equal(one.kept, other.kept))
     return {"same_best_mask": same, "largest_difference": 0.0 if same else abs(float(losses[0] - losses[1]))}
 
 
-def best_masks(samples: list[Sample], device: str, q: int, p: int, generations: int) -> Row:
+def best_masks(
+    samples: list[Sample], device: str, q: int, p: int, generations: int, dtype: str | None = None
+) -> Row:
     """How often both ways of scoring lead a search to the same mask, and to masks of equal loss (1e-5)."""
     rows = []
     for sample in samples:
+        scorer = CandidateScorer(sample.mllm, dtype=dtype)
         found = [
             _search(sample, Published(q=q, p=p), score, generations)
-            for score in (sample.removed, _scored(CandidateScorer(sample.mllm), sample))
+            for score in (sample.removed, _scored(scorer, sample))
         ]
-        rows.append(same_best(sample, *found))
+        rows.append(same_best(sample, *found, TOLERANCE[scorer.losses.dtype]))
     return {
         "bench": "best masks",
         "shape": f"{_sizes(samples[0])} q={q} L={generations} searches={len(samples)}",
         "baseline": "one HF forward a mask, all logits, dropped tokens removed",
-        "ours": "share of searches that end in the same mask",
+        "ours": "share of searches that end in the same mask" + (f", {dtype}" if dtype else ""),
         "ratio": float(np.mean([row["same_best_mask"] for row in rows])),
         "equal_loss": float(np.mean([row["largest_difference"] <= 1e-5 for row in rows])),
         "largest_difference": max(row["largest_difference"] for row in rows),

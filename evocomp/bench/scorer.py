@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evocomp.bench import label_search
-from evocomp.bench.label_search import LADDER, NONE, Row
+from evocomp.bench.label_search import LADDER, NONE, TOLERANCE, Row
 from evocomp.bench.samples import Sample
 from evocomp.bench.timing import ceilings, compare_all, each
 from evocomp.config.schema import ScorerConfig
@@ -24,9 +24,6 @@ from evocomp.mllm.sizes import ModelShape, random_features, random_model, shape_
 from evocomp.search.genome import random_genomes, stream
 
 Timed = tuple[str, Callable[[], np.ndarray]]
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Largest difference of two losses, as a share of them; that measured is in the row, in nats."""
 
 QUESTIONS = 8
 """About one picture, where they are scored together."""
