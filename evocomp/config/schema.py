@@ -174,7 +174,7 @@ class LabelConfig:
     """Credits of random masks, or of all the masks that `search` scores (target=credit)."""
     credit_sizes: tuple[float, ...] = (1 / 18, 1 / 9)
     """Sizes r of the random masks (target=credit); below 1: a share of N."""
-    credit_masks: int = 64
+    credit_masks: int = 32
     """Random masks of each size (target=credit)."""
     credit_samples: int = 0
     """Training questions that get credits (target=credit); 0 = all. Refreshes draw from all of them either way."""
