@@ -61,8 +61,8 @@ class CompressorPicker:
         self.compressor.eval()
         logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
         self.compressor.train(training)  # it may be in the middle of its training
-        rows = [ranking(row[: len(v)], self.compressor.config) for row, v in zip(logits, visual, strict=True)]
-        return [top_r(row, r) for row, r in zip(rows, keep, strict=True)]
+        rows = [row[: len(v)] for row, v in zip(logits, visual, strict=True)]
+        return [(top_r(ranking(row, self.compressor.config), r)[0], row) for row, r in zip(rows, keep, strict=True)]
 
 
 def _padded(rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
