@@ -20,7 +20,7 @@ def test_noise_is_gumbel_and_evenly_so(count):
 
 @pytest.mark.parametrize("kept", [32, 64])
 def test_equal_scores_keep_tokens_from_everywhere(kept):
-    """Any nine rows of a picture hold three eighths of what is kept, give or take two tokens: chance would give 3 to 5."""
+    """Any nine rows of a picture hold three eighths of what is kept, give or take two; by chance three to five."""
     order = ranking(torch.zeros(576), SimpleNamespace(dither=1.0)).argsort(descending=True)[:kept]
     rows = torch.bincount(order // 24, minlength=24).numpy()
     parts = [rows[start : start + 9].sum() for start in range(16)]
