@@ -108,10 +108,23 @@ class EvoCompCompressor(PreTrainedModel):
             mask = torch.cat([_mask_or_ones(visual_mask, visual), _mask_or_ones(prompt_mask, prompt)], dim=1)
         if position_ids is None:
             position_ids = self._default_positions(source, mask)
+        if self.config.balance_text and prompt.shape[1]:
+            mask = self._balanced(mask, source, n_visual)
         out = self.encoder(inputs_embeds=source, attention_mask=mask, position_ids=position_ids)
         hidden = out.last_hidden_state[:, :n_visual] + visual
         logits = self.score(self.head_norm(hidden.to(self.score.weight.dtype))).squeeze(-1)
         return CompressorOutput(logits=logits, hidden=hidden)
+
+    @staticmethod
+    def _balanced(mask: Tensor | None, source: Tensor, n_visual: int) -> Tensor:
+        """Added to the attention logits [B,1,1,N+T]: log(n/t) at the t text tokens, so that text and picture begin
+        with equal shares of the attention; minus infinity at padding."""
+        real = _mask_or_ones(mask, source)
+        text = real[:, n_visual:].sum(1, keepdim=True).clamp(min=1)
+        bias = source.new_zeros(real.shape, dtype=torch.float32)
+        bias[:, n_visual:] = torch.log(real[:, :n_visual].sum(1, keepdim=True).clamp(min=1) / text)
+        dtype = torch.get_autocast_dtype(source.device.type) if _autocast(source) else source.dtype
+        return bias.to(dtype).masked_fill(~real, torch.finfo(dtype).min)[:, None, None]
 
     def _with_budget(self, visual: Tensor, prompt: Tensor, budget: Tensor | float | None):
         if self.budget is None:
@@ -145,6 +158,11 @@ class EvoCompCompressor(PreTrainedModel):
         """
         compressor = cls(EvoCompConfig.from_mllm(model, **kwargs))
         return compressor if layer is None else compressor.init_from_layer(model, layer)
+
+
+def _autocast(tokens: Tensor) -> bool:
+    """Whether the layer's queries, and so its attention bias, are of a shorter format than its input."""
+    return torch.is_autocast_enabled(tokens.device.type)
 
 
 def _mask_or_ones(mask: Tensor | None, tokens: Tensor) -> Tensor:

@@ -172,6 +172,9 @@ class LabelConfig:
     """Candidate masks scored in one forward, at most."""
     credit_masks_from: Literal["random", "search"] = "random"
     """Credits of random masks, or of all the masks that `search` scores (target=credit)."""
+    credit_of: Literal["token", "group"] = "token"
+    """Each token's own credit, or the mean over its semantic group (`grouping`), which takes the noise out of few
+    masks where there are many tokens (credits of random masks, loss.name=listwise)."""
     credit_sizes: tuple[float, ...] = (1 / 18, 1 / 9)
     """Sizes r of the random masks (target=credit); below 1: a share of N."""
     credit_masks: int = 32
@@ -222,11 +225,17 @@ class CompressorSection:
     """Normalise before the linear head; unnormalised LLM-sized states train badly."""
     budget_input: bool = True
     """Tell the compressor how many tokens will be kept."""
+    balance_text: bool = False
+    """Begin with equal shares of the attention for prompt and picture, whatever their lengths: a question of twelve
+    words beside 576 visual tokens is hardly seen otherwise."""
+    dither: float = 0.0
+    """Scale of a fixed, evenly spread Gumbel noise that scores get before the highest are kept; 0 = none. At 1 tokens
+    are kept as the masks of on-policy rounds are drawn: of nearly equal ones, some from everywhere."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
         _at_least(self, 1, "compressor.", "layers")
-        _at_least(self, 0, "compressor.", "init_layer")
+        _at_least(self, 0, "compressor.", "init_layer", "dither")
 
 
 @dataclass(frozen=True)
@@ -348,6 +357,11 @@ class RunConfig:
         _require(
             self.labels.refresh != "search" or not credit,
             "labels.refresh=search goes on from searched masks: use labels.refresh=on_policy or none with credits",
+        )
+        at_random = credit and self.labels.credit_masks_from == "random"
+        _require(
+            self.labels.credit_of != "group" or (at_random and self.loss.name == "listwise"),
+            "labels.credit_of=group is made for labels.target=credit of random masks and loss.name=listwise",
         )
         _require(
             self.loss.name != "listwise" or credit,

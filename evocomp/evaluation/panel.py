@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evocomp.compressor.dither import ranking
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.data.example import Example
 from evocomp.evaluation.outcome import REFERENCE, Outcome, Questions
@@ -220,7 +221,7 @@ class Panel:
             ).logits
             for row, features in zip(logits, part, strict=True):
                 count = len(features.visual)
-                found.append(top_r(row[:count], min(kept, count)))
+                found.append(top_r(ranking(row[:count], compressor.config), min(kept, count)))
         return found
 
     # ------------------------------------------------------------ inside

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from evocomp.compressor.config import EvoCompConfig
+from evocomp.compressor.dither import ranking
 from evocomp.compressor.lora import is_lora, load_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
@@ -60,7 +61,8 @@ class CompressorPicker:
         self.compressor.eval()
         logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
         self.compressor.train(training)  # it may be in the middle of its training
-        return [top_r(row[: len(v)], r) for row, v, r in zip(logits, visual, keep, strict=True)]
+        rows = [row[: len(v)] for row, v in zip(logits, visual, strict=True)]
+        return [(top_r(ranking(row, self.compressor.config), r)[0], row) for row, r in zip(rows, keep, strict=True)]
 
 
 def _padded(rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

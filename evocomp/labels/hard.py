@@ -6,10 +6,8 @@ from functools import partial
 import numpy as np
 
 from evocomp.config.schema import GroupingConfig, LabelConfig, SearchConfig
-from evocomp.grouping.budget import fit_groups
-from evocomp.grouping.dpc_knn import dpc_knn_groups
+from evocomp.grouping.build import Grouper
 from evocomp.grouping.groups import Groups
-from evocomp.grouping.vocabulary import vocabulary_groups
 from evocomp.labels.labeller import Encode, Scores, cut
 from evocomp.labels.records import Record
 from evocomp.labels.scorer import CandidateScorer
@@ -40,15 +38,11 @@ class HardLabels:
     ):
         self.ids = ids
         self.scorer = scorer
-        self.grouping = grouping
+        self.grouper = Grouper(grouping, scorer.mllm.vocabulary, special_ids)
         self.search = search
         self.labels = labels
         self.seed = seed
         self.strategy = build_strategy(search)
-        table = scorer.mllm.vocabulary
-        self.words = table.new_ones(len(table), dtype=bool)
-        if grouping.mask_special:
-            self.words[list(special_ids)] = False
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
         """The same chunks in every round."""
@@ -108,13 +102,7 @@ class HardLabels:
 
     def groups(self, features: Features) -> Groups:
         """Groups of the sample's visual tokens."""
-        settings = self.grouping
-        if settings.method == "dpc_knn":
-            return dpc_knn_groups(features.visual, settings.count)
-        groups = vocabulary_groups(
-            features.visual, self.scorer.mllm.vocabulary, self.words, settings.centre, settings.whiten
-        )
-        return fit_groups(features.visual, groups, settings.count) if settings.count else groups
+        return self.grouper(features.visual)
 
     def _run(
         self,

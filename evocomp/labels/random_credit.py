@@ -7,6 +7,7 @@ import numpy as np
 
 from evocomp.config.schema import LabelConfig
 from evocomp.data.example import Example, stable_id
+from evocomp.grouping.build import Grouper
 from evocomp.labels.credit import CLIP, random_masks, stored_credits
 from evocomp.labels.labeller import Encode, Scores
 from evocomp.labels.records import Record
@@ -23,6 +24,7 @@ class CreditLabels:
         examples: the samples, in order; those about one picture are scored together.
         scorer: losses of masks.
         probabilities: store targets in (0, 1) for losses that expect retention probabilities, else credits.
+        grouper: visual tokens -> groups whose tokens share one credit; None = each token has its own.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class CreditLabels:
         labels: LabelConfig,
         seed: int,
         probabilities: bool,
+        grouper: Grouper | None = None,
     ):
         self.examples = examples
         self.scorer = scorer
         self.labels = labels
         self.seed = seed
         self.probabilities = probabilities
+        self.grouper = grouper
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
         """Chunks of whole pictures, so that no picture's masks are scored twice."""
@@ -64,7 +68,9 @@ class CreditLabels:
             tokens = len(questions[0].visual)
             masks = [random_masks(tokens, size, self.labels.credit_masks, rng) for size in self._sizes(tokens)]
             losses = [self._losses(questions, mask) for mask in masks]
-            yield from self._records(questions, masks, losses, tokens)
+            groups = self.grouper(questions[0].visual) if self.grouper else None
+            values = stored_credits(masks, losses, tokens, self.probabilities, groups)
+            yield from self._records(questions, losses, values)
 
     def _sizes(self, tokens: int) -> list[int]:
         return mask_sizes(self.labels.credit_sizes, tokens)
@@ -75,8 +81,7 @@ class CreditLabels:
             return self.scorer.shared(questions, masks)
         return np.stack([self.scorer(one, masks) for one in questions])
 
-    def _records(self, questions, masks, losses, tokens: int) -> Iterator[Record]:
-        values = stored_credits(masks, losses, tokens, self.probabilities)
+    def _records(self, questions, losses, values: np.ndarray) -> Iterator[Record]:
         everything = np.concatenate(losses, axis=1)
         for row, one in enumerate(questions):
             yield {

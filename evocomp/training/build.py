@@ -22,6 +22,7 @@ from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import Splits, digest, load_splits
+from evocomp.grouping.build import Grouper
 from evocomp.inference import card
 from evocomp.labels.estimate import say_disk_use
 from evocomp.labels.hard import HardLabels
@@ -210,10 +211,12 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     rounds: Rounds
     probabilities = config.loss.name != "listwise"
     some = splits.train[: settings.credit_samples or None] if settings.target == "credit" else splits.train
+    special = mllm.processor.tokenizer.all_special_ids
     if at_random:
-        rounds = CreditLabels(some, scorer, settings, config.seed, probabilities)
+        grouper = Grouper(config.grouping, mllm.vocabulary, special) if settings.credit_of == "group" else None
+        rounds = CreditLabels(some, scorer, settings, config.seed, probabilities, grouper)
     else:
-        special, own = mllm.processor.tokenizer.all_special_ids, [example.id for example in some]
+        own = [example.id for example in some]
         rounds = HardLabels(own, scorer, config.grouping, config.search, settings, config.seed, special)
         if settings.target == "credit":
             rounds = SearchedCredits(rounds, probabilities)
@@ -232,6 +235,8 @@ def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
         use_text=section.use_text,
         head_norm=section.head_norm,
         budget_input=section.budget_input,
+        balance_text=section.balance_text,
+        dither=section.dither,
         base_model_name_or_path=config.model.name,
         keep=max(config.eval.kept),
     ).float()

@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 import torch
 
+from evocomp.compressor.dither import ranking
 from evocomp.data.example import Example
 from evocomp.log import logger
 from evocomp.mllm.features import Features
@@ -79,7 +80,8 @@ class SelectionAccuracy(L.Callback):
 
         def choose(count: int) -> list[torch.Tensor]:
             scores = module.score(inputs, [float(count)] * len(features)) if any_count is None else any_count
-            return [top_r(torch.from_numpy(ranking), min(count, len(ranking))) for ranking in scores]
+            rows = [ranking(torch.from_numpy(row), module.compressor.config) for row in scores]
+            return [top_r(row, min(count, len(row))) for row in rows]
 
         return choose
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from evocomp.compressor.dither import ranking
 from evocomp.data.example import Example
 from evocomp.labels.records import Record, kept_by
 from evocomp.mllm.features import Features, grid_of
@@ -156,7 +157,8 @@ class TensorBoardPage:
         mllm = self.monitor.mllm
         features = mllm.features(self.shown)
         scores = module.score(compressor_input(mllm, features), [float(self.keep)] * len(features))
-        kept = [top_r(torch.from_numpy(row), min(self.keep, len(row))).to(mllm.device) for row in scores]
+        rows = [ranking(torch.from_numpy(row), module.compressor.config) for row in scores]
+        kept = [top_r(row, min(self.keep, len(row))).to(mllm.device) for row in rows]
         prompts = [(one, one.visual[index], index) for one, index in zip(features, kept, strict=True)]
         answers, _ = mllm.answer(prompts, max_new_tokens=8)
         rows = zip(self.shown, features, self.labels, scores, kept, answers, strict=True)

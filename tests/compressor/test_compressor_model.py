@@ -231,3 +231,32 @@ def test_bf16_weights_and_tokens():
     compressor, (visual, prompt) = make(budget_input=True).bfloat16(), tokens()
     out = compressor(visual.bfloat16(), prompt.bfloat16(), budget=torch.tensor([8.0, 16.0]))
     assert out.logits.dtype == out.hidden.dtype == torch.bfloat16
+
+
+def test_balanced_text_weighs_as_if_it_were_as_long_as_the_picture():
+    """Oracle without a bias: every text token as often, at one position, as makes the text as long as the picture."""
+    n, t = 12, 3
+    balanced, plain = make(balance_text=True), make()
+    plain.load_state_dict(balanced.state_dict())
+    visual, prompt = tokens(n, t)
+    once = torch.arange(1, n + t + 1)[None].expand(B, -1)
+    often = torch.cat([once[:, :n], once[:, n:].repeat_interleave(n // t, 1)], 1)
+    with torch.no_grad():
+        ours = balanced(visual, prompt, position_ids=once).logits
+        oracle = plain(visual, prompt.repeat_interleave(n // t, 1), position_ids=often).logits
+        unbalanced = plain(visual, prompt, position_ids=once).logits
+    assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
+    assert (ours - unbalanced).abs().max() > 1e-3
+
+
+def test_balanced_text_ignores_padding_and_runs_in_bfloat16():
+    compressor, (visual, prompt) = make(balance_text=True), tokens()
+    seen_text, seen = torch.ones(B, T, dtype=torch.bool), torch.ones(B, N, dtype=torch.bool)
+    seen_text[0, 2:], seen[0, 5:] = False, False
+    with torch.no_grad():
+        padded = compressor(visual, prompt, seen_text, seen).logits
+        alone = compressor(visual[:1, :5], prompt[:1, :2]).logits
+        assert_close(padded[:1, :5], alone, rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            short = compressor(visual, prompt, seen_text, seen).logits
+    assert_close(short.float()[seen], padded[seen], rtol=5e-2, atol=5e-2)

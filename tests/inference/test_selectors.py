@@ -1,6 +1,7 @@
 """What may choose: compressors in all forms, functions, and baselines."""
 
 import copy
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -52,6 +53,20 @@ def test_batched_compressor_scores_are_those_of_each_image_alone(family):
             content = image[~families.newline_rows(model, image)]
             alone = compressor(content[None], text[None], budget=float(max(1, round(0.4 * len(content)))))
             assert_close(scores, alone.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_dithered_compressor_keeps_the_highest_of_scores_and_noise(tmp_path):
+    model = build("llava")
+    compressor_for(model, keep=0.5, dither=2.0).save_pretrained(tmp_path)
+    with compress(model, tmp_path) as handle:
+        answer(model, prompts("llava"), max_new_tokens=1)
+    moved = False
+    for index, scores in zip(sum(handle.last.indices, []), sum(handle.last.scores, []), strict=True):
+        noise = torch.tensor([-math.log(-math.log((i * (5**0.5 - 1) / 2 + 0.5) % 1)) for i in range(len(scores))])
+        expected = sorted(range(len(scores)), key=lambda i: -float(scores[i] + 2 * noise[i]))[: len(index)]
+        assert index.tolist() == sorted(expected)
+        moved |= index.tolist() != top_r(scores, len(index))[0].tolist()
+    assert moved
 
 
 def test_saved_settings_are_the_defaults(tmp_path):

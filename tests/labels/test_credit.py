@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evocomp.grouping import Groups
-from evocomp.labels.credit import credits, marginal_credits, marginal_targets, random_masks
+from evocomp.labels.credit import credits, group_means, marginal_credits, marginal_targets, random_masks
 from evocomp.log import UserError
 from evocomp.search import Published, run, stream
 
@@ -60,6 +60,22 @@ def test_credits_rank_tokens_by_their_effect():
     losses = [(3 + effect[m].sum(1) / 6)[None] for m in masks]
     for form in (credits, marginal_credits):
         assert np.argsort(-form(masks, losses, 12)[0]).tolist() == list(range(12))
+
+
+def test_group_means_find_what_single_tokens_hide():
+    """Few masks of many tokens: a group that matters stands out, its tokens alone do not."""
+    rng = np.random.default_rng(0)
+    groups = Groups(np.arange(192) // 16)
+    masks = [random_masks(192, 16, 24, rng)]
+    losses = [(2.0 - (groups.of[masks[0]] == 5).any(1) + 0.2 * rng.standard_normal(24))[None]]
+    single = credits(masks, losses, 192)
+    pooled = group_means(single, groups)
+    for group in range(groups.count):  # from the definition
+        own = groups.of == group
+        assert np.allclose(pooled[0, own], single[0, own].mean())
+    best = groups.of[np.argsort(-single[0])[:16]]
+    assert (best != 5).mean() > 0.25
+    assert (groups.of[np.argsort(-pooled[0])[:16]] == 5).all()
 
 
 def test_credits_of_a_searchs_masks():

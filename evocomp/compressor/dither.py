@@ -1,0 +1,28 @@
+"""What the highest scores are taken of: the scores, or a spread-out draw from the policy that they stand for.
+
+The listwise loss and the policy gradient train a distribution of masks (Plackett-Luce), of which the r highest scores
+are the mode only. Where many tokens are nearly equal, the mode takes a clump of them, and a sample takes some from
+everywhere. A sample without chance: Gumbel noise (Gumbel top-r, arXiv 1903.06059) whose quantiles are spread over the
+tokens by steps of the golden ratio, so that any run of neighbours has high and low ones. Ours.
+"""
+
+import torch
+from torch import Tensor
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def dither(count: int) -> Tensor:
+    """Fixed noise [count] float32 that follows the standard Gumbel distribution as evenly as can be.
+
+    >>> noise = dither(1000)  # its mean is Euler's constant, 0.577
+    >>> round(float(noise.mean()), 2), bool((noise[:500].mean() - noise[500:].mean()).abs() < 0.02)
+    (0.58, True)
+    """
+    quantiles = (torch.arange(count, dtype=torch.float64) * GOLDEN + 0.5) % 1
+    return -torch.log(-torch.log(quantiles.clamp(1e-6, 1 - 1e-6))).float()
+
+
+def ranking(logits: Tensor, config) -> Tensor:
+    """What the tokens of one picture that stay are the highest of: logits [n] of an `EvoCompConfig` -> [n]."""
+    return logits + config.dither * dither(len(logits)).to(logits.device) if config.dither else logits
