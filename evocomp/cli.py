@@ -25,14 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 something for the user to put right, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
-    try:
-        return _dispatch(words)
-    except UserError as error:
-        print(f"evocomp: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evocomp: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+    return log.exit_code(lambda: _dispatch(words), "evocomp")
 
 
 def _dispatch(words: list[str]) -> int:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 logger = logging.getLogger("evocomp")
 _said: set[str] = set()
@@ -35,3 +36,15 @@ def warn_once(message: str) -> None:
 
 class UserError(Exception):
     """Something the user can put right: printed as one line, exit code 2, no traceback."""
+
+
+def exit_code(command: Callable[[], int | None], name: str) -> int:
+    """Run a command of that name: 0 done (or what it returns), 2 for the user to put right, 130 interrupted."""
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130

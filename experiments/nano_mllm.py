@@ -17,6 +17,7 @@ OUT/*.state. Recipe:
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from evocomp.data.scenes import KINDS, SPECS, Scene, SceneSpec, draw_scene
+from evocomp.log import exit_code
 from evocomp.mllm.nano import ASSETS, READING_WORDS, WORDS, build_nano, nano_config, nano_processor
 
 TRAIN, HELD_OUT = 11, 12  # seeds of the scenes; 12 is looked at while training, no other seed is
@@ -245,4 +247,4 @@ def accuracy_by_kind(model, scenes, length: int, spec: SceneSpec) -> dict[str, f
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "nano_mllm"))

@@ -11,6 +11,7 @@ about 20 minutes of one CPU core, `published` about 8. Rows of the same name and
 import argparse
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Panel, Rival
 from evocomp.evaluation.run import build_rival
 from evocomp.evaluation.statistics import ImageBootstrap
+from evocomp.log import UserError, exit_code
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.build import run
 
@@ -47,7 +49,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
     study = OmegaConf.to_container(OmegaConf.load(args.study))
-    names = [name for name in study["runs"] if not args.only or name in args.only.split(",")]
+    asked = set(args.only.split(",")) if args.only else {*study["runs"], "rivals"}
+    if args.only and (unknown := asked - {*study["runs"], *(["rivals"] if "rivals" in study else [])}):
+        raise UserError(f"--only: {args.study} has no {', '.join(sorted(unknown))}; it has {', '.join(study['runs'])}")
+    names = [name for name in study["runs"] if name in asked]
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else study["seeds"]
     judge = None
     for name in names:
@@ -59,7 +64,7 @@ def main() -> None:
             run(config)
             judge = judge or Judge(config, study, args.split)
             write(args.out, judge.rows(name, seed, folder, config.eval.kept))
-    if "rivals" in study and (not args.only or "rivals" in args.only.split(",")):
+    if "rivals" in study and "rivals" in asked:
         config = load([HERE / next(iter(study["runs"].values()))["config"]])
         judge = judge or Judge(config, study, args.split)
         write(args.out, judge.rivals(study["rivals"], config.eval.kept))
@@ -136,4 +141,4 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "study"))

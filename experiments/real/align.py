@@ -30,6 +30,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from evocomp.log import exit_code
 from experiments.real.assemble import assemble
 from experiments.real.features import EncodedScenes, encode_streams
 from experiments.real.model import build_real, real_processor, save_eyes
@@ -301,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "align"))

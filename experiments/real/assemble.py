@@ -9,12 +9,13 @@ Face folder (LoRA merged, 290 MB) that `evocomp` takes as `--model.name` through
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
-from evocomp.log import UserError
+from evocomp.log import UserError, exit_code
 from experiments.real.model import build_real, load_eyes, real_processor
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "assemble"))

@@ -5,13 +5,14 @@
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from evocomp.log import UserError
+from evocomp.log import UserError, exit_code
 from experiments.real.recipe import read_recipe
 from experiments.real.scenes import SceneSpec, draw_scene, in_processes
 
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "data"))

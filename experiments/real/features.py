@@ -6,6 +6,7 @@
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evocomp.log import exit_code
 from experiments.real.efficientnet import CHANNELS, EfficientNetLiteConfig, EfficientNetLiteTower, package_weights
 from experiments.real.model import normalised
 from experiments.real.recipe import Recipe, read_recipe
@@ -134,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "features"))

@@ -7,12 +7,14 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import save_file
 
 from evocomp.grouping.vocabulary import nearest_words
+from evocomp.log import exit_code
 from experiments.real.features import encode_scenes, scene_words
 from experiments.real.model import build_real, real_processor
 from experiments.real.ridge import ridge_projector, vocabulary_masks
@@ -64,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "fixture"))

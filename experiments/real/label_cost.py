@@ -9,6 +9,7 @@ the answer only. Both must agree on the losses. A label is 528 masks; times are 
 
 import argparse
 import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import experiments.real.efficientnet  # noqa: F401  registers the tower
 from evocomp.grouping.vocabulary import vocabulary_groups
 from evocomp.labels.scorer import CandidateScorer
+from evocomp.log import exit_code
 from evocomp.mllm.hf import FrozenMLLM
 from experiments.real.scenes import SceneSpec, scene_examples
 
@@ -99,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "label_cost"))

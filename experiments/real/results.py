@@ -6,7 +6,10 @@
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
+
+from evocomp.log import exit_code
 
 COLUMNS = (
     "method,kept,accuracy,low,high,relative,loyalty,difference_vs_evocomp,difference_vs_evocomp_low,"
@@ -64,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "results"))

@@ -8,6 +8,7 @@ vocabulary mask (rows that are no plain word) changes. The map also starts the p
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from evocomp.grouping.groups import Groups
 from evocomp.grouping.vocabulary import nearest_words
+from evocomp.log import exit_code
 from experiments.real.features import EncodedScenes, encode_scenes, scene_words
 from experiments.real.model import build_real, real_processor
 from experiments.real.scenes import COLORS, NAMES, SceneSpec, all_names
@@ -188,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "ridge"))

@@ -6,9 +6,12 @@
 import argparse
 import hashlib
 import shutil
+import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+
+from evocomp.log import exit_code
 
 LARGEST = 8 * 2**20  # bytes
 LEARNED = ("gate.json", "projector.safetensors", "lora/adapter_config.json", "lora/adapter_model.safetensors")
@@ -45,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, "ship"))
