@@ -5,6 +5,7 @@
 
 import argparse
 import hashlib
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -25,8 +26,10 @@ def ship(run: Path, out: Path, recipe: str = "plus") -> list[Path]:
     source, folder = run / recipe / "compressor", out / "compressor"
     if source.is_dir():
         folder.mkdir(exist_ok=True)
-        for name in ("config.json", "README.md"):
-            shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(source / "README.md", folder / "README.md")
+        config = json.loads((source / "config.json").read_text())
+        config["text_config"].pop("_name_or_path", None)  # a folder of the machine that trained it
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         state = load_file(source / "model.safetensors")
         save_file({name: value.half() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
     files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "SHA256SUMS")

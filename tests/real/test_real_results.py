@@ -33,6 +33,7 @@ def test_shipped_compressor_works_as_the_one_that_was_trained(finished, tmp_path
     ship(finished, tmp_path / "out")
     check_sums(tmp_path / "out")
     folders = (finished / "plus" / "compressor", tmp_path / "out" / "compressor")
+    assert "_name_or_path" not in json.loads((folders[1] / "config.json").read_text())["text_config"]
     trained, shipped = (EvoCompCompressor.from_pretrained(folder, dtype=torch.float32).eval() for folder in folders)
     stored = load_file(folders[1] / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
