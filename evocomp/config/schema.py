@@ -3,19 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from evocomp.log import UserError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _at_least(config: Any, least: float, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        what = "not be negative" if least == 0 else f"be at least {least}"
-        _require(value >= least, f"{prefix}{name}={value}: must {what}")
+from evocomp.config.checks import at_least, require, require_consistent
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class DataConfig:
     """Records with a missing or broken picture that are skipped before the run gives up."""
 
     def __post_init__(self):
-        _at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
+        at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
 
 
 @dataclass(frozen=True)
@@ -83,8 +71,8 @@ class GroupingConfig:
     """Split or merge to exactly this many groups; 0 = as found. dpc_knn needs it."""
 
     def __post_init__(self):
-        _at_least(self, 0, "grouping.", "count")
-        _require(self.method != "dpc_knn" or self.count > 0, "grouping.method=dpc_knn needs grouping.count > 0")
+        at_least(self, 0, "grouping.", "count")
+        require(self.method != "dpc_knn" or self.count > 0, "grouping.method=dpc_knn needs grouping.count > 0")
 
 
 @dataclass(frozen=True)
@@ -105,15 +93,15 @@ class SearchConfig:
     """Rounds without gain after which a search ends; 0 = never (Algorithm 1)."""
 
     def __post_init__(self):
-        _at_least(self, 1, "search.", "parents")
-        _require(
+        at_least(self, 1, "search.", "parents")
+        require(
             self.population >= self.parents,
             f"search.population={self.population} is smaller than search.parents={self.parents}: "
             "raise the population or lower the parents",
         )
-        _at_least(self, 0, "search.", "generations", "patience")
+        at_least(self, 0, "search.", "generations", "patience")
         for name in ("crossover", "mutation"):
-            _require(0 <= getattr(self, name) <= 1, f"search.{name}={getattr(self, name)}: must lie in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, f"search.{name}={getattr(self, name)}: must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -195,9 +183,9 @@ class LabelConfig:
 
     def __post_init__(self):
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
-        _at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
-        _at_least(self, 0, "labels.", "generations_per_refresh")
-        _require(
+        at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
+        at_least(self, 0, "labels.", "generations_per_refresh")
+        require(
             self.probes == 0 or 2 <= self.probes <= self.proposals,
             f"labels.probes={self.probes}: must be 0, or from 2 to labels.proposals={self.proposals}",
         )
@@ -234,8 +222,8 @@ class CompressorSection:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
-        _at_least(self, 1, "compressor.", "layers")
-        _at_least(self, 0, "compressor.", "init_layer", "dither")
+        at_least(self, 1, "compressor.", "layers")
+        at_least(self, 0, "compressor.", "init_layer", "dither")
 
 
 @dataclass(frozen=True)
@@ -256,9 +244,9 @@ class LossConfig:
     """Of the policy's probability ratio (refresh=on_policy)."""
 
     def __post_init__(self):
-        _at_least(self, 1, "loss.", "bins")
+        at_least(self, 1, "loss.", "bins")
         for name in ("eps", "temperature"):
-            _require(getattr(self, name) > 0, f"loss.{name}={getattr(self, name)}: must be above 0")
+            require(getattr(self, name) > 0, f"loss.{name}={getattr(self, name)}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -281,10 +269,10 @@ class OptimConfig:
     """Decay of the weight average that is kept at the end; 0 = off."""
 
     def __post_init__(self):
-        _at_least(self, 1, "optim.", "batch_size")
-        _at_least(self, 0, "optim.", "lr", "weight_decay", "warmup_steps", "flat", "ema")
-        _require(self.flat <= 1, f"optim.flat={self.flat}: a share of the steps, at most 1")
-        _require(self.ema < 1, f"optim.ema={self.ema}: must lie below 1")
+        at_least(self, 1, "optim.", "batch_size")
+        at_least(self, 0, "optim.", "lr", "weight_decay", "warmup_steps", "flat", "ema")
+        require(self.flat <= 1, f"optim.flat={self.flat}: a share of the steps, at most 1")
+        require(self.ema < 1, f"optim.ema={self.ema}: must lie below 1")
 
 
 @dataclass(frozen=True)
@@ -309,8 +297,8 @@ class EvalConfig:
     """Pictures on kept.png."""
 
     def __post_init__(self):
-        _require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
-        _at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens")
+        require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
+        at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -339,32 +327,5 @@ class RunConfig:
     """Any argument of Lightning's Trainer (max_epochs, devices, num_nodes, strategy, precision, ...)."""
 
     def __post_init__(self):
-        _at_least(self, 0, "", "seed", "threads")
-        scenes = {"nano": "small", "nano576": "large"}.get(self.model.name, self.data.scenes)
-        _require(
-            self.data.source != "scenes" or self.data.scenes == scenes,
-            f"model.name={self.model.name} was made for {scenes} scenes: set data.scenes={scenes}",
-        )
-        credit = self.labels.target == "credit"
-        _require(
-            not credit or self.loss.name in ("listwise", "bce", "ghm", "ghm_cs"),
-            f"loss.name={self.loss.name} needs hard labels: choose listwise, bce, ghm or ghm_cs with credits",
-        )
-        _require(
-            self.labels.refresh != "on_policy" or credit,
-            "labels.refresh=on_policy goes on from credits: set labels.target=credit",
-        )
-        _require(
-            self.labels.refresh != "search" or not credit,
-            "labels.refresh=search goes on from searched masks: use labels.refresh=on_policy or none with credits",
-        )
-        at_random = credit and self.labels.credit_masks_from == "random"
-        _require(
-            self.labels.credit_of != "group" or (at_random and self.loss.name == "listwise"),
-            "labels.credit_of=group is made for labels.target=credit of random masks and loss.name=listwise",
-        )
-        _require(
-            self.loss.name != "listwise" or credit,
-            f"loss.name=listwise needs labels.target=credit, not {self.labels.target}; for the paper's set "
-            "recipe=published, else choose another loss",
-        )
+        at_least(self, 0, "", "seed", "threads")
+        require_consistent(self)
