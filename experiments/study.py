@@ -49,9 +49,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     args = parser.parse_args()
     study = OmegaConf.to_container(OmegaConf.load(args.study))
-    asked = set(args.only.split(",")) if args.only else {*study["runs"], "rivals"}
-    if args.only and (unknown := asked - {*study["runs"], *(["rivals"] if "rivals" in study else [])}):
-        raise UserError(f"--only: {args.study} has no {', '.join(sorted(unknown))}; it has {', '.join(study['runs'])}")
+    known = [*study["runs"], *(["rivals"] if "rivals" in study else [])]
+    asked = args.only.split(",") if args.only else known
+    if unknown := sorted(set(asked) - set(known)):
+        raise UserError(f"--only: {args.study} has no {', '.join(unknown)}; it has {', '.join(known)}")
     names = [name for name in study["runs"] if name in asked]
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else study["seeds"]
     judge = None
@@ -64,7 +65,7 @@ def main() -> None:
             run(config)
             judge = judge or Judge(config, study, args.split)
             write(args.out, judge.rows(name, seed, folder, config.eval.kept))
-    if "rivals" in study and "rivals" in asked:
+    if "rivals" in asked:
         config = load([HERE / next(iter(study["runs"].values()))["config"]])
         judge = judge or Judge(config, study, args.split)
         write(args.out, judge.rivals(study["rivals"], config.eval.kept))

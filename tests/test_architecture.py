@@ -28,6 +28,7 @@ TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 ALLOWED = {
     ("config", "log"): "mistakes in settings are user errors",
     ("distributed", "log"): "a rank that has gone silent is named",
+    ("compressor", "selection"): "a compressor keeps its top r by the same rule for ties as every method",
     ("compressor", "mllm"): "the layer comes from the target's decoder: the table of families finds it",
 }
 

@@ -9,6 +9,9 @@ tokens by steps of the golden ratio, so that any run of neighbours has high and 
 import torch
 from torch import Tensor
 
+from evocomp.compressor.config import EvoCompConfig
+from evocomp.selection.top_r import top_r
+
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -23,6 +26,12 @@ def dither(count: int) -> Tensor:
     return -torch.log(-torch.log(quantiles.clamp(1e-6, 1 - 1e-6))).float()
 
 
-def ranking(logits: Tensor, config) -> Tensor:
-    """What the tokens of one picture that stay are the highest of: logits [n] of an `EvoCompConfig` -> [n]."""
-    return logits + config.dither * dither(len(logits)).to(logits.device) if config.dither else logits
+def kept_tokens(logits: Tensor, r: int, config: EvoCompConfig) -> Tensor:
+    """Which tokens of one picture a compressor of this configuration keeps, by its logits [n].
+
+    Returns:
+        The r (or all n, if there are fewer) highest of logits plus dither, as ascending indices.
+    """
+    if config.dither:
+        logits = logits + config.dither * dither(len(logits)).to(logits.device)
+    return top_r(logits, min(r, len(logits)))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evocomp.compressor.dither import ranking
+from evocomp.compressor.dither import kept_tokens
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.data.example import Example
 from evocomp.evaluation.outcome import REFERENCE, Outcome, Questions
@@ -19,7 +19,6 @@ from evocomp.mllm.hf import FrozenMLLM, as_array, picture_key
 from evocomp.mllm.probes import Probes
 from evocomp.selection.base import NotApplicable, SelectionInputs, Selector
 from evocomp.selection.downsample import downsample
-from evocomp.selection.top_r import top_r
 
 Compressed = tuple[Tensor, Tensor]
 """Visual tokens [R, D] and the places [R], ascending, that they take among the N."""
@@ -220,8 +219,7 @@ class Panel:
                 budget=budget,
             ).logits
             for row, features in zip(logits, part, strict=True):
-                count = len(features.visual)
-                found.append(top_r(ranking(row[:count], compressor.config), min(kept, count)))
+                found.append(kept_tokens(row[: len(features.visual)], kept, compressor.config))
         return found
 
     # ------------------------------------------------------------ inside

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from evocomp.compressor.config import EvoCompConfig
-from evocomp.compressor.dither import ranking
+from evocomp.compressor.dither import kept_tokens
 from evocomp.compressor.lora import is_lora, load_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
@@ -62,7 +62,7 @@ class CompressorPicker:
         logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
         self.compressor.train(training)  # it may be in the middle of its training
         rows = [row[: len(v)] for row, v in zip(logits, visual, strict=True)]
-        return [(top_r(ranking(row, self.compressor.config), r)[0], row) for row, r in zip(rows, keep, strict=True)]
+        return [(kept_tokens(row, r, self.compressor.config), row) for row, r in zip(rows, keep, strict=True)]
 
 
 def _padded(rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

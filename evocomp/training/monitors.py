@@ -7,12 +7,11 @@ import lightning as L
 import numpy as np
 import torch
 
-from evocomp.compressor.dither import ranking
+from evocomp.compressor.dither import kept_tokens
 from evocomp.data.example import Example
 from evocomp.log import logger
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.selection.top_r import top_r
 from evocomp.training.batch import compressor_input
 from evocomp.training.module import CompressorModule
 from evocomp.training.strategy import whole
@@ -80,8 +79,7 @@ class SelectionAccuracy(L.Callback):
 
         def choose(count: int) -> list[torch.Tensor]:
             scores = module.score(inputs, [float(count)] * len(features)) if any_count is None else any_count
-            rows = [ranking(torch.from_numpy(row), module.compressor.config) for row in scores]
-            return [top_r(row, min(count, len(row))) for row in rows]
+            return [kept_tokens(torch.from_numpy(row), count, module.compressor.config) for row in scores]
 
         return choose
 

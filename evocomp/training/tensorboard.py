@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from evocomp.compressor.dither import ranking
+from evocomp.compressor.dither import kept_tokens
 from evocomp.data.example import Example
 from evocomp.labels.records import Record, kept_by
 from evocomp.mllm.features import Features, grid_of
 from evocomp.mllm.hf import as_array
-from evocomp.selection.top_r import top_r
 from evocomp.training.batch import compressor_input, has_label
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
@@ -157,8 +156,8 @@ class TensorBoardPage:
         mllm = self.monitor.mllm
         features = mllm.features(self.shown)
         scores = module.score(compressor_input(mllm, features), [float(self.keep)] * len(features))
-        rows = [ranking(torch.from_numpy(row), module.compressor.config) for row in scores]
-        kept = [top_r(row, min(self.keep, len(row))).to(mllm.device) for row in rows]
+        config = module.compressor.config
+        kept = [kept_tokens(torch.from_numpy(row), self.keep, config).to(mllm.device) for row in scores]
         prompts = [(one, one.visual[index], index) for one, index in zip(features, kept, strict=True)]
         answers, _ = mllm.answer(prompts, max_new_tokens=8)
         rows = zip(self.shown, features, self.labels, scores, kept, answers, strict=True)
