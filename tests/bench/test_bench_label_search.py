@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from evocomp.bench import label_search, timing
 from evocomp.bench.label_search import CandidateScorer, memo_row, run, search_row
@@ -96,3 +97,23 @@ def test_searches_that_end_elsewhere_are_counted(sample, monkeypatch):
 def test_labels_are_made_three_times_faster(sample):
     row = search_row(sample, "removed", "cpu", 3, q=48, p=12, generations=2)
     assert row["ratio"] >= 3 and row["clock"] == "process"
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_rows_of_a_format_are_scored_in_it(sample, monkeypatch, dtype):
+    seen = set()
+
+    class Watched(CandidateScorer):
+        def __call__(self, features, kept, flips=False):
+            seen.add(self.losses.dtype)
+            return super().__call__(features, kept, flips)
+
+    monkeypatch.setattr(label_search, "CandidateScorer", Watched)
+    for bench in (
+        lambda: search_row(sample, "removed", "cpu", 1, **EFFORT, dtype=dtype),
+        lambda: label_search.best_masks([sample], "cpu", **EFFORT, dtype=dtype),
+    ):
+        seen.clear()
+        row = bench()
+        assert seen == {torch.bfloat16 if dtype else torch.float32}
+        assert ("bfloat16" in row["ours"]) == (dtype is not None)
