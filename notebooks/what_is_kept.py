@@ -30,14 +30,14 @@ image, grid = examples[0].image, grid_of(panel.asked[0].features)
 # about the same for all of them: look at how much the sets overlap before believing a picture.
 
 # %%
-kept = panel.compressor_indices(compressor, KEEP)
+kept = [shown.alone for shown in panel.compressor_tokens(compressor, KEEP)]
 answers = panel.compressor(compressor, KEEP).answers
 titles = [f"{e.prompt}\n{a} (gold: {e.answer})" for e, a in zip(examples, answers, strict=True)]
 kept_row([light_up(image, one, grid) for one in kept], titles)
 
 # %%
 sets = [set(one.tolist()) for one in kept]
-pairs = [len(a & b) / KEEP for i, a in enumerate(sets) for b in sets[:i]]
+pairs = [len(a & b) / len(a) for i, a in enumerate(sets) for b in sets[:i]]
 print(f"two questions about this picture share {100 * sum(pairs) / len(pairs):.0f} % of their kept tokens")
 
 # %% [markdown]

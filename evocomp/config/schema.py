@@ -219,11 +219,15 @@ class CompressorSection:
     dither: float = 0.0
     """Scale of a fixed, evenly spread Gumbel noise that scores get before the highest are kept; 0 = none. At 1 tokens
     are kept as the masks of on-policy rounds are drawn: of nearly equal ones, some from everywhere."""
+    context: float = 0.0
+    """Share of the kept tokens that are means of the dropped ones, each with the attention of all that it stands
+    for; 0 = drop them. Questions of how many need it."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
         at_least(self, 1, "compressor.", "layers")
-        at_least(self, 0, "compressor.", "init_layer", "dither")
+        at_least(self, 0, "compressor.", "init_layer", "dither", "context")
+        require(self.context < 1, f"compressor.context={self.context}: a share of the kept tokens, below 1")
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evocomp.compressor.dither import kept_tokens
+from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.data.example import Example
 from evocomp.evaluation.outcome import REFERENCE, Outcome, Questions
 from evocomp.evaluation.tasks import score_answer
 from evocomp.log import UserError
+from evocomp.mllm.context import Shown, shown, split
 from evocomp.mllm.features import Features, grid_of, pad_right
 from evocomp.mllm.hf import FrozenMLLM, as_array, picture_key
 from evocomp.mllm.probes import Probes
 from evocomp.selection.base import NotApplicable, SelectionInputs, Selector
 from evocomp.selection.downsample import downsample
-
-Compressed = tuple[Tensor, Tensor]
-"""Visual tokens [R, D] and the places [R], ascending, that they take among the N."""
 
 
 @dataclass
@@ -34,12 +32,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rival:
-    """A training-free method as it stands in the table."""
+    """A training-free method as it stands in the table.
+
+    context: share of the kept tokens that are means of what the method drops (`evocomp.mllm.context`): our addition,
+        to tell what it is worth without a trained compressor.
+    """
 
     method: Selector
     label: str
     seed: int = 0
     note: str = ""
+    context: float = 0.0
 
 
 class Panel:
@@ -88,9 +91,9 @@ class Panel:
     def no_image(self) -> Outcome:
         """No visual token at all: what the question alone gives away."""
 
-        def nothing(i: int, asked: Asked) -> Compressed:
+        def nothing(i: int, asked: Asked) -> Shown:
             visual = asked.features.visual
-            return visual[:0], torch.zeros(0, dtype=torch.long, device=visual.device)
+            return Shown(visual[:0], torch.zeros(0, dtype=torch.long, device=visual.device))
 
         return self._outcome("no_image", 0, nothing, group=REFERENCE)
 
@@ -101,13 +104,13 @@ class Panel:
         for i, asked in enumerate(self.asked):
             by_size.setdefault(len(asked.features.visual), []).append(i)
 
-        def other(i: int, asked: Asked) -> Compressed:
+        def other(i: int, asked: Asked) -> Shown:
             alike = by_size[len(asked.features.visual)]
             start = alike.index(i) + len(alike) // 2
             for step in range(len(alike)):
                 candidate = self.asked[alike[(start + step) % len(alike)]]
                 if candidate.example.image_id != asked.example.image_id:
-                    return candidate.features.visual, torch.arange(len(candidate.features.visual))
+                    return _everything(candidate.features)
             alone.append(i)
             return _everything(asked.features)
 
@@ -124,14 +127,14 @@ class Panel:
         sizes: list[int] = []
         known: dict[str, Tensor] = {}
 
-        def smaller(i: int, asked: Asked) -> Compressed:
+        def smaller(i: int, asked: Asked) -> Shown:
             grid = grid_of(asked.features)
             target = downsample(grid, kept, self.mllm.patch_size)
             if asked.example.image_id not in known:
                 known[asked.example.image_id] = self.mllm.encode_resized(asked.example, target.size)
             tokens = known[asked.example.image_id]
             sizes.append(len(tokens))
-            return tokens, _spread(grid, target.grid)
+            return Shown(tokens, _spread(grid, target.grid))
 
         try:
             outcome = self._outcome("downsampling", kept, smaller)
@@ -145,9 +148,9 @@ class Panel:
         Question by question, so that what several methods read (attention, keys) is gathered once.
         """
         self.report(f"selecting with {len(methods)} methods")
-        chosen: dict[tuple[int, int], list[Compressed]] = {}
+        chosen: dict[tuple[int, int], list[Shown]] = {}
         reasons: dict[int, str] = {}
-        known: dict[tuple[int, int], tuple[str, Compressed]] = {}
+        known: dict[tuple[int, int], tuple[str, Shown]] = {}
         for asked in self.asked:
             for number, rival in enumerate(methods):
                 if number in reasons:
@@ -170,22 +173,25 @@ class Panel:
                     continue
                 rows = chosen.pop((number, count))
                 outcome = self._outcome(rival.label, count, lambda i, asked, rows=rows: rows[i])
-                most = max(len(index) for _, index in rows)
+                most = max(len(row.places) for row in rows)
                 note = rival.note + (f"; {most} tokens at {count}" if most != count else "")
                 outcomes.append(replace(outcome, needs_llm=rival.method.needs_llm, note=note.lstrip("; ")))
         return outcomes
 
-    def _select(self, rival: Rival, asked: Asked, kept: int) -> Compressed:
+    def _select(self, rival: Rival, asked: Asked, kept: int) -> Shown:
         visual = asked.features.visual
         generator = torch.Generator().manual_seed((asked.example.id + rival.seed * 1_000_003) % 2**63)
         known = self.probes.gather(asked.example, asked.features, rival.method.needs)
         grid = grid_of(asked.features)
         inputs = SelectionInputs(tokens=visual, grid=grid, generator=generator, **known)
-        selection = rival.method(inputs, min(kept, len(visual)))
-        if selection.tokens is None:
-            return visual[selection.indices], selection.indices
+        count, context = split(min(kept, len(visual)), rival.context)
+        selection = rival.method(inputs, count)
+        if selection.indices is not None:
+            return shown(visual, selection.indices, context)
+        if context:
+            raise UserError(f"{rival.method.name} merges tokens itself; context tokens go with methods that drop them")
         order = selection.positions.argsort(stable=True)
-        return selection.tokens[order], selection.positions[order]
+        return Shown(selection.tokens[order], selection.positions[order])
 
     @torch.no_grad()
     def chosen(self, rival: Rival, kept: int) -> list[Tensor]:
@@ -194,19 +200,19 @@ class Panel:
         Raises:
             NotApplicable: the method needs what this model does not have.
         """
-        return [self._select(rival, asked, kept)[1] for asked in self.asked]
+        return [self._select(rival, asked, kept).places for asked in self.asked]
 
     def compressor(self, compressor: EvoCompCompressor, kept: int, name: str = "evocomp") -> Outcome:
-        """A trained compressor: its top r tokens."""
-        indices = self.compressor_indices(compressor, kept)
-        return self._outcome(name, kept, lambda i, asked: (asked.features.visual[indices[i]], indices[i]))
+        """A trained compressor: its top r tokens, some of which may be context tokens."""
+        rows = self.compressor_tokens(compressor, kept)
+        return self._outcome(name, kept, lambda i, asked: rows[i])
 
     @torch.no_grad()
-    def compressor_indices(self, compressor: EvoCompCompressor, kept: int) -> list[Tensor]:
-        """The tokens that a compressor keeps of each question's picture."""
+    def compressor_tokens(self, compressor: EvoCompCompressor, kept: int) -> list[Shown]:
+        """What a compressor lets through of each question's picture."""
         compressor.eval()
-        budget = float(kept) if compressor.config.budget_input else None
-        found: list[Tensor] = []
+        budget = float(selected_count(kept, compressor.config)) if compressor.config.budget_input else None
+        found: list[Shown] = []
         for start in range(0, len(self.asked), self.batch):
             part = [asked.features for asked in self.asked[start : start + self.batch]]
             visual, visual_mask = pad_right([f.visual.float() for f in part])
@@ -219,7 +225,8 @@ class Panel:
                 budget=budget,
             ).logits
             for row, features in zip(logits, part, strict=True):
-                found.append(kept_tokens(row[: len(features.visual)], kept, compressor.config))
+                visual = features.visual
+                found.append(shown_tokens(row[: len(visual)], visual, kept, compressor.config))
         return found
 
     # ------------------------------------------------------------ inside
@@ -228,7 +235,7 @@ class Panel:
         return max(len(asked.features.visual) for asked in self.asked)
 
     def _outcome(
-        self, method: str, kept: int, compressed: Callable[[int, Asked], Compressed], group: str = ""
+        self, method: str, kept: int, compressed: Callable[[int, Asked], Shown], group: str = ""
     ) -> Outcome:
         self.report(f"{method} at {kept}")
         answers: list[str] = []
@@ -241,8 +248,8 @@ class Panel:
         return Outcome(method, kept, np.array(scores), answers, group=group)
 
 
-def _everything(features: Features) -> Compressed:
-    return features.visual, torch.arange(len(features.visual), device=features.visual.device)
+def _everything(features: Features) -> Shown:
+    return Shown(features.visual, torch.arange(len(features.visual), device=features.visual.device))
 
 
 def _spread(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:

@@ -215,7 +215,7 @@ def draw_sheet(
     answers = {(o.method, o.kept): o.answers for o in outcomes if o.not_applicable is None}
     full = next(o.answers for o in outcomes if o.method == "full")
     ours = answers["evocomp", kept]
-    indices = judge.compressor_indices(compressor, kept)
+    shown = judge.compressor_tokens(compressor, kept)
     # one question of each picture, as far as the pictures last
     by_picture: dict[str, list[int]] = {}
     for i, asked in enumerate(judge.asked):
@@ -227,7 +227,7 @@ def draw_sheet(
         items.append(
             SheetItem(
                 image=picture(asked.example),
-                kept=indices[i].cpu().numpy(),
+                kept=shown[i].alone.cpu().numpy(),
                 grid=grid_of(asked.features),
                 question=asked.example.prompt,
                 full_answer=full[i],

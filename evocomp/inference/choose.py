@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from evocomp.inference.selectors import Picker
+from evocomp.inference.selectors import Pick, Picker
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
 
@@ -21,11 +21,13 @@ class Compression:
 
     indices: kept tokens of an image, ascending, counted within the image (newline separators included)
     scores:  the selector's scores [n] of the image's tokens without separators, None if it has none
+    sizes:   how many tokens each kept one stands for, counted likewise; None: one each
     before, after: visual tokens per row, in the prompt and kept
     """
 
     indices: list[list[Tensor]]
     scores: list[list[Tensor | None]]
+    sizes: list[list[Tensor | None]]
     before: list[int]
     after: list[int]
 
@@ -59,12 +61,13 @@ def choose(
     tokens: Tensor,
     numbers: Tensor,
     text: Tensor,
-) -> tuple[Tensor, Compression]:
+) -> tuple[Tensor, Tensor | None, Compression]:
     """Ask the picker about every image of a batch.
 
     tokens [B,S,D]: the merged input embeddings; numbers [B,S]: image of each visual token, -1 elsewhere (see
     `families.image_numbers`); text [B,S]: the tokens that the selector may read. Returns bool [B,S], True at
-    visual tokens that stay, and the record of what was kept.
+    visual tokens that stay; the place [B,S] of the token that speaks for each one, or None if all speak for
+    themselves; and the record of what was kept.
     """
     batch, length = numbers.shape
     flat = numbers.flatten()
@@ -80,18 +83,25 @@ def choose(
         [kept_count(keep, len(content)) for content in contents],
     )
     kept = torch.zeros(batch * length, dtype=torch.bool, device=tokens.device)
-    record = Compression([[] for _ in range(batch)], [[] for _ in range(batch)], [0] * batch, [0] * batch)
-    for row, place, content, is_newline, (picked, scores) in zip(
-        rows, places, contents, separators, picks, strict=True
-    ):
+    owner = torch.arange(length, device=tokens.device).repeat(batch)
+    record = Compression(*([[] for _ in range(batch)] for _ in range(3)), [0] * batch, [0] * batch)
+    for row, place, content, is_newline, pick in zip(rows, places, contents, separators, picks, strict=True):
+        picked, scores, speaks = Pick(*pick)
         stays = is_newline.clone() if newline == "keep" else torch.zeros_like(is_newline)
         stays[content[picked]] = True
         kept[place] = stays
         record.indices[row].append(stays.nonzero().squeeze(1))
         record.scores[row].append(scores)
+        record.sizes[row].append(None)
+        if speaks is not None:
+            owner[place[content]] = place[content[speaks]] - row * length
+            sizes = torch.ones(len(place), dtype=torch.long, device=tokens.device)
+            sizes[content] = speaks.bincount(minlength=len(content))
+            record.sizes[row][-1] = sizes[stays]
         record.before[row] += len(place)
         record.after[row] += len(record.indices[row][-1])
-    return kept.view(batch, length), record
+    merged = any(sizes is not None for row in record.sizes for sizes in row)
+    return kept.view(batch, length), owner.view(batch, length) if merged else None, record
 
 
 def short_index(stays: Tensor) -> tuple[Tensor, Tensor]:

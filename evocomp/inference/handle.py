@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from evocomp.inference.choose import Compression, Newline, check_keep, choose, take
+from evocomp.inference.choose import Compression, Newline, check_keep, choose
 from evocomp.inference.masks import causal_mask, gathered_mask, is_sliding, padding_mask
 from evocomp.inference.selectors import Picker
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
+from evocomp.mllm.context import add_log_size, check_weighable
 
 Positions = Literal["original", "dense"]
 
@@ -148,8 +149,10 @@ class Handle:
         return args, kwargs
 
     def _shorten(self, prompt: Prompt, kwargs: dict) -> Pass:
-        kept = self._choose(prompt, kwargs["inputs_embeds"])
-        state = Shortened.make(prompt, kept)
+        kept, owner = self._choose(prompt, kwargs["inputs_embeds"])
+        if owner is not None:
+            check_weighable(self._decoder.config)
+        state = Shortened.make(prompt, kept, owner)
         if prompt.labels is not None and state.index.shape[1] != state.full and not self.restore_length:
             raise UserError("labels need logits of the original length; use compress(restore_length=True)")
         if self.positions == "dense":
@@ -165,16 +168,16 @@ class Handle:
             run.take_over_deepstack(kwargs, self.layer)
         return run
 
-    def _choose(self, prompt: Prompt, embeds: Tensor) -> Tensor:
+    def _choose(self, prompt: Prompt, embeds: Tensor) -> tuple[Tensor, Tensor | None]:
         tokens, choice = embeds[prompt.visual].detach(), self._choice
-        kept = None if choice is None else choice.for_next_step(prompt, tokens, self.keep)
-        if kept is None:
-            kept, self.last = choose(
+        known = None if choice is None else choice.for_next_step(prompt, tokens, self.keep)
+        if known is None:
+            *known, self.last = choose(
                 self.model, self.picker, self.keep, self.newline, embeds, prompt.numbers, prompt.text
             )
             length = prompt.ids.shape[1]
-            self._choice = None if prompt.cached else Choice(prompt, length, tokens, self.keep, kept)
-        return kept
+            self._choice = None if prompt.cached else Choice(prompt, length, tokens, self.keep, *known)
+        return known
 
     # --- before the layers: shorten ---
 
@@ -186,7 +189,7 @@ class Handle:
         cache = kwargs.get("past_key_values")
         if run.prefill:
             if number == self.layer:
-                hidden = take(hidden, run.state.index)
+                hidden = run.state.shorten(hidden)
                 if cache is not None:
                     cache.evocomp_state = run.state
             hidden = run.add_deepstack(hidden, number)
@@ -213,7 +216,11 @@ class Handle:
             )
         else:
             real = None if run.real is None else run.real.to(hidden.device)
-            mask = causal_mask(config, number, hidden, real, cache)
+            mask = causal_mask(config, number, hidden, real, cache, always=run.state.log_size is not None)
+        if run.state.log_size is not None:
+            # a sliding window's cache has forgotten the first keys
+            first = 0 if cache is None else cache.get_mask_sizes(hidden.shape[1], number)[1]
+            mask = add_log_size(mask, run.state.log_size[:, first:].to(hidden.device), hidden.dtype)
         run.memo[sliding] = mask
         return mask
 

@@ -34,12 +34,18 @@ def is_sliding(config: PreTrainedConfig, layer: int) -> bool:
 
 
 def causal_mask(
-    config: PreTrainedConfig, layer: int, hidden: Tensor, real: Tensor | None, cache: Cache | None
+    config: PreTrainedConfig,
+    layer: int,
+    hidden: Tensor,
+    real: Tensor | None,
+    cache: Cache | None,
+    always: bool = False,
 ):
     """The mask that transformers itself makes for this layer's own number of keys.
 
     hidden [B,q,D] gives sizes only; real bool [B,keys]: keys that are not padding, None if all are. Position
-    ids are left out: their gaps would be taken for the borders of packed sequences.
+    ids are left out: their gaps would be taken for the borders of packed sequences. always: a mask even where the
+    attention could do without.
     """
     make = create_sliding_window_causal_mask if is_sliding(config, layer) else create_causal_mask
     return make(
@@ -49,6 +55,7 @@ def causal_mask(
         past_key_values=cache,
         position_ids=None,
         layer_idx=layer,
+        allow_is_causal_skip=not always,
     )
 
 

@@ -71,7 +71,12 @@ def compress_inputs(
     numbers = families.image_numbers(model, ids, encoded)
     prompt = Prompt(ids, numbers, real, inputs.get("labels"), cached=False)
     tokens = _merged(model, ids, visual, encoded)
-    kept, compression = choose(model, picker, check_keep(keep), newline, tokens, numbers, prompt.text)
+    kept, owner, compression = choose(model, picker, check_keep(keep), newline, tokens, numbers, prompt.text)
+    if owner is not None:
+        raise UserError(
+            "this compressor has context tokens, whose weights in the attention inputs cannot carry; use "
+            "evocomp.compress, or set compressor.config.context = 0"
+        )
     index, valid = short_index(real & (kept | ~visual))
     short = ShortInputs(_shorten_tensors(model, inputs, index, valid))
     short.compression = compression

@@ -1,7 +1,8 @@
 """Who decides which visual tokens stay: a compressor, a baseline of `evocomp.selection`, or any function.
 
 All are brought to one form, a picker. `pick(visual, text, keep)` gets three lists with one entry per image
-and returns, per image, the kept tokens [r] ascending and the scores [n] (or None). What a selector may be:
+and returns, per image, the kept tokens [r] ascending, the scores [n] (or None), and, if some of the kept tokens
+become means of dropped ones, the owner [n] of each token: the kept token that speaks for it. What a selector may be:
 
 - an `EvoCompCompressor` (plain, with LoRA, or in a `PooledCompressor`), or a folder or hub id to load it
 from;
@@ -16,7 +17,7 @@ prompt's other embeddings (the whole template, without padding and without answe
 
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
@@ -24,14 +25,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from evocomp.compressor.config import EvoCompConfig
-from evocomp.compressor.dither import kept_tokens
+from evocomp.compressor.keep import selected_count, selected_tokens
 from evocomp.compressor.lora import is_lora, load_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
 from evocomp.log import UserError
+from evocomp.mllm.context import owners, split
 from evocomp.mllm.families import unwrap
 
-Pick = tuple[Tensor, Tensor | None]
+
+class Pick(NamedTuple):
+    """What a picker says of one image of n tokens: see above."""
+
+    kept: Tensor
+    scores: Tensor | None = None
+    owner: Tensor | None = None
 
 
 class Picker(Protocol):
@@ -41,7 +49,7 @@ class Picker(Protocol):
 def top_r(scores: Tensor, r: int) -> Pick:
     """The r highest of scores [n], in original order, and the scores; of equals the earlier token stays."""
     order = torch.argsort(scores, descending=True, stable=True)
-    return order[:r].sort().values, scores
+    return Pick(order[:r].sort().values, scores)
 
 
 class CompressorPicker:
@@ -56,13 +64,22 @@ class CompressorPicker:
             self.compressor.to(visual[0].device)
         tokens, mask = _padded(visual, weight.dtype)
         prompt, prompt_mask = _padded(text, weight.dtype)
-        budget = torch.tensor(keep, dtype=torch.float32, device=tokens.device)
+        config = self.compressor.config
+        told = [selected_count(r, config) for r in keep]
+        budget = torch.tensor(told, dtype=torch.float32, device=tokens.device)
         training = self.compressor.training
         self.compressor.eval()
         logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
         self.compressor.train(training)  # it may be in the middle of its training
-        rows = [row[: len(v)] for row, v in zip(logits, visual, strict=True)]
-        return [(kept_tokens(row, r, self.compressor.config), row) for row, r in zip(rows, keep, strict=True)]
+        return [self._one(row[: len(v)], v, r) for row, v, r in zip(logits, visual, keep, strict=True)]
+
+    def _one(self, scores: Tensor, visual: Tensor, keep: int) -> Pick:
+        count, context = split(keep, self.compressor.config.context)
+        selected = selected_tokens(scores, count, self.compressor.config)
+        if not context:
+            return Pick(selected, scores)
+        centres, owner = owners(visual, selected[None], context)
+        return Pick(torch.cat([selected, centres[0]]).sort().values, scores, owner[0])
 
 
 def _padded(rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -111,13 +128,13 @@ class SelectionPicker:
 
     def _one(self, visual: Tensor, text: Tensor, keep: int) -> Pick:
         if keep == 0:
-            return torch.zeros(0, dtype=torch.long, device=visual.device), None
+            return Pick(torch.zeros(0, dtype=torch.long, device=visual.device))
         side = math.isqrt(len(visual))
         grid = (side, side) if side * side == len(visual) else (1, len(visual))
         selection = self.method(_selection_inputs()(tokens=visual, grid=grid, text=text), keep)
         if selection.indices is None:
             raise UserError(f"{self.name} merges tokens; compress() drops tokens only, use another method")
-        return selection.indices.to(visual.device).sort().values, None
+        return Pick(selection.indices.to(visual.device).sort().values)
 
 
 def _selection_inputs():

@@ -42,7 +42,8 @@ class Shortened:
 
     index, valid [B,L]: see `short_index`; all_real: whether `valid` is all True; full: length of the whole
     prompt; dropped [B]: tokens dropped per row; next_position [...,B,1]: position of the first token after
-    the prompt
+    the prompt; owner [B,S]: the place of the token that speaks for each one, and log_size [B,L]: log of how many
+    each kept token speaks for; None if each speaks for itself
     """
 
     index: Tensor
@@ -51,9 +52,11 @@ class Shortened:
     full: int
     dropped: Tensor
     next_position: Tensor
+    owner: Tensor | None = None
+    log_size: Tensor | None = None
 
     @classmethod
-    def make(cls, prompt: Prompt, kept: Tensor) -> "Shortened":
+    def make(cls, prompt: Prompt, kept: Tensor, owner: Tensor | None = None) -> "Shortened":
         """kept bool [B,S]: visual tokens that stay. Positions are those of a prompt without gaps or
         padding."""
         stays = prompt.real & (kept | ~prompt.visual)
@@ -65,7 +68,19 @@ class Shortened:
             full=stays.shape[1],
             dropped=(prompt.real & prompt.visual & ~kept).sum(1),
             next_position=torch.full((len(stays), 1), stays.shape[1], device=stays.device),
+            owner=owner,
+            log_size=None if owner is None else sizes_of(owner).gather(1, index).log(),
         )
+
+    def shorten(self, whole: Tensor) -> Tensor:
+        """Hidden states of the whole prompt [B,S,D] -> those of the kept tokens [B,L,D], each the mean of all that it
+        speaks for."""
+        if self.owner is None:
+            return take(whole, self.index)
+        owner = self.owner.to(whole.device)
+        row, place = (owner != torch.arange(whole.shape[1], device=whole.device)).nonzero(as_tuple=True)
+        total = whole.float().index_put((row, owner[row, place]), whole[row, place].float(), accumulate=True)
+        return take((total / sizes_of(owner)[..., None]).to(whole.dtype), self.index)
 
     @property
     def dense_positions(self) -> Tensor:
@@ -98,6 +113,12 @@ class Shortened:
             )
 
 
+def sizes_of(owner: Tensor) -> Tensor:
+    """How many tokens each place speaks for, at least 1, float [B,S]; see `Shortened.owner`."""
+    ones = torch.ones(owner.shape, device=owner.device)
+    return torch.zeros_like(ones).scatter_add(1, owner, ones).clamp(min=1)
+
+
 @dataclass
 class Pass:
     """One run through the decoder. real [B,keys]: keys that are not padding, None if all are."""
@@ -127,7 +148,7 @@ class Pass:
         for number in range(layer, len(features)):
             rows = features[number].new_zeros(*mask.shape, features[number].shape[-1])
             rows[mask] = features[number]
-            self.deepstack[number + 1] = (short, take(rows, self.state.index)[short])
+            self.deepstack[number + 1] = (short, self.state.shorten(rows)[short])
         kwargs["deepstack_visual_embeds"] = features[:layer]
 
     def add_deepstack(self, hidden: Tensor, number: int) -> Tensor:
@@ -159,13 +180,18 @@ class Choice:
     tokens: Tensor
     keep: int | float
     kept: Tensor
+    owner: Tensor | None
 
-    def for_next_step(self, prompt: Prompt, tokens: Tensor, keep: int | float) -> Tensor | None:
-        """`kept` [B,S] for `prompt`, if it is the same prompt with one more generated token; else None."""
+    def for_next_step(
+        self, prompt: Prompt, tokens: Tensor, keep: int | float
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """`kept` and `owner` [B,S] for `prompt`, if it is the same prompt with one more generated token; else None."""
         start, (batch, length) = self.prompt.ids.shape[1], prompt.ids.shape
         if prompt.cached or length != self.length + 1 or keep != self.keep or batch != len(self.prompt.ids):
             return None
         if not torch.equal(self.prompt.ids, prompt.ids[:, :start]) or not torch.equal(self.tokens, tokens):
             return None
         self.length = length
-        return pad(self.kept, (0, length - start), value=False)
+        new = torch.arange(start, length, device=self.kept.device).expand(batch, -1)
+        owner = None if self.owner is None else torch.cat([self.owner, new], dim=1)
+        return pad(self.kept, (0, length - start), value=False), owner

@@ -18,6 +18,7 @@ from evocomp.labels.records import Record
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
 from evocomp.losses import group_relative_advantages, plackett_luce_log_prob
+from evocomp.mllm.context import split
 from evocomp.mllm.features import Features
 from evocomp.search.genome import stream
 
@@ -34,16 +35,26 @@ class OnPolicyRounds:
     Every round holds a record for every sample: {draws [K, r] in draw order, advantages [K], log_prob [K], spread},
     with empty arrays for samples that were not drawn this time (their spread is carried on) or proved flat. So a
     round and the one before are all the state there is.
+
+    Args:
+        context: share of a mask's size that context tokens take (`evocomp.mllm.context`); the rest is drawn.
     """
 
     def __init__(
-        self, first: Rounds, ids: Sequence[int], scorer: CandidateScorer, labels: LabelConfig, seed: int
+        self,
+        first: Rounds,
+        ids: Sequence[int],
+        scorer: CandidateScorer,
+        labels: LabelConfig,
+        seed: int,
+        context: float = 0.0,
     ):
         self.first = first
         self.ids = sorted(ids)
         self.scorer = scorer
         self.labels = labels
         self.seed = seed
+        self.context = context
         self._sizes: dict[int, float] = {}
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
@@ -84,7 +95,7 @@ class OnPolicyRounds:
             raise UserError("labels.refresh=on_policy needs a compressor that trains; evocomp label makes round 0 only")
         features = encode(ids)
         sizes = [mask_sizes([self._sizes[one.id]], len(one.visual))[0] for one in features]
-        logits = scores(features, [float(size) for size in sizes])
+        logits = scores(features, [float(split(size, self.context)[0]) for size in sizes])
         made: dict[int, Record] = {}
         for size in sorted(set(sizes)):
             rows = [i for i, own in enumerate(sizes) if own == size]
@@ -96,17 +107,18 @@ class OnPolicyRounds:
         self, round: int, features: list[Features], logits: list[np.ndarray], size: int
     ) -> dict[int, Record]:
         """K masks of one size for each sample, scored and compared within the sample."""
-        draws = np.stack([self._sample(round, f.id, row, size) for f, row in zip(features, logits, strict=True)])
+        drawn, context = split(size, self.context)
+        draws = np.stack([self._sample(round, f.id, row, drawn) for f, row in zip(features, logits, strict=True)])
         masks = np.sort(draws, axis=-1)
         first = self.labels.probes or self.labels.proposals
-        losses = self.scorer.each(features, masks[:, :first])
+        losses = self.scorer.each(features, masks[:, :first], context)
         spreads = _spread(losses)
         records = {one.id: self._carried(one.id, spread) for one, spread in zip(features, spreads, strict=True)}
         differ = np.flatnonzero(spreads > self.labels.flat)
         if not len(differ):
             return records
         if first < self.labels.proposals:
-            rest = self.scorer.each([features[row] for row in differ], masks[differ, first:])
+            rest = self.scorer.each([features[row] for row in differ], masks[differ, first:], context)
             losses = np.concatenate([losses[differ], rest], axis=1)
         else:
             losses = losses[differ]

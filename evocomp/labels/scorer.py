@@ -73,17 +73,30 @@ class CandidateScorer:
         )
         return np.ascontiguousarray(losses.T)
 
-    def each(self, features: Sequence[Features], kept: np.ndarray) -> np.ndarray:
+    def each(self, features: Sequence[Features], kept: np.ndarray, context: int = 0) -> np.ndarray:
         """Masks of several samples, each its own: kept [B, K, R] -> losses float32 [B, K].
 
         As many samples go into one forward as fit, so that a small model or few tokens keep the device busy too.
+        The LLM reads so many tokens of `context` besides.
         """
         masks = kept.shape[1]
-        length = self._length(features, kept)
-        if self._at_once(*length) < masks:
-            return np.stack([self(one, own) for one, own in zip(features, kept, strict=True)])
+        tokens, answers = self._length(features, kept)
+        if self._at_once(tokens + context, answers) < masks:
+            return np.stack([self._alike(one, own, context) for one, own in zip(features, kept, strict=True)])
         return self._in_parts(
-            kept, lambda some, own: self.losses.batch(features[some], own), *length, questions=masks, sequences=masks
+            kept,
+            lambda some, own: self.losses.batch(features[some], own, context),
+            tokens + context,
+            answers,
+            questions=masks,
+            sequences=masks,
+        )
+
+    def _alike(self, features: Features, kept: np.ndarray, context: int) -> np.ndarray:
+        """Masks [K, R] of one sample, some at a time -> losses [K]."""
+        tokens, answers = self._length([features], kept)
+        return self._in_parts(
+            kept, lambda _, own: self.losses.batch([features], own[None], context)[0], tokens + context, answers
         )
 
     def gate_gradient(self, features: Features, gate: np.ndarray) -> np.ndarray:

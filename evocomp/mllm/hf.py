@@ -23,6 +23,7 @@ from evocomp.data.example import Example
 from evocomp.distributed import Team
 from evocomp.log import UserError
 from evocomp.mllm import families
+from evocomp.mllm.context import Shown, add_log_size, check_weighable
 from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.features import Features
 
@@ -273,15 +274,19 @@ class FrozenMLLM:
 
     @torch.no_grad()
     def answer(
-        self, prompts: Sequence[tuple[Features, Tensor, Tensor]], max_new_tokens: int = 8
+        self, prompts: Sequence[tuple[Features, *tuple[Tensor | None, ...]]], max_new_tokens: int = 8
     ) -> tuple[list[str], Tensor]:
-        """Greedy answers for (features, visual tokens [R, D], index [R]) of any lengths, in one batch.
+        """Greedy answers for (features, and the fields of what is `Shown` of its picture), in one batch.
+
+        Args:
+            prompts: of any lengths; log sizes may be left out.
 
         Returns:
             The answers as text, and the logits [B, V] of the first answer token.
         """
         self.check_scorable()
-        rows = [self.assemble(f, tokens[None], index[None]) for f, tokens, index in prompts]
+        asked = [(features, Shown(*parts)) for features, *parts in prompts]
+        rows = [self.assemble(features, shown.tokens[None], shown.places[None]) for features, shown in asked]
         longest = max(embeds.shape[1] for embeds, _ in rows)
         pads = [longest - embeds.shape[1] for embeds, _ in rows]
         embeds = torch.cat([torch.nn.functional.pad(e, (0, 0, n, 0)) for (e, _), n in zip(rows, pads, strict=True)])
@@ -290,6 +295,11 @@ class FrozenMLLM:
         )
         places = torch.arange(longest, device=embeds.device)
         mask = (places[None] >= torch.tensor(pads, device=embeds.device)[:, None]).long()
+        log_size = None
+        if any(shown.log_size is not None for _, shown in asked):
+            self.check_weighable()
+            sizes = [_log_sizes(features, shown) for features, shown in asked]
+            log_size = torch.stack([torch.nn.functional.pad(s, (n, 0)) for s, n in zip(sizes, pads, strict=True)])
         cache = DynamicCache(config=self.decoder.config)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=embeds.device)
         stops = torch.tensor(self._stop_ids(), device=embeds.device)
@@ -298,7 +308,7 @@ class FrozenMLLM:
         for _ in range(max_new_tokens):
             hidden = self.decoder(
                 inputs_embeds=embeds,
-                attention_mask=mask,
+                attention_mask=mask if log_size is None else _weighed(mask, log_size, embeds),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -324,6 +334,17 @@ class FrozenMLLM:
                 "than embeddings (DeepStack, bidirectional image blocks) yet; evocomp.compress works with them"
             )
 
+    def check_weighable(self) -> None:
+        """Raise UserError if context tokens cannot have their weights here."""
+        config = self.decoder.config
+        check_weighable(config)
+        types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        if "sliding_attention" in types if types else window is not None:
+            raise UserError(
+                f"{self.model.config.model_type}: labels and panel with context tokens are not made for decoders with "
+                "sliding windows yet; set compressor.context=0, or use evocomp.compress, which works with them"
+            )
+
     def _stop_ids(self) -> list[int]:
         stop = self.model.generation_config.eos_token_id
         stop = self.processor.tokenizer.eos_token_id if stop is None else stop
@@ -332,6 +353,22 @@ class FrozenMLLM:
     def _pad_id(self) -> int:
         pad = self.processor.tokenizer.pad_token_id
         return self._stop_ids()[0] if pad is None else pad
+
+
+def _log_sizes(features: Features, shown: Shown) -> Tensor:
+    """Log sizes of the rows that `assemble` makes [L]; text tokens stand for themselves."""
+    at = torch.cat([features.text_at, features.visual_at[shown.places]])
+    sizes = torch.zeros(len(at), device=at.device)
+    if shown.log_size is not None:
+        sizes[len(features.text_at) :] = shown.log_size
+    return sizes[at.argsort()]
+
+
+def _weighed(real: Tensor, log_size: Tensor, embeds: Tensor) -> Tensor:
+    """Attention mask [B, 1, q, keys] of the newest q tokens: real [B, keys] are seen, keys have sizes."""
+    new, keys = embeds.shape[1], real.shape[1]
+    causal = torch.ones(new, keys, dtype=torch.bool, device=real.device).tril(keys - new)
+    return add_log_size(causal & real[:, None, None, :].bool(), log_size, embeds.dtype)
 
 
 def _messages(example: Example) -> list[dict]:

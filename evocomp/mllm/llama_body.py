@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaModel, MistralModel, Qwen2_5_VLTextModel, Qwen2Model, Qwen2VLTextModel
 
 from evocomp.config.schema import ScorerConfig
-from evocomp.mllm.sequences import Past, Table
+from evocomp.mllm.sequences import Past, Table, weighed
 
 Weights = tuple[Tensor, Tensor | None]
 
@@ -118,7 +118,10 @@ class LlamaBody:
         known = self._know(table)
         here = known.angles.index_select(0, flat)
         hidden = known.embeds.index_select(0, flat)
-        seen = _seen(length, past[0][0].shape[2] if past else 0, mask, index.device)
+        before = past[0][0].shape[2] if past else 0
+        seen = _seen(length, before, mask, index.device)
+        if table.log_size is not None:
+            seen = weighed(seen, F.pad(table.log_size[index], (before, 0)), length, self.dtype)
         for number, layer in enumerate(self.layers):
             last = number == len(self.layers) - 1
             shorten = last and self.settings.last_layer_at_answers
@@ -248,7 +251,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def _seen(length: int, before: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """Keys that each query sees [L, P + L]; None means plainly causal."""
+    """Keys that each query sees, bool [L, P + L]; None means plainly causal."""
     if mask is not None or not before:
         return mask
     return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
@@ -256,6 +259,9 @@ def _seen(length: int, before: int, mask: Tensor | None, device: torch.device) -
 
 def _seen_from(seen: Tensor | None, read: Tensor, length: int) -> Tensor:
     """The same from the read places only: [A, P + L], or [Q, 1, A, P + L]."""
+    if seen is not None and seen.ndim == 4:
+        rows = read.expand(len(seen), -1)[:, None, :, None]
+        return seen.gather(2, rows.expand(-1, -1, -1, seen.shape[3]))
     if seen is None:
         rows = torch.arange(length, device=read.device) <= read[..., None]
     else:

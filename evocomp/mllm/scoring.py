@@ -17,7 +17,7 @@ from evocomp.mllm import llama_body
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.llama_body import LlamaBody
-from evocomp.mllm.sequences import Body, Past, Table, crop, joined, padded, prompt_index, prompt_table
+from evocomp.mllm.sequences import Body, Past, Table, crop, joined, padded, prompt_index, prompt_table, with_context
 from evocomp.mllm.transformers_body import TransformersBody
 
 LONG_PREFIX = 8
@@ -90,13 +90,25 @@ class AnswerLosses:
         return losses
 
     @torch.inference_mode()
-    def batch(self, features: Sequence[Features], kept: Tensor) -> Tensor:
+    def batch(self, features: Sequence[Features], kept: Tensor, context: int = 0) -> Tensor:
         """Masks of several samples, each its own: kept [B, K, R] ascending -> [B, K] float32.
 
         Shorter prompts are padded on the right, where a causal decoder never looks back from.
+
+        Args:
+            context: how many context tokens of what is dropped the LLM reads besides; see `evocomp.mllm.context`.
         """
         masks = kept.shape[1]
         indices = [prompt_index(one, own) for one, own in zip(features, kept, strict=True)]
+        if context:
+            self.mllm.check_weighable()
+            own = [prompt_table(one, self.mllm.embed) for one in features]
+            parts = [with_context(*args, context) for args in zip(own, indices, features, kept, strict=True)]
+            tables, indices = zip(*parts, strict=True)
+            table, sizes = joined(tables), [len(one.embeds) for one in tables]
+        else:
+            table = self._table(features)
+            sizes = [one.prompt_ids.shape[0] + one.answer_ids.shape[0] - 1 for one in features]
         answers = [one.answer_ids for one in features]
         longest = max(map(len, answers))
         places = torch.arange(longest, device=kept.device)
@@ -104,8 +116,7 @@ class AnswerLosses:
                  for index, answer in zip(indices, answers, strict=True)]
         targets = torch.stack([answer[places.clamp(max=len(answer) - 1)] for answer in answers])
         real = torch.stack([places < len(answer) for answer in answers])
-        table = self._table(features)
-        index = padded(indices, [one.prompt_ids.shape[0] + one.answer_ids.shape[0] - 1 for one in features])
+        index = padded(indices, sizes)
         read = reads[0] if len(features) == 1 else torch.stack(reads).repeat_interleave(masks, 0)
         start, past = self._prefix(features, table)
         losses = self._losses(table, index[:, start:], read - start, targets.repeat_interleave(masks, 0), past=past)

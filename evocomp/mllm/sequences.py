@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from evocomp.mllm import context
 from evocomp.mllm.features import Features
 
 Past = tuple[tuple[Tensor, Tensor], ...]
@@ -20,10 +21,13 @@ class Table:
     Attributes:
         embeds: what the LLM reads [S, D].
         positions: position ids, [S], or [4, S] with M-RoPE.
+        log_size: log of how many tokens each row stands for [S], added to the logits of the attention to it; None: one
+            each.
     """
 
     embeds: Tensor
     positions: Tensor
+    log_size: Tensor | None = None
 
 
 class Body(Protocol):
@@ -77,10 +81,40 @@ def prompt_index(features: Features, kept: Tensor) -> Tensor:
     return torch.cat([rest, features.visual_at[kept]], dim=1).sort(dim=1).values
 
 
+def with_context(table: Table, index: Tensor, features: Features, kept: Tensor, count: int) -> tuple[Table, Tensor]:
+    """A sample's table and sequences [K, L] with so many context tokens in each: their rows are the table's last."""
+    centres, owner = context.owners(features.visual, kept, count)
+    tokens, log_size = context.means(features.visual, centres, owner)
+    at, size = features.visual_at[centres], len(table.embeds)
+    rows = torch.arange(size, size + at.numel(), device=index.device).view(at.shape)
+    order = torch.cat([index, at], dim=1).argsort(dim=1)
+    larger = Table(
+        torch.cat([table.embeds, tokens.flatten(0, 1).to(table.embeds.dtype)]),
+        torch.cat([table.positions, table.positions[..., at.flatten()]], dim=-1),
+        torch.cat([log_size.new_zeros(size), log_size.flatten()]),
+    )
+    return larger, torch.cat([index, rows], dim=1).gather(1, order)
+
+
 def joined(tables: Sequence[Table]) -> Table:
     """Tables of several samples one after another."""
-    positions = torch.cat([table.positions for table in tables], dim=-1)
-    return Table(torch.cat([table.embeds for table in tables]), positions)
+    sizes = [table.log_size for table in tables if table.log_size is not None]
+    return Table(
+        torch.cat([table.embeds for table in tables]),
+        torch.cat([table.positions for table in tables], dim=-1),
+        torch.cat(sizes) if sizes else None,
+    )
+
+
+def weighed(seen: Tensor | None, log_size: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits of the attention [Q, 1, L, P + L], with log sizes of the keys [Q, P + L].
+
+    seen: bool [L, P + L], or None: each query sees the keys before it and itself.
+    """
+    keys = log_size.shape[1]
+    if seen is None:
+        seen = torch.ones(length, keys, dtype=torch.bool, device=log_size.device).tril(keys - length)
+    return context.add_log_size(seen[None, None], log_size, dtype)
 
 
 def padded(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:

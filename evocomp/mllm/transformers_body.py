@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from evocomp.mllm.sequences import Past, Table
+from evocomp.mllm.sequences import Past, Table, weighed
 
 
 class TransformersBody:
@@ -46,7 +47,9 @@ class TransformersBody:
         positions = table.positions[..., index]
         if positions.ndim == 3:  # M-RoPE: the text row tells the mask where sequences start; keep it dense
             positions[0] = torch.arange(before, before + length, device=index.device)
-        if mask is None:
+        if table.log_size is not None:
+            seen = weighed(mask, pad(table.log_size[index], (before, 0)), length, self.dtype)
+        elif mask is None:
             seen = torch.ones(count, before + length, dtype=torch.long, device=index.device)
         else:
             seen = mask.expand(count, 1, -1, -1)

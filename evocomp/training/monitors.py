@@ -7,17 +7,18 @@ import lightning as L
 import numpy as np
 import torch
 
-from evocomp.compressor.dither import kept_tokens
+from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
 from evocomp.log import logger
+from evocomp.mllm.context import Shown, shown
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.batch import compressor_input
 from evocomp.training.module import CompressorModule
 from evocomp.training.strategy import whole
 
-Choose = Callable[[int], list[torch.Tensor]]
-"""Kept count -> indices of the kept tokens of each of some samples, ascending."""
+Choose = Callable[[int], list[Shown]]
+"""Kept count -> what the LLM reads of the pictures of some samples."""
 
 Selection = Callable[[Sequence[Features]], Choose]
 
@@ -67,8 +68,7 @@ class SelectionAccuracy(L.Callback):
             features = self.mllm.features(part)
             choose = selection(features)
             for place, count in enumerate(kept):
-                indices = [index.to(one.visual.device) for one, index in zip(features, choose(count), strict=True)]
-                prompts = [(one, one.visual[index], index) for one, index in zip(features, indices, strict=True)]
+                prompts = [(one, *shown) for one, shown in zip(features, choose(count), strict=True)]
                 answers, _ = self.mllm.answer(prompts, max_new_tokens=4)
                 right[place] += sum(a == e.answer for a, e in zip(answers, part, strict=True))
         return right
@@ -77,9 +77,13 @@ class SelectionAccuracy(L.Callback):
         inputs = compressor_input(self.mllm, features)
         any_count = None if module.compressor.config.budget_input else module.score(inputs)
 
-        def choose(count: int) -> list[torch.Tensor]:
-            scores = module.score(inputs, [float(count)] * len(features)) if any_count is None else any_count
-            return [kept_tokens(torch.from_numpy(row), count, module.compressor.config) for row in scores]
+        config = module.compressor.config
+
+        def choose(count: int) -> list[Shown]:
+            budgets = [float(selected_count(count, config))] * len(features)
+            scores = module.score(inputs, budgets) if any_count is None else any_count
+            pairs = zip(scores, features, strict=True)
+            return [shown_tokens(torch.from_numpy(row), one.visual, count, config) for row, one in pairs]
 
         return choose
 
@@ -87,4 +91,5 @@ class SelectionAccuracy(L.Callback):
 def at_random(features: Sequence[Features]) -> Choose:
     """The floor: tokens drawn evenly, the same for a question in every run; smaller sets lie in larger ones."""
     orders = [torch.from_numpy(np.random.default_rng(one.id).permutation(len(one.visual))) for one in features]
-    return lambda count: [order[:count].sort().values for order in orders]
+    pairs = list(zip(features, orders, strict=True))
+    return lambda count: [shown(one.visual, order[:count].to(one.visual.device), 0) for one, order in pairs]

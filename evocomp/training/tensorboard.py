@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from evocomp.compressor.dither import kept_tokens
+from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
 from evocomp.labels.records import Record, kept_by
 from evocomp.mllm.features import Features, grid_of
@@ -155,13 +155,14 @@ class TensorBoardPage:
     def _show_pictures(self, module: CompressorModule, step: int) -> None:
         mllm = self.monitor.mllm
         features = mllm.features(self.shown)
-        scores = module.score(compressor_input(mllm, features), [float(self.keep)] * len(features))
         config = module.compressor.config
-        kept = [kept_tokens(torch.from_numpy(row), self.keep, config).to(mllm.device) for row in scores]
-        prompts = [(one, one.visual[index], index) for one, index in zip(features, kept, strict=True)]
-        answers, _ = mllm.answer(prompts, max_new_tokens=8)
+        budget = float(selected_count(self.keep, config))
+        scores = module.score(compressor_input(mllm, features), [budget] * len(features))
+        pairs = zip(scores, features, strict=True)
+        kept = [shown_tokens(torch.from_numpy(row), one.visual, self.keep, config) for row, one in pairs]
+        answers, _ = mllm.answer([(one, *shown) for one, shown in zip(features, kept, strict=True)], max_new_tokens=8)
         rows = zip(self.shown, features, self.labels, scores, kept, answers, strict=True)
-        for number, (example, one, record, row, index, answer) in enumerate(rows):
+        for number, (example, one, record, row, shown, answer) in enumerate(rows):
             verdict = "right" if answer == example.answer else "wrong"
             chosen = np.flatnonzero(kept_by(record, len(row), self.keep))
             picture = four_panels(
@@ -169,13 +170,13 @@ class TensorBoardPage:
                 grid_of(one),
                 chosen,
                 row,
-                index.tolist(),
+                shown.alone.tolist(),
                 f"{example.prompt}: {example.answer}",
                 (
                     f"{len(row)} tokens",
                     f"label: {len(chosen)}",
                     "prediction (rank)",
-                    f"kept {len(index)}: {answer} ({verdict})",
+                    f"kept {len(shown.places)}: {answer} ({verdict})",
                 ),
             )
             self.writer.add_image(f"pictures/{number}", picture, step, dataformats="HWC")

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from evocomp.compressor.dither import dither
+from evocomp.compressor.keep import dither
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import EvalConfig, RunConfig
 from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.run import BASIC, all_outcomes, build_rival, middle
 from evocomp.evaluation.tasks import score_answer
+from evocomp.mllm.context import shown
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection import selector
 from tests.inference.tiny_models import build
@@ -153,8 +154,25 @@ def test_a_compressors_row_is_its_top_tokens_answered(panel, nano, budget):
         outcome = panel.compressor(one, kept)
         assert not one.training
         assert outcome.answers == by_hand(panel, top) and outcome.kept == kept
-        indices = panel.compressor_indices(one, kept)
-        assert all(torch.equal(row, top(asked)[1]) for row, asked in zip(indices, panel.asked, strict=True))
+        rows = panel.compressor_tokens(one, kept)
+        assert all(torch.equal(row.places, top(asked)[1]) for row, asked in zip(rows, panel.asked, strict=True))
+
+
+def test_a_compressor_with_context_is_told_how_many_it_selects(panel, nano):
+    torch.manual_seed(0)
+    one = EvoCompCompressor.from_mllm(nano.model, budget_input=True, context=0.25)
+    with torch.no_grad():
+        for weight in one.budget.parameters():
+            weight.normal_(0, 10)
+    one.eval()
+
+    def top(asked):
+        with torch.no_grad():
+            prompt = nano.prompt_embeds(asked.features)[None]
+            logits = one(asked.features.visual[None], prompt, budget=12.0).logits[0]
+        return shown(asked.features.visual, logits.topk(12).indices, 4)
+
+    assert panel.compressor(one, 16).answers == by_hand(panel, top)
 
 
 def test_pictures_made_smaller(panel, nano):

@@ -83,48 +83,66 @@ def attends(model, ids: Tensor, index: Tensor, prompt: int, layer: int) -> Tenso
 
 
 @torch.no_grad()
-def logits(model, row: Row, prompt: int, stays: Tensor, layer: int) -> Tensor:
-    """Logits [L,V] at the tokens that stay. stays bool [S]; they are cut out before layer `layer`."""
+def logits(model, row: Row, prompt: int, stays: Tensor, layer: int, speaks: list[int]) -> Tensor:
+    """Logits [L,V] at the tokens that stay. stays bool [S]; they are cut out before layer `layer`.
+
+    speaks [S]: who speaks for each token: a token that stays becomes the mean of all that it speaks for, and counts as
+    often in the attention.
+    """
     llm, policies = model.get_decoder(), policy(model)
     hidden, index = row.embeds[None], torch.arange(len(row.ids))
     for number, block in enumerate(llm.layers):
         if number == layer:
             index = stays.nonzero().squeeze(1)
-            hidden = hidden[:, index]
+            members = [[i for i, owner in enumerate(speaks) if owner == place] for place in index.tolist()]
+            hidden = torch.stack([hidden[0, own].mean(0) for own in members])[None]
+            often = torch.tensor([float(len(own)) for own in members])
         positions = row.positions[..., index]
         positions = positions[:, None] if positions.ndim == 2 else positions[None]
         extra = (llm.config.layer_types[number],) if policies.blocks == "image" else ()
         mask = torch.zeros(len(index), len(index)).masked_fill(
             ~attends(model, row.ids, index, prompt, number), torch.finfo(torch.float32).min
         )
+        if number >= layer:
+            mask = mask + often.log()[None, :]
         hidden = block(
             hidden,
             attention_mask=mask[None, None],
             position_embeddings=llm.rotary_emb(hidden, positions, *extra),
         )
         if number < len(row.deepstack):
-            hidden = hidden + row.deepstack[number][index]
+            added = row.deepstack[number]
+            later = number >= layer
+            hidden = hidden + (torch.stack([added[own].mean(0) for own in members]) if later else added)
     scores = model.lm_head(llm.norm(hidden))[0]
     cap = getattr(llm.config, "final_logit_softcapping", None)
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def expected_logits(model, inputs, sizes, last, sequences: Tensor, layer: int) -> list[Tensor]:
+def expected_logits(model, inputs, sizes, last, sequences: Tensor, layer: int, owners=None) -> list[Tensor]:
     """For every row, logits [new,V] that should have produced the new tokens of `sequences` [B,S+new].
 
     sizes [row][image]: visual tokens of the images; last: the record whose kept indices are taken as given.
+    owners [row][image]: who speaks for each of an image's tokens; None: each for itself.
     """
     new = sequences[:, inputs["input_ids"].shape[1] :]
     found = []
-    for row, of_row, kept, tail in zip(rows(model, inputs), sizes, last.indices, new, strict=True):
+    for number, (row, of_row, kept, tail) in enumerate(
+        zip(rows(model, inputs), sizes, last.indices, new, strict=True)
+    ):
         prompt = len(row.ids)
         visual = ((row.ids == IMAGE) | (row.ids == VIDEO)).nonzero().squeeze(1)
         offset, stays = 0, torch.ones(prompt + len(tail) - 1, dtype=torch.bool)
         stays[visual] = False
-        for image, size in zip(kept, of_row, strict=True):
-            stays[visual[offset : offset + size][image]] = True
+        speaks = list(range(len(stays)))
+        for place, (image, size) in enumerate(zip(kept, of_row, strict=True)):
+            own = visual[offset : offset + size]
+            stays[own[image]] = True
+            if owners is not None:
+                for token, owner in enumerate(owners[number][place].tolist()):
+                    speaks[int(own[token])] = int(own[owner])
             offset += size
         assert offset == len(visual)
         whole = extend(model, row, tail[:-1])
-        found.append(logits(model, whole, prompt, stays, layer)[-len(tail) :])
+        found.append(logits(model, whole, prompt, stays, layer, speaks)[-len(tail) :])
     return found

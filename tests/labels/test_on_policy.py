@@ -20,8 +20,10 @@ class Landscape:
 
     def __init__(self):
         self.masks = 0
+        self.asked = set()
 
-    def each(self, features, kept):
+    def each(self, features, kept, context):
+        self.asked.add((kept.shape[-1], context))
         assert (np.diff(kept, axis=-1) > 0).all(), "ascending, distinct"
         self.masks += kept.shape[0] * kept.shape[1]
         hard = np.array([one.id for one in features])[:, None] / 40
@@ -38,11 +40,11 @@ class First:
         yield from ({"id": id, "credits": np.zeros(N, np.float16)} for id in ids)
 
 
-def build(ids=range(40), seed=0, **settings):
+def build(ids=range(40), seed=0, context=0.0, **settings):
     scorer = Landscape()
     defaults = {"proposal_sizes": (4, 8), "samples_per_refresh": 16, "chunk_size": 5, "proposals": 16, "probes": 0}
     labels = LabelConfig(**(defaults | settings))
-    return OnPolicyRounds(First(), list(ids), scorer, labels, seed), scorer
+    return OnPolicyRounds(First(), list(ids), scorer, labels, seed, context), scorer
 
 
 def encode(ids):
@@ -157,3 +159,19 @@ def test_round_zero_is_the_other_kinds_and_later_ones_need_a_compressor():
     ids = rounds.chunks(1, {})[0]
     with pytest.raises(UserError, match="needs a compressor that trains"):
         list(rounds.make(1, ids, encode, {}, None))
+
+
+@pytest.mark.parametrize("probes", [0, 4])
+def test_context_takes_its_share_of_every_mask(probes):
+    """A compressor is told how many tokens are drawn, as it is when it is used; the rest of a mask is context."""
+    rounds, scorer = build(context=0.25, proposal_sizes=(4, 8), probes=probes)
+    told = set()
+
+    def scores(features, budgets):
+        told.update(budgets)
+        return [LOGITS for _ in features]
+
+    for ids in rounds.chunks(1, {}):
+        for record in rounds.make(1, ids, encode, {}, scores):
+            assert record["draws"].shape[-1] in (0, 3, 6)
+    assert told == {3.0, 6.0} and scorer.asked == {(3, 1), (6, 2)}

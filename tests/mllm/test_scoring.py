@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from evocomp.config.schema import ScorerConfig
 from evocomp.log import UserError
 from evocomp.mllm import llama_body
+from evocomp.mllm.context import Shown, shown
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.llama_body import LlamaBody
@@ -198,3 +199,43 @@ def test_shared_scoring_needs_one_picture(nano, encoded):
     others = next(f for f in encoded if f.image_id != encoded[0].image_id)
     with pytest.raises(UserError, match="agree up to the end of the picture"):
         AnswerLosses(nano).shared([encoded[0], others], masks(encoded[0], 2, 4))
+
+
+@pytest.mark.parametrize("own_pass", [True, False])
+@pytest.mark.parametrize("prefix", ["never", "always"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_masks_with_context_tokens(family, own_pass, prefix):
+    """As the same tokens and sizes give in a prompt of their own, answered by the adapter, one at a time."""
+    features, _, model = tiny(family)
+    mllm = FrozenMLLM(model, processor=None)
+    losses = AnswerLosses(mllm, settings=ScorerConfig(own_pass=own_pass, shared_prefix=prefix))
+    assert type(losses.body) is (LlamaBody if own_pass else TransformersBody)
+    samples = [with_answer(features, 40), with_answer(features, 60, 80)]
+    kept = torch.stack([masks(features, 4, 5, seed) for seed in (0, 1)])
+    given = losses.batch(samples, kept, context=3)
+    for one, own, found in zip(samples, kept, given, strict=True):
+        expected = [_loss_of(mllm, one, shown(one.visual, mask, 3)) for mask in own]
+        torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+    assert (given - losses.batch(samples, kept)).abs().max() > 1e-3
+
+
+def _loss_of(mllm: FrozenMLLM, features: Features, one: Shown) -> torch.Tensor:
+    """Mean answer loss of tokens with sizes, by the decoder and a mask made by hand."""
+    embeds, positions = mllm.assemble(features, one.tokens[None], one.places[None])
+    tail = mllm.embed(features.answer_ids)[None]
+    steps = torch.arange(1, tail.shape[1] + 1)
+    positions = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
+    if positions.ndim == 3:
+        positions[0] = torch.arange(positions.shape[-1])
+    at = torch.cat([features.text_at, features.visual_at[one.places]])
+    sizes = torch.cat([torch.zeros(len(features.text_at)), one.log_size])[at.argsort()]
+    length = embeds.shape[1] + tail.shape[1]
+    added = torch.zeros(length, length)
+    added[:, : len(sizes)] = sizes
+    added = added.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        hidden = mllm.decoder(
+            inputs_embeds=torch.cat([embeds, tail], dim=1), position_ids=positions, attention_mask=added[None, None]
+        ).last_hidden_state[0]
+        logits = mllm.head(hidden)[-1 - tail.shape[1] : -1]
+    return F.cross_entropy(logits, features.answer_ids)

@@ -1,4 +1,6 @@
-"""What the highest scores are taken of: the scores, or a spread-out draw from the policy that they stand for.
+"""From scores to what the LLM reads: which tokens are selected, and what becomes of the others.
+
+The highest are taken of the scores, or of a spread-out draw from the policy that they stand for.
 
 The listwise loss and the policy gradient train a distribution of masks (Plackett-Luce), of which the r highest scores
 are the mode only. Where many tokens are nearly equal, the mode takes a clump of them, and a sample takes some from
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evocomp.compressor.config import EvoCompConfig
+from evocomp.mllm.context import Shown, shown, split
 from evocomp.selection.top_r import top_r
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -26,8 +29,13 @@ def dither(count: int) -> Tensor:
     return -torch.log(-torch.log(quantiles.clamp(1e-6, 1 - 1e-6))).float()
 
 
-def kept_tokens(logits: Tensor, r: int, config: EvoCompConfig) -> Tensor:
-    """Which tokens of one picture a compressor of this configuration keeps, by its logits [n].
+def selected_count(keep: int, config: EvoCompConfig) -> int:
+    """How many of `keep` tokens are selected by score: the budget that a compressor is told."""
+    return split(keep, config.context)[0]
+
+
+def selected_tokens(logits: Tensor, r: int, config: EvoCompConfig) -> Tensor:
+    """Which r tokens of one picture a compressor of this configuration selects, by its logits [n].
 
     Returns:
         The r (or all n, if there are fewer) highest of logits plus dither, as ascending indices.
@@ -35,3 +43,10 @@ def kept_tokens(logits: Tensor, r: int, config: EvoCompConfig) -> Tensor:
     if config.dither:
         logits = logits + config.dither * dither(len(logits)).to(logits.device)
     return top_r(logits, min(r, len(logits)))
+
+
+def shown_tokens(logits: Tensor, visual: Tensor, keep: int, config: EvoCompConfig) -> Shown:
+    """The `keep` tokens (or all n, if there are fewer) that the LLM reads of one picture: those that a compressor of
+    this configuration selects by its logits [n], and its context tokens. visual: [n, D]."""
+    selected, context = split(min(keep, len(visual)), config.context)
+    return shown(visual, selected_tokens(logits, selected, config).to(visual.device), context)

@@ -1,0 +1,126 @@
+"""Context tokens: some of the R tokens that the LLM reads are means of those that were dropped.
+
+Each carries log(number of tokens that it stands for) into the attention logits of the LLM, so that all N tokens keep
+their share of the attention: proportional attention of ToMe (arXiv 2210.09461, section 3), on means of what a selector
+left out, as VisionZip's contextual tokens are (arXiv 2412.04467). Selected tokens stay sharp and count once. Where a
+question asks how many, the share of the attention is the answer, and a selection alone distorts it. Ours.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from evocomp.log import UserError
+
+
+class Shown(NamedTuple):
+    """Visual tokens that the LLM reads of one picture.
+
+    tokens: [R, D]
+    places: [R] which of the N visual tokens' places each takes, ascending
+    log_size: [R] log of how many tokens each stands for, added to the logits of the attention to it; None: one each
+    """
+
+    tokens: Tensor
+    places: Tensor
+    log_size: Tensor | None = None
+
+    @property
+    def alone(self) -> Tensor:
+        """Places of the tokens that stand for themselves only: the selected ones."""
+        return self.places if self.log_size is None else self.places[self.log_size == 0]
+
+
+def split(keep: int, share: float) -> tuple[int, int]:
+    """How many of `keep` tokens are selected, and how many are context; at least one is selected.
+
+    >>> split(16, 0.5), split(1, 0.5), split(48, 0.0)
+    ((8, 8), (1, 0), (48, 0))
+    """
+    context = min(round(share * keep), max(keep - 1, 0))
+    return keep - context, context
+
+
+def owners(visual: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which token speaks for which, for several masks of one picture.
+
+    The first centre is the most typical of the dropped tokens, each further one the least like the centres so far
+    (farthest point); a dropped token goes to the centre that it is most like, by cosine.
+
+    Args:
+        visual: [N, D].
+        kept: [K, R] selected tokens.
+        count: C, context tokens, at most as many as are dropped.
+
+    Returns:
+        Centres [K, C] ascending, and the owner [K, N] of each token: a centre, or the token itself if selected.
+    """
+    masks, total = len(kept), len(visual)
+    unit = F.normalize(visual.float(), dim=-1)
+    selected = torch.zeros(masks, total, dtype=torch.bool, device=visual.device).scatter_(1, kept, True)
+    everything = torch.arange(total, device=visual.device).expand(masks, -1)
+    taken, owner, nearest = selected, everything, torch.empty(0)
+    for number in range(count):
+        if number == 0:
+            typical = (~selected).float() @ unit @ unit.T
+            centre = typical.masked_fill(taken, -torch.inf).argmax(1)
+        else:
+            centre = nearest.masked_fill(taken, torch.inf).argmin(1)
+        alike = unit[centre] @ unit.T
+        closer = alike > nearest if number else torch.ones_like(selected)
+        nearest = torch.where(closer, alike, nearest) if number else alike
+        owner = torch.where(closer & ~taken, centre[:, None], owner)
+        owner = owner.scatter(1, centre[:, None], centre[:, None])
+        taken = taken.scatter(1, centre[:, None], True)
+    return (taken & ~selected).nonzero()[:, 1].view(masks, count), owner
+
+
+def means(visual: Tensor, centres: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean tokens [K, C, D] in the format of `visual`, and log of their sizes [K, C] float32; see `owners`."""
+    members = (owner[:, None, :] == centres[..., None]).float()
+    sizes = members.sum(-1)
+    return (members @ visual.float() / sizes[..., None]).to(visual.dtype), sizes.log()
+
+
+def shown(visual: Tensor, selected: Tensor, context: int) -> Shown:
+    """The selected tokens [R] of a picture [N, D] as they are, and what is dropped in so many context tokens."""
+    selected = selected.sort().values
+    if not context:
+        return Shown(visual[selected], selected)
+    centres, owner = owners(visual, selected[None], min(context, len(visual) - len(selected)))
+    tokens, log_size = means(visual, centres, owner)
+    places, order = torch.cat([selected, centres[0]]).sort()
+    log_size = torch.cat([torch.zeros(len(selected), device=visual.device), log_size[0]])
+    return Shown(torch.cat([visual[selected], tokens[0]])[order], places, log_size[order])
+
+
+def add_log_size(seen: Tensor, log_size: Tensor, dtype: torch.dtype) -> Tensor:
+    """An attention mask in which keys have sizes.
+
+    Args:
+        seen: [B or 1, 1, q, keys], True where a query sees a key, or what is added to the logits instead.
+        log_size: of the first keys [B, up to keys]; the others stand for themselves.
+        dtype: format of the queries.
+
+    Returns:
+        What is added to the logits [B, 1, q, keys]; the lowest number where nothing is seen, so that a query which
+        sees nothing at all (padding) is not NaN.
+    """
+    lowest = torch.finfo(dtype).min
+    added = F.pad(log_size, (0, seen.shape[-1] - log_size.shape[-1])).to(dtype)[:, None, None, :]
+    if seen.dtype == torch.bool:
+        return added.expand(-1, 1, seen.shape[2], -1).masked_fill(~seen, lowest)
+    return (seen + added).masked_fill(seen <= lowest / 2, lowest)
+
+
+def check_weighable(config: PreTrainedConfig) -> None:
+    """Raise UserError unless this decoder's attention can take sizes of keys."""
+    kernel = config._attn_implementation
+    if kernel not in ("sdpa", "eager"):
+        raise UserError(
+            f"this compressor has context tokens, which need weights in the attention, and {kernel} takes none; load "
+            "the model with attn_implementation='sdpa', or set compressor.config.context = 0"
+        )
