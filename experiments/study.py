@@ -24,7 +24,7 @@ from evocomp.config.load import load
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import test_questions
 from evocomp.evaluation.outcome import Outcome
-from evocomp.evaluation.panel import Panel, Rival
+from evocomp.evaluation.panel import Panel
 from evocomp.evaluation.run import build_rival
 from evocomp.evaluation.statistics import ImageBootstrap
 from evocomp.log import UserError, exit_code
@@ -77,6 +77,7 @@ class Judge:
     def __init__(self, config: RunConfig, study: dict, split: str):
         data = replace(config.data, relation=True)
         examples = test_questions(data, study["questions"], study["scenes"][split])
+        self.sharp = config.compressor.sharp
         self.panel = Panel(FrozenMLLM.load(config.model.name), examples, batch=200, max_new_tokens=1)
         self.kinds = np.array([example.kind for example in examples])
         images = [example.image_id for example in examples if example.kind != "relation"]
@@ -101,7 +102,7 @@ class Judge:
     @torch.inference_mode()
     def rivals(self, names: list[str], kept) -> list[dict]:
         """Rows of the uncompressed model, of another picture in its place, and of training-free methods."""
-        rivals = [Rival(build_rival(name, self.panel.mllm), name) for name in names]
+        rivals = [build_rival(name, self.panel.mllm, self.sharp) for name in names]
         outcomes = [self.whole, self.panel.wrong_image(), *self.panel.selectors(rivals, kept)]
         return [self.row(outcome, 0) for outcome in outcomes if outcome.not_applicable is None]
 

@@ -20,7 +20,8 @@ class EvoCompConfig(PreTrainedConfig):
     budget_input:  whether the wanted number of kept tokens is an input
     balance_text:  whether prompt and picture begin with equal shares of the attention, however many tokens each has
     dither:        scale of the fixed noise that the scores get before the highest are taken (see dither.py); 0: none
-    context:       share of the kept tokens that are means of the dropped ones (see evocomp/mllm/context.py); 0: none
+    sharp:         limit of the number of tokens that are selected, below 1 a share of N; the rest of what is kept are
+                   means of what is dropped (see evocomp/mllm/context.py); 0: all are selected
     positions:     "original" or "dense": positions of the kept tokens in the LLM, as used for the labels
     keep:          tokens to keep per image unless the caller says otherwise (int, or a float share in (0, 1])
     prune_layer:   decoder layer before which tokens are dropped (the paper's l)
@@ -41,7 +42,7 @@ class EvoCompConfig(PreTrainedConfig):
         budget_input: bool = False,
         balance_text: bool = False,
         dither: float = 0.0,
-        context: float = 0.0,
+        sharp: float = 0.0,
         positions: str = "original",
         keep: int | float = 192,
         prune_layer: int = 0,
@@ -65,7 +66,7 @@ class EvoCompConfig(PreTrainedConfig):
         self.budget_input = budget_input
         self.balance_text = balance_text
         self.dither = dither
-        self.context = context
+        self.sharp = sharp
         self.positions = positions
         self.keep = keep
         self.prune_layer = prune_layer

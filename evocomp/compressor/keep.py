@@ -29,9 +29,9 @@ def dither(count: int) -> Tensor:
     return -torch.log(-torch.log(quantiles.clamp(1e-6, 1 - 1e-6))).float()
 
 
-def selected_count(keep: int, config: EvoCompConfig) -> int:
-    """How many of `keep` tokens are selected by score: the budget that a compressor is told."""
-    return split(keep, config.context)[0]
+def selected_count(keep: int, total: int, config: EvoCompConfig) -> int:
+    """How many of `keep` tokens of a picture of `total` are selected by score: the budget that a compressor is told."""
+    return split(min(keep, total), total, config.sharp)[0]
 
 
 def selected_tokens(logits: Tensor, r: int, config: EvoCompConfig) -> Tensor:
@@ -48,5 +48,5 @@ def selected_tokens(logits: Tensor, r: int, config: EvoCompConfig) -> Tensor:
 def shown_tokens(logits: Tensor, visual: Tensor, keep: int, config: EvoCompConfig) -> Shown:
     """The `keep` tokens (or all n, if there are fewer) that the LLM reads of one picture: those that a compressor of
     this configuration selects by its logits [n], and its context tokens. visual: [n, D]."""
-    selected, context = split(min(keep, len(visual)), config.context)
+    selected, context = split(min(keep, len(visual)), len(visual), config.sharp)
     return shown(visual, selected_tokens(logits, selected, config).to(visual.device), context)

@@ -6,7 +6,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "plus": {},
     "published": {
         "labels": {"target": "hard", "refresh": "search", "refresh_start": 1},
-        "compressor": {"budget_input": False},
+        "compressor": {"budget_input": False, "sharp": 0.0},
         "loss": {"name": "ghm_cs"},
         "optim": {"refresh_lr": 0.0, "ema": 0.0},
     },

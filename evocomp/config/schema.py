@@ -174,8 +174,8 @@ class LabelConfig:
     probes: int = 0
     """Proposals that are scored first; a sample on which they tie gets no more (refresh=on_policy); 0 = all at once.
     4 of 16 halve a refresh's cost for some tenths of a point (LOG)."""
-    proposal_sizes: tuple[float, ...] = (1 / 18, 1 / 9, 2 / 9, 1 / 3)
-    """Sizes r of proposed masks (refresh=on_policy)."""
+    proposal_sizes: tuple[float, ...] = (1 / 36, 1 / 18, 1 / 9, 2 / 9)
+    """Sizes r of proposed masks, context tokens included (refresh=on_policy)."""
     samples_per_refresh: int = 1280
     """Questions drawn by priority at a refresh (refresh=on_policy)."""
     flat: float = 0.1
@@ -219,15 +219,15 @@ class CompressorSection:
     dither: float = 0.0
     """Scale of a fixed, evenly spread Gumbel noise that scores get before the highest are kept; 0 = none. At 1 tokens
     are kept as the masks of on-policy rounds are drawn: of nearly equal ones, some from everywhere."""
-    context: float = 0.0
-    """Share of the kept tokens that are means of the dropped ones, each with the attention of all that it stands
-    for; 0 = drop them. Questions of how many need it."""
+    sharp: float = 1 / 6
+    """How many tokens are selected at most, however many are kept, below 1 as a share of N: R S / (R + S) of R. The
+    others are context tokens: means of what is dropped, each with the attention of all that it stands for, which
+    questions of how many need. 0 = all are selected (published)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
         at_least(self, 1, "compressor.", "layers")
-        at_least(self, 0, "compressor.", "init_layer", "dither", "context")
-        require(self.context < 1, f"compressor.context={self.context}: a share of the kept tokens, below 1")
+        at_least(self, 0, "compressor.", "init_layer", "dither", "sharp")
 
 
 @dataclass(frozen=True)

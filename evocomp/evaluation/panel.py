@@ -34,15 +34,15 @@ class Asked:
 class Rival:
     """A training-free method as it stands in the table.
 
-    context: share of the kept tokens that are means of what the method drops (`evocomp.mllm.context`): our addition,
-        to tell what it is worth without a trained compressor.
+    sharp: limit of the tokens that are the method's own choice, the others being means of what it drops; see
+        `evocomp.mllm.context.split`. Our addition, to tell what that is worth without training; 0: as published.
     """
 
     method: Selector
     label: str
     seed: int = 0
     note: str = ""
-    context: float = 0.0
+    sharp: float = 0.0
 
 
 class Panel:
@@ -184,7 +184,7 @@ class Panel:
         known = self.probes.gather(asked.example, asked.features, rival.method.needs)
         grid = grid_of(asked.features)
         inputs = SelectionInputs(tokens=visual, grid=grid, generator=generator, **known)
-        count, context = split(min(kept, len(visual)), rival.context)
+        count, context = split(min(kept, len(visual)), len(visual), rival.sharp)
         selection = rival.method(inputs, count)
         if selection.indices is not None:
             return shown(visual, selection.indices, context)
@@ -211,22 +211,23 @@ class Panel:
     def compressor_tokens(self, compressor: EvoCompCompressor, kept: int) -> list[Shown]:
         """What a compressor lets through of each question's picture."""
         compressor.eval()
-        budget = float(selected_count(kept, compressor.config)) if compressor.config.budget_input else None
+        config = compressor.config
         found: list[Shown] = []
         for start in range(0, len(self.asked), self.batch):
             part = [asked.features for asked in self.asked[start : start + self.batch]]
             visual, visual_mask = pad_right([f.visual.float() for f in part])
             prompt, prompt_mask = pad_right([self.mllm.prompt_embeds(f).float() for f in part])
+            told = torch.tensor([float(selected_count(kept, len(f.visual), config)) for f in part])
             logits = compressor(
                 visual,
                 prompt,
                 None if bool(prompt_mask.all()) else prompt_mask,
                 None if bool(visual_mask.all()) else visual_mask,
-                budget=budget,
+                budget=told.to(visual.device) if config.budget_input else None,
             ).logits
             for row, features in zip(logits, part, strict=True):
                 visual = features.visual
-                found.append(shown_tokens(row[: len(visual)], visual, kept, compressor.config))
+                found.append(shown_tokens(row[: len(visual)], visual, kept, config))
         return found
 
     # ------------------------------------------------------------ inside

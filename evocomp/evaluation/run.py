@@ -43,6 +43,8 @@ FULL = (
     "pyramiddrop",
     "dart",
 )
+WITH_CONTEXT = "+context"
+"""Ends the name of a method that drops tokens and is given context tokens: what those are worth without training."""
 
 
 def evaluate_run(
@@ -61,13 +63,15 @@ def evaluate_run(
         questions, seed: other test questions than the run's settings say.
         panel: "basic" (floors and simple baselines, the default), "full" (every rival), or selectors by name with
             commas between them, which leaves out those that drop tokens inside the LLM, one prompt at a time.
+            `NAME+context` gives a method context tokens, as many as the run's compressor has; "full" has three
+            such rows where it has any.
         source: another `data.test_source`, for a run that is judged on several benchmarks.
 
     Returns:
         The rows of report.json.
     """
-    names = panel_names(panel or "basic")
     config = config_files.load([run_dir / "config.yaml"])
+    names = panel_names(panel or "basic", bool(config.compressor.sharp))
     if not (run_dir / "compressor" / "config.json").is_file():
         raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
     if out is None and (questions is not None or seed is not None or source is not None):
@@ -108,12 +112,18 @@ def evaluate_run(
     return report.rows
 
 
-def panel_names(panel: str) -> tuple[str, ...]:
-    """The selectors of a panel. Raises `UserError` for a name that is none."""
+def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
+    """The selectors of a panel, for a compressor with or without context tokens.
+
+    Raises `UserError` for a name that is none.
+    """
     if panel in ("basic", "full"):
-        return BASIC if panel == "basic" else FULL
+        controls = tuple(f"{name}{WITH_CONTEXT}" for name in ("random_tokens", "cls_attention", "divprune"))
+        return BASIC if panel == "basic" else FULL + controls * context
     names = tuple(panel.split(","))
-    unknown = [name for name in names if name not in FULL]
+    unknown = [name for name in names if name.removesuffix(WITH_CONTEXT) not in (*FULL, "random_tokens")]
+    if not unknown and not context and any(name.endswith(WITH_CONTEXT) for name in names):
+        raise UserError(f"--panel={panel}: this run's compressor has no context tokens; leave out {WITH_CONTEXT}")
     if unknown:
         raise UserError(f"--panel={panel}: {unknown[0]!r} is none of basic, full, {', '.join(FULL)}")
     return names
@@ -183,7 +193,7 @@ def all_outcomes(
     """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers."""
     kept = config.eval.kept
     rivals = [Rival(selector("random_tokens"), "random", seed) for seed in range(config.eval.seeds)]
-    rivals += [Rival(build_rival(name, judge.mllm), name) for name in names]
+    rivals += [build_rival(name, judge.mllm, config.compressor.sharp) for name in names]
     outcomes = [judge.full(), judge.no_image(), judge.wrong_image()]
     outcomes += [judge.downsampling(count) for count in kept]
     outcomes += judge.selectors(rivals, kept)
@@ -194,13 +204,18 @@ def all_outcomes(
     return outcomes
 
 
-def build_rival(name: str, mllm: FrozenMLLM):
-    """A rival at its published settings; layers beyond the LLM's depth come down to its last."""
-    depth = len(mllm.decoder.layers)
-    method = selector(name)
-    if name == "pyramiddrop" and method.layer >= depth:
-        return selector(name, layer=depth - 1)
-    return method
+def build_rival(name: str, mllm: FrozenMLLM, sharp: float = 0.0) -> Rival:
+    """A rival at its published settings; layers beyond the LLM's depth come down to its last.
+
+    Args:
+        name: of a selector, with `WITH_CONTEXT` at its end for one that gets context tokens.
+        sharp: limit of what it selects then.
+    """
+    depth, plain = len(mllm.decoder.layers), name.removesuffix(WITH_CONTEXT)
+    method = selector(plain)
+    if plain == "pyramiddrop" and method.layer >= depth:
+        method = selector(plain, layer=depth - 1)
+    return Rival(method, name, sharp=sharp if name != plain else 0.0)
 
 
 def middle(kept: Sequence[int]) -> int:

@@ -75,7 +75,7 @@ def compress_inputs(
     if owner is not None:
         raise UserError(
             "this compressor has context tokens, whose weights in the attention inputs cannot carry; use "
-            "evocomp.compress, or set compressor.config.context = 0"
+            "evocomp.compress, or set compressor.config.sharp = 0"
         )
     index, valid = short_index(real & (kept | ~visual))
     short = ShortInputs(_shorten_tensors(model, inputs, index, valid))

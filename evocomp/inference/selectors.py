@@ -65,7 +65,7 @@ class CompressorPicker:
         tokens, mask = _padded(visual, weight.dtype)
         prompt, prompt_mask = _padded(text, weight.dtype)
         config = self.compressor.config
-        told = [selected_count(r, config) for r in keep]
+        told = [selected_count(r, len(v), config) for r, v in zip(keep, visual, strict=True)]
         budget = torch.tensor(told, dtype=torch.float32, device=tokens.device)
         training = self.compressor.training
         self.compressor.eval()
@@ -74,7 +74,7 @@ class CompressorPicker:
         return [self._one(row[: len(v)], v, r) for row, v, r in zip(logits, visual, keep, strict=True)]
 
     def _one(self, scores: Tensor, visual: Tensor, keep: int) -> Pick:
-        count, context = split(keep, self.compressor.config.context)
+        count, context = split(keep, len(visual), self.compressor.config.sharp)
         selected = selected_tokens(scores, count, self.compressor.config)
         if not context:
             return Pick(selected, scores)

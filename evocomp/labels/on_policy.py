@@ -37,7 +37,7 @@ class OnPolicyRounds:
     round and the one before are all the state there is.
 
     Args:
-        context: share of a mask's size that context tokens take (`evocomp.mllm.context`); the rest is drawn.
+        sharp: how many tokens of a mask are drawn at most; the rest are context tokens (`evocomp.mllm.context.split`).
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class OnPolicyRounds:
         scorer: CandidateScorer,
         labels: LabelConfig,
         seed: int,
-        context: float = 0.0,
+        sharp: float = 0.0,
     ):
         self.first = first
         self.ids = sorted(ids)
         self.scorer = scorer
         self.labels = labels
         self.seed = seed
-        self.context = context
+        self.sharp = sharp
         self._sizes: dict[int, float] = {}
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
@@ -94,20 +94,19 @@ class OnPolicyRounds:
         if scores is None:
             raise UserError("labels.refresh=on_policy needs a compressor that trains; evocomp label makes round 0 only")
         features = encode(ids)
-        sizes = [mask_sizes([self._sizes[one.id]], len(one.visual))[0] for one in features]
-        logits = scores(features, [float(split(size, self.context)[0]) for size in sizes])
+        splits = [self._split(one) for one in features]
+        logits = scores(features, [float(drawn) for drawn, _ in splits])
         made: dict[int, Record] = {}
-        for size in sorted(set(sizes)):
-            rows = [i for i, own in enumerate(sizes) if own == size]
+        for drawn, context in sorted(set(splits)):
+            rows = [i for i, own in enumerate(splits) if own == (drawn, context)]
             some = [features[i] for i in rows]
-            made |= self._propose(round, some, [logits[i] for i in rows], size)
+            made |= self._propose(round, some, [logits[i] for i in rows], drawn, context)
         yield from (made[id] for id in ids)
 
     def _propose(
-        self, round: int, features: list[Features], logits: list[np.ndarray], size: int
+        self, round: int, features: list[Features], logits: list[np.ndarray], drawn: int, context: int
     ) -> dict[int, Record]:
-        """K masks of one size for each sample, scored and compared within the sample."""
-        drawn, context = split(size, self.context)
+        """K masks of one size for each sample, scored with so many context tokens and compared within the sample."""
         draws = np.stack([self._sample(round, f.id, row, drawn) for f, row in zip(features, logits, strict=True)])
         masks = np.sort(draws, axis=-1)
         first = self.labels.probes or self.labels.proposals
@@ -137,6 +136,11 @@ class OnPolicyRounds:
                 "spread": spreads[place],
             }
         return records
+
+    def _split(self, features: Features) -> tuple[int, int]:
+        """Tokens drawn and context tokens of this round's masks for a sample."""
+        total = len(features.visual)
+        return split(mask_sizes([self._sizes[features.id]], total)[0], total, self.sharp)
 
     def _sample(self, round: int, id: int, logits: np.ndarray, size: int) -> np.ndarray:
         """K draws of `size` tokens without replacement, odds exp(logit): Gumbel top-r [K, r] in draw order."""

@@ -34,14 +34,25 @@ class Shown(NamedTuple):
         return self.places if self.log_size is None else self.places[self.log_size == 0]
 
 
-def split(keep: int, share: float) -> tuple[int, int]:
-    """How many of `keep` tokens are selected, and how many are context; at least one is selected.
+def split(keep: int, total: int, sharp: float) -> tuple[int, int]:
+    """How many of `keep` tokens are selected, and how many are context.
 
-    >>> split(16, 0.5), split(1, 0.5), split(48, 0.0)
-    ((8, 8), (1, 0), (48, 0))
+    What a question needs to see sharply does not grow with the budget: R S / (R + S) are selected, nearly all of few
+    and never more than S.
+
+    Args:
+        keep: R, as a whole.
+        total: N.
+        sharp: S, a number of tokens, or below 1 a share of N; 0: no context tokens.
+
+    >>> [split(keep, 144, 1 / 6) for keep in (4, 8, 16, 48)]
+    [(3, 1), (6, 2), (10, 6), (16, 32)]
     """
-    context = min(round(share * keep), max(keep - 1, 0))
-    return keep - context, context
+    if not sharp or not keep:
+        return keep, 0
+    limit = sharp if sharp >= 1 else sharp * total
+    selected = max(1, round(keep * limit / (keep + limit)))
+    return selected, keep - selected
 
 
 def owners(visual: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -122,5 +133,5 @@ def check_weighable(config: PreTrainedConfig) -> None:
     if kernel not in ("sdpa", "eager"):
         raise UserError(
             f"this compressor has context tokens, which need weights in the attention, and {kernel} takes none; load "
-            "the model with attn_implementation='sdpa', or set compressor.config.context = 0"
+            "the model with attn_implementation='sdpa', or set compressor.config.sharp = 0"
         )

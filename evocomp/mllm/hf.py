@@ -342,7 +342,7 @@ class FrozenMLLM:
         if "sliding_attention" in types if types else window is not None:
             raise UserError(
                 f"{self.model.config.model_type}: labels and panel with context tokens are not made for decoders with "
-                "sliding windows yet; set compressor.context=0, or use evocomp.compress, which works with them"
+                "sliding windows yet; set compressor.sharp=0, or use evocomp.compress, which works with them"
             )
 
     def _stop_ids(self) -> list[int]:

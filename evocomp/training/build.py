@@ -171,7 +171,7 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         "grouping": settings["grouping"],
         "search": settings["search"],
         "labels": settings["labels"],
-        "context": config.compressor.context if config.labels.refresh == "on_policy" else 0.0,
+        "sharp": config.compressor.sharp if config.labels.refresh == "on_policy" else 0.0,
         "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
         "seed": config.seed,
     }
@@ -222,7 +222,7 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
         if settings.target == "credit":
             rounds = SearchedCredits(rounds, probabilities)
     if settings.refresh == "on_policy":
-        rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed, config.compressor.context)
+        rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed, config.compressor.sharp)
     return Labeller(mllm, scorer, rounds, store, splits.train)
 
 
@@ -238,7 +238,7 @@ def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
         budget_input=section.budget_input,
         balance_text=section.balance_text,
         dither=section.dither,
-        context=section.context,
+        sharp=section.sharp,
         base_model_name_or_path=config.model.name,
         keep=max(config.eval.kept),
     ).float()

@@ -156,8 +156,8 @@ class TensorBoardPage:
         mllm = self.monitor.mllm
         features = mllm.features(self.shown)
         config = module.compressor.config
-        budget = float(selected_count(self.keep, config))
-        scores = module.score(compressor_input(mllm, features), [budget] * len(features))
+        budgets = [float(selected_count(self.keep, len(one.visual), config)) for one in features]
+        scores = module.score(compressor_input(mllm, features), budgets)
         pairs = zip(scores, features, strict=True)
         kept = [shown_tokens(torch.from_numpy(row), one.visual, self.keep, config) for row, one in pairs]
         answers, _ = mllm.answer([(one, *shown) for one, shown in zip(features, kept, strict=True)], max_new_tokens=8)

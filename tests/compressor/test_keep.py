@@ -47,14 +47,14 @@ def test_as_much_of_it_as_asked(scale):
 
 
 @pytest.mark.parametrize(
-    ("keep", "share", "selected"), [(16, 0.5, 8), (16, 0.0, 16), (5, 0.25, 4), (1, 0.5, 1), (99, 0.5, 15)]
+    ("keep", "sharp", "selected"), [(16, 16, 8), (16, 0, 16), (6, 0.1, 2), (1, 2, 1), (99, 30.0, 15), (0, 5, 0)]
 )
-def test_context_takes_its_share_of_what_is_kept(keep, share, selected):
+def test_context_takes_what_is_not_selected(keep, sharp, selected):
     generator = torch.Generator().manual_seed(0)
     visual, logits = torch.randn(30, 4, generator=generator), torch.randn(30, generator=generator)
-    config = EvoCompConfig(context=share)
+    config = EvoCompConfig(sharp=sharp)
     given = shown_tokens(logits, visual, keep, config)
-    assert selected_count(min(keep, 30), config) == selected
+    assert selected_count(keep, 30, config) == selected
     expected = shown(visual, logits.topk(selected).indices, min(keep, 30) - selected)
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True) if a is not None)
-    assert len(given.places) == min(keep, 30) and (given.log_size is None) == (share == 0 or keep == 1)
+    assert len(given.places) == min(keep, 30) and (given.log_size is None) == (sharp == 0 or keep < 2)

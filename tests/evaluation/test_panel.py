@@ -10,11 +10,13 @@ from evocomp.compressor.keep import dither
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import EvalConfig, RunConfig
 from evocomp.evaluation.panel import Panel, Rival, picture
-from evocomp.evaluation.run import BASIC, all_outcomes, build_rival, middle
+from evocomp.evaluation.run import BASIC, FULL, all_outcomes, build_rival, middle, panel_names
 from evocomp.evaluation.tasks import score_answer
+from evocomp.log import UserError
 from evocomp.mllm.context import shown
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection import selector
+from evocomp.selection.base import SelectionInputs
 from tests.inference.tiny_models import build
 
 EVERYTHING = torch.arange(144)
@@ -160,7 +162,7 @@ def test_a_compressors_row_is_its_top_tokens_answered(panel, nano, budget):
 
 def test_a_compressor_with_context_is_told_how_many_it_selects(panel, nano):
     torch.manual_seed(0)
-    one = EvoCompCompressor.from_mllm(nano.model, budget_input=True, context=0.25)
+    one = EvoCompCompressor.from_mllm(nano.model, budget_input=True, sharp=48)
     with torch.no_grad():
         for weight in one.budget.parameters():
             weight.normal_(0, 10)
@@ -201,6 +203,31 @@ def test_what_a_model_cannot_do_has_a_row_that_says_why(panel, nano, questions):
     assert "pictures of other sizes are made for LLaVA only" in other.downsampling(8).not_applicable
 
 
+def test_a_rival_may_have_context_tokens_too(panel, nano):
+    """Its own choice among fewer, and what it drops in the others; a method that merges has no place for them."""
+    one = build_rival("uniform_stride+context", nano, 48.0)
+    assert (one.label, one.sharp) == ("uniform_stride+context", 48.0)
+    assert build_rival("uniform_stride", nano, 48.0).sharp == 0
+
+    def chosen(asked):
+        grid = SelectionInputs(tokens=asked.features.visual, grid=(12, 12))
+        return shown(asked.features.visual, selector("uniform_stride")(grid, 12).indices, 4)
+
+    row = panel.selectors([one], (16,))[0]
+    assert row.method == "uniform_stride+context" and row.answers == by_hand(panel, chosen)
+    with pytest.raises(UserError, match="tome merges tokens itself"):
+        panel.selectors([build_rival("tome+context", nano, 48.0)], (16,))
+
+
+def test_rows_with_context_stand_where_the_compressor_has_some():
+    assert "divprune+context" in panel_names("full", context=True) and panel_names("full") == FULL
+    assert panel_names("divprune,random_tokens+context", context=True) == ("divprune", "random_tokens+context")
+    with pytest.raises(UserError, match="no context tokens"):
+        panel_names("divprune+context")
+    with pytest.raises(UserError, match="'divprun\\+context' is none of"):
+        panel_names("divprun+context", context=True)
+
+
 def test_what_methods_read_is_gathered_once_a_picture(nano, questions):
     panel = Panel(nano, questions[:20])
     calls = []
@@ -213,7 +240,7 @@ def test_what_methods_read_is_gathered_once_a_picture(nano, questions):
 
 
 def test_methods_that_ran_the_llm_say_so(panel):
-    rows = panel.selectors([Rival(build_rival(n, panel.mllm), n) for n in ("fastv", "uniform_stride")], (16,))
+    rows = panel.selectors([build_rival(n, panel.mllm) for n in ("fastv", "uniform_stride")], (16,))
     assert [row.needs_llm for row in rows] == [True, False]
 
 

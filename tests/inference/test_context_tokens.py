@@ -108,7 +108,7 @@ def test_a_compressor_with_context(layer):
     """Its selected tokens, and the others in context tokens as the module that merges them says."""
     model, inputs = build("llava"), prompts("llava")
     torch.manual_seed(0)
-    compressor = EvoCompCompressor.from_mllm(model, context=0.5).eval()
+    compressor = EvoCompCompressor.from_mllm(model, sharp=6).eval()
     with compress(model, compressor, keep=6, layer=layer) as handle:
         answer(model, inputs, max_new_tokens=1)
     assert handle.last.after == [6, 12]
@@ -122,7 +122,7 @@ def test_a_compressor_with_context(layer):
 def test_context_of_a_compressor_is_that_of_its_own_picture():
     model, inputs = build("llava"), prompts("llava")
     torch.manual_seed(0)
-    compressor = EvoCompCompressor.from_mllm(model, context=0.5).eval()
+    compressor = EvoCompCompressor.from_mllm(model, sharp=6).eval()
     seen = []
     whole = model.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
     with compress(model, compressor, keep=6) as handle:
@@ -136,16 +136,16 @@ def test_context_of_a_compressor_is_that_of_its_own_picture():
 
 def test_inputs_alone_cannot_carry_weights():
     model, inputs = build("llava"), prompts("llava")
-    compressor = EvoCompCompressor.from_mllm(model, context=0.5).eval()
-    with pytest.raises(UserError, match=r"use evocomp.compress, or set compressor.config.context = 0"):
+    compressor = EvoCompCompressor.from_mllm(model, sharp=6).eval()
+    with pytest.raises(UserError, match=r"use evocomp.compress, or set compressor.config.sharp = 0"):
         compress_inputs(model, inputs, compressor, keep=6)
-    compressor.config.context = 0.0
+    compressor.config.sharp = 0.0
     assert compress_inputs(model, inputs, compressor, keep=6).compression.after == [6, 12]
 
 
 def test_kernels_that_take_no_weights_are_refused():
     model, inputs = copy.deepcopy(build("llava")), prompts("llava")
     model.get_decoder().config._attn_implementation = "flash_attention_2"
-    compressor = EvoCompCompressor.from_mllm(build("llava"), context=0.5).eval()
+    compressor = EvoCompCompressor.from_mllm(build("llava"), sharp=6).eval()
     with compress(model, compressor, keep=6), pytest.raises(UserError, match=r"attn_implementation='sdpa'"):
         answer(model, inputs)

@@ -81,10 +81,13 @@ def test_nothing_dropped_nothing_changed(context):
     assert one.log_size is None or not one.log_size.any()
 
 
-@given(st.integers(1, 200), st.floats(0, 0.99))
-def test_something_is_selected(keep, share):
-    selected, context = split(keep, share)
-    assert selected + context == keep and selected >= 1 and abs(context - share * keep) <= 1
+@given(st.integers(0, 300), st.one_of(st.just(0.0), st.floats(0.01, 0.99), st.floats(1, 300)))
+def test_few_kept_tokens_are_selected_and_of_many_never_more_than_the_limit(keep, sharp):
+    selected, context = split(keep, 576, sharp)
+    limit = (sharp if sharp >= 1 else 576 * sharp) or float("inf")
+    assert selected + context == keep and 0 <= context and min(keep, 1) <= selected <= max(1, limit + 0.5)
+    assert abs(selected - 1 / (1 / max(keep, 1e-9) + 1 / limit)) <= 1
+    assert selected <= split(keep + 1, 576, sharp)[0]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -154,7 +157,7 @@ def test_sliding_windows_are_refused_where_they_would_be_lost(monkeypatch):
     mllm.check_weighable()
     kept = torch.arange(4)[None, None]
     monkeypatch.setattr(model.get_decoder().config, "layer_types", ["full_attention", "sliding_attention"])
-    with pytest.raises(UserError, match=r"set compressor\.context=0, or use evocomp\.compress"):
+    with pytest.raises(UserError, match=r"set compressor\.sharp=0, or use evocomp\.compress"):
         AnswerLosses(mllm, settings=ScorerConfig(own_pass=False)).batch([features], kept, context=2)
     with pytest.raises(UserError, match="sliding windows"):
         _answer(mllm, features, shown(features.visual, kept[0, 0], 2))
