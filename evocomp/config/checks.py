@@ -39,6 +39,11 @@ def require_consistent(config: Any) -> None:
         config.labels.refresh != "search" or not credit,
         "labels.refresh=search goes on from searched masks: use labels.refresh=on_policy or none with credits",
     )
+    require(
+        not config.compressor.sharp or config.model.attention != "flash_attention_2",
+        "compressor.sharp gives tokens weights in the attention, and flash_attention_2 takes none: set "
+        "model.attention=sdpa or compressor.sharp=0",
+    )
     at_random = credit and config.labels.credit_masks_from == "random"
     require(
         config.labels.credit_of != "group" or (at_random and config.loss.name == "listwise"),

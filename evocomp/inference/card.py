@@ -60,13 +60,15 @@ def card(config: EvoCompConfig) -> str:
         "reads the prompt": "yes" if config.use_text else "no",
         "reads the budget": "yes" if config.budget_input else "no",
         "kept per image (default)": config.keep,
+        "selected at most (share or number)": f"{config.sharp:.3g}" if config.sharp else "all that are kept",
         "dropped before layer": config.prune_layer,
         "positions of kept tokens": config.positions,
     }
     parts = [
         "\n".join([*front, "---"]),
         f"# EvoComp compressor for {base or 'a multimodal LLM'}",
-        "Scores the visual tokens of an image for a prompt; the highest stay, the rest never reach the LLM.",
+        "Scores the visual tokens of an image for a prompt; the highest stay, "
+        + ("means of the rest stand beside them." if config.sharp else "the rest never reach the LLM."),
         USE.format(base=base or "the target model", keep=config.keep, layer=config.prune_layer),
         "## Compressor\n\n" + table([("setting", "value"), *settings.items()]),
         "## Data\n\n" + str(known.get("data") or "Not recorded."),

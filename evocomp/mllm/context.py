@@ -64,7 +64,7 @@ def owners(visual: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Args:
         visual: [N, D].
         kept: [K, R] selected tokens.
-        count: C, context tokens, at most as many as are dropped.
+        count: C, context tokens, from 1 to as many as are dropped.
 
     Returns:
         Centres [K, C] ascending, and the owner [K, N] of each token: a centre, or the token itself if selected.
@@ -72,21 +72,19 @@ def owners(visual: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
     masks, total = len(kept), len(visual)
     unit = F.normalize(visual.float(), dim=-1)
     selected = torch.zeros(masks, total, dtype=torch.bool, device=visual.device).scatter_(1, kept, True)
+    typical = (~selected).float() @ unit @ unit.T
+    centre = typical.masked_fill(selected, -torch.inf).argmax(1)
+    # likeness to the nearest centre; infinite at tokens that cannot become one
+    nearest = torch.full_like(typical, -torch.inf).masked_fill(selected, torch.inf)
+    found = []
+    for _ in range(count):
+        found.append(centre)
+        nearest = torch.maximum(nearest, unit[centre] @ unit.T).scatter_(1, centre[:, None], torch.inf)
+        centre = nearest.argmin(1)
+    centres = torch.stack(found, dim=1).sort(dim=1).values
+    owner = centres.gather(1, (unit @ unit[centres].mT).argmax(-1))
     everything = torch.arange(total, device=visual.device).expand(masks, -1)
-    taken, owner, nearest = selected, everything, torch.empty(0)
-    for number in range(count):
-        if number == 0:
-            typical = (~selected).float() @ unit @ unit.T
-            centre = typical.masked_fill(taken, -torch.inf).argmax(1)
-        else:
-            centre = nearest.masked_fill(taken, torch.inf).argmin(1)
-        alike = unit[centre] @ unit.T
-        closer = alike > nearest if number else torch.ones_like(selected)
-        nearest = torch.where(closer, alike, nearest) if number else alike
-        owner = torch.where(closer & ~taken, centre[:, None], owner)
-        owner = owner.scatter(1, centre[:, None], centre[:, None])
-        taken = taken.scatter(1, centre[:, None], True)
-    return (taken & ~selected).nonzero()[:, 1].view(masks, count), owner
+    return centres, torch.where(selected, everything, owner).scatter_(1, centres, centres)
 
 
 def means(visual: Tensor, centres: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,9 +97,10 @@ def means(visual: Tensor, centres: Tensor, owner: Tensor) -> tuple[Tensor, Tenso
 def shown(visual: Tensor, selected: Tensor, context: int) -> Shown:
     """The selected tokens [R] of a picture [N, D] as they are, and what is dropped in so many context tokens."""
     selected = selected.sort().values
+    context = min(context, len(visual) - len(selected))
     if not context:
         return Shown(visual[selected], selected)
-    centres, owner = owners(visual, selected[None], min(context, len(visual) - len(selected)))
+    centres, owner = owners(visual, selected[None], context)
     tokens, log_size = means(visual, centres, owner)
     places, order = torch.cat([selected, centres[0]]).sort()
     log_size = torch.cat([torch.zeros(len(selected), device=visual.device), log_size[0]])

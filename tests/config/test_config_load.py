@@ -202,6 +202,8 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["labels.probes=1"], "labels.probes=1: must be 0, or from 2 to labels.proposals=16"),
         (["labels.probes=8", "labels.proposals=4"], "labels.probes=8"),
         (["recipe=published", "loss.name=listwise"], "loss.name=listwise needs labels.target=credit, not hard"),
+        (["model.attention=flash_attention_2"], "set model.attention=sdpa or compressor.sharp=0"),
+        (["compressor.sharp=-1"], "compressor.sharp=-1"),
         (["labels.credit_of=group", "loss.name=bce"], "labels.credit_of=group is made for"),
         (["labels.credit_of=group", "labels.credit_masks_from=search"], "labels.credit_of=group is made for"),
         (["labels.target=credit", "labels.refresh=none", "loss.name=focal_cs"], "loss.name=focal_cs needs hard labels"),
