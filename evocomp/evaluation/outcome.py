@@ -7,6 +7,7 @@ import numpy as np
 
 REFERENCE = "reference and floors"
 BEFORE_LLM = "needs nothing from the LLM"
+WITH_CONTEXT = "others with our context tokens"
 AFTER_LLM = "ran the LLM on all tokens first"
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.data.example import Example
-from evocomp.evaluation.outcome import REFERENCE, Outcome, Questions
+from evocomp.evaluation.outcome import REFERENCE, WITH_CONTEXT, Outcome, Questions
 from evocomp.evaluation.tasks import score_answer
 from evocomp.log import UserError
 from evocomp.mllm.context import Shown, shown, split
 from evocomp.mllm.features import Features, grid_of, pad_right
-from evocomp.mllm.hf import FrozenMLLM, as_array, picture_key
+from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.probes import Probes
+from evocomp.mllm.reader import as_array, picture_key
 from evocomp.selection.base import NotApplicable, SelectionInputs, Selector
 from evocomp.selection.downsample import downsample
 
@@ -175,7 +176,9 @@ class Panel:
                 outcome = self._outcome(rival.label, count, lambda i, asked, rows=rows: rows[i])
                 most = max(len(row.places) for row in rows)
                 note = rival.note + (f"; {most} tokens at {count}" if most != count else "")
-                outcomes.append(replace(outcome, needs_llm=rival.method.needs_llm, note=note.lstrip("; ")))
+                group = WITH_CONTEXT if rival.sharp else ""
+                said = {"needs_llm": rival.method.needs_llm, "note": note.lstrip("; "), "group": group}
+                outcomes.append(replace(outcome, **said))
         return outcomes
 
     def _select(self, rival: Rival, asked: Asked, kept: int) -> Shown:

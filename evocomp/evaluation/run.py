@@ -43,7 +43,7 @@ FULL = (
     "pyramiddrop",
     "dart",
 )
-WITH_CONTEXT = "+context"
+GIVEN_CONTEXT = "+context"
 """Ends the name of a method that drops tokens and is given context tokens: what those are worth without training."""
 
 
@@ -71,18 +71,18 @@ def evaluate_run(
         The rows of report.json.
     """
     config = config_files.load([run_dir / "config.yaml"])
-    names = panel_names(panel or "basic", bool(config.compressor.sharp))
     if not (run_dir / "compressor" / "config.json").is_file():
         raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
     if out is None and (questions is not None or seed is not None or source is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     out = out or run_dir
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval().to(device)
+    names = panel_names(panel or "basic", bool(compressor.config.sharp))
     distributed.set_threads(config.threads)
     data = config.data if source is None else replace(config.data, test_source=source)
     examples = test_questions(data, questions, seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
-    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval().to(device)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(
@@ -118,12 +118,12 @@ def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
     Raises `UserError` for a name that is none.
     """
     if panel in ("basic", "full"):
-        controls = tuple(f"{name}{WITH_CONTEXT}" for name in ("random_tokens", "cls_attention", "divprune"))
+        controls = tuple(f"{name}{GIVEN_CONTEXT}" for name in ("random_tokens", "cls_attention", "divprune"))
         return BASIC if panel == "basic" else FULL + controls * context
     names = tuple(panel.split(","))
-    unknown = [name for name in names if name.removesuffix(WITH_CONTEXT) not in (*FULL, "random_tokens")]
-    if not unknown and not context and any(name.endswith(WITH_CONTEXT) for name in names):
-        raise UserError(f"--panel={panel}: this run's compressor has no context tokens; leave out {WITH_CONTEXT}")
+    unknown = [name for name in names if name.removesuffix(GIVEN_CONTEXT) not in (*FULL, "random_tokens")]
+    if not unknown and not context and any(name.endswith(GIVEN_CONTEXT) for name in names):
+        raise UserError(f"--panel={panel}: this run's compressor has no context tokens; leave out {GIVEN_CONTEXT}")
     if unknown:
         raise UserError(f"--panel={panel}: {unknown[0]!r} is none of basic, full, {', '.join(FULL)}")
     return names
@@ -193,7 +193,7 @@ def all_outcomes(
     """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers."""
     kept = config.eval.kept
     rivals = [Rival(selector("random_tokens"), "random", seed) for seed in range(config.eval.seeds)]
-    rivals += [build_rival(name, judge.mllm, config.compressor.sharp) for name in names]
+    rivals += [build_rival(name, judge.mllm, compressors["evocomp"].config.sharp) for name in names]
     outcomes = [judge.full(), judge.no_image(), judge.wrong_image()]
     outcomes += [judge.downsampling(count) for count in kept]
     outcomes += judge.selectors(rivals, kept)
@@ -208,10 +208,10 @@ def build_rival(name: str, mllm: FrozenMLLM, sharp: float = 0.0) -> Rival:
     """A rival at its published settings; layers beyond the LLM's depth come down to its last.
 
     Args:
-        name: of a selector, with `WITH_CONTEXT` at its end for one that gets context tokens.
+        name: of a selector, with `GIVEN_CONTEXT` at its end for one that gets context tokens.
         sharp: limit of what it selects then.
     """
-    depth, plain = len(mllm.decoder.layers), name.removesuffix(WITH_CONTEXT)
+    depth, plain = len(mllm.decoder.layers), name.removesuffix(GIVEN_CONTEXT)
     method = selector(plain)
     if plain == "pyramiddrop" and method.layer >= depth:
         method = selector(plain, layer=depth - 1)

@@ -15,7 +15,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evocomp.data.example import Example
 from evocomp.mllm.features import Features
-from evocomp.mllm.hf import FrozenMLLM, picture_key
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.reader import picture_key
 
 _VISION = {
     "clip_hidden",

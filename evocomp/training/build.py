@@ -34,7 +34,8 @@ from evocomp.labels.searched_credit import SearchedCredits
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.feature_cache import FeatureCache
-from evocomp.mllm.hf import FrozenMLLM, picture_key
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.reader import picture_key
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions

@@ -13,7 +13,7 @@ from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
 from evocomp.labels.records import Record, kept_by
 from evocomp.mllm.features import Features, grid_of
-from evocomp.mllm.hf import as_array
+from evocomp.mllm.reader import as_array
 from evocomp.training.batch import compressor_input, has_label
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy

@@ -11,7 +11,7 @@ from PIL import Image
 from evocomp.data.conversations import read_conversations, write_scenes
 from evocomp.data.scenes import scene_examples
 from evocomp.log import UserError
-from evocomp.mllm.hf import as_array
+from evocomp.mllm.reader import as_array
 
 
 def turns(*texts: str, first: str = "<image>\n") -> list[dict]:

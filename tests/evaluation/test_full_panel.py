@@ -6,6 +6,7 @@ import torch
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import DataConfig, EvalConfig, RunConfig
+from evocomp.evaluation.outcome import WITH_CONTEXT
 from evocomp.evaluation.run import FULL, evaluate_run
 from evocomp.evaluation.staged import INSIDE_LLM, STAGED
 from evocomp.log import UserError
@@ -20,7 +21,7 @@ def run_folder(tmp_path_factory):
     )
     config_files.save(config, folder / "config.yaml")
     torch.manual_seed(0)
-    EvoCompCompressor.from_mllm(FrozenMLLM.load("nano").model).save_pretrained(folder / "compressor")
+    EvoCompCompressor.from_mllm(FrozenMLLM.load("nano").model, sharp=0.2).save_pretrained(folder / "compressor")
     return folder
 
 
@@ -29,7 +30,9 @@ def test_every_rival_has_a_row(run_folder):
     methods = {row["method"] for row in rows}
     staged = {method.label for method in STAGED}
     expected = {"full", "no_image", "wrong_image", "downsampling", "random", "evocomp", "k_token_merging"}
-    assert methods == expected | set(FULL) | staged
+    given = {row["method"] for row in rows if row["group"] == WITH_CONTEXT}
+    assert given == {"random_tokens+context", "cls_attention+context", "divprune+context"}
+    assert methods == expected | set(FULL) | staged | given
     without = {row["method"] for row in rows if row["not_applicable"]}
     assert without == {"cdpruner", "k_token_merging"}  # nano has no text tower; nothing was trained
     inside = {row["method"] for row in rows if row["group"] == INSIDE_LLM}

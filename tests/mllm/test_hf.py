@@ -12,7 +12,8 @@ from evocomp.data.scenes import draw_scene
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.features import Features, grid_of, pad_right
-from evocomp.mllm.hf import FrozenMLLM, as_array
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.reader import as_array
 from tests.inference.tiny_models import PICTURE_TOKENS, VOCABULARY, build, prompts
 
 SCORABLE = [f for f in PICTURE_TOKENS if not f.startswith(("qwen3_vl", "gemma3", "paligemma"))]
