@@ -1,5 +1,6 @@
 """The model card: says what is known, and what is not."""
 
+import pytest
 import yaml
 
 from evocomp.compressor.lora import add_lora
@@ -38,6 +39,14 @@ def test_card_tells_everything_that_was_recorded(tmp_path):
     assert rows(text, "Training") == [["Not recorded."]]
     again = load_compressor(tmp_path, build("llava"))
     assert card(again.config) == text
+
+
+@pytest.mark.parametrize(("sharp", "said"), [(0.25, "means of the rest stand beside"), (0, "the rest never reach")])
+def test_card_says_what_becomes_of_the_rest(sharp, said):
+    config = EvoCompCompressor.from_mllm(build("llava"), sharp=sharp).config
+    cells = dict(rows(card(config), "Compressor")[2:])
+    assert said in card(config)
+    assert cells["selected at most (share or number)"] == ("0.25" if sharp else "all that are kept")
 
 
 def test_card_of_an_adapter(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from evocomp.compressor.model import EvoCompCompressor
+from evocomp.evaluation.panel import Panel
 from evocomp.inference.hooks import compress
 from evocomp.inference.rewrite import compress_inputs
 from evocomp.inference.selectors import Pick
@@ -132,6 +133,25 @@ def test_context_of_a_compressor_is_that_of_its_own_picture():
         best = scores.topk(3).indices.sort().values
         seen.append(torch.equal(torch.cat([best, owners(visual, best[None], 3)[0][0]]).sort().values, index))
     assert all(seen)
+
+
+def test_a_compressed_model_answers_as_in_the_panel(nano, questions):
+    """The same tokens, sizes and first logits; the compressor reads its budget, which is what it selects."""
+    torch.manual_seed(0)
+    compressor = EvoCompCompressor.from_mllm(nano.model, budget_input=True, sharp=1 / 6)
+    with torch.no_grad():
+        for weight in compressor.budget.parameters():
+            weight.normal_(0, 20)
+    panel = Panel(nano, questions[:5])
+    expected = panel.compressor_tokens(compressor.eval(), 16)
+    prompts = [(asked.features, *shown) for asked, shown in zip(panel.asked, expected, strict=True)]
+    _, logits = nano.answer(prompts, max_new_tokens=1)
+    for example, shown, wanted in zip(questions, expected, logits, strict=False):
+        with compress(nano.model, compressor, keep=16) as handle:
+            given = nano.model(**nano._process(example)).logits[0, -1]
+        assert torch.equal(handle.last.indices[0][0], shown.places)
+        assert_close(handle.last.sizes[0][0].float().log(), shown.log_size)
+        assert_close(given, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_inputs_alone_cannot_carry_weights():

@@ -10,6 +10,7 @@ from evocomp.config.schema import ScorerConfig
 from evocomp.data.example import stable_id
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
+from evocomp.mllm.context import shown
 from evocomp.mllm.scoring import AnswerLosses, shares_prefix
 
 
@@ -76,6 +77,19 @@ def test_masks_of_several_samples_at_once_are_one_by_one(nano, asked):
     alone = np.stack([CandidateScorer(nano)(f, own) for f, own in zip(features, kept, strict=True)])
     for batch in (8, 24, 1000):
         assert np.allclose(CandidateScorer(nano, batch).each(features, kept), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 24, 1000])
+def test_context_tokens_reach_every_mask_of_every_batch(nano, asked, batch):
+    """However many go into one forward: the loss that the adapter's answer gives for the tokens and their sizes."""
+    features = [replace(f, answer_ids=f.answer_ids[:1]) for f in asked[0][:4]]
+    kept = np.stack([masks(8, 6, seed) for seed in range(len(features))])
+    given = CandidateScorer(nano, batch).each(features, kept, context=4)
+    for one, own, losses in zip(features, kept, given, strict=True):
+        prompts = [(one, *shown(one.visual, torch.from_numpy(mask), 4)) for mask in own]
+        logits = nano.answer(prompts, max_new_tokens=1)[1].double()
+        expected = logits.exp().sum(-1).log() - logits[:, one.answer_ids[0]]
+        assert np.allclose(losses, expected.numpy(), atol=1e-5)
 
 
 def same_picture(encoded) -> list:
