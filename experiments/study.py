@@ -66,7 +66,7 @@ def main() -> None:
             judge = judge or Judge(config, study, args.split)
             write(args.out, judge.rows(name, seed, folder, config.eval.kept))
     if "rivals" in asked:
-        config = load([HERE / next(iter(study["runs"].values()))["config"]])
+        config = load([HERE / study["runs"]["plus"]["config"]])
         judge = judge or Judge(config, study, args.split)
         write(args.out, judge.rivals(study["rivals"], config.eval.kept))
 
