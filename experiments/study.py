@@ -68,7 +68,7 @@ def main() -> None:
     if "rivals" in asked:
         config = load([HERE / study["runs"]["plus"]["config"]])
         judge = judge or Judge(config, study, args.split)
-        write(args.out, judge.rivals(study["rivals"], config.eval.kept))
+        write(args.out, judge.rivals(study["rivals"], config.eval.kept, config.compressor.sharp))
 
 
 class Judge:
@@ -77,7 +77,6 @@ class Judge:
     def __init__(self, config: RunConfig, study: dict, split: str):
         data = replace(config.data, relation=True)
         examples = test_questions(data, study["questions"], study["scenes"][split])
-        self.sharp = config.compressor.sharp
         self.panel = Panel(FrozenMLLM.load(config.model.name), examples, batch=200, max_new_tokens=1)
         self.kinds = np.array([example.kind for example in examples])
         images = [example.image_id for example in examples if example.kind != "relation"]
@@ -100,9 +99,12 @@ class Judge:
         return [self.row(outcome, seed) | spent for outcome in outcomes]
 
     @torch.inference_mode()
-    def rivals(self, names: list[str], kept) -> list[dict]:
-        """Rows of the uncompressed model, of another picture in its place, and of training-free methods."""
-        rivals = [build_rival(name, self.panel.mllm, self.sharp) for name in names]
+    def rivals(self, names: list[str], kept, sharp: float) -> list[dict]:
+        """Rows of the uncompressed model, of another picture in its place, and of training-free methods.
+
+        sharp: see `build_rival`.
+        """
+        rivals = [build_rival(name, self.panel.mllm, sharp) for name in names]
         outcomes = [self.whole, self.panel.wrong_image(), *self.panel.selectors(rivals, kept)]
         return [self.row(outcome, 0) for outcome in outcomes if outcome.not_applicable is None]
 
