@@ -176,9 +176,8 @@ class Panel:
                 outcome = self._outcome(rival.label, count, lambda i, asked, rows=rows: rows[i])
                 most = max(len(row.places) for row in rows)
                 note = rival.note + (f"; {most} tokens at {count}" if most != count else "")
-                group = WITH_CONTEXT if rival.sharp else ""
-                said = {"needs_llm": rival.method.needs_llm, "note": note.lstrip("; "), "group": group}
-                outcomes.append(replace(outcome, **said))
+                outcome = replace(outcome, needs_llm=rival.method.needs_llm, note=note.lstrip("; "))
+                outcomes.append(replace(outcome, group=WITH_CONTEXT) if rival.sharp else outcome)
         return outcomes
 
     def _select(self, rival: Rival, asked: Asked, kept: int) -> Shown:

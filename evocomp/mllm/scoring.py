@@ -99,16 +99,7 @@ class AnswerLosses:
             context: how many context tokens of what is dropped the LLM reads besides; see `evocomp.mllm.context`.
         """
         masks = kept.shape[1]
-        indices = [prompt_index(one, own) for one, own in zip(features, kept, strict=True)]
-        if context:
-            self.mllm.check_weighable()
-            own = [prompt_table(one, self.mllm.embed) for one in features]
-            parts = [with_context(*args, context) for args in zip(own, indices, features, kept, strict=True)]
-            tables, indices = zip(*parts, strict=True)
-            table, sizes = joined(tables), [len(one.embeds) for one in tables]
-        else:
-            table = self._table(features)
-            sizes = [one.prompt_ids.shape[0] + one.answer_ids.shape[0] - 1 for one in features]
+        table, indices, sizes = self._sequences(features, kept, context)
         answers = [one.answer_ids for one in features]
         longest = max(map(len, answers))
         places = torch.arange(longest, device=kept.device)
@@ -175,6 +166,22 @@ class AnswerLosses:
         if self._last[0] is not features[0] or self._last[1] is None:
             self._last = (features[0], prompt_table(features[0], self.mllm.embed))
         return self._last[1]
+
+    def _sequences(
+        self, features: Sequence[Features], kept: Tensor, context: int
+    ) -> tuple[Table, list[Tensor], list[int]]:
+        """Rows of all samples, the sequences of each over its own rows, and how many rows each has."""
+        pairs = list(zip(features, kept, strict=True))
+        indices = [prompt_index(one, own) for one, own in pairs]
+        if not context:
+            return self._table(features), indices, [len(one.prompt_ids) + len(one.answer_ids) - 1 for one in features]
+        self.mllm.check_weighable()
+        parts = [
+            with_context(prompt_table(one, self.mllm.embed), index, one, own, context)
+            for (one, own), index in zip(pairs, indices, strict=True)
+        ]
+        tables = [table for table, _ in parts]
+        return joined(tables), [index for _, index in parts], [len(table.embeds) for table in tables]
 
     def _losses(
         self,
