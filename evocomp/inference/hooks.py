@@ -52,12 +52,15 @@ def compress(
         restore_length: logits and hidden states of the original length, with zeros at dropped tokens, for
             callers that compute a loss or slice by the prompt's length.
 
+    Of a compressor with context tokens (`config.sharp`) some of the kept tokens become means of dropped ones before `layer`,
+    and are weighed in the attention from there on: `handle.last.sizes`.
+
     `keep`, `layer` and `positions` default to what the compressor was saved with, else to 192, 0, "original".
 
     Raises:
         UserError: unsupported family or transformers version, a second handle on the same model, a compressor
             made for another hidden size, bad settings; and at call time: images over an old cache, labels
-            without `restore_length`.
+            without `restore_length`, context tokens with an attention that takes no weights (use `sdpa` or `eager`).
     """
     families.check_supported(model)
     base, layers = families.unwrap(model).base_model, families.unwrap(model).get_decoder().layers

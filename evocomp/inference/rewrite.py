@@ -56,7 +56,7 @@ def compress_inputs(
     equally many tokens, or use `compress`: `generate` cannot repeat unequal ones.
 
     Raises:
-        UserError: as `evocomp.compress`.
+        UserError: as `evocomp.compress`; and a compressor with context tokens, whose weights inputs cannot carry.
     """
     families.check_supported(model, rewrite=True)
     picker, ids = picker_for(selector, model), inputs["input_ids"]
