@@ -52,8 +52,8 @@ def compress(
         restore_length: logits and hidden states of the original length, with zeros at dropped tokens, for
             callers that compute a loss or slice by the prompt's length.
 
-    Of a compressor with context tokens (`config.sharp`) some of the kept tokens become means of dropped ones before `layer`,
-    and are weighed in the attention from there on: `handle.last.sizes`.
+    Of a compressor with context tokens (`config.sharp`) some of the kept tokens become means of dropped ones before
+    `layer`, and are weighed in the attention from there on: `handle.last.sizes`.
 
     `keep`, `layer` and `positions` default to what the compressor was saved with, else to 192, 0, "original".
 
