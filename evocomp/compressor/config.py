@@ -19,7 +19,7 @@ class EvoCompConfig(PreTrainedConfig):
     head_norm:     "layer": LayerNorm before the linear head; "none": the head reads the skip sum as it is
     budget_input:  whether the wanted number of kept tokens is an input
     balance_text:  whether prompt and picture begin with equal shares of the attention, however many tokens each has
-    dither:        scale of the fixed noise that the scores get before the highest are taken (see dither.py); 0: none
+    dither:        scale of the fixed noise that the scores get before the highest are taken (see keep.py); 0: none
     sharp:         limit of the number of tokens that are selected, below 1 a share of N; the rest of what is kept are
                    means of what is dropped (see evocomp/mllm/context.py); 0: all are selected
     positions:     "original" or "dense": positions of the kept tokens in the LLM, as used for the labels

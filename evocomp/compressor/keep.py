@@ -34,19 +34,22 @@ def selected_count(keep: int, total: int, config: EvoCompConfig) -> int:
     return split(min(keep, total), total, config.sharp)[0]
 
 
-def selected_tokens(logits: Tensor, r: int, config: EvoCompConfig) -> Tensor:
-    """Which r tokens of one picture a compressor of this configuration selects, by its logits [n].
+def selected_tokens(logits: Tensor, keep: int, config: EvoCompConfig) -> tuple[Tensor, int]:
+    """What a compressor of this configuration makes of `keep` tokens (or all n, if there are fewer) of one picture.
 
     Returns:
-        The r (or all n, if there are fewer) highest of logits plus dither, as ascending indices.
+        The selected tokens as ascending indices: the highest of its logits [n] plus dither; and how many context
+        tokens stand beside them.
     """
+    total = len(logits)
+    selected, context = split(min(keep, total), total, config.sharp)
     if config.dither:
-        logits = logits + config.dither * dither(len(logits)).to(logits.device)
-    return top_r(logits, min(r, len(logits)))
+        logits = logits + config.dither * dither(total).to(logits.device)
+    return top_r(logits, selected), context
 
 
 def shown_tokens(logits: Tensor, visual: Tensor, keep: int, config: EvoCompConfig) -> Shown:
     """The `keep` tokens (or all n, if there are fewer) that the LLM reads of one picture: those that a compressor of
     this configuration selects by its logits [n], and its context tokens. visual: [n, D]."""
-    selected, context = split(min(keep, len(visual)), len(visual), config.sharp)
-    return shown(visual, selected_tokens(logits, selected, config).to(visual.device), context)
+    selected, context = selected_tokens(logits, keep, config)
+    return shown(visual, selected.to(visual.device), context)

@@ -125,7 +125,7 @@ def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
     if not unknown and not context and any(name.endswith(GIVEN_CONTEXT) for name in names):
         raise UserError(f"--panel={panel}: this run's compressor has no context tokens; leave out {GIVEN_CONTEXT}")
     if unknown:
-        raise UserError(f"--panel={panel}: {unknown[0]!r} is none of basic, full, {', '.join(FULL)}")
+        raise UserError(f"--panel={panel}: {unknown[0]!r} is none of basic, full, random_tokens, {', '.join(FULL)}")
     return names
 
 

@@ -30,7 +30,7 @@ from evocomp.compressor.lora import is_lora, load_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
 from evocomp.log import UserError
-from evocomp.mllm.context import owners, split
+from evocomp.mllm.context import owners
 from evocomp.mllm.families import unwrap
 
 
@@ -74,8 +74,7 @@ class CompressorPicker:
         return [self._one(row[: len(v)], v, r) for row, v, r in zip(logits, visual, keep, strict=True)]
 
     def _one(self, scores: Tensor, visual: Tensor, keep: int) -> Pick:
-        count, context = split(keep, len(visual), self.compressor.config.sharp)
-        selected = selected_tokens(scores, count, self.compressor.config)
+        selected, context = selected_tokens(scores, keep, self.compressor.config)
         if not context:
             return Pick(selected, scores)
         centres, owner = owners(visual, selected[None], context)

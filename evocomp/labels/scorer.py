@@ -51,15 +51,18 @@ class CandidateScorer:
         self.seconds = 0.0
         self.on_batch: Callable[[], None] = lambda: None
 
-    def __call__(self, features: Features, kept: np.ndarray, flips: bool = False) -> np.ndarray:
+    def __call__(self, features: Features, kept: np.ndarray, flips: bool = False, context: int = 0) -> np.ndarray:
         """Candidates of one sample: kept token indices [Q, R], ascending -> losses float32 [Q].
 
-        `flips`: they differ from one another in few places (a search that changes one token at a time).
+        Args:
+            flips: they differ from one another in few places (a search that changes one token at a time).
+            context: context tokens that the LLM reads besides; see `evocomp.mllm.context`. Not with flips.
         """
         reuse = self.settings.prefix_reuse
         flips = flips and (reuse == "always" or (reuse == "auto" and self._reuse_pays(self.mllm.device)))
+        tokens, answers = self._length([features], kept)
         return self._in_parts(
-            kept, lambda some, masks: self.losses.candidates(features, masks, flips), *self._length([features], kept)
+            kept, lambda _, own: self.losses.candidates(features, own, flips, context), tokens + context, answers
         )
 
     def shared(self, features: Sequence[Features], kept: np.ndarray) -> np.ndarray:
@@ -82,7 +85,7 @@ class CandidateScorer:
         masks = kept.shape[1]
         tokens, answers = self._length(features, kept)
         if self._at_once(tokens + context, answers) < masks:
-            return np.stack([self._alike(one, own, context) for one, own in zip(features, kept, strict=True)])
+            return np.stack([self(one, own, context=context) for one, own in zip(features, kept, strict=True)])
         return self._in_parts(
             kept,
             lambda some, own: self.losses.batch(features[some], own, context),
@@ -90,13 +93,6 @@ class CandidateScorer:
             answers,
             questions=masks,
             sequences=masks,
-        )
-
-    def _alike(self, features: Features, kept: np.ndarray, context: int) -> np.ndarray:
-        """Masks [K, R] of one sample, some at a time -> losses [K]."""
-        tokens, answers = self._length([features], kept)
-        return self._in_parts(
-            kept, lambda _, own: self.losses.batch([features], own[None], context)[0], tokens + context, answers
         )
 
     def gate_gradient(self, features: Features, gate: np.ndarray) -> np.ndarray:

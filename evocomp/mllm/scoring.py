@@ -69,17 +69,18 @@ class AnswerLosses:
         return TransformersBody(decoder, self.dtype)
 
     @torch.inference_mode()
-    def candidates(self, features: Features, kept: Tensor, flips: bool = False) -> Tensor:
+    def candidates(self, features: Features, kept: Tensor, flips: bool = False, context: int = 0) -> Tensor:
         """Candidates of one sample: kept [Q, R] ascending -> [Q] float32. Equal lengths, so nothing is padded.
 
         Args:
             flips: they differ from one another in few places, so that keys and values of what most of them begin
                 with are worth computing once.
+            context: see `batch`; not with flips.
 
         Source: method, section 2 (fitness).
         """
         if not flips:
-            return self.batch([features], kept[None])[0]
+            return self.batch([features], kept[None], context)[0]
         table, index = self._table([features]), prompt_index(features, kept)
         read = index.shape[1] - len(features.answer_ids) + torch.arange(len(features.answer_ids), device=index.device)
         losses = torch.empty(len(index), device=index.device)

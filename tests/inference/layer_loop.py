@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from evocomp.mllm.families import policy
 from tests.inference.tiny_models import IMAGE, VIDEO, quiet
@@ -117,6 +118,13 @@ def logits(model, row: Row, prompt: int, stays: Tensor, layer: int, speaks: list
     scores = model.lm_head(llm.norm(hidden))[0]
     cap = getattr(llm.config, "final_logit_softcapping", None)
     return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def assert_by_hand(out, expected: list[Tensor]) -> None:
+    """What `generate` returned, with logits, has those of `expected_logits`: 1e-4 of their spread."""
+    for row, wanted in enumerate(expected):
+        got = torch.stack([step[row] for step in out.logits])
+        assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.std().item())
 
 
 def expected_logits(model, inputs, sizes, last, sequences: Tensor, layer: int, owners=None) -> list[Tensor]:

@@ -13,7 +13,7 @@ from evocomp.inference.rewrite import compress_inputs
 from evocomp.inference.selectors import Pick
 from evocomp.log import UserError
 from evocomp.mllm.context import owners
-from tests.inference.layer_loop import expected_logits
+from tests.inference.layer_loop import assert_by_hand, expected_logits
 from tests.inference.test_hooks import answer, jumble, sizes
 from tests.inference.tiny_models import FAMILIES, build, prompts
 
@@ -57,9 +57,7 @@ def test_means_and_weights_by_hand(family, layer, attention):
         out = answer(model, inputs)
     given = by_row(picker.owners)
     expected = expected_logits(model, inputs, sizes(family), handle.last, out.sequences, layer, given)
-    for row, wanted in enumerate(expected):
-        got = torch.stack([step[row] for step in out.logits])
-        assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.std().item())
+    assert_by_hand(out, expected)
     for of_row, counted, kept in zip(given, handle.last.sizes, handle.last.indices, strict=True):
         for owner, count, index in zip(of_row, counted, kept, strict=True):
             assert count.tolist() == [int((owner == place).sum()) for place in index]

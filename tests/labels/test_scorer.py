@@ -197,7 +197,7 @@ def test_local_search_reuses_prefixes_where_it_pays(nano, asked, reuse, device, 
     features, kept = asked[0][0], masks(3, 16)
     scorer = CandidateScorer(nano, settings=ScorerConfig(prefix_reuse=reuse))
     seen, right = [], scorer.losses.candidates
-    scorer.losses.candidates = lambda one, some, flips: seen.append(flips) or right(one, some, flips)
+    scorer.losses.candidates = lambda one, some, flips, *rest: seen.append(flips) or right(one, some, flips, *rest)
     monkeypatch.setattr(CandidateScorer, "_reuse_pays", staticmethod(lambda _: device == "cuda"))
     scorer(features, kept, flips=True)
     scorer(features, kept)
