@@ -56,11 +56,11 @@ def test_out_of_memory_halves_the_batch_and_is_kept(nano, encoded, monkeypatch):
     scorer = CandidateScorer(nano)
     right, tried = scorer.losses.candidates, []
 
-    def small_gpu(features, kept, flips):
+    def small_gpu(features, kept, flips, context):
         tried.append(len(kept))
         if len(kept) > 5:
             raise torch.OutOfMemoryError("out of memory")
-        return right(features, kept, flips)
+        return right(features, kept, flips, context)
 
     monkeypatch.setattr(scorer.losses, "candidates", small_gpu)
     np.testing.assert_allclose(scorer(encoded[0], masks(16)), expected, atol=1e-5)
