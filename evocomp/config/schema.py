@@ -171,12 +171,12 @@ class LabelConfig:
     """Training questions that get credits (target=credit); 0 = all. Refreshes draw from all of them either way."""
     proposals: int = 16
     """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
-    probes: int = 0
+    probes: int = 4
     """Proposals that are scored first; a sample on which they tie gets no more (refresh=on_policy); 0 = all at once.
-    4 of 16 halve a refresh's cost for some tenths of a point (LOG)."""
+    Late in training that is nine of ten, so probes buy twice the questions for the same forwards (LOG)."""
     proposal_sizes: tuple[float, ...] = (1 / 36, 1 / 18, 1 / 9, 2 / 9)
     """Sizes r of proposed masks, context tokens included (refresh=on_policy)."""
-    samples_per_refresh: int = 1280
+    samples_per_refresh: int = 2560
     """Questions drawn by priority at a refresh (refresh=on_policy)."""
     flat: float = 0.1
     """Questions whose proposed masks' losses spread less are dropped [nats] (refresh=on_policy)."""
@@ -219,7 +219,7 @@ class CompressorSection:
     dither: float = 0.0
     """Scale of a fixed, evenly spread Gumbel noise that scores get before the highest are kept; 0 = none. At 1 tokens
     are kept as the masks of on-policy rounds are drawn: of nearly equal ones, some from everywhere."""
-    sharp: float = 1 / 6
+    sharp: float = 1 / 4
     """How many tokens are selected at most, however many are kept, below 1 as a share of N: R S / (R + S) of R. The
     others are context tokens: means of what is dropped, each with the attention of all that it stands for, which
     questions of how many need. 0 = all are selected (published)."""
