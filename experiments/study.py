@@ -4,7 +4,7 @@
     python experiments/study.py --split selection --out experiments/results/panel_nano_selection.csv
 
 Runs go to runs/study/NAME-SEED; finished ones are not repeated, interrupted ones go on. `plus` with three seeds takes
-about 20 minutes of one CPU core, `published` about 8. Rows of the same name and seed are replaced. A study that names
+about 35 minutes of one CPU core, `published` about 8. Rows of the same name and seed are replaced. A study that names
 `rivals` has rows of these too, and of the uncompressed model with the right and with another picture.
 """
 

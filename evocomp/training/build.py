@@ -68,6 +68,7 @@ def run(config: RunConfig) -> bool:
     distributed.join()
     if is_finished(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
+        distributed.leave()
         return False
     distributed.set_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)

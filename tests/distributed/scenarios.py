@@ -218,7 +218,7 @@ def train(
     except cli.UserError as error:
         print(f"evocomp: {error}", flush=True)
         code = 2
-    return {"code": code, "steps": spy.steps}
+    return {"code": code, "steps": spy.steps, "left": distributed.world_size() == 1}
 
 
 def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):

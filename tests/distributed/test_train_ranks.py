@@ -73,6 +73,15 @@ def test_two_ranks_are_one_rank_with_the_joined_batch(train, single, strategy):
     assert all(key.startswith("compressor.") for key in weights(run))
 
 
+def test_a_finished_run_is_not_repeated_and_its_ranks_part(train):
+    settings = [*ADAMW, "optim.batch_size=4"]
+    job, run, _ = train(2, settings)
+    assert all(result["steps"] and result["left"] for result in job.succeeded().results)
+    again, _, _ = train(2, settings, run=run)
+    # a process that ends with its group open may abort, and then a launcher ends the others as well
+    assert all(not result["steps"] and result["left"] for result in again.succeeded().results)
+
+
 @pytest.mark.slow
 def test_without_joined_counts_two_ranks_differ(train, single):
     """The test above would see it."""
