@@ -169,7 +169,7 @@ class Workload:
 
 
 def candidate_forwards(config: RunConfig, round: int = 0) -> int:
-    """Masks scored for a sample in a round, before masks that come up twice are left out."""
+    """Masks scored for a sample in a round, before those that come up twice, or that probes save, are left out."""
     labels, search = config.labels, config.search
     if labels.target == "credit":
         return len(labels.credit_sizes) * labels.credit_masks if round == 0 else labels.proposals
