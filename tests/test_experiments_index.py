@@ -1,7 +1,10 @@
 """experiments/README.md is an index: nothing is missing, nothing it names is gone."""
 
+import csv
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = (ROOT / "experiments" / "README.md").read_text()
@@ -28,3 +31,14 @@ def test_each_config_begins_with_what_it_shows_its_cost_and_its_command():
         head = path.read_text().split("\n")
         head = "\n".join(line for i, line in enumerate(head) if all(x.startswith("#") for x in head[: i + 1]))
         assert len(head) > 100 and re.search(r"evocomp|python", head), f"{path.name} begins without a word on itself"
+
+
+@pytest.mark.parametrize("table", ["panel_nano", "panel_nano576"])
+def test_a_run_has_one_row_for_each_kept_count(table):
+    rows = list(csv.DictReader((ROOT / "experiments" / "results" / f"{table}.csv").read_text().splitlines()))
+    keys = [(row["name"], row["seed"], row["kept"]) for row in rows]
+    assert keys and sorted(keys) == sorted(set(keys))
+    # nor does one run stand under two names
+    told = ("kept", "accuracy", "relation", "labelling_cpu_s", "training_cpu_s")
+    trained = [tuple(row[name] for name in told) for row in rows if row["labelled"]]
+    assert len(trained) == len(set(trained))
