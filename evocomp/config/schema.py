@@ -173,7 +173,7 @@ class LabelConfig:
     """Masks K that the compressor proposes for a sample (refresh=on_policy)."""
     probes: int = 4
     """Proposals that are scored first; a sample on which they tie gets no more (refresh=on_policy); 0 = all at once.
-    Late in training that is nine of ten, so probes buy twice the questions for the same forwards (LOG)."""
+    Late in training that is four of five, so probes buy twice the questions for the same forwards (LOG)."""
     proposal_sizes: tuple[float, ...] = (1 / 36, 1 / 18, 1 / 9, 2 / 9)
     """Sizes r of proposed masks, context tokens included (refresh=on_policy)."""
     samples_per_refresh: int = 2560
