@@ -147,13 +147,18 @@ def _processes(device: str, samples: int, search: SearchConfig) -> Iterator[tupl
 
 
 def _work(pipe: Connection, place: dict[str, str], number: int, device: str, samples: int, search: SearchConfig):
-    """A process: gets ready, then labels what it is told until it is told nothing."""
+    """A process at its place in its job, on a core of its own."""
     os.environ |= place
     torch.set_num_threads(1)
     if device == "cpu":
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
-    distributed.join()
-    mllm = FrozenMLLM.load("nano", device=f"cuda:{number}" if device == "cuda" else "cpu")
+    with distributed.joined():
+        _label(pipe, f"cuda:{number}" if device == "cuda" else "cpu", samples, search)
+
+
+def _label(pipe: Connection, device: str, samples: int, search: SearchConfig):
+    """Get ready, then label what the pipe says until it says nothing."""
+    mllm = FrozenMLLM.load("nano", device=device)
     examples = _examples(samples)
     known = {example.id: example for example in examples}
     mllm.features(examples)
@@ -169,7 +174,6 @@ def _work(pipe: Connection, place: dict[str, str], number: int, device: str, sam
         labeller.ensure(0)
         end = time.monotonic()
         pipe.send({"start": start, "end": end, "cpu": time.process_time() - cpu, "waited": labeller.waited})
-    distributed.leave()
 
 
 def _examples(samples: int):

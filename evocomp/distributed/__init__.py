@@ -1,11 +1,10 @@
 """Who am I in this job, and which piece of work is mine next. Everything here also works in one process."""
 
-from evocomp.distributed.board import leave
+from evocomp.distributed.board import joined
 from evocomp.distributed.job import (
     StopRequest,
     broadcast,
     gather,
-    join,
     launched_by_torchrun,
     local_rank,
     local_size,
@@ -23,9 +22,8 @@ __all__ = [
     "broadcast",
     "gather",
     "in_turn",
-    "join",
+    "joined",
     "launched_by_torchrun",
-    "leave",
     "local_rank",
     "local_size",
     "rank",

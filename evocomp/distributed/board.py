@@ -4,11 +4,13 @@ import atexit
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from evocomp.distributed.job import broadcast, rank, world_size
+from evocomp.distributed.job import broadcast, join, rank, world_size
 from evocomp.log import UserError, logger
 
 HEARTBEAT_SECONDS = 5.0
@@ -124,3 +126,23 @@ def leave() -> None:
         _board.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Meet the other processes for the time of a job, and part from them also where it is refused or interrupted.
+
+    A process that ends with its group open may abort, and a launcher then kills the others with it. Of errors that
+    are nobody's to put right (anything but `UserError`) a process dies as it is: the others must not take it for gone
+    by agreement.
+
+    Raises:
+        UserError: more processes than GPUs on this node.
+    """
+    join()
+    try:
+        yield
+    except UserError:
+        leave()
+        raise
+    leave()

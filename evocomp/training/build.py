@@ -54,6 +54,7 @@ DEFAULT_EPOCHS = 6
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its own tips are not news of this run
 
 
+@distributed.joined()
 def run(config: RunConfig) -> bool:
     """Label and train as the settings say, into `config.run_dir`; goes on where an earlier call stopped.
 
@@ -65,10 +66,8 @@ def run(config: RunConfig) -> bool:
     """
     folder = Path(config.run_dir)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
-    distributed.join()
     if is_finished(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
-        distributed.leave()
         return False
     distributed.set_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -111,13 +110,12 @@ def run(config: RunConfig) -> bool:
     if trainer.is_global_zero:
         save_compressor(finished.compressor, config, folder)
         write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
-    distributed.leave()
     return True
 
 
+@distributed.joined()
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
-    distributed.join()
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
@@ -128,7 +126,6 @@ def label_only(config: RunConfig) -> None:
     records = labeller.ensure(0, report=bar.show)
     bar.close()
     logger.info("%d labels in %s", len(records), labeller.store.path)
-    distributed.leave()
 
 
 def load_mllm(config: RunConfig) -> FrozenMLLM:

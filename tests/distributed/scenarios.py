@@ -115,6 +115,7 @@ def label(
     return result | named
 
 
+@distributed.joined()
 def uneven(work: float):
     """A chunk that takes longer than collectives may and than a deadly silence; then the same before a barrier."""
     from datetime import timedelta
@@ -122,7 +123,6 @@ def uneven(work: float):
     import torch.distributed as dist
 
     distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.2, work / 3
-    distributed.join()
     queue, done = distributed.WorkQueue("uneven", lambda chunk: False), []
     dist.barrier()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=work / 2), dist.group.WORLD)
@@ -221,6 +221,7 @@ def train(
     return {"code": code, "steps": spy.steps, "left": distributed.world_size() == 1}
 
 
+@distributed.joined()
 def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):
     """On-policy rounds 1.. from scores that are the same in every process; the digests of all rounds.
 
@@ -231,7 +232,6 @@ def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):
     distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.3, 8.0
     plus = ["recipe=plus", "labels.credit_masks=4", "labels.samples_per_refresh=8", "labels.proposals=8"]
     config = cli._config([f"run_dir={folder}", *TINY, *plus, "labels.flat=0.001"])
-    distributed.join()
     splits, mllm = build.load_splits(config.data), build.load_mllm(config)
     labeller = build.build_labeller(config, mllm, splits, Path(folder))
 
@@ -244,5 +244,4 @@ def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):
             before_batch(1, send_self(signal.SIGKILL))
         records = labeller.ensure(round, scores)
         usable.append(sum("draws" in record and record["draws"].size > 0 for record in records.values()))
-    distributed.leave()
     return {"digests": [digest(f"{folder}/labels", round) for round in range(rounds)], "usable": usable}

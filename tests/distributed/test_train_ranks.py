@@ -73,13 +73,16 @@ def test_two_ranks_are_one_rank_with_the_joined_batch(train, single, strategy):
     assert all(key.startswith("compressor.") for key in weights(run))
 
 
-def test_a_finished_run_is_not_repeated_and_its_ranks_part(train):
+def test_a_finished_run_is_not_repeated_or_overwritten_and_its_ranks_part(train):
     settings = [*ADAMW, "optim.batch_size=4"]
     job, run, _ = train(2, settings)
     assert all(result["steps"] and result["left"] for result in job.succeeded().results)
     again, _, _ = train(2, settings, run=run)
     # a process that ends with its group open may abort, and then a launcher ends the others as well
     assert all(not result["steps"] and result["left"] for result in again.succeeded().results)
+    other, _, _ = train(2, [*settings, "optim.lr=2e-3"], run=run)
+    assert other.codes == [2, 2] and "other settings" in other.outputs[0], other.outputs
+    assert all(result["left"] for result in other.results)
 
 
 @pytest.mark.slow
@@ -109,6 +112,7 @@ def test_a_run_stopped_in_mid_epoch_goes_on_exactly(train, uninterrupted):
     job, run, _, settings = uninterrupted
     first, again, _ = train(2, settings, shared_labels=False, workers=2, stop_at=5)
     assert first.codes == [2, 2] and "stopped in training" in first.outputs[0]
+    assert all(result["left"] for result in first.results)
     second, _, _ = train(2, settings, run=again, shared_labels=False, workers=2)
     second.succeeded()
     for rank in range(2):
