@@ -1,6 +1,7 @@
 """Configuration of a compressor: everything that `save_pretrained` must remember."""
 
 import copy
+import math
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ class EvoCompConfig(PreTrainedConfig):
 
     text_config:   the target LLM's own text configuration; the layer's architecture comes from it
     num_layers:    decoder layers in the compressor (the paper uses 1)
+    width:         hidden size of the compressor's layers, which one matrix leads to; 0: that of the LLM (the paper).
+                   Heads keep their size, so it is a multiple of hidden size / heads
     use_text:      whether the prompt is read beside the visual tokens
     head_norm:     "layer": LayerNorm before the linear head; "none": the head reads the skip sum as it is
     budget_input:  whether the wanted number of kept tokens is an input
@@ -37,6 +40,7 @@ class EvoCompConfig(PreTrainedConfig):
         self,
         text_config: PreTrainedConfig | dict | None = None,
         num_layers: int = 1,
+        width: int = 0,
         use_text: bool = True,
         head_norm: str = "layer",
         budget_input: bool = False,
@@ -59,8 +63,11 @@ class EvoCompConfig(PreTrainedConfig):
             raise UserError(f"head_norm is {head_norm!r}; use 'layer' or 'none'")
         if positions not in ("original", "dense"):
             raise UserError(f"positions is {positions!r}; use 'original' or 'dense'")
+        if width:
+            check_width(text_config, width)
         self.text_config = text_config
         self.num_layers = num_layers
+        self.width = width
         self.use_text = use_text
         self.head_norm = head_norm
         self.budget_input = budget_input
@@ -80,6 +87,11 @@ class EvoCompConfig(PreTrainedConfig):
         """D, the hidden size of the target LLM."""
         return self.text_config.hidden_size
 
+    @property
+    def layer_size(self) -> int:
+        """W, the hidden size of the compressor's layers: D unless `width` says otherwise."""
+        return self.width or self.hidden_size
+
     @classmethod
     def from_mllm(cls, model: nn.Module, **kwargs) -> "EvoCompConfig":
         """Configuration for the decoder of a multimodal LLM (transformers model, PEFT-wrapped or not)."""
@@ -88,9 +100,32 @@ class EvoCompConfig(PreTrainedConfig):
         return cls(text_config=copy.deepcopy(config.get_text_config(decoder=True)), **kwargs)
 
 
+def check_width(text: PreTrainedConfig, width: int) -> None:
+    """Raises UserError for a width that holds no whole number of the LLM's heads."""
+    step = text.hidden_size // math.gcd(text.hidden_size, text.num_attention_heads)
+    if not 0 < width < text.hidden_size or width % step:
+        raise UserError(
+            f"compressor width {width}: must be a multiple of {step} below {text.hidden_size}, the LLM's hidden size "
+            "(0 = that size)"
+        )
+
+
+def _narrowed(text: PreTrainedConfig, width: int) -> None:
+    """Fewer heads of the same size, and everything else in proportion."""
+    size, heads = text.hidden_size, text.num_attention_heads
+    shared = heads // (getattr(text, "num_key_value_heads", None) or heads)
+    text.head_dim = getattr(text, "head_dim", None) or size // heads
+    text.hidden_size, text.num_attention_heads = width, heads * width // size
+    text.intermediate_size = 8 * math.ceil(text.intermediate_size * width / size / 8)
+    grouped = text.num_attention_heads % shared == 0
+    text.num_key_value_heads = text.num_attention_heads // (shared if grouped else 1)
+
+
 def layer_config(config: EvoCompConfig) -> PreTrainedConfig:
     """Text configuration of the compressor's layers: few layers, bidirectional, no vocabulary, no cache."""
     text = copy.deepcopy(config.text_config)
+    if config.width:
+        _narrowed(text, config.width)
     text.num_hidden_layers, text.is_causal, text.use_cache = config.num_layers, False, False
     # transformers warns or fails when special ids lie outside of a vocabulary of one
     text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 1, None, None, None

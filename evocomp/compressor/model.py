@@ -12,6 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from evocomp.compressor.config import EvoCompConfig, layer_config
+from evocomp.log import UserError
 from evocomp.mllm.families import gathered, unwrap
 
 
@@ -20,7 +21,7 @@ class CompressorOutput(ModelOutput):
     """What `EvoCompCompressor` returns.
 
     logits: [B,N] retention scores before the sigmoid
-    hidden: [B,N,D] layer output plus the skip, before the head's norm
+    hidden: [B,N,W] layer output plus the skip, before the head's norm; W is D, the LLM's size, unless `width` is set
     """
 
     logits: Tensor | None = None
@@ -62,7 +63,8 @@ class EvoCompCompressor(PreTrainedModel):
         self.encoder = AutoModel.from_config(layer_config(config))
         self.encoder.embed_tokens = None
         self.encoder.norm = nn.Identity()
-        size = config.hidden_size
+        size = config.layer_size
+        self.narrow = nn.Linear(config.hidden_size, size, bias=False) if config.width else nn.Identity()
         self.head_norm = nn.LayerNorm(size) if config.head_norm == "layer" else nn.Identity()
         self.score = nn.Linear(size, 1)
         self.budget = BudgetInput(size, config.use_text) if config.budget_input else None
@@ -76,10 +78,13 @@ class EvoCompCompressor(PreTrainedModel):
 
     @torch.no_grad()
     def reset_layers(self) -> None:
-        """Normal weights of standard deviation 0.7 / sqrt(fan-in) in all matrices of layers and head."""
+        """Normal weights of standard deviation 0.7 / sqrt(fan-in) in all matrices of layers and head; a matrix that
+        narrows the tokens has 1 / sqrt(fan-in), which leaves their size as it is (Johnson-Lindenstrauss)."""
         for weight in [*self.encoder.layers.parameters(), self.score.weight]:
             if weight.ndim == 2:
                 weight.normal_(0.0, 0.7 / math.sqrt(weight.shape[1]))
+        for weight in self.narrow.parameters():
+            weight.normal_(0.0, 1 / math.sqrt(weight.shape[1]))
 
     def forward(
         self,
@@ -101,6 +106,7 @@ class EvoCompCompressor(PreTrainedModel):
         batch, n_visual, _ = visual.shape
         if prompt is None or not self.config.use_text:
             prompt, prompt_mask = visual.new_zeros(batch, 0, visual.shape[-1]), None
+        visual, prompt = self.narrow(visual), self.narrow(prompt)
         source = torch.cat(self._with_budget(visual, prompt, budget), dim=1)
         if visual_mask is None and prompt_mask is None:
             mask = None
@@ -142,7 +148,13 @@ class EvoCompCompressor(PreTrainedModel):
         return mask.long().cumsum(1).clamp(min=1)
 
     def init_from_layer(self, model: nn.Module, layer: int = 0) -> "EvoCompCompressor":
-        """Copy decoder layers `layer`, `layer` + 1, ... of a multimodal LLM, strictly. Returns itself."""
+        """Copy decoder layers `layer`, `layer` + 1, ... of a multimodal LLM, strictly. Returns itself.
+
+        Raises:
+            UserError: this compressor is narrower than the LLM.
+        """
+        if self.config.width:
+            raise UserError(f"a layer of the LLM does not fit into width {self.config.width}; use layer=None")
         source = unwrap(model).get_decoder().layers
         for offset, target in enumerate(self.encoder.layers):
             state = {key: gathered(value) for key, value in source[layer + offset].state_dict().items()}

@@ -203,6 +203,9 @@ class LoraConfig:
 class CompressorSection:
     layers: int = 1
     """Transformer layers (the paper has one)."""
+    width: int = 0
+    """Their hidden size, a multiple of the LLM's hidden size / heads; 0 = the LLM's own (the paper). A quarter of it
+    costs about a tenth."""
     use_text: bool = True
     """Read the prompt's embeddings too."""
     init: Literal["random", "layer"] = "random"
@@ -227,7 +230,11 @@ class CompressorSection:
 
     def __post_init__(self):
         at_least(self, 1, "compressor.", "layers")
-        at_least(self, 0, "compressor.", "init_layer", "dither", "sharp")
+        at_least(self, 0, "compressor.", "width", "init_layer", "dither", "sharp")
+        require(
+            not self.width or self.init == "random",
+            f"compressor.width={self.width}: a layer of the LLM does not fit into it; set compressor.init=random",
+        )
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def card(config: EvoCompConfig) -> str:
         "target model": base or "not recorded",
         "hidden size": config.hidden_size,
         "decoder layers": config.num_layers,
+        "their hidden size": config.layer_size,
         "reads the prompt": "yes" if config.use_text else "no",
         "reads the budget": "yes" if config.budget_input else "no",
         "kept per image (default)": config.keep,

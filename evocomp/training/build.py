@@ -232,6 +232,7 @@ def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
         mllm.model,
         layer=section.init_layer if section.init == "layer" else None,
         num_layers=section.layers,
+        width=section.width,
         use_text=section.use_text,
         head_norm=section.head_norm,
         budget_input=section.budget_input,

@@ -144,7 +144,55 @@ def test_budget_vectors_move_visual_and_prompt_by_log2_of_r_over_16():
         compressor(visual, prompt)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"use_text": False}, {"budget_input": True, "num_layers": 2}])
+@every_family
+def test_a_narrow_one_is_that_of_a_narrow_llm_that_reads_projected_tokens(family):
+    torch.manual_seed(0)
+    settings = {"budget_input": True, "num_layers": 2}
+    narrow = EvoCompCompressor.from_mllm(build(family), width=HIDDEN // 2, **settings).eval()
+    small = layer_config(narrow.config)  # itself the text configuration of an LLM of half the heads
+    whole = narrow.config.text_config
+    assert (small.hidden_size, small.num_attention_heads) == (HIDDEN // 2, whole.num_attention_heads // 2)
+    assert small.num_key_value_heads == whole.num_key_value_heads // 2
+    assert small.head_dim == (getattr(whole, "head_dim", None) or HIDDEN // whole.num_attention_heads)
+    assert small.intermediate_size == whole.intermediate_size // 2
+    other = EvoCompCompressor(EvoCompConfig(small, **settings)).eval()
+    state = narrow.state_dict()
+    projection = state.pop("narrow.weight")
+    other.load_state_dict(state)
+    visual, prompt = tokens()
+    with torch.no_grad():
+        out = narrow(visual, prompt, budget=8.0)
+        expected = other(visual @ projection.T, prompt @ projection.T, budget=8.0)
+    assert out.hidden.shape == (B, N, HIDDEN // 2)
+    assert_close(out.hidden, expected.hidden, rtol=1e-4, atol=1e-4)
+    assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_narrow_one_is_saved_and_keeps_the_size_of_its_tokens(tmp_path):
+    torch.manual_seed(0)
+    compressor, (visual, prompt) = EvoCompCompressor.from_mllm(build("llava"), width=HIDDEN // 2).eval(), tokens(64)
+    projected = compressor.narrow(visual).detach()
+    assert projected.square().mean() / visual.square().mean() == pytest.approx(1, abs=0.25)
+    compressor.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert_close(again(visual, prompt).logits, compressor(visual, prompt).logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [-8, 12, HIDDEN, 2 * HIDDEN])
+def test_a_width_without_whole_heads_is_refused(width):
+    with pytest.raises(UserError, match=f"compressor width {width}: must be a multiple of 8 below {HIDDEN}"):
+        EvoCompCompressor.from_mllm(build("llava"), width=width)
+
+
+def test_a_layer_of_the_llm_does_not_fit_into_a_narrow_one():
+    with pytest.raises(UserError, match=f"width {HIDDEN // 2}"):
+        EvoCompCompressor.from_mllm(build("llava"), layer=0, width=HIDDEN // 2)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"use_text": False}, {"budget_input": True, "num_layers": 2}, {"width": HIDDEN // 4}]
+)
 def test_every_parameter_gets_a_gradient(kwargs):
     # DDP stops on a parameter without one
     compressor, (visual, prompt) = EvoCompCompressor.from_mllm(build("llava"), **kwargs), tokens()

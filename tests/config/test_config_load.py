@@ -204,6 +204,7 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["recipe=published", "loss.name=listwise"], "loss.name=listwise needs labels.target=credit, not hard"),
         (["model.attention=flash_attention_2"], "set model.attention=sdpa or compressor.sharp=0"),
         (["compressor.sharp=-1"], "compressor.sharp=-1"),
+        (["compressor.width=8", "compressor.init=layer"], "set compressor.init=random"),
         (["labels.credit_of=group", "loss.name=bce"], "labels.credit_of=group is made for"),
         (["labels.credit_of=group", "labels.credit_masks_from=search"], "labels.credit_of=group is made for"),
         (["labels.target=credit", "labels.refresh=none", "loss.name=focal_cs"], "loss.name=focal_cs needs hard labels"),
