@@ -29,8 +29,8 @@ class Stages:
         self.text = torch.randn(batch, text, weight.shape[1], **make) * 0.02
         self.visual = torch.randn(batch, shape.tokens, weight.shape[1], **make) * 0.02
         with torch.device(weight.device):
-            compressor = EvoCompCompressor.from_mllm(model, keep=shape.kept)
-        self.compressor = compressor.eval().requires_grad_(False).to(weight)
+            wide, narrow = (EvoCompCompressor.from_mllm(model, width=w) for w in (0, weight.shape[1] // 4))
+        self.wide, self.narrow = (c.eval().requires_grad_(False).to(weight) for c in (wide, narrow))
         self.pixels = pictures(shape, model, batch) if shape.tiles else None
 
     def see(self) -> Tensor:
@@ -42,7 +42,11 @@ class Stages:
 
     def choose(self) -> Tensor:
         """Compressor and top-r: kept tokens [B, R, D]."""
-        return self._chosen(self.visual)
+        return self._chosen(self.visual, self.wide)
+
+    def choose_narrow(self) -> Tensor:
+        """The same by a compressor of a quarter of the LLM's width."""
+        return self._chosen(self.visual, self.narrow)
 
     def prefill(self, kept: Tensor) -> tuple[Tensor, Any]:
         """The LLM over text with visual tokens [B, n, D]: last logits and cache."""
@@ -62,13 +66,17 @@ class Stages:
         """Compressor, top-r and prefill of what it keeps."""
         return self.prefill(self.choose())
 
+    def compressed_narrow(self) -> tuple[Tensor, Any]:
+        """The same with the narrow compressor."""
+        return self.prefill(self.choose_narrow())
+
     def seen_full(self) -> tuple[Tensor, Any]:
         """From pixels on, all tokens."""
         return self.prefill(self.see())
 
     def seen_compressed(self) -> tuple[Tensor, Any]:
         """From pixels on, compressed."""
-        return self.prefill(self._chosen(self.see()))
+        return self.prefill(self._chosen(self.see(), self.wide))
 
     @torch.inference_mode()
     def decode(self, kept: Tensor) -> Work:
@@ -83,8 +91,8 @@ class Stages:
 
         return step
 
-    def _chosen(self, visual: Tensor) -> Tensor:
-        return top_r_compact(self.compressor(visual, self.text).logits.float(), self.shape.kept, visual).embeddings
+    def _chosen(self, visual: Tensor, compressor: EvoCompCompressor) -> Tensor:
+        return top_r_compact(compressor(visual, self.text).logits.float(), self.shape.kept, visual).embeddings
 
 
 def at_shape(name: str, device: str, repeats: int = 5, batches: Sequence[int] = (1, 8)) -> Iterator[Row]:
@@ -122,23 +130,27 @@ def _rows(
         return {"floor_ms": 1e3 * max(flop / limits[0], target.body * stages.text.itemsize / limits[1])}
 
     whole = (f"{names[1]}, compressor included", stages.compressed)
+    thin = (f"{names[1]}, narrow compressor included", stages.compressed_narrow)
     least = floor(shape.kept)
+
+    def shares(bench: str, short: Work, wide: Work, narrow: Work) -> Iterator[Row]:
+        for name, work in (("compressor and top-r", wide), ("narrow compressor and top-r", narrow)):
+            yield row(bench, (f"prefill of {names[1]}", short), (name, work))
 
     def launched() -> Iterator[Row]:
         yield row("prefill", (names[0], stages.full), (names[1], stages.short), _same_shape) | least
         yield row("prefill", (names[0], stages.full), whole, _same_shape) | least
-        chosen = ("compressor and top-r", stages.choose)
-        yield row("compressor's share", (f"prefill of {names[1]}", stages.short), chosen)
+        yield row("prefill", (names[0], stages.full), thin, _same_shape) | least
+        yield from shares("compressor's share", stages.short, stages.choose, stages.choose_narrow)
 
     def replayed() -> Iterator[Row]:
-        works = (stages.full, stages.short, stages.choose, stages.compressed)
+        works = (stages.full, stages.short, stages.choose, stages.choose_narrow, stages.compressed)
         with torch.inference_mode():
-            full, short, choose, compressed = map(graphed, works)
+            full, short, choose, choose_narrow, compressed = map(graphed, works)
         yield row("CUDA graph", whole, (f"{whole[0]}, replayed", compressed), _close)
         yield row("prefill, replayed", (names[0], full), (names[1], short), _same_shape) | least
         yield row("prefill, replayed", (names[0], full), (whole[0], compressed), _same_shape) | least
-        chosen = ("compressor and top-r", choose)
-        yield row("compressor's share, replayed", (f"prefill of {names[1]}", short), chosen)
+        yield from shares("compressor's share, replayed", short, choose, choose_narrow)
 
     def decoding() -> Iterator[Row]:
         visual = stages.visual

@@ -97,11 +97,11 @@ SHAPES = {
     "llava_next_7b": ModelShape(lambda: _llava(LlavaNextConfig), 2880, 511, 160, 35, 50, 5, 5),
     "qwen25_vl_7b": ModelShape(_qwen, 1024, 200, 128, 30, 60, 8, 0),
     "tiny_llava": ModelShape(
-        lambda: _llava(LlavaConfig, width=64, inner=96, layers=2, heads=2, vocabulary=300, tower=64, image=56),
+        lambda: _llava(LlavaConfig, width=64, inner=96, layers=2, heads=4, vocabulary=300, tower=64, image=56),
         16, 6, 4, 9, 5, 3, 1,
     ),
     "tiny_llava_next": ModelShape(
-        lambda: _llava(LlavaNextConfig, width=64, inner=96, layers=2, heads=2, vocabulary=300, tower=64, image=56),
+        lambda: _llava(LlavaNextConfig, width=64, inner=96, layers=2, heads=4, vocabulary=300, tower=64, image=56),
         80, 16, 8, 9, 5, 3, 5,
     ),
     "tiny_qwen": ModelShape(lambda: _qwen(width=64, inner=96, layers=2, heads=4, kv_heads=2), 16, 6, 4, 9, 5, 3, 0),

@@ -74,7 +74,7 @@ def test_one_flip_masks_differ_in_one_place():
 def test_prefill_rows(name):
     rows = list(prefill.at_shape(name, "cpu", 1, batches=(2,)))
     benches = [row["bench"] for row in rows]
-    assert benches[:4] == ["prefill", "prefill", "compressor's share", "decode, one token"]
+    assert benches[:6] == ["prefill"] * 3 + ["compressor's share"] * 2 + ["decode, one token"]
     assert ("tower's share" in benches) == (sizes.SHAPES[name].tiles > 0)
 
 
@@ -86,6 +86,8 @@ def test_stages_are_those_of_the_model():
     torch.testing.assert_close(stages.see(), torch.stack(list(seen)))
     logits, _ = stages.compressed()
     torch.testing.assert_close(logits, stages.prefill(stages.choose())[0])
+    assert stages.narrow.config.layer_size == 16 and stages.choose_narrow().shape == (2, 4, 64)
+    torch.testing.assert_close(stages.compressed_narrow()[0], stages.prefill(stages.choose_narrow())[0])
     assert stages.choose().shape == (2, 4, 64)
     step = stages.decode(stages.visual)
     torch.testing.assert_close(step(), step())
