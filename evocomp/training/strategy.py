@@ -34,20 +34,23 @@ def with_strategy(settings: Mapping[str, Any], optim: OptimConfig) -> dict[str, 
     """The Trainer's settings with the strategy's name resolved.
 
     Raises:
-        UserError: fsdp on a CPU, or an optimizer that does not know sharded weights.
+        UserError: fsdp on a CPU, or an optimizer or an average that does not know sharded weights.
     """
     name = settings.get("strategy")
     if name not in SHARDED:
         return dict(settings)
     if name == "fsdp" and (settings.get("accelerator") == "cpu" or not torch.cuda.is_available()):
         raise UserError("trainer.strategy=fsdp needs GPUs; on CPUs choose --trainer.strategy=fsdp2 or ddp")
+    needed = []
     if optim.name != "adamw":
-        raise UserError(
-            f"trainer.strategy={name} shards the weights' matrices, which optim.name={optim.name} needs whole: "
-            "add --optim.name=adamw (with --optim.lr=2e-4 or so), or choose --trainer.strategy=ddp"
-        )
+        needed.append("--optim.name=adamw (with --optim.lr=2e-4 or so)")
     if optim.ema:
-        raise UserError(f"trainer.strategy={name} cannot average sharded weights: add --optim.ema=0, or choose ddp")
+        needed.append("--optim.ema=0")
+    if needed:
+        raise UserError(
+            f"trainer.strategy={name} shards the weights' matrices, which optim.name=muon and optim.ema need whole: "
+            f"add {' and '.join(needed)}, or choose --trainer.strategy=ddp"
+        )
     if name == "fsdp":
         return {**settings, "strategy": FSDPStrategy(state_dict_type="full")}
     # one file, so that any number of processes, also one without sharding, can go on from it

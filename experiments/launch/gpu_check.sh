@@ -31,7 +31,7 @@ one() { # the stages by name
             stage tests_torch 45 python3 -m pytest -m gpu --durations 5 tests/bench/test_bench_scorer.py tests/ops
             stage tests 75 python3 -m pytest -m "not slow" --durations 5 "${parallel[@]}" ${TESTS:-tests/ops_triton} ;;
         score) bench score label-search 75 llava15_7b ;;
-        prefill) bench prefill inference 60 llava_next_7b ;;
+        prefill) bench prefill inference 75 llava_next_7b ;;
         score_qwen) bench score_qwen label-search 50 qwen25_vl_7b ;;
         score_next) bench score_next label-search 60 llava_next_7b ;;
         train) bench train training 40 ;;

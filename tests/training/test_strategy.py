@@ -27,8 +27,9 @@ def test_fsdp2_spreads_data_over_all_processes():
 @pytest.mark.parametrize(
     ("settings", "optim", "advice"),
     [
-        ({"strategy": "fsdp2"}, OptimConfig(), "--optim.name=adamw"),
-        ({"strategy": "fsdp2"}, OptimConfig(name="adamw", ema=0.9), "--optim.ema=0"),
+        ({"strategy": "fsdp2"}, OptimConfig(ema=0), "add --optim.name=adamw .*so[)], or choose"),
+        ({"strategy": "fsdp2"}, OptimConfig(name="adamw", ema=0.9), "add --optim.ema=0, or choose"),
+        ({"strategy": "fsdp2"}, OptimConfig(name="muon", ema=0.9), "add --optim.name=adamw .* and --optim.ema=0, or"),
         ({"strategy": "fsdp", "accelerator": "cpu"}, ADAMW, "needs GPUs"),
     ],
 )
