@@ -23,9 +23,9 @@ from tests.inference.test_hooks import answer, jumble
 from tests.inference.tiny_models import FAMILIES, IMAGE, build, prompts
 
 
-def compressor_for(model, **kwargs):
+def compressor_for(model, layer=0, **kwargs):
     torch.manual_seed(3)
-    return EvoCompCompressor.from_mllm(model, layer=0, **kwargs).eval()
+    return EvoCompCompressor.from_mllm(model, layer=layer, **kwargs).eval()
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.data())
@@ -37,10 +37,11 @@ def test_top_r_keeps_the_best_earliest_in_order(scores, data):
     assert kept.tolist() == sorted(best)
 
 
+@pytest.mark.parametrize("width", [0, 16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batched_compressor_scores_are_those_of_each_image_alone(family):
+def test_batched_compressor_scores_are_those_of_each_image_alone(family, width):
     model, inputs = build(family), prompts(family)
-    compressor = compressor_for(model, budget_input=True)
+    compressor = compressor_for(model, layer=None if width else 0, width=width, budget_input=True)
     torch.nn.init.normal_(compressor.budget.visual)
     with compress(model, compressor, keep=0.4) as handle:
         answer(model, inputs, max_new_tokens=1)
@@ -104,10 +105,14 @@ def test_dtypes_follow_the_model_but_for_the_head(tmp_path):
     model = copy.deepcopy(build("llava")).bfloat16()
     compressor_for(model).float().save_pretrained(tmp_path / "whole")
     save_lora(add_lora(compressor_for(model), r=2), tmp_path / "adapter")
-    for folder in ("whole", "adapter"):
+    compressor_for(model, layer=None, width=16).float().save_pretrained(tmp_path / "narrow")
+    for folder in ("whole", "adapter", "narrow"):
         loaded = families.unwrap(load_compressor(tmp_path / folder, model))
-        assert {p.dtype for p in loaded.encoder.parameters()} == {torch.bfloat16}
-        assert {p.dtype for n, p in loaded.named_parameters() if "encoder" not in n} == {torch.float32}
+        layers = {n: p.dtype for n, p in loaded.named_parameters() if n.startswith(("encoder", "narrow"))}
+        assert set(layers.values()) == {torch.bfloat16}
+        assert {p.dtype for n, p in loaded.named_parameters() if n not in layers} == {torch.float32}
+        visual = torch.randn(1, 8, 32, dtype=torch.bfloat16)
+        assert loaded(visual, visual[:, :3]).logits.dtype == torch.float32
 
 
 def test_a_compressor_in_training_stays_so():
