@@ -64,7 +64,7 @@ class EvoCompConfig(PreTrainedConfig):
         if positions not in ("original", "dense"):
             raise UserError(f"positions is {positions!r}; use 'original' or 'dense'")
         if width:
-            check_width(text_config, width)
+            _check_width(text_config, width)
         self.text_config = text_config
         self.num_layers = num_layers
         self.width = width
@@ -100,7 +100,7 @@ class EvoCompConfig(PreTrainedConfig):
         return cls(text_config=copy.deepcopy(config.get_text_config(decoder=True)), **kwargs)
 
 
-def check_width(text: PreTrainedConfig, width: int) -> None:
+def _check_width(text: PreTrainedConfig, width: int) -> None:
     """Raises UserError for a width that holds no whole number of the LLM's heads."""
     step = text.hidden_size // math.gcd(text.hidden_size, text.num_attention_heads)
     if not 0 < width < text.hidden_size or width % step:
@@ -110,22 +110,22 @@ def check_width(text: PreTrainedConfig, width: int) -> None:
         )
 
 
-def _narrowed(text: PreTrainedConfig, width: int) -> None:
+def _narrow(text: PreTrainedConfig, width: int) -> None:
     """Fewer heads of the same size, and everything else in proportion."""
     size, heads = text.hidden_size, text.num_attention_heads
-    shared = heads // (getattr(text, "num_key_value_heads", None) or heads)
+    shared = heads // (getattr(text, "num_key_value_heads", None) or heads)  # queries that read one key
     text.head_dim = getattr(text, "head_dim", None) or size // heads
     text.hidden_size, text.num_attention_heads = width, heads * width // size
     text.intermediate_size = 8 * math.ceil(text.intermediate_size * width / size / 8)
-    grouped = text.num_attention_heads % shared == 0
-    text.num_key_value_heads = text.num_attention_heads // (shared if grouped else 1)
+    whole = text.num_attention_heads % shared == 0
+    text.num_key_value_heads = text.num_attention_heads // (shared if whole else 1)
 
 
 def layer_config(config: EvoCompConfig) -> PreTrainedConfig:
     """Text configuration of the compressor's layers: few layers, bidirectional, no vocabulary, no cache."""
     text = copy.deepcopy(config.text_config)
     if config.width:
-        _narrowed(text, config.width)
+        _narrow(text, config.width)
     text.num_hidden_layers, text.is_causal, text.use_cache = config.num_layers, False, False
     # transformers warns or fails when special ids lie outside of a vocabulary of one
     text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 1, None, None, None
