@@ -85,9 +85,13 @@ def launch_histogram(dtype):
     ghm.ghm_histogram(logits, logits, logits > 0, 10)
 
 
-def launch_loss(dtype):
-    logits = torch.zeros(8, 576, dtype=dtype)
-    ghm._ghm_bce(logits, logits, logits > 0, torch.ones(10, dtype=torch.long), "non_empty")
+def launch_loss(dtype, images=32):
+    logits = torch.zeros(images, 2880, dtype=dtype)
+    ghm._ghm_bce(logits, logits, logits > 0, None, 10, "non_empty")
+
+
+def launch_loss_of_many(dtype):
+    launch_loss(dtype, 64)
 
 
 def launch_forward(dtype, width=4096):
@@ -125,6 +129,7 @@ KERNELS = [
     (vocabulary, "_argmax_kernel", launch_vocabulary),
     (ghm, "_histogram_kernel", launch_histogram),
     (ghm, "_loss_kernel", launch_loss),
+    (ghm, "_loss_kernel", launch_loss_of_many),
     (separation, "_forward_kernel", launch_forward),
     (separation, "_finish_kernel", launch_forward),
     (separation, "_backward_kernel", launch_backward),

@@ -2,12 +2,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import DEVICE, DoesNothing, assert_accurate, between_bands, strided
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evocomp.ops import ghm_bce, ghm_histogram
 from evocomp.ops.ghm_bce import reference
 
 SHAPES = [(1, 1), (1, 37), (3, 577), (2, 1024), (5, 411)]
 RULES = ["paper", "non_empty"]
+
+
+@pytest.fixture(params=["one program", "many"])
+def programs(request, monkeypatch):
+    """Both ways over the logits: by one program, which small batches take, and by as many as large ones need."""
+    monkeypatch.setattr(_module(), "BLOCK_ALONE", 1024)  # more than one turn of its loops
+    if request.param == "many":
+        monkeypatch.setattr(_module(), "ALONE", 0)
 
 
 def example(generator, shape, dtype=torch.float32, bins=10):
@@ -52,7 +61,7 @@ def check(logits, targets, valid, bins, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bins", [1, 10, 31])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradient(shape, bins, rule, generator, guarded):
+def test_loss_and_gradient(shape, bins, rule, generator, guarded, programs):
     logits, targets, valid = example(generator, shape, bins=bins)
     check(between_bands(logits), between_bands(targets), None, bins, rule)
     valid.view(-1)[0] = True
@@ -60,12 +69,12 @@ def test_loss_and_gradient(shape, bins, rule, generator, guarded):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_logits(dtype, generator, guarded):
+def test_low_precision_logits(dtype, generator, guarded, programs):
     logits, targets, valid = example(generator, (3, 577), dtype)
     check(logits, targets, valid, 10, "paper")
 
 
-def test_strides_bool_targets_and_nan_padding(generator):
+def test_strides_bool_targets_and_nan_padding(generator, programs):
     logits, targets, valid = example(generator, (4, 130))
     expected = ghm_bce(logits[valid], targets[valid])
     logits[~valid] = torch.nan
@@ -76,7 +85,7 @@ def test_strides_bool_targets_and_nan_padding(generator):
     assert logits.grad.isfinite().all() and (logits.grad[~valid] == 0).all()
 
 
-def test_given_counts_of_a_larger_batch(generator):
+def test_given_counts_of_a_larger_batch(generator, programs):
     logits, targets, valid = example(generator, (2, 300))
     counts = ghm_histogram(logits, targets, valid) * 3 + 5
     for given in (counts, counts.float() / 7):  # integers from ranks, running means from momentum
@@ -86,7 +95,7 @@ def test_given_counts_of_a_larger_batch(generator):
         )
 
 
-def test_nothing_valid_and_all_equal(generator):
+def test_nothing_valid_and_all_equal(generator, programs):
     logits, targets, valid = example(generator, (2, 37))
     for rule in RULES:
         assert ghm_bce(logits, targets, torch.zeros_like(valid), rule=rule) == 0
@@ -94,19 +103,19 @@ def test_nothing_valid_and_all_equal(generator):
     check(same, torch.ones_like(same), None, 10, "non_empty")
 
 
-def test_a_nan_logit_makes_a_nan_loss_and_no_crash():
+def test_a_nan_logit_makes_a_nan_loss_and_no_crash(programs):
     logits = torch.tensor([0.5, torch.nan], device=DEVICE, requires_grad=True)
     loss = ghm_bce(logits, torch.ones(2, device=DEVICE))
     loss.backward()
     assert loss.isnan() and logits.grad[1].isnan()
 
 
-def test_extreme_logits(generator):
+def test_extreme_logits(generator, programs):
     logits = torch.tensor([1e4, -1e4, 1e4, -1e4, 0.5], device=DEVICE)
     check(logits, torch.tensor([1.0, 0, 0, 1, 1], device=DEVICE), None, 10, "paper")
 
 
-def test_same_bits_twice_and_inputs_untouched(generator):
+def test_same_bits_twice_and_inputs_untouched(generator, programs):
     logits, targets, valid = example(generator, (7, 577))
     before = [x.clone() for x in (logits, targets, valid)]
     assert torch.equal(ghm_bce(logits, targets, valid), ghm_bce(logits, targets, valid))
@@ -118,8 +127,42 @@ def test_operator_registration(generator):
     logits, targets, valid = example(generator, (2, 37))
     counts = ghm_histogram(logits, targets, valid)
     torch.library.opcheck(kernel._ghm_histogram, (logits, targets, valid, 10))
-    torch.library.opcheck(kernel._ghm_bce, (logits.requires_grad_(), targets, valid, counts, "paper"))
-    torch.library.opcheck(kernel._ghm_bce, (logits, targets, None, counts, "non_empty"))
+    torch.library.opcheck(kernel._ghm_bce, (logits.requires_grad_(), targets, valid, counts, 10, "paper"))
+    torch.library.opcheck(kernel._ghm_bce, (logits, targets, None, None, 10, "non_empty"))
+
+
+def test_a_training_batch_is_one_launch_and_a_gradient_one_product(monkeypatch):
+    """What the host does for it is what it costs: nothing is zeroed before, nothing summed or converted after."""
+    launched = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append(grid)
+
+    for name in ("_histogram_kernel", "_loss_kernel"):
+        monkeypatch.setattr(_module(), name, Recorder())
+    logits = torch.zeros(32, 2880, device=DEVICE, requires_grad=True)
+    targets, valid = torch.zeros(32, 2880, device=DEVICE), torch.ones(32, 2880, dtype=torch.bool, device=DEVICE)
+    with Operators() as forward:
+        loss = ghm_bce(logits, targets, valid)
+    with Operators() as backward:
+        torch.autograd.grad(loss, logits)
+    assert launched == [(1,)]
+    views_and_memory = {"empty", "view", "detach", "alias"}
+    assert forward.names - views_and_memory == set()
+    assert backward.names - views_and_memory == {"ones_like", "mul"}
+
+
+class Operators(TorchDispatchMode):
+    """Names of the aten operators that ran."""
+
+    def __enter__(self):
+        self.names = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 def test_a_histogram_that_does_nothing_fails_the_check(generator, monkeypatch):
@@ -128,7 +171,7 @@ def test_a_histogram_that_does_nothing_fails_the_check(generator, monkeypatch):
         check(*example(generator, (2, 37)), 10, "paper")
 
 
-def test_a_loss_that_does_nothing_fails_the_check(generator, guarded, monkeypatch):
+def test_a_loss_that_does_nothing_fails_the_check(generator, guarded, monkeypatch, programs):
     monkeypatch.setattr(_module(), "_loss_kernel", DoesNothing())
     with pytest.raises(AssertionError):
         check(*example(generator, (2, 37)), 10, "paper")

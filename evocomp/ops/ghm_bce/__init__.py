@@ -61,10 +61,10 @@ def ghm_bce(
     assert logits.shape == targets.shape and (valid is None or valid.shape == logits.shape)
     if rule not in RULES:
         raise UserError(f"GHM rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
-    if counts is None:
-        counts = ghm_histogram(logits, targets, valid, bins)
     if dispatch.choose(logits) == "triton":
         from evocomp.ops.ghm_bce import triton
 
-        return triton.ghm_bce(logits, targets, valid, counts, rule)
+        return triton.ghm_bce(logits, targets, valid, counts, bins if counts is None else counts.numel(), rule)
+    if counts is None:
+        counts = ghm_histogram(logits, targets, valid, bins)
     return reference.ghm_bce(logits, targets, valid, counts, rule)

@@ -1,4 +1,4 @@
-"""GHM-C in two launches: bin counts, then loss and its slope in one pass over the logits."""
+"""GHM-C, loss and slopes: one launch of one program for a batch of images, two launches for more than that."""
 
 import torch
 import triton
@@ -7,17 +7,24 @@ from torch import Tensor
 
 from evocomp.ops import dispatch
 
-BLOCK = 1024  # B x N is 18k to 92k logits: some dozens of programs
+BLOCK = 1024
+# Up to here one program counts and weighs: the host takes longer for a launch than one multiprocessor for these
+# logits (B x N is 18k to 92k), and counts and loss stay where they are, without zeros before and a sum afterwards.
+ALONE = 1 << 17
+BLOCK_ALONE, WARPS_ALONE = 4096, 32
 
 
 @triton.jit
 def _token_loss(logits, targets, valid, i, n, HAS_VALID: tl.constexpr):
     """(BCE, sigmoid(logit) - target, is a token) at i; logit and target count as 0 outside and in padding."""
-    real = i < n
-    if HAS_VALID:
-        real = real & (tl.load(valid + i, mask=real, other=0) != 0)
-    x = tl.load(logits + i, mask=real, other=0.0).to(tl.float32)
-    y = tl.load(targets + i, mask=real, other=0.0).to(tl.float32)
+    inside = i < n
+    real = inside
+    x = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(targets + i, mask=inside, other=0.0).to(tl.float32)
+    if HAS_VALID:  # read the padding, too, and drop it here: a mask of single tokens would make reads of single ones
+        real = inside & (tl.load(valid + i, mask=inside, other=0) != 0)
+        x = tl.where(real, x, 0.0)
+        y = tl.where(real, y, 0.0)
     small = tl.exp(-tl.abs(x))  # never overflows
     p = tl.where(x >= 0, 1.0, small) / (1 + small)
     # log(1 + e) loses e below 1e-7, an absolute error far below one ulp of a mean loss
@@ -59,24 +66,36 @@ def _loss_kernel(
     slopes,
     partial,
     n,
+    OWN_COUNTS: tl.constexpr,
     NON_EMPTY: tl.constexpr,
     BINS: tl.constexpr,
     CELLS: tl.constexpr,
     HAS_VALID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slopes[i] = (p - y) / GD, partial[program] = sum of BCE / GD."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bce, slope, real = _token_loss(logits, targets, valid, i, n, HAS_VALID)
+    """slopes[i] = (p - y) / GD, partial[program] = sum of BCE / GD. OWN_COUNTS: the only program counts them itself."""
+    cell = tl.arange(0, CELLS)
+    if OWN_COUNTS:
+        number = tl.zeros([CELLS], tl.int32)
+        for start in range(0, n, BLOCK):
+            _, slope, real = _token_loss(logits, targets, valid, start + tl.arange(0, BLOCK), n, HAS_VALID)
+            number += tl.histogram(tl.where(real, _bin(slope, BINS), BINS), CELLS)
+        count = number.to(tl.float32)
+    else:
+        count = tl.load(counts + cell, mask=cell < BINS, other=0).to(tl.float32)
+    occupied = (count > 0) & (cell < BINS)
     regions = BINS * 1.0
     if NON_EMPTY:
-        cell = tl.arange(0, CELLS)
-        regions = tl.sum((tl.load(counts + cell, mask=cell < BINS, other=0) > 0).to(tl.float32))
-        regions = tl.maximum(regions, 1.0)  # no token at all
-    count = tl.load(counts + _bin(slope, BINS)).to(tl.float32)
-    weight = tl.where(real & (count > 0), 1 / (tl.where(count > 0, count, 1.0) * regions), 0.0)
-    tl.store(slopes + i, weight * slope, mask=i < n)
-    tl.store(partial + tl.program_id(0), tl.sum(weight * bce))
+        regions = tl.maximum(tl.sum(occupied.to(tl.float32)), 1.0)  # 1: no token at all
+    weights = tl.where(occupied, 1 / (tl.where(occupied, count, 1.0) * regions), 0.0)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bce, slope, real = _token_loss(logits, targets, valid, i, n, HAS_VALID)
+        weight = tl.where(real, tl.gather(weights, _bin(slope, BINS), 0), 0.0)
+        tl.store(slopes + i, weight * slope, mask=i < n)
+        total += weight * bce
+    tl.store(partial + tl.program_id(0), tl.sum(total))
 
 
 def _flat(logits: Tensor, targets: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,34 +136,40 @@ ghm_histogram = dispatch.without_gradient(_ghm_histogram, _count)
 
 
 def _weigh(
-    logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str
+    logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor | None, bins: int, rule: str
 ) -> tuple[Tensor, Tensor]:
     """Loss (scalar) and slopes (logits' shape, fp32), the loss's derivative by the logits."""
-    n, bins = logits.numel(), counts.numel()
-    programs = dispatch.blocks(n, BLOCK)
+    n = logits.numel()
+    alone = n <= ALONE
+    if counts is None and not alone:
+        counts = _count(logits, targets, valid, bins)
     slopes = torch.empty(logits.shape, device=logits.device)
-    partial = torch.empty(programs, device=logits.device)  # summed afterwards: no float atomics, same bits
+    # several programs are summed afterwards: no float atomics, same bits
+    partial = torch.empty((1 if alone else dispatch.blocks(n, BLOCK),), device=logits.device)
+    flat = _flat(logits, targets, valid)
     with dispatch.launch_on(logits):
-        _loss_kernel[(programs,)](
-            *_flat(logits, targets, valid),
-            counts.contiguous(),
+        _loss_kernel[partial.shape](
+            *flat,
+            flat[0] if counts is None else counts.contiguous(),
             slopes,
             partial,
             n,
+            OWN_COUNTS=counts is None,
             NON_EMPTY=rule == "non_empty",
             BINS=bins,
             CELLS=_cells(bins),
             HAS_VALID=valid is not None,
-            BLOCK=BLOCK,
+            BLOCK=BLOCK_ALONE if alone else BLOCK,
+            num_warps=WARPS_ALONE if alone else 4,
         )
-    return partial.sum(), slopes
+    return partial.view(()) if alone else partial.sum(), slopes
 
 
 _ghm_bce = torch.library.custom_op("evocomp::ghm_bce", _weigh, mutates_args=())
 
 
 @_ghm_bce.register_fake
-def _(logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str):
+def _(logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor | None, bins: int, rule: str):
     return logits.new_empty((), dtype=torch.float32), torch.empty(logits.shape, device=logits.device)
 
 
@@ -154,12 +179,14 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor, _) -> tuple:
-    return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None
+    return (grad * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None, None, None
 
 
 _differentiable = dispatch.differentiable(_ghm_bce, _weigh, _setup, _backward)
 
 
-def ghm_bce(logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str) -> Tensor:
-    """See `evocomp.ops.ghm_bce`; here the counts are always given."""
-    return _differentiable(logits, targets, valid, counts, rule)[0]
+def ghm_bce(
+    logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor | None, bins: int, rule: str
+) -> Tensor:
+    """See `evocomp.ops.ghm_bce`; where counts are given, `bins` is their number."""
+    return _differentiable(logits, targets, valid, counts, bins, rule)[0]
