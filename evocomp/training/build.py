@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -36,6 +36,7 @@ from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.reader import picture_key
+from evocomp.training.average import AverageFromEpoch
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
@@ -93,7 +94,7 @@ def run(config: RunConfig) -> bool:
     if config.optim.ema:
         # not from the start: the average would drag along what the compressor was before it had learned anything
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
-        average = [EMAWeightAveraging(decay=config.optim.ema, update_starting_at_epoch=start)]
+        average = [AverageFromEpoch(config.optim.ema, start)]
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
     claim_folder(config, folder)
     last = last_checkpoint(folder)
