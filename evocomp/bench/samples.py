@@ -96,7 +96,6 @@ def middle_sample(device: str = "cpu", groups: int = 120, answer: int = 5) -> Sa
         visual_at=torch.arange(35, 35 + 576, device=device),
         positions=torch.arange(len(ids), device=device),
         answer_ids=words[95 - answer :].to(device),
-        image_numbers=torch.zeros(576, dtype=torch.long, device=device),
     )
     owners = np.random.default_rng(0).integers(0, groups, 576)
     return Sample(mllm, features, pixels, Groups.from_ids(owners))

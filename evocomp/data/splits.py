@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from evocomp.config.schema import DataConfig
 from evocomp.data.benchmarks import read_task, split_source
@@ -64,11 +67,26 @@ def test_questions(data: DataConfig, questions: int | None = None, seed: int | N
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Hash of what is asked, in order: part of a label store's fingerprint."""
+    """Hash of what is asked, in order, and of the pictures' sizes: part of a label store's fingerprint.
+
+    Of files the bytes are counted, of pixels height and width; of long lists of examples, of a thousand among them, for
+    each file is a round trip where it lies on a network.
+    """
     total = hashlib.sha256()
     for example in examples:
         total.update(json.dumps([example.id, example.prompt, example.answer, example.history]).encode())
+    for example in examples[:: max(1, len(examples) // 1000)]:
+        total.update(json.dumps(_size(example.image)).encode())
     return total.hexdigest()[:16]
+
+
+def _size(image: str | np.ndarray) -> int | list[int] | None:
+    if not isinstance(image, str):
+        return list(image.shape[:2])
+    try:
+        return os.path.getsize(image)
+    except OSError:  # whoever opens it says so
+        return None
 
 
 def drawn(data: DataConfig, seed: int, count: int, per_image: int = 0) -> list[Example]:

@@ -276,7 +276,7 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
     work = Workload(
         total,
         candidate_forwards(config),
-        text=round(float(np.mean([len(one.text_at) for one in features]))),
+        text=round(float(np.mean([len(one.fixed_at) for one in features]))),
         kept=round(float(np.mean(kept))),
         answer=round(float(np.mean([len(one.answer_ids) for one in features]))),
     )

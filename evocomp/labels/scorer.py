@@ -68,7 +68,7 @@ class CandidateScorer:
     def shared(self, features: Sequence[Features], kept: np.ndarray) -> np.ndarray:
         """The same masks for all questions about a picture: kept [Q, R] -> losses float32 [J, Q]."""
         answers = sum(len(one.answer_ids) for one in features)
-        end = int(features[0].visual_at[-1]) + 1
+        end = features[0].picture_end
         tokens = end - len(features[0].visual) + kept.shape[-1] + answers
         tokens += sum(len(one.prompt_ids) - end for one in features)
         losses = self._in_parts(

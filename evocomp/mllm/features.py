@@ -1,5 +1,6 @@
 """What the frozen MLLM makes of one example before its LLM runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,14 @@ class Features:
     Attributes:
         id: the example's id.
         image_id: examples with the same value share `visual`.
-        visual: projected visual tokens [N, D].
+        visual: projected visual tokens [N, D], without separators.
         prompt_ids: token ids of the prompt with its placeholders [S].
         visual_at: where the visual tokens stand in the prompt [N], ascending.
         positions: position ids of the whole prompt, [S], or [4, S] with M-RoPE.
         answer_ids: token ids of the gold answer [A], without an end mark.
-        image_numbers: which image of the prompt each visual token belongs to [N].
+        separators: rows [M, D] between the visual tokens that are no picture content (LLaVA-NeXT's and OneVision's
+            `image_newline`): the LLM reads them whatever is chosen, as behind `evocomp.compress`. None: no such row.
+        separators_at: where they stand in the prompt [M], ascending.
     """
 
     id: int
@@ -28,14 +31,39 @@ class Features:
     visual_at: Tensor
     positions: Tensor
     answer_ids: Tensor
-    image_numbers: Tensor
+    separators: Tensor | None = None
+    separators_at: Tensor | None = None
 
     @property
     def text_at(self) -> Tensor:
         """Where the text stands in the prompt [T]."""
-        is_text = torch.ones(len(self.prompt_ids), dtype=torch.bool, device=self.prompt_ids.device)
-        is_text[self.visual_at] = False
-        return is_text.nonzero()[:, 0]
+        return self._without(self.visual_at, self.separators_at)
+
+    @property
+    def fixed_at(self) -> Tensor:
+        """Where text and separators stand: all that the LLM reads whichever visual tokens are kept [T + M]."""
+        return self._without(self.visual_at, None)
+
+    @property
+    def picture_end(self) -> int:
+        """Place in the prompt after the last row of the picture, visual token or separator."""
+        last = int(self.visual_at[-1])
+        return 1 + (last if self.separators_at is None else max(last, int(self.separators_at[-1])))
+
+    def fixed_rows(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the LLM reads at `fixed_at` [T + M, D]; embed: token ids [...] -> embeddings [..., D]."""
+        at = self.fixed_at
+        rows = embed(self.prompt_ids[at])
+        if self.separators is None:
+            return rows
+        return rows.index_put((torch.isin(at, self.separators_at),), self.separators.to(rows.dtype))
+
+    def _without(self, *places: Tensor | None) -> Tensor:
+        rest = torch.ones(len(self.prompt_ids), dtype=torch.bool, device=self.prompt_ids.device)
+        for some in places:
+            if some is not None:
+                rest[some] = False
+        return rest.nonzero()[:, 0]
 
 
 def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -69,11 +69,14 @@ class FrozenMLLM(Reader):
         return self.embed(features.prompt_ids[features.text_at])
 
     def fingerprint(self) -> str:
-        """Hash of configuration and weights (a strided sample of each tensor, so that 7B takes seconds).
+        """Hash of configuration, processor and weights (a strided sample of each tensor, so that 7B takes seconds).
 
         The same for a sharded model, whose processes call it together.
         """
-        digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())
+        parts = [self.model.config] if self.processor is None else [self.model.config, self.processor]
+        # the processor makes pixels and prompts; its own settings leave out the template that a chat goes through
+        settings = [part.to_dict() for part in parts] + [getattr(self.processor, "chat_template", None)]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for key, value in sorted(self.model.state_dict().items()):
             flat = families.gathered(value.detach()).flatten()
             sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy()
@@ -89,14 +92,13 @@ class FrozenMLLM(Reader):
             index: [Q, R] which visual token's place (0..N-1) each row takes, ascending.
 
         Returns:
-            Embeddings [Q, L, D] and position ids [Q, L] ([4, Q, L] with M-RoPE), L = T + R.
+            Embeddings [Q, L, D] and position ids [Q, L] ([4, Q, L] with M-RoPE), L = T + R and the separators.
         """
         count = len(tokens)
-        text_at = features.text_at
-        text = self.embed(features.prompt_ids[text_at]).expand(count, -1, -1)
-        at = torch.cat([text_at.expand(count, -1), features.visual_at[index]], dim=1)
+        fixed = features.fixed_rows(self.embed).expand(count, -1, -1)
+        at = torch.cat([features.fixed_at.expand(count, -1), features.visual_at[index]], dim=1)
         order = at.argsort(dim=1)
-        embeds = torch.cat([text, tokens.to(text.dtype)], dim=1)
+        embeds = torch.cat([fixed, tokens.to(fixed.dtype)], dim=1)
         embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
         positions = features.positions[..., at.gather(1, order)]
         if positions.ndim == 3:  # M-RoPE: the text row tells the mask where sequences start; keep it dense
@@ -207,11 +209,12 @@ class FrozenMLLM(Reader):
 
 
 def _log_sizes(features: Features, shown: Shown) -> Tensor:
-    """Log sizes of the rows that `assemble` makes [L]; text tokens stand for themselves."""
-    at = torch.cat([features.text_at, features.visual_at[shown.places]])
+    """Log sizes of the rows that `assemble` makes [L]; text and separators stand for themselves."""
+    fixed_at = features.fixed_at
+    at = torch.cat([fixed_at, features.visual_at[shown.places]])
     sizes = torch.zeros(len(at), device=at.device)
     if shown.log_size is not None:
-        sizes[len(features.text_at) :] = shown.log_size
+        sizes[len(fixed_at) :] = shown.log_size
     return sizes[at.argsort()]
 
 

@@ -44,7 +44,7 @@ class Probes:
         """The fields of `SelectionInputs` named in `needs`, as far as the model has them."""
         found: dict[str, Any] = {}
         if "text" in needs:
-            after = features.prompt_ids[int(features.visual_at[-1]) + 1 :]
+            after = features.prompt_ids[features.picture_end :]
             found["text"] = self.mllm.embed(after)
         if _VISION & set(needs):
             key = picture_key(example)
@@ -108,7 +108,7 @@ class Probes:
                 use_cache=False,
             )
         cos, sin = decoder.rotary_emb(embeds, positions)
-        queries_wanted = len(features.prompt_ids) - 1 - int(features.visual_at[-1])
+        queries_wanted = len(features.prompt_ids) - features.picture_end
 
         @functools.cache
         def rotated(number: int) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class Reader:
         self.cache_bytes = cache_bytes
         self._bytes = 0
         self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-        self._prompts: dict[int, Features] = {}
+        self._prompts: dict[int, tuple[tuple, Features]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -93,52 +93,51 @@ class Reader:
         return inputs.to(self.device)
 
     def _picture(self, key: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Visual tokens [N, D] and the number of the image that each belongs to [N]; remembered while there is room."""
+        """The picture's rows [N + M, D] and which of them are separators [N + M]; remembered while there is room."""
         if key in self._pictures:
             self._pictures.move_to_end(key)
             return self._pictures[key]
         inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(self.vocabulary.dtype)}
         encoded = self.cache.encode(inputs) if self.cache else families.encode(self.model, inputs)
-        numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)[0]
-        tokens = families.visual_tokens(self.model, inputs["input_ids"], encoded)
-        self._pictures[key] = (tokens, numbers[numbers >= 0])
-        self._bytes += tokens.numel() * tokens.element_size()
+        rows = families.visual_tokens(self.model, inputs["input_ids"], encoded)
+        self._pictures[key] = (rows, families.newline_rows(self.model, rows))
+        self._bytes += rows.numel() * rows.element_size()
         while self._bytes > self.cache_bytes and len(self._pictures) > 1:
             _, (old, _) = self._pictures.popitem(last=False)
             self._bytes -= old.numel() * old.element_size()
         return self._pictures[key]
 
     def _features(self, example: Example) -> Features:
-        known, key = self._prompts.get(example.id), picture_key(example)
-        if known is not None and key in self._pictures:
-            return replace(known, visual=self._picture(key, {})[0])
+        key, asked = picture_key(example), (example.prompt, example.answer, example.history)
+        known = self._prompts.get(example.id)
+        if known is not None and known[0] == asked and key in self._pictures:
+            return _with_picture(known[1], *self._picture(key, {}))
         inputs = self._process(example)
-        visual, numbers = self._picture(key, inputs)
+        rows, is_separator = self._picture(key, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:
             raise UserError(f"the answer {example.answer!r} of example {example.id} has no token; leave it out")
         at = families.visual_mask(self.model, inputs["input_ids"])[0].nonzero()[:, 0]
-        if len(at) != len(visual):
+        if len(at) != len(rows):
             raise UserError(
-                f"example {example.id}: {len(at)} placeholders in the prompt, {len(visual)} visual tokens; "
+                f"example {example.id}: {len(at)} placeholders in the prompt, {len(rows)} visual tokens; "
                 "does its text hold an image token?"
             )
         positions = families.position_ids(self.model, inputs)
         features = Features(
             id=example.id,
             image_id=example.image_id,
-            visual=visual,
+            visual=rows[:0],  # the picture has a place of its own
             prompt_ids=inputs["input_ids"][0],
-            visual_at=at,
+            visual_at=at[~is_separator],
             positions=positions[..., 0, :],
             answer_ids=answer.to(self.device),
-            image_numbers=numbers,
+            separators_at=at[is_separator] if is_separator.any() else None,
         )
         if len(self._prompts) >= _PROMPTS:
             self._prompts.clear()
-        # without its picture, which has a place of its own
-        self._prompts[example.id] = replace(features, visual=visual[:0])
-        return features
+        self._prompts[example.id] = (asked, features)
+        return _with_picture(features, rows, is_separator)
 
     @property
     def patch_size(self) -> int:
@@ -166,6 +165,13 @@ class Reader:
             return_dict=True,
         )
         return torch.cat(families.entries(output))
+
+
+def _with_picture(features: Features, rows: Tensor, is_separator: Tensor) -> Features:
+    """Features with the rows [N + M, D] of their picture, sorted into visual tokens and separators."""
+    if features.separators_at is None:
+        return replace(features, visual=rows)
+    return replace(features, visual=rows[~is_separator], separators=rows[is_separator])
 
 
 def _messages(example: Example) -> list[dict]:

@@ -130,7 +130,7 @@ class AnswerLosses:
             return self.candidates(first, kept)[:, None]
         if not shares_prefix(features):
             raise UserError("shared scoring needs prompts that agree up to the end of the picture")
-        end = int(first.visual_at[-1]) + 1
+        end = first.picture_end
         tables = [prompt_table(one, self.mllm.embed) for one in features]
         # rows of the first prompt up to the picture's end, then what follows in each of the prompts
         parts = [slice(0, end)] + [slice(end, None)] * len(features)
@@ -246,7 +246,7 @@ class AnswerLosses:
 def shares_prefix(features: Sequence[Features]) -> bool:
     """Whether the prompts agree up to the end of their common picture."""
     first = features[0]
-    end = int(first.visual_at[-1]) + 1
+    end = first.picture_end
     return all(
         one.image_id == first.image_id
         and len(one.visual_at) == len(first.visual_at)

@@ -64,20 +64,19 @@ def prompt_table(features: Features, embed: torch.nn.Module) -> Table:
 
     Nothing is read from the answer's last token, so it is left out.
     """
-    ids, at = features.prompt_ids, features.text_at
-    text = embed(torch.cat([ids[at], features.answer_ids[:-1]]))
-    embeds = text.new_empty(len(ids), text.shape[1])
-    embeds[at] = text[: len(at)]
-    embeds[features.visual_at] = features.visual.to(text.dtype)
-    tail = text[len(at) :]
-    return Table(torch.cat([embeds, tail]), continued(features.positions, len(ids) + len(tail)))
+    size = len(features.prompt_ids)
+    fixed, tail = features.fixed_rows(embed), embed(features.answer_ids[:-1])
+    embeds = fixed.new_empty(size, fixed.shape[1])
+    embeds[features.fixed_at] = fixed
+    embeds[features.visual_at] = features.visual.to(fixed.dtype)
+    return Table(torch.cat([embeds, tail]), continued(features.positions, size + len(tail)))
 
 
 def prompt_index(features: Features, kept: Tensor) -> Tensor:
-    """Rows of `prompt_table` for masks kept [Q, R]: text, kept tokens and answer in their order [Q, T + R + A - 1]."""
+    """Rows of `prompt_table` for masks kept [Q, R]: text, separators, kept tokens and answer in their order [Q, L]."""
     size, answer = len(features.prompt_ids), len(features.answer_ids)
     tail = torch.arange(size, size + answer - 1, device=kept.device)
-    rest = torch.cat([features.text_at, tail]).expand(len(kept), -1)
+    rest = torch.cat([features.fixed_at, tail]).expand(len(kept), -1)
     return torch.cat([rest, features.visual_at[kept]], dim=1).sort(dim=1).values
 
 

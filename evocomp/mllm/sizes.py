@@ -160,7 +160,6 @@ def random_features(mllm: FrozenMLLM, shape: ModelShape) -> Features:
         visual_at=torch.arange(shape.before, shape.before + shape.tokens, device=device),
         positions=positions,
         answer_ids=words[len(words) - shape.answer :],
-        image_numbers=torch.zeros(shape.tokens, dtype=torch.long, device=device),
     )
 
 

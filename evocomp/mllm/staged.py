@@ -125,7 +125,7 @@ class LayerLoop:
         """The whole prompt before layer 0. Raises UserError unless its visual tokens are one unbroken run."""
         at = features.visual_at
         if len(at) == 0 or int(at[-1]) - int(at[0]) + 1 != len(at):
-            raise UserError("the layer loop is made for one image, whose tokens are one unbroken run")
+            raise UserError("the layer loop is made for one image, its tokens an unbroken run without separators")
         everything = torch.arange(len(at), device=at.device)
         embeds, positions = self.mllm.assemble(features, features.visual[None], everything[None])
         return Running(0, embeds[0], positions[0], int(at[0]), len(at))

@@ -7,7 +7,9 @@ import pytest
 
 from evocomp.config.schema import DataConfig
 from evocomp.data.conversations import write_scenes
+from evocomp.data.example import Example
 from evocomp.data.splits import digest, drawn, load_splits
+from evocomp.data.example import Example
 from evocomp.data.splits import test_questions as questions_of_the_test
 from evocomp.log import UserError
 
@@ -111,3 +113,14 @@ def test_the_digest_sees_what_is_asked():
         [replace(examples[0], history=(("q", "a"),)), *examples[1:]],
     ]
     assert len({digest(examples), *map(digest, changed)}) == 7
+
+
+def test_the_digest_sees_other_pictures_of_the_same_names(tmp_path):
+    digests = []
+    for number, content in enumerate((b"one", b"another", b"one", None)):
+        path = tmp_path / str(number) / "x.png"
+        path.parent.mkdir()
+        if content:
+            path.write_bytes(content)
+        digests.append(digest([Example(1, str(path), "x.png", "what", "red")]))
+    assert digests[0] == digests[2] and len(set(digests)) == 3

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import BatchFeature
 
 from evocomp.data.example import Example, stable_id
 from evocomp.data.scenes import draw_scene
+from evocomp.inference.hooks import compress
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.features import Features, grid_of, pad_right
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.reader import as_array
-from tests.inference.tiny_models import PICTURE_TOKENS, VOCABULARY, build, prompts
+from evocomp.mllm.scoring import AnswerLosses
+from tests.inference.tiny_models import IMAGE, PICTURE_TOKENS, VOCABULARY, build, prompts
 
 SCORABLE = [f for f in PICTURE_TOKENS if not f.startswith(("qwen3_vl", "gemma3", "paligemma"))]
 every_scorable_family = pytest.mark.parametrize("family", SCORABLE)
@@ -171,6 +174,37 @@ def test_families_with_all_tokens_are_the_unmodified_model(family):
     assert torch.equal(ours, theirs.float())
 
 
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_separators_are_no_visual_tokens_and_always_there(family):
+    """What labels and panel score is what the LLM reads behind `compress` with the same choice."""
+    features, inputs, model = tiny(family)
+    rows = families.image_features(model, inputs)[0]
+    is_separator = families.newline_rows(model, rows)
+    assert 0 < len(features.separators) == int(is_separator.sum())
+    assert torch.equal(features.visual, rows[~is_separator])
+    mllm, kept = FrozenMLLM(model, processor=None), torch.arange(0, len(features.visual), 3)
+    ours = mllm.answer_logits(features, features.visual[kept][None], kept[None])[0, -1]
+    losses = AnswerLosses(mllm).candidates(features, kept[None])
+    score = torch.full((len(features.visual),), -1.0)
+    score[kept] = 1.0
+    with torch.no_grad(), compress(model, lambda visual, text, keep: score, keep=len(kept)):
+        theirs = model(**inputs).logits[0, -1].float()
+    torch.testing.assert_close(ours, theirs)
+    expected = torch.nn.functional.cross_entropy(theirs, features.answer_ids[0])
+    torch.testing.assert_close(losses[0], expected)
+    assert len(mllm.prompt_embeds(features)) == int((inputs["input_ids"] != IMAGE).sum())
+    assert features.picture_end == int(families.visual_mask(model, inputs["input_ids"])[0].nonzero().max()) + 1
+
+
+def test_a_question_is_not_answered_from_another_one_of_its_id(nano, questions):
+    mllm = FrozenMLLM(nano.model, nano.processor)
+    one, other = questions[0], replace(questions[0], prompt=questions[1].prompt, answer=questions[1].answer)
+    mllm.features([one])
+    (again,) = mllm.features([other])
+    (fresh,) = FrozenMLLM(nano.model, nano.processor).features([other])
+    assert torch.equal(again.prompt_ids, fresh.prompt_ids) and torch.equal(again.answer_ids, fresh.answer_ids)
+
+
 @every_scorable_family
 def test_families_see_tokens_before_a_gap(family):
     features, _, model = tiny(family)
@@ -197,20 +231,26 @@ def tiny(family: str) -> tuple[Features, dict, torch.nn.Module]:
         name: value[:1][:, real] if value.shape[:2] == (2, len(real)) else first_picture(family, name, value, inputs)
         for name, value in inputs.items()
     }
-    with torch.no_grad():
-        encoded = families.encode(model, inputs)
-    ids = inputs["input_ids"]
-    features = Features(
-        id=0,
-        image_id="a",
-        visual=families.visual_tokens(model, ids, encoded),
-        prompt_ids=ids[0],
-        visual_at=families.visual_mask(model, ids)[0].nonzero()[:, 0],
-        positions=families.position_ids(model, inputs)[..., 0, :],
-        answer_ids=torch.tensor([VOCABULARY - 1]),
-        image_numbers=torch.zeros(PICTURE_TOKENS[family][0], dtype=torch.long),
-    )
+    example = Example(0, np.zeros((2, 2, 3), np.uint8), "a", "", "answer")
+    (features,) = FrozenMLLM(model, Prepared(inputs)).features([example])
     return features, inputs, model
+
+
+class Prepared:
+    """Stands in for a processor: its prompt and pixels are ready, its answers are one token."""
+
+    chat_template = ""
+    bos_token = None
+
+    def __init__(self, inputs: dict):
+        self.inputs = inputs
+        self.tokenizer = lambda text, **_: BatchFeature({"input_ids": torch.tensor([[VOCABULARY - 1]])})
+
+    def apply_chat_template(self, messages, **_) -> str:
+        return ""
+
+    def __call__(self, **_) -> BatchFeature:
+        return BatchFeature(self.inputs)
 
 
 def first_picture(family: str, name: str, value: torch.Tensor, inputs: dict) -> torch.Tensor:
@@ -307,10 +347,18 @@ def test_the_model_is_frozen(nano):
     assert not any(p.requires_grad for p in nano.model.parameters())
 
 
-def test_the_fingerprint_follows_the_weights(nano):
+def test_the_fingerprint_follows_weights_and_processor(nano):
     again = FrozenMLLM.load("nano")
     before = again.fingerprint()
     assert before == nano.fingerprint()
+    template, mean = again.processor.chat_template, again.processor.image_processor.image_mean
+    again.processor.chat_template = template + " "
+    assert again.fingerprint() != before
+    again.processor.chat_template = template
+    again.processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+    assert again.fingerprint() != before
+    again.processor.image_processor.image_mean = mean
+    assert again.fingerprint() == before
     weight = again.model.get_output_embeddings().weight
     weight.data[3, 5] += 1e-3
     assert again.fingerprint() != before

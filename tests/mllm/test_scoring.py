@@ -37,6 +37,8 @@ def masked_losses(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> t
     ids, answer = features.prompt_ids, features.answer_ids
     embeds = mllm.embed(ids.index_fill(0, features.visual_at, 0)).detach()
     embeds[features.visual_at] = features.visual
+    if features.separators is not None:
+        embeds[features.separators_at] = features.separators
     embeds = torch.cat([embeds, mllm.embed(answer)])
     last, steps = features.positions[..., -1:], torch.arange(1, len(answer) + 1)
     positions = torch.cat([features.positions, last + steps], dim=-1)
@@ -72,6 +74,7 @@ def later_picture(features: Features, words: int = 11) -> Features:
         features,
         prompt_ids=torch.cat([features.prompt_ids[:1], text, features.prompt_ids[1:]]),
         visual_at=features.visual_at + words,
+        separators_at=None if features.separators_at is None else features.separators_at + words,
         positions=torch.arange(len(features.prompt_ids) + words),
     )
 
@@ -227,8 +230,8 @@ def _loss_of(mllm: FrozenMLLM, features: Features, one: Shown) -> torch.Tensor:
     positions = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
     if positions.ndim == 3:
         positions[0] = torch.arange(positions.shape[-1])
-    at = torch.cat([features.text_at, features.visual_at[one.places]])
-    sizes = torch.cat([torch.zeros(len(features.text_at)), one.log_size])[at.argsort()]
+    at = torch.cat([features.fixed_at, features.visual_at[one.places]])
+    sizes = torch.cat([torch.zeros(len(features.fixed_at)), one.log_size])[at.argsort()]
     length = embeds.shape[1] + tail.shape[1]
     added = torch.zeros(length, length)
     added[:, : len(sizes)] = sizes
