@@ -133,7 +133,8 @@ class ScorerConfig:
 @dataclass(frozen=True)
 class LabelConfig:
     dir: str | None = None
-    """Label store; default: RUN_DIR/labels."""
+    """Label store, which runs may share; default: RUN_DIR/labels. Rounds that follow a run's compressor have a folder
+    of the run's own in it."""
     overwrite: bool = False
     """Throw away a store that was made with other settings."""
     target: Literal["hard", "credit", "random"] = "credit"

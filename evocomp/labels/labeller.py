@@ -1,7 +1,7 @@
 """From examples to a complete round of the label store: resumable, the same bytes however it was run."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -97,6 +97,7 @@ class Labeller:
         rounds: what kind of label to make.
         store: where rounds go; None for one that only encodes and makes records.
         examples: what to label.
+        refreshed: where rounds from 1 on go, if they depend on a run's compressor and `store` is shared by runs.
     """
 
     def __init__(
@@ -106,11 +107,13 @@ class Labeller:
         rounds: Rounds,
         store: LabelStore | None,
         examples: Sequence[Example],
+        refreshed: LabelStore | None = None,
     ):
         self.mllm = mllm
         self.scorer = scorer
         self.rounds = rounds
         self.store = store
+        self.refreshed = refreshed
         self.examples = {example.id: example for example in examples}
         self.waited = 0.0
 
@@ -129,39 +132,46 @@ class Labeller:
         Raises:
             Interrupted: SIGTERM came; the chunk in hand is given up, finished ones stay.
         """
-        if not all(gather(self.store.committed(round))):  # a node's own disk may lack what another's holds
-            previous = self.store.read(round - 1) if round else {}
-            self._fill(round, previous, scores, report)
-        return self.store.read(round)
+        store = self.store_of(round)
+        if not all(gather(store.committed(round))):  # a node's own disk may lack what another's holds
+            previous = self.store_of(round - 1).read(round - 1) if round else {}
+            self._fill(store, round, previous, scores, report)
+        return store.read(round)
 
-    def _fill(self, round, previous, scores, report) -> None:
+    def store_of(self, round: int) -> LabelStore:
+        """Where a round lies."""
+        return self.store if round == 0 or self.refreshed is None else self.refreshed
+
+    def _fill(self, store: LabelStore, round: int, previous, scores, report) -> None:
         chunks = self.rounds.chunks(round, previous)
-        stored = set().union(*gather(self.store.stored(round)))
+        stored = set().union(*gather(store.stored(round)))
         todo = [chunk for chunk in range(len(chunks)) if chunk not in stored]
         todo.sort(key=lambda chunk: -self._cost(chunks[chunk]))
-        shared = self._store_is_shared()
+        shared = _is_shared(store)
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
-        queue = WorkQueue(f"round-{round}", lambda chunk: self.store.has(round, chunk), self.mllm.team)
+        queue = WorkQueue(f"round-{round}", lambda chunk: store.has(round, chunk), self.mllm.team)
         with StopRequest() as request, self._between_batches(queue, request):
             for chunk in queue(todo):
                 records = self._make(round, chunks[chunk], previous, scores, progress, report)
                 if self.mllm.team.leads:
-                    self.store.write(round, chunk, records)
+                    store.write(round, chunk, records)
         self.waited = queue.waited
         if not shared:
-            self._exchange(round, len(chunks))
-        self._commit(round, len(chunks), queue, shared)
+            _exchange(store, round, len(chunks))
+        self._commit(store, round, len(chunks), queue, shared)
 
-    def forget(self, rounds: Sequence[int]) -> None:
-        """Delete rounds that are not needed any more, on every disk that holds the store. All ranks call it."""
-        shared = self._store_is_shared()
-        if rank() == 0 or (not shared and local_rank() == 0):
-            for round in set(rounds) & set(self.store.rounds()):
-                self.store.remove(round)
+    def forget(self, rounds: Collection[int] | None = None) -> None:
+        """Delete rounds from 1 on that are not needed any more, on every disk that holds them. All ranks call it.
 
-    def _store_is_shared(self) -> bool:
-        return len(set(gather(self.store.identity()))) == 1
+        rounds: which; None: all, begun ones too.
+        """
+        store = self.store_of(1)
+        if rank() == 0 or (not _is_shared(store) and local_rank() == 0):
+            for round in store.begun():
+                if round and (rounds is None or round in rounds):
+                    store.remove(round)
+        gather(None)  # nobody looks into a store that is being emptied
 
     @contextmanager
     def _between_batches(self, queue: WorkQueue, request: StopRequest) -> Iterator[None]:
@@ -178,24 +188,15 @@ class Labeller:
         finally:
             self.scorer.on_batch = lambda: None
 
-    def _exchange(self, round: int, count: int) -> None:
-        """Without a shared file system: every store gets the chunks that it lacks from a rank that has them."""
-        stored = [set(chunks) for chunks in gather(self.store.stored(round))]
-        for chunk in range(count):
-            owners = [other for other, chunks in enumerate(stored) if chunk in chunks]
-            if len(owners) < len(stored):
-                content = self.store.content(round, chunk) if rank() == owners[0] else None
-                self.store.put(round, chunk, broadcast(content, owners[0]))
-
-    def _commit(self, round: int, count: int, queue: WorkQueue, shared: bool) -> None:
+    def _commit(self, store: LabelStore, round: int, count: int, queue: WorkQueue, shared: bool) -> None:
         """Rank 0 declares the round complete; each node does where stores are not shared."""
         if rank() == 0 or (not shared and local_rank() == 0):
             # listings of a network file system may be a minute old
             until = time.monotonic() + 90.0
-            while self.store.missing(round, range(count)) and time.monotonic() < until:
+            while store.missing(round, range(count)) and time.monotonic() < until:
                 time.sleep(1.0)
-            self.store.commit(round, range(count))
-        queue.wait_for(lambda: self.store.committed(round))
+            store.commit(round, range(count))
+        queue.wait_for(lambda: store.committed(round))
 
     def _make(self, round, ids, previous, scores, progress, report) -> list[Record]:
         started, before = time.perf_counter(), self.scorer.forwards
@@ -220,6 +221,21 @@ class Labeller:
         """Longer prompts and answers cost more; their texts are known without the model."""
         examples = [self.examples[id] for id in ids]
         return sum(len(e.prompt) + len(e.answer) + sum(map(len, sum(e.history, ()))) for e in examples)
+
+
+def _is_shared(store: LabelStore) -> bool:
+    """Whether all ranks see one and the same store."""
+    return len(set(gather(store.identity()))) == 1
+
+
+def _exchange(store: LabelStore, round: int, count: int) -> None:
+    """Without a shared file system: every store gets the chunks that it lacks from a rank that has them."""
+    stored = [set(chunks) for chunks in gather(store.stored(round))]
+    for chunk in range(count):
+        owners = [other for other, chunks in enumerate(stored) if chunk in chunks]
+        if len(owners) < len(stored):
+            content = store.content(round, chunk) if rank() == owners[0] else None
+            store.put(round, chunk, broadcast(content, owners[0]))
 
 
 def cut(ids: Sequence[int], size: int) -> list[list[int]]:

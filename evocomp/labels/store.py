@@ -151,8 +151,12 @@ class LabelStore:
 
     def rounds(self) -> list[int]:
         """The complete rounds, ascending."""
+        return [round for round in self.begun() if self.committed(round)]
+
+    def begun(self) -> list[int]:
+        """The rounds that have a folder, complete or not, ascending."""
         found = (re.fullmatch(r"round-(\d+)", folder.name) for folder in self.path.glob("round-*"))
-        return sorted(int(m[1]) for m in found if m and self.committed(int(m[1])))
+        return sorted(int(m[1]) for m in found if m)
 
     def read(self, round: int) -> dict[int, Record]:
         """All records of a complete round by sample id."""

@@ -1,9 +1,11 @@
 """From settings to a run: MLLM, labels, compressor, trainer. All of Lightning is in this room."""
 
 import difflib
+import hashlib
 import inspect
 import logging
 import math
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -19,7 +21,7 @@ import evocomp
 from evocomp import distributed
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
-from evocomp.config.schema import RunConfig
+from evocomp.config.schema import LabelConfig, RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import Splits, digest, load_splits
 from evocomp.grouping.build import Grouper
@@ -98,6 +100,8 @@ def run(config: RunConfig) -> bool:
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
     claim_folder(config, folder)
     last = last_checkpoint(folder)
+    if last is None and follows_compressor(config.labels):
+        labeller.forget()  # of a run that is gone: this one's compressor is another
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
@@ -158,7 +162,11 @@ def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> No
 
 
 def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: Path) -> Labeller:
-    """The labeller with its store, fingerprinted by everything that the labels depend on."""
+    """The labeller with its store, fingerprinted by everything that labels depend on before there is a compressor.
+
+    Rounds that depend on the run's compressor are the run's own: in a store that runs share (`labels.dir`) they have a
+    folder for each run.
+    """
     store_folder = Path(config.labels.dir) if config.labels.dir else folder / "labels"
     settings = config_files.to_dict(config)
     for irrelevant in ("dir", "overwrite", "batch", "passes", "samples_per_epoch"):
@@ -171,16 +179,24 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         "grouping": settings["grouping"],
         "search": settings["search"],
         "labels": settings["labels"],
-        "sharp": config.compressor.sharp if config.labels.refresh == "on_policy" else 0.0,
         "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
         "seed": config.seed,
     }
     labeller = build_rounds(config, mllm, splits, None)  # first: settings that it refuses leave no store behind
     labeller.store = _open_store(store_folder, fingerprint, config.labels.overwrite)
+    if config.labels.dir and follows_compressor(config.labels):
+        path = os.path.abspath(folder)
+        own = f"refreshed-{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        labeller.refreshed = _open_store(store_folder / own, {**fingerprint, "run": path}, overwrite=True)
     if is_rank_zero():
         tokens = len(mllm.features(splits.train[:1])[0].visual)
         say_disk_use(config, len(splits.train), tokens, store_folder)
     return labeller
+
+
+def follows_compressor(labels: LabelConfig) -> bool:
+    """Whether rounds from 1 on depend on what the compressor has learned by then."""
+    return labels.refresh == "on_policy" or (labels.refresh == "search" and labels.warm_start == "scores")
 
 
 def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> LabelStore:

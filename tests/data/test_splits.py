@@ -9,7 +9,6 @@ from evocomp.config.schema import DataConfig
 from evocomp.data.conversations import write_scenes
 from evocomp.data.example import Example
 from evocomp.data.splits import digest, drawn, load_splits
-from evocomp.data.example import Example
 from evocomp.data.splits import test_questions as questions_of_the_test
 from evocomp.log import UserError
 

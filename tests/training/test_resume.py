@@ -288,6 +288,40 @@ def test_labels_made_before_are_used(steps, tmp_path, whole):
     assert before == LabelStore(folder / "labels").digest(0)
 
 
+OTHER = [*PLUS, "optim.lr=0.02", "compressor.use_text=false"]
+"""Another compressor from the same first round of labels: what it proposes itself is not what PLUS proposes."""
+
+
+@pytest.fixture
+def alone(steps, tmp_path):
+    """What the run of OTHER trains on with labels of its own."""
+    assert run(config(tmp_path / "alone", *OTHER)) is True
+    seen, steps.seen = steps.seen, []
+    return seen
+
+
+def test_runs_that_share_a_store_share_no_round_of_their_compressors(steps, alone, tmp_path):
+    store = f"labels.dir={tmp_path / 'store'}"
+    assert run(config(tmp_path / "one", *PLUS, store)) is True
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("chunk-*")}
+    steps.seen.clear()
+    assert run(config(tmp_path / "other", *OTHER, store)) is True
+    assert steps.seen == alone
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in made.items())
+    assert sorted(path.name.split("-")[1] for path in (tmp_path / "store").glob("refreshed-*")) == ["one", "other"]
+
+
+def test_a_run_begun_anew_takes_no_round_of_the_one_that_was_there(steps, alone, tmp_path):
+    folder = tmp_path / "run"
+    assert run(config(folder, *PLUS)) is True
+    steps.seen.clear()
+    for entry in folder.iterdir():
+        if entry.name != "labels":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    assert run(config(folder, *OTHER)) is True
+    assert steps.seen == alone
+
+
 # ------------------------------------------------------------ mistakes
 
 
