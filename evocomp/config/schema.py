@@ -195,9 +195,14 @@ class LabelConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     r: int = 0
-    """Rank of the adapters on the compressor's layer; 0 = train the whole layer."""
+    """Rank of the adapters on the compressor's layer, which must be one of the LLM's (init=layer); 0 = train it whole.
+    The adapter alone goes to RUN_DIR/adapter, folded into its layer to RUN_DIR/compressor."""
     alpha: int = 32
     """LoRA's scale, as in peft."""
+
+    def __post_init__(self):
+        at_least(self, 0, "compressor.lora.", "r")
+        at_least(self, 1, "compressor.lora.", "alpha")
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,10 @@ class CompressorSection:
         require(
             not self.width or self.init == "random",
             f"compressor.width={self.width}: a layer of the LLM does not fit into it; set compressor.init=random",
+        )
+        require(
+            not self.lora.r or self.init == "layer",
+            f"compressor.lora.r={self.lora.r}: adapters belong to a layer of the LLM; set compressor.init=layer",
         )
 
 

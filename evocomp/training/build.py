@@ -16,9 +16,11 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import PeftModel
 
 import evocomp
 from evocomp import distributed
+from evocomp.compressor.lora import add_lora, merge_lora, save_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import LabelConfig, RunConfig
@@ -69,6 +71,8 @@ def run(config: RunConfig) -> bool:
     """
     folder = Path(config.run_dir)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
+    if config.compressor.lora.r and "fsdp" in str(config.trainer.get("strategy", "")):
+        raise UserError("an adapter is too small to be sharded: set trainer.strategy=ddp, or compressor.lora.r=0")
     if is_finished(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
         return False
@@ -242,10 +246,10 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     return Labeller(mllm, scorer, rounds, store, splits.train)
 
 
-def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
-    """A new compressor for the MLLM."""
+def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor | PeftModel:
+    """A new compressor for the MLLM, or the adapter that is to be trained on one."""
     section = config.compressor
-    return EvoCompCompressor.from_mllm(
+    compressor = EvoCompCompressor.from_mllm(
         mllm.model,
         layer=section.init_layer if section.init == "layer" else None,
         num_layers=section.layers,
@@ -259,6 +263,7 @@ def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
         base_model_name_or_path=config.model.name,
         keep=max(config.eval.kept),
     ).float()
+    return add_lora(compressor, section.lora.r, section.lora.alpha) if section.lora.r else compressor
 
 
 def build_trainer(
@@ -344,8 +349,14 @@ def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
         )
 
 
-def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Path) -> None:
-    """The finished compressor as an ordinary Hugging Face folder with its card; `evocomp eval` adds the table."""
+def save_compressor(compressor: EvoCompCompressor | PeftModel, config: RunConfig, folder: Path) -> None:
+    """The finished compressor as an ordinary Hugging Face folder with its card; `evocomp eval` adds the table.
+
+    What was trained as an adapter is saved as one too, beside it.
+    """
+    if isinstance(compressor, PeftModel):
+        save_lora(compressor, folder / "adapter")
+        compressor = merge_lora(compressor)
     settings = config_files.to_dict(config)
     labels = {key: value for key, value in settings["labels"].items() if key not in ("dir", "overwrite")}
     card.save(

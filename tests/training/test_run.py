@@ -12,6 +12,7 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.load import load
 from evocomp.data.conversations import write_scenes
 from evocomp.data.splits import load_splits
+from evocomp.inference.selectors import load_compressor
 from evocomp.labels.store import LabelStore
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.build import build_compressor, build_labeller
@@ -130,6 +131,30 @@ def test_our_own_recipe_runs_and_costs_are_told_apart(tmp_path):
     assert cost["refresh"]["forwards"] == 20 * 4 and cost["training"]["flops"] > 0
     records = LabelStore(tmp_path / "plus" / "labels").read(1)
     assert len(records) == 24 and sum(record["draws"].size > 0 for record in records.values()) <= 20
+
+
+def test_an_adapter_is_trained_alone_and_saved_folded_in_and_apart(tmp_path, nano):
+    adapter = ["compressor.init=layer", "compressor.lora.r=2", "compressor.lora.alpha=4"]
+    train(tmp_path / "run", *PLUS, *adapter)
+    folded = EvoCompCompressor.from_pretrained(tmp_path / "run" / "compressor").eval()
+    apart = load_compressor(tmp_path / "run" / "adapter", nano.model)
+    assert apart.peft_config["default"].r == 2 and apart.peft_config["default"].lora_alpha == 4
+    visual, text = torch.randn(1, 7, folded.config.hidden_size), torch.randn(1, 3, folded.config.hidden_size)
+    with torch.no_grad():
+        scores = [one(visual, text, budget=16.0).logits for one in (apart, folded)]
+    torch.testing.assert_close(*scores)
+    whole = nano.decoder.layers[0].self_attn.q_proj.weight
+    change = folded.encoder.layers[0].self_attn.q_proj.weight - whole
+    assert 1 <= torch.linalg.matrix_rank(change, atol=1e-6) <= 2
+
+
+def test_an_adapter_needs_a_layer_of_the_llm_and_is_not_sharded(tmp_path, capsys):
+    words = [f"--{word}" for word in [*QUICK, *PLUS, f"run_dir={tmp_path / 'run'}", "compressor.lora.r=2"]]
+    assert main(["train", *words]) == 2
+    assert main(["train", *words, "--compressor.init=layer", "--trainer.strategy=fsdp2", "--optim.ema=0", "--optim.name=adamw"]) == 2
+    said = capsys.readouterr().err
+    assert "set compressor.init=layer" in said and "set trainer.strategy=ddp, or compressor.lora.r=0" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_runs_from_a_folder_of_conversations(tmp_path):
