@@ -98,6 +98,8 @@ class Handle:
         if seen:
             self._pending = self._continuation(kwargs, seen, pictured)
             return (), kwargs
+        if hasattr(cache, "evocomp_state"):
+            del cache.evocomp_state  # of what the cache held before its reset
         if pictured:
             self._pending = self._find_images(kwargs, labels)
         if self._pending is None:

@@ -293,6 +293,26 @@ def test_new_images_over_an_old_cache_are_refused(llava, inputs, layer):
             )
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_cache_that_was_reset_holds_nothing_of_the_prompt_before(llava, inputs, layer):
+    text = torch.tensor([[1, 30, 31, 32], [1, 40, 41, 42]])
+
+    def decoded(cache):
+        logits, mask, ids = [], torch.ones_like(text), text
+        for _ in range(3):
+            logits.append(llava(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+            ids, mask = logits[-1].argmax(-1, keepdim=True), torch.nn.functional.pad(mask, (0, 1), value=1)
+        return torch.stack(logits)
+
+    with torch.no_grad():
+        plain = decoded(tf.StaticCache(config=llava.config.get_text_config(), max_cache_len=64))
+        cache = tf.StaticCache(config=llava.config.get_text_config(), max_cache_len=64)
+        with compress(llava, jumble, keep=4, layer=layer):
+            llava(**inputs, past_key_values=cache)
+            cache.reset()
+            assert torch.equal(decoded(cache), plain)
+
+
 @every_family
 def test_restored_length_gives_the_loss_of_a_prompt_with_holes(family):
     model, inputs = build(family), prompts(family)
