@@ -50,6 +50,9 @@ class Handle:
         self._hooks = [
             module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self._places(model)
         ]
+        for module in {model, self.model, self._base}:
+            # even after an error: the next call of the decoder may be the caller's own
+            self._hooks.append(module.register_forward_hook(self._forget, always_call=True))
         if restore_length:
             self._hooks.append(self._decoder.register_forward_hook(self._after_decoder))
 
@@ -138,6 +141,9 @@ class Handle:
                 "whole conversation again"
             )
         return None if state is None else Pass.further(state, kwargs.get("attention_mask"), past, new)
+
+    def _forget(self, *call) -> None:
+        self._labels, self._pending = None, None
 
     # --- before the decoder: choose ---
 

@@ -80,6 +80,14 @@ def test_hooks_go_when_the_block_ends_with_an_error(llava, inputs):
     assert hooks(llava) == before
 
 
+def test_an_error_before_the_decoder_leaves_its_next_call_alone(llava, inputs):
+    embeds = torch.randn(*inputs["input_ids"].shape, 32)
+    with torch.no_grad(), compress(llava, jumble, keep=4):
+        with pytest.raises(ValueError, match="exactly one of"):
+            llava(**inputs, inputs_embeds=embeds)
+        assert llava.get_decoder()(inputs_embeds=embeds).last_hidden_state.shape == embeds.shape
+
+
 def test_save_pretrained_writes_the_same_model(llava, inputs, tmp_path):
     llava.save_pretrained(tmp_path / "before")
     with compress(llava, jumble, keep=4):

@@ -122,6 +122,14 @@ def test_a_compressor_in_training_stays_so():
     assert compressor.training and compressor.encoder.training
 
 
+def test_a_compressor_in_training_stays_so_after_an_error():
+    compressor = compressor_for(build("llava")).train()
+    compressor.score.weight.data = compressor.score.weight.data[:, :5]
+    with compress(build("llava"), compressor, keep=4), pytest.raises(RuntimeError, match="shapes"):
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+    assert compressor.training and compressor.encoder.training
+
+
 def test_a_folder_that_holds_no_compressor_is_named(tmp_path):
     with pytest.raises(UserError, match=f"no compressor at {tmp_path}/none"):
         picker_for(tmp_path / "none", build("llava"))
