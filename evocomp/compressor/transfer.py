@@ -5,12 +5,16 @@ and a compressor serves Qwen2.5-VL by adaptive pooling over the hidden size.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d
 
 from evocomp.compressor.model import CompressorOutput, EvoCompCompressor
 from evocomp.log import UserError
+
+if TYPE_CHECKING:
+    from evocomp.inference.choose import Compression
 
 
 class PooledCompressor(nn.Module):
@@ -44,19 +48,25 @@ class ReusedPicks:
 
         with compress(small, compressor, keep=64) as chosen:
             small.generate(**inputs, max_new_tokens=1)
-        with compress(big, ReusedPicks(lambda: chosen.last.indices), keep=64):
+        with compress(big, ReusedPicks(lambda: chosen.last), keep=64):
             big.generate(**inputs)
 
-    `source()` returns indices as nested lists, [row][image] -> [r] ascending, for the same rows and images in
-    the same order as the prompt of the big model.
+    `source()` returns the record (`Compression`) of the same rows and images in the same order as the prompt of the
+    big model. It is no list of indices: those of `last.indices` count newline separators, which no selector sees.
     """
 
-    def __init__(self, source: Callable[[], list[list[Tensor]]]):
+    def __init__(self, source: Callable[[], "Compression"]):
         self.source = source
 
     def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int]) -> list[tuple[Tensor, None]]:
         """See `evocomp.inference.selectors`. Raises UserError if the images or their grids differ."""
-        indices = [image for row in self.source() for image in row]
+        record = self.source()
+        if not hasattr(record, "picked"):
+            raise UserError(
+                f"picks come as a record, not as {type(record).__name__}; give `lambda: handle.last` of a handle whose "
+                "last prompt had images"
+            )
+        indices = [image for row in record.picked for image in row]
         if len(indices) != len(visual):
             raise UserError(
                 f"{len(indices)} images were picked from, this prompt has {len(visual)}; use the same prompt"

@@ -20,12 +20,14 @@ class Compression:
     """What was kept of one batch of prompts, [row][image].
 
     indices: kept tokens of an image, ascending, counted within the image (newline separators included)
+    picked:  what the selector picked of an image, ascending, counted without separators
     scores:  the selector's scores [n] of the image's tokens without separators, None if it has none
     sizes:   how many tokens each kept one stands for, counted likewise; None: one each
     before, after: visual tokens per row, in the prompt and kept
     """
 
     indices: list[list[Tensor]]
+    picked: list[list[Tensor]]
     scores: list[list[Tensor | None]]
     sizes: list[list[Tensor | None]]
     before: list[int]
@@ -84,13 +86,14 @@ def choose(
     )
     kept = torch.zeros(batch * length, dtype=torch.bool, device=tokens.device)
     owner = torch.arange(length, device=tokens.device).repeat(batch)
-    record = Compression(*([[] for _ in range(batch)] for _ in range(3)), [0] * batch, [0] * batch)
+    record = Compression(*([[] for _ in range(batch)] for _ in range(4)), [0] * batch, [0] * batch)
     for row, place, content, is_newline, pick in zip(rows, places, contents, separators, picks, strict=True):
         picked, scores, speaks = Pick(*pick)
         stays = is_newline.clone() if newline == "keep" else torch.zeros_like(is_newline)
         stays[content[picked]] = True
         kept[place] = stays
         record.indices[row].append(stays.nonzero().squeeze(1))
+        record.picked[row].append(picked)
         record.scores[row].append(scores)
         record.sizes[row].append(None)
         if speaks is not None:
