@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,45 @@ from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
 
 Newline = Literal["keep", "drop"]
+Positions = Literal["original", "dense"]
+
+
+class Settings(NamedTuple):
+    """Arguments of `compress` and `compress_inputs`, whole and checked."""
+
+    keep: int | float
+    layer: int
+    positions: Positions
+    newline: Newline
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        picker: Picker,
+        keep: int | float | None,
+        layer: int | None,
+        positions: Positions | None,
+        newline: Newline,
+    ) -> "Settings":
+        """What is None becomes what the picker's compressor was saved with, else 192, 0, "original".
+
+        Raises UserError for a value that the model or its family does not take.
+        """
+        saved = getattr(getattr(picker, "compressor", None), "config", None)
+        keep = getattr(saved, "keep", 192) if keep is None else keep
+        layer = getattr(saved, "prune_layer", 0) if layer is None else layer
+        positions = getattr(saved, "positions", "original") if positions is None else positions
+        layers = len(families.unwrap(model).get_decoder().layers)
+        if not 0 <= layer < layers:
+            raise UserError(f"layer={layer}: the model has layers 0 to {layers - 1}")
+        if newline not in ("keep", "drop"):
+            raise UserError(f"newline={newline!r}: use 'keep' or 'drop'")
+        if positions not in ("original", "dense"):
+            raise UserError(f"positions={positions!r}: use 'original' or 'dense'")
+        if positions == "dense" and (layer > 0 or families.policy(model).mrope):
+            raise UserError("positions='dense' needs layer=0 and a family without M-RoPE; use 'original'")
+        return cls(check_keep(keep), layer, positions, newline)
 
 
 @dataclass(frozen=True)

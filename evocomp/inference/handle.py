@@ -3,20 +3,17 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from evocomp.inference.choose import Compression, Newline, check_keep, choose
+from evocomp.inference.choose import Compression, Newline, Positions, check_keep, choose
 from evocomp.inference.masks import causal_mask, gathered_mask, is_sliding, padding_mask
 from evocomp.inference.selectors import Picker
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
 from evocomp.mllm.context import add_log_size, check_weighable
-
-Positions = Literal["original", "dense"]
 
 
 class Handle:
