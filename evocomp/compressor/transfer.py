@@ -5,16 +5,13 @@ and a compressor serves Qwen2.5-VL by adaptive pooling over the hidden size.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d
 
 from evocomp.compressor.model import CompressorOutput, EvoCompCompressor
 from evocomp.log import UserError
-
-if TYPE_CHECKING:
-    from evocomp.inference.choose import Compression
 
 
 class PooledCompressor(nn.Module):
@@ -42,6 +39,12 @@ class PooledCompressor(nn.Module):
         return self.compressor(adaptive_avg_pool1d(visual, size), prompt, *args, **kwargs)
 
 
+class Picked(Protocol):
+    """What a handle's record (`last`) says of the picks: [row][image] -> [r] ascending, counted without separators."""
+
+    picked: list[list[Tensor]]
+
+
 class ReusedPicks:
     """A selector that keeps what was kept elsewhere: a small model's choice in a big one with the same vision
     grid.
@@ -51,11 +54,11 @@ class ReusedPicks:
         with compress(big, ReusedPicks(lambda: chosen.last), keep=64):
             big.generate(**inputs)
 
-    `source()` returns the record (`Compression`) of the same rows and images in the same order as the prompt of the
+    `source()` returns the record of the same rows and images in the same order as the prompt of the
     big model. It is no list of indices: those of `last.indices` count newline separators, which no selector sees.
     """
 
-    def __init__(self, source: Callable[[], "Compression"]):
+    def __init__(self, source: Callable[[], Picked]):
         self.source = source
 
     def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int]) -> list[tuple[Tensor, None]]:
