@@ -137,7 +137,7 @@ class Handle:
                 "a prompt with images must start with an empty cache; leave out past_key_values and give the "
                 "whole conversation again"
             )
-        return None if state is None else Pass.further(state, kwargs.get("attention_mask"), past, new)
+        return None if state is None else Pass.further(state, kwargs.get("attention_mask"), seen, past, new)
 
     def _forget(self, *call) -> None:
         self._labels, self._pending = None, None

@@ -131,14 +131,27 @@ class Pass:
     memo: dict = field(default_factory=dict)
 
     @classmethod
-    def further(cls, state: Shortened, attention_mask: Any, past: int, new: int) -> "Pass":
-        """A run over `new` tokens that come `past` tokens after the prompt."""
+    def further(cls, state: Shortened, attention_mask: Any, seen: int, past: int, new: int) -> "Pass":
+        """A run over `new` tokens that come `past` tokens after the prompt.
+
+        attention_mask: if [B,keys], of all tokens of the conversation, or, without padding, of the `seen` ones that
+        layer 0's cache holds and the new ones. Raises UserError if it has fewer keys.
+        """
+        later = past + new
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            tail = attention_mask[:, state.full : state.full + past + new].bool().to(state.valid.device)
+            mask, keys = attention_mask.bool().to(state.valid.device), attention_mask.shape[1]
+            if keys == seen + new < state.full + later and state.all_real:
+                return cls(state, prefill=False, real=mask)
+            if keys < state.full + later:
+                raise UserError(
+                    f"attention_mask has {keys} columns but the conversation {state.full + later} tokens; give one "
+                    "column for each, those of dropped tokens included"
+                )
+            tail = mask[:, state.full : state.full + later]
         elif state.all_real:
             return cls(state, prefill=False, real=None)
         else:
-            tail = state.valid.new_ones(len(state.valid), past + new)
+            tail = state.valid.new_ones(len(state.valid), later)
         return cls(state, prefill=False, real=torch.cat([state.valid, tail], dim=1))
 
     def take_over_deepstack(self, kwargs: dict, layer: int) -> None:

@@ -235,6 +235,37 @@ def test_the_decode_loop_may_be_the_callers_own(llava, inputs):
         assert handle.last.after == [8]
 
 
+def decoded_with_masks(model, prompt, columns):
+    """Logits [2,B,V] of two tokens after the prompt, with masks of ones; columns(cache, length of the conversation)."""
+    out = model(**prompt)
+    cache, logits, length = out.past_key_values, [], prompt["input_ids"].shape[1]
+    for token in (40, 41):
+        length += 1
+        mask = torch.ones(len(prompt["input_ids"]), columns(cache, length), dtype=torch.long)
+        ids = torch.full((len(mask), 1), token)
+        logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_mask_of_a_callers_loop_may_have_the_caches_length(llava, inputs, layer):
+    one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
+    with torch.no_grad(), compress(llava, jumble, keep=4, layer=layer):
+        whole = decoded_with_masks(llava, one, lambda cache, length: length)
+        short = decoded_with_masks(llava, one, lambda cache, length: cache.get_seq_length() + 1)
+    assert torch.equal(short, whole)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_masks_with_too_few_columns_are_refused(llava, inputs, layer):
+    one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
+    with torch.no_grad(), compress(llava, jumble, keep=4, layer=layer):
+        with pytest.raises(UserError, match="30 columns but the conversation 48 tokens"):
+            decoded_with_masks(llava, one, lambda cache, length: 30)
+        with pytest.raises(UserError, match="24 columns but the conversation 48 tokens"):  # which of them are padding?
+            decoded_with_masks(llava, inputs, lambda cache, length: 24)
+
+
 def test_mrope_positions_continue_in_the_callers_own_loop():
     model, inputs = build("qwen2_5_vl"), prompts("qwen2_5_vl")
     one = {name: value[1:] for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
