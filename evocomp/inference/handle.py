@@ -230,6 +230,15 @@ class Handle:
         return mask
 
     def _after_decoder(self, module: nn.Module, args: tuple, output):
-        if self._active is not None and self._active.prefill:
-            output.last_hidden_state = self._active.state.restored(output.last_hidden_state)
+        run = self._active
+        if run is None or not run.prefill:
+            return output
+        output.last_hidden_state = run.state.restored(output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            # the first is what layer 0 read, number i what layer i - 1 gave; None: not asked for
+            first = self.layer + 1 if self.layer else 0
+            output.hidden_states = tuple(
+                state if state is None or number < first else run.state.restored(state)
+                for number, state in enumerate(output.hidden_states)
+            )
         return output

@@ -49,8 +49,8 @@ def compress(
         positions: "original" positions of kept tokens, or "dense" ones (layer 0, families without M-RoPE).
         newline: whether `image_newline` separators stay, on top of `keep`, or drop out (LLaVA-NeXT and
             LLaVA-OneVision).
-        restore_length: logits and hidden states of the original length, with zeros at dropped tokens, for
-            callers that compute a loss or slice by the prompt's length.
+        restore_length: logits and hidden states (of every layer) of the original length, with zeros at dropped
+            tokens, for callers that compute a loss or slice by the prompt's length.
 
     Of a compressor with context tokens (`config.sharp`) some of the kept tokens become means of dropped ones before
     `layer`, and are weighed in the attention from there on: `handle.last.sizes`.

@@ -374,6 +374,32 @@ def test_restored_length_gives_the_loss_of_a_prompt_with_holes(family):
     assert pruned.loss != plain.loss and handle.last.after != handle.last.before
 
 
+@every_family
+@pytest.mark.parametrize("layer", [0, 2])
+def test_restored_length_holds_for_hidden_states_of_every_layer(family, layer):
+    model, inputs = build(family), prompts(family)
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True).hidden_states
+        with compress(model, jumble, keep=0.4, layer=layer) as handle:
+            short = model(**inputs, output_hidden_states=True).hidden_states
+        with compress(model, jumble, keep=0.4, layer=layer, restore_length=True):
+            whole = model(**inputs, output_hidden_states=True).hidden_states
+    visual = inputs["input_ids"] == IMAGE
+    real = inputs["attention_mask"].bool()
+    stays = real & ~visual
+    for row, kept in enumerate(handle.last.indices):
+        places = visual[row].nonzero().squeeze(1).split(sizes(family)[row])
+        stays[row, torch.cat([place[image] for place, image in zip(places, kept, strict=True)])] = True
+    for number, (state, before, cut) in enumerate(zip(whole, plain, short, strict=True)):
+        assert state.shape == before.shape
+        if layer and number <= layer:
+            assert torch.equal(state[real], before[real])
+            continue
+        assert not state[~stays].any()
+        for row in range(2):
+            assert torch.equal(state[row, stays[row]], cut[row, -int(stays[row].sum()) :])
+
+
 def test_labels_without_restored_length_are_refused(llava, inputs):
     with compress(llava, jumble, keep=4), pytest.raises(UserError, match="restore_length=True"):
         llava(**inputs, labels=inputs["input_ids"])
