@@ -15,7 +15,8 @@ from evocomp.log import UserError
 class Prompt:
     """A prompt with images on its way to the decoder.
 
-    numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding
+    numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding; mask
+    [B or 1,1 or heads,S,columns]: the caller's own attention mask, which holds for every layer, None if it has none
     """
 
     ids: Tensor
@@ -23,6 +24,7 @@ class Prompt:
     real: Tensor
     labels: Tensor | None
     cached: bool
+    mask: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -121,12 +123,17 @@ def sizes_of(owner: Tensor) -> Tensor:
 
 @dataclass
 class Pass:
-    """One run through the decoder. real [B,keys]: keys that are not padding, None if all are."""
+    """One run through the decoder.
+
+    real [B,keys]: keys that are not padding, None if all are; given_mask [B or 1,1 or heads,S,columns]: the mask of the
+    whole prompt if it says more than that; windowed: whether sliding layers narrow it
+    """
 
     state: Shortened
     prefill: bool
     real: Tensor | None
-    given_mask: Any = None
+    given_mask: Tensor | None = None
+    windowed: bool = True
     deepstack: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     memo: dict = field(default_factory=dict)
 

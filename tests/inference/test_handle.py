@@ -266,6 +266,65 @@ def test_masks_with_too_few_columns_are_refused(llava, inputs, layer):
             decoded_with_masks(llava, inputs, lambda cache, length: 24)
 
 
+def last_first(visual, text, keep):
+    """Keeps the last tokens."""
+    return torch.arange(len(visual), dtype=torch.float)
+
+
+def mask_of_the_callers_own(inputs, heads):
+    """bool [B,heads,S,S]: causal; the last head hides two words from the last token; the first four tokens of every
+    image are seen by each other only, so that dropping them changes nothing."""
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    length = ids.shape[1]
+    visual = ids == IMAGE
+    place = torch.where(visual, (visual.cumsum(1) - 1) % 16, -1)
+    hidden = (place >= 0) & (place < 4)
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & real[:, None, None, :]
+    mask = mask.expand(-1, heads, -1, -1) & (hidden[:, None, :, None] | ~hidden[:, None, None, :])
+    mask[:, -1, -1, -4:-2] = False
+    return mask | torch.eye(length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("family", ["llava", "gemma3", "paligemma"])
+def test_a_mask_of_the_callers_own_holds_for_what_is_kept(family, layer, heads):
+    model, inputs = build(family), prompts(family)
+    inputs = inputs | {"position_ids": families.position_ids(model, inputs, forward=True)}
+    own = mask_of_the_callers_own(inputs, heads)
+    with torch.no_grad():
+        ordinary = model(**inputs).logits
+        plain = model(**inputs | {"attention_mask": own}).logits
+        with compress(model, last_first, keep=12, layer=layer, restore_length=True) as handle:
+            ours = model(**inputs | {"attention_mask": own}).logits
+    assert handle.last.after == [12, 24]
+    text = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    assert_close(ours[text], plain[text], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ordinary[text], plain[text], atol=1e-2)
+
+
+def test_decoding_goes_on_after_a_mask_of_the_callers_own(llava, inputs):
+    one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
+    own, token = mask_of_the_callers_own(inputs, 1)[1:], torch.tensor([[40]])
+    seen = torch.nn.functional.pad(own[:, :, -1:], (0, 1), value=True)
+    seen[..., -5:-3] = True  # by the new token, as any word
+    with torch.no_grad():
+        cache = llava(**one, attention_mask=own).past_key_values
+        plain = llava(input_ids=token, attention_mask=seen, past_key_values=cache).logits
+        with compress(llava, last_first, keep=12):
+            cache = llava(**one, attention_mask=own).past_key_values
+            ours = llava(input_ids=token, past_key_values=cache).logits
+    assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_mask_of_the_callers_own_over_a_compressed_cache_is_refused(llava, inputs, layer):
+    with torch.no_grad(), compress(llava, jumble, keep=4, layer=layer):
+        cache, mask = llava(**inputs).past_key_values, torch.ones(2, 1, 1, 48, dtype=torch.bool)
+        with pytest.raises(UserError, match="4-D attention_mask"):
+            llava(input_ids=torch.tensor([[40], [41]]), attention_mask=mask, past_key_values=cache)
+
+
 def test_mrope_positions_continue_in_the_callers_own_loop():
     model, inputs = build("qwen2_5_vl"), prompts("qwen2_5_vl")
     one = {name: value[1:] for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
