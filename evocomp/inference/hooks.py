@@ -60,7 +60,8 @@ def compress(
     Raises:
         UserError: unsupported family or transformers version, a second handle on the same model, a compressor
             made for another hidden size, bad settings; and at call time: images over an old cache, labels
-            without `restore_length`, context tokens with an attention that takes no weights (use `sdpa` or `eager`).
+            without `restore_length`, context tokens with an attention that takes no weights (use `sdpa` or `eager`),
+            a 4-D attention mask, or one with too few columns, over a compressed cache.
     """
     families.check_supported(model)
     base = families.unwrap(model).base_model
