@@ -5,6 +5,7 @@ and a compressor serves Qwen2.5-VL by adaptive pooling over the hidden size.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d
@@ -38,25 +39,37 @@ class PooledCompressor(nn.Module):
         return self.compressor(adaptive_avg_pool1d(visual, size), prompt, *args, **kwargs)
 
 
+class Picked(Protocol):
+    """What a handle's record (`last`) says of the picks: [row][image] -> [r] ascending, counted without separators."""
+
+    picked: list[list[Tensor]]
+
+
 class ReusedPicks:
     """A selector that keeps what was kept elsewhere: a small model's choice in a big one with the same vision
     grid.
 
         with compress(small, compressor, keep=64) as chosen:
             small.generate(**inputs, max_new_tokens=1)
-        with compress(big, ReusedPicks(lambda: chosen.last.indices), keep=64):
+        with compress(big, ReusedPicks(lambda: chosen.last), keep=64):
             big.generate(**inputs)
 
-    `source()` returns indices as nested lists, [row][image] -> [r] ascending, for the same rows and images in
-    the same order as the prompt of the big model.
+    `source()` returns the record of the same rows and images in the same order as the prompt of the
+    big model. It is no list of indices: those of `last.indices` count newline separators, which no selector sees.
     """
 
-    def __init__(self, source: Callable[[], list[list[Tensor]]]):
+    def __init__(self, source: Callable[[], Picked]):
         self.source = source
 
     def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int]) -> list[tuple[Tensor, None]]:
         """See `evocomp.inference.selectors`. Raises UserError if the images or their grids differ."""
-        indices = [image for row in self.source() for image in row]
+        record = self.source()
+        if not hasattr(record, "picked"):
+            raise UserError(
+                f"picks come as a record, not as {type(record).__name__}; give `lambda: handle.last` of a handle whose "
+                "last prompt had images"
+            )
+        indices = [image for row in record.picked for image in row]
         if len(indices) != len(visual):
             raise UserError(
                 f"{len(indices)} images were picked from, this prompt has {len(visual)}; use the same prompt"

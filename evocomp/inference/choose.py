@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,45 @@ from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
 
 Newline = Literal["keep", "drop"]
+Positions = Literal["original", "dense"]
+
+
+class Settings(NamedTuple):
+    """Arguments of `compress` and `compress_inputs`, whole and checked."""
+
+    keep: int | float
+    layer: int
+    positions: Positions
+    newline: Newline
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        picker: Picker,
+        keep: int | float | None,
+        layer: int | None,
+        positions: Positions | None,
+        newline: Newline,
+    ) -> "Settings":
+        """What is None becomes what the picker's compressor was saved with, else 192, 0, "original".
+
+        Raises UserError for a value that the model or its family does not take.
+        """
+        saved = getattr(getattr(picker, "compressor", None), "config", None)
+        keep = getattr(saved, "keep", 192) if keep is None else keep
+        layer = getattr(saved, "prune_layer", 0) if layer is None else layer
+        positions = getattr(saved, "positions", "original") if positions is None else positions
+        layers = len(families.unwrap(model).get_decoder().layers)
+        if not 0 <= layer < layers:
+            raise UserError(f"layer={layer}: the model has layers 0 to {layers - 1}")
+        if newline not in ("keep", "drop"):
+            raise UserError(f"newline={newline!r}: use 'keep' or 'drop'")
+        if positions not in ("original", "dense"):
+            raise UserError(f"positions={positions!r}: use 'original' or 'dense'")
+        if positions == "dense" and (layer > 0 or families.policy(model).mrope):
+            raise UserError("positions='dense' needs layer=0 and a family without M-RoPE; use 'original'")
+        return cls(check_keep(keep), layer, positions, newline)
 
 
 @dataclass(frozen=True)
@@ -20,12 +59,14 @@ class Compression:
     """What was kept of one batch of prompts, [row][image].
 
     indices: kept tokens of an image, ascending, counted within the image (newline separators included)
+    picked:  what the selector picked of an image, ascending, counted without separators
     scores:  the selector's scores [n] of the image's tokens without separators, None if it has none
     sizes:   how many tokens each kept one stands for, counted likewise; None: one each
     before, after: visual tokens per row, in the prompt and kept
     """
 
     indices: list[list[Tensor]]
+    picked: list[list[Tensor]]
     scores: list[list[Tensor | None]]
     sizes: list[list[Tensor | None]]
     before: list[int]
@@ -84,13 +125,14 @@ def choose(
     )
     kept = torch.zeros(batch * length, dtype=torch.bool, device=tokens.device)
     owner = torch.arange(length, device=tokens.device).repeat(batch)
-    record = Compression(*([[] for _ in range(batch)] for _ in range(3)), [0] * batch, [0] * batch)
+    record = Compression(*([[] for _ in range(batch)] for _ in range(4)), [0] * batch, [0] * batch)
     for row, place, content, is_newline, pick in zip(rows, places, contents, separators, picks, strict=True):
         picked, scores, speaks = Pick(*pick)
         stays = is_newline.clone() if newline == "keep" else torch.zeros_like(is_newline)
         stays[content[picked]] = True
         kept[place] = stays
         record.indices[row].append(stays.nonzero().squeeze(1))
+        record.picked[row].append(picked)
         record.scores[row].append(scores)
         record.sizes[row].append(None)
         if speaks is not None:

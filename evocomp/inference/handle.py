@@ -3,20 +3,17 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from evocomp.inference.choose import Compression, Newline, check_keep, choose
-from evocomp.inference.masks import causal_mask, gathered_mask, is_sliding, padding_mask
+from evocomp.inference.choose import Compression, Newline, Positions, check_keep, choose
+from evocomp.inference.masks import causal_mask, gathered_mask, is_plain, is_sliding, padding_mask
 from evocomp.inference.selectors import Picker
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
 from evocomp.mllm.context import add_log_size, check_weighable
-
-Positions = Literal["original", "dense"]
 
 
 class Handle:
@@ -50,6 +47,9 @@ class Handle:
         self._hooks = [
             module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self._places(model)
         ]
+        for module in {model, self.model, self._base}:
+            # even after an error: the next call of the decoder may be the caller's own
+            self._hooks.append(module.register_forward_hook(self._forget, always_call=True))
         if restore_length:
             self._hooks.append(self._decoder.register_forward_hook(self._after_decoder))
 
@@ -98,6 +98,8 @@ class Handle:
         if seen:
             self._pending = self._continuation(kwargs, seen, pictured)
             return (), kwargs
+        if hasattr(cache, "evocomp_state"):
+            del cache.evocomp_state  # of what the cache held before its reset
         if pictured:
             self._pending = self._find_images(kwargs, labels)
         if self._pending is None:
@@ -117,9 +119,14 @@ class Handle:
             kwargs.update(dict.fromkeys(pixels))
         ids = kwargs["input_ids"]
         numbers = families.image_numbers(self.model, ids, encoded if isinstance(encoded, Mapping) else {})
-        real = padding_mask(kwargs.get("attention_mask"), ids.shape[1])
+        mask = kwargs.get("attention_mask")
+        real = padding_mask(mask, ids.shape[1])
+        own = isinstance(mask, Tensor) and mask.ndim == 4
+        # a mask prepared for a static cache is no mask of the caller's own
+        own = own and (self._policy.blocks is not None or not is_plain(mask, real, self._decoder.config))
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
-        return Prompt(ids, numbers, real, labels, cached=kwargs.get("past_key_values") is not None)
+        cached = kwargs.get("past_key_values") is not None
+        return Prompt(ids, numbers, real, labels, cached, mask if own else None)
 
     def _continuation(self, kwargs: dict, seen: int, pictured: bool) -> Pass | None:
         """Decoding, or a further turn over a cache that holds `seen` tokens in layer 0."""
@@ -135,7 +142,15 @@ class Handle:
                 "a prompt with images must start with an empty cache; leave out past_key_values and give the "
                 "whole conversation again"
             )
-        return None if state is None else Pass.further(state, kwargs.get("attention_mask"), past, new)
+        if state is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4 and not kwargs["past_key_values"].is_compileable:
+            raise UserError("a 4-D attention_mask does not fit a compressed cache; give one of shape [batch, tokens]")
+        return Pass.further(state, mask, seen, past, new)
+
+    def _forget(self, *call) -> None:
+        self._labels, self._pending = None, None
 
     # --- before the decoder: choose ---
 
@@ -160,9 +175,12 @@ class Handle:
             kwargs["position_ids"] = ranks.clamp(min=0) + self._policy.forward_offset
         if kwargs.get("position_ids") is not None:
             state.next_position = kwargs["position_ids"][..., -1:] + 1
-        mask = kwargs.get("attention_mask")
-        mask = mask.get("full_attention") if isinstance(mask, dict) else mask
-        run = Pass(state, prefill=True, real=None if state.all_real else state.valid, given_mask=mask)
+        run = Pass(state, prefill=True, real=None if state.all_real else state.valid)
+        run.given_mask, run.windowed = prompt.mask, prompt.mask is None
+        if prompt.mask is None and self._policy.blocks:
+            mask = kwargs.get("attention_mask")
+            mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+            run.given_mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
         if kwargs.get("deepstack_visual_embeds") is not None:
             assert len(kwargs["deepstack_visual_embeds"]) < len(self._decoder.layers)
             run.take_over_deepstack(kwargs, self.layer)
@@ -203,14 +221,13 @@ class Handle:
         config, sliding = self._decoder.config, is_sliding(self._decoder.config, number)
         if sliding in run.memo:
             return run.memo[sliding]
-        given = run.given_mask
-        if run.prefill and self._policy.blocks and isinstance(given, Tensor) and given.ndim == 4:
+        if run.given_mask is not None:
             length = hidden.shape[1]
             mask = gathered_mask(
-                given,
+                run.given_mask,
                 run.state.index,
                 run.state.valid,
-                window=config.sliding_window if sliding else None,
+                window=config.sliding_window if sliding and run.windowed else None,
                 window_spares_blocks=self._policy.blocks == "prefix",
                 columns=length if cache is None else cache.get_mask_sizes(length, number)[0],
             )
@@ -225,6 +242,15 @@ class Handle:
         return mask
 
     def _after_decoder(self, module: nn.Module, args: tuple, output):
-        if self._active is not None and self._active.prefill:
-            output.last_hidden_state = self._active.state.restored(output.last_hidden_state)
+        run = self._active
+        if run is None or not run.prefill:
+            return output
+        output.last_hidden_state = run.state.restored(output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            # the first is what layer 0 read, number i what layer i - 1 gave; None: not asked for
+            first = self.layer + 1 if self.layer else 0
+            output.hidden_states = tuple(
+                state if state is None or number < first else run.state.restored(state)
+                for number, state in enumerate(output.hidden_states)
+            )
         return output

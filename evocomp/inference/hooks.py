@@ -8,8 +8,8 @@ and `save_pretrained` work as before, and `handle.remove()` leaves nothing behin
 
 from torch import nn
 
-from evocomp.inference.choose import Newline
-from evocomp.inference.handle import Handle, Positions
+from evocomp.inference.choose import Newline, Positions, Settings
+from evocomp.inference.handle import Handle
 from evocomp.inference.selectors import picker_for
 from evocomp.log import UserError
 from evocomp.mllm import families
@@ -49,8 +49,8 @@ def compress(
         positions: "original" positions of kept tokens, or "dense" ones (layer 0, families without M-RoPE).
         newline: whether `image_newline` separators stay, on top of `keep`, or drop out (LLaVA-NeXT and
             LLaVA-OneVision).
-        restore_length: logits and hidden states of the original length, with zeros at dropped tokens, for
-            callers that compute a loss or slice by the prompt's length.
+        restore_length: logits and hidden states (of every layer) of the original length, with zeros at dropped
+            tokens, for callers that compute a loss or slice by the prompt's length.
 
     Of a compressor with context tokens (`config.sharp`) some of the kept tokens become means of dropped ones before
     `layer`, and are weighed in the attention from there on: `handle.last.sizes`.
@@ -60,26 +60,16 @@ def compress(
     Raises:
         UserError: unsupported family or transformers version, a second handle on the same model, a compressor
             made for another hidden size, bad settings; and at call time: images over an old cache, labels
-            without `restore_length`, context tokens with an attention that takes no weights (use `sdpa` or `eager`).
+            without `restore_length`, context tokens with an attention that takes no weights (use `sdpa` or `eager`),
+            a 4-D attention mask, or one with too few columns, over a compressed cache.
     """
     families.check_supported(model)
-    base, layers = families.unwrap(model).base_model, families.unwrap(model).get_decoder().layers
+    base = families.unwrap(model).base_model
     if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in base._forward_pre_hooks.values()):
         raise UserError("this model is compressed already; call remove() on its handle first")
     picker = picker_for(selector, model)
-    saved = getattr(getattr(picker, "compressor", None), "config", None)
-    keep = getattr(saved, "keep", 192) if keep is None else keep
-    layer = getattr(saved, "prune_layer", 0) if layer is None else layer
-    positions = getattr(saved, "positions", "original") if positions is None else positions
-    if not 0 <= layer < len(layers):
-        raise UserError(f"layer={layer}: the model has layers 0 to {len(layers) - 1}")
-    if newline not in ("keep", "drop"):
-        raise UserError(f"newline={newline!r}: use 'keep' or 'drop'")
-    if positions not in ("original", "dense"):
-        raise UserError(f"positions={positions!r}: use 'original' or 'dense'")
-    if positions == "dense" and (layer > 0 or families.policy(model).mrope):
-        raise UserError("positions='dense' needs layer=0 and a family without M-RoPE; use 'original'")
+    settings = Settings.of(model, picker, keep, layer, positions, newline)
     attention = families.unwrap(model).get_decoder().config._attn_implementation
     if families.policy(model).blocks and attention == "flex_attention":
         raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")
-    return Handle(model, picker, keep, layer, positions, newline, restore_length)
+    return Handle(model, picker, *settings, restore_length)

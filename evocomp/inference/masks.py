@@ -10,8 +10,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 def padding_mask(attention_mask, length: int) -> Tensor | None:
     """Which tokens of the prompt are real, bool [B,length]; None if all are.
 
-    attention_mask: what the model was given: None, [B,S], a prepared [B,1,S,columns], or a dict of these by
-    layer type (with a static cache masks are prepared before the model is called).
+    attention_mask: what the model was given: None, [B,S], a prepared [B,1 or heads,S,columns], or a dict of these
+    by layer type (with a static cache masks are prepared before the model is called).
     """
     if isinstance(attention_mask, dict):
         given = [attention_mask.get("full_attention"), *attention_mask.values()]
@@ -20,9 +20,28 @@ def padding_mask(attention_mask, length: int) -> Tensor | None:
         return None
     if attention_mask.ndim == 2:
         return attention_mask[:, -length:].bool()
-    # the last token sees every real token up to itself
-    last = attention_mask[:, 0, length - 1, :length]
-    return _is_open(last)
+    # a token that no other one sees is padding, but for the last, which none comes after
+    seen = _is_open(attention_mask[..., :length, :length]).any(1)
+    alone = torch.eye(length, dtype=torch.bool, device=seen.device)
+    alone[-1, -1] = False
+    return (seen & ~alone).any(1)
+
+
+def is_plain(mask: Tensor, real: Tensor, config: PreTrainedConfig) -> bool:
+    """Whether a prepared mask is what `causal_mask` makes, in every layer: it hides what comes later, lies beyond
+    the sliding window or is padding.
+
+    mask [B or 1,1 or heads,S,columns] (bool, or 0 and a large negative number); real bool [B or 1,S]
+    """
+    length = real.shape[1]
+    place = torch.arange(length, device=mask.device)
+    back, visible = place[:, None] - place[None, :], _is_open(mask[..., :length, :length])
+    of_padding = ~real[:, None, :, None]  # what padding sees changes nothing
+    for sliding in {is_sliding(config, layer) for layer in range(config.num_hidden_layers)}:
+        near = (back >= 0) & (back < config.sliding_window) if sliding else back >= 0
+        if not bool(((visible == near & real[:, None, None, :]) | of_padding).all()):
+            return False
+    return True
 
 
 def is_sliding(config: PreTrainedConfig, layer: int) -> bool:
@@ -68,13 +87,14 @@ def gathered_mask(
 ) -> Tensor:
     """Rows and columns of a prepared mask that stay: keeps the bidirectional blocks of images and prefixes.
 
-    full [B or 1,1,S,columns'] (bool, or 0 and a large negative number); index, valid [B,L]; window: sliding
-    window counted over the shortened sequence, or None; window_spares_blocks: whether blocks reach beyond it;
-    columns: keys of the cache, at least L. -> [B,1,L,columns]
+    full [B or 1,H,S,columns'], H 1 or heads (bool, or 0 and a large negative number); index, valid [B,L]; window:
+    sliding window counted over the shortened sequence, or None; window_spares_blocks: whether blocks reach beyond it;
+    columns: keys of the cache, at least L. -> [B,H,L,columns]
     """
     batch, length = index.shape
-    rows = full.expand(batch, -1, -1, -1).gather(2, index[:, None, :, None].expand(-1, 1, -1, full.shape[-1]))
-    short = rows.gather(3, index[:, None, None, :].expand(-1, 1, length, -1))
+    heads, keys = full.shape[1], full.shape[-1]
+    rows = full.expand(batch, -1, -1, -1).gather(2, index[:, None, :, None].expand(-1, heads, -1, keys))
+    short = rows.gather(3, index[:, None, None, :].expand(-1, heads, length, -1))
     place = torch.arange(length, device=full.device)
     allowed = valid[:, None, None, :].expand(-1, 1, length, -1)
     if window is not None:

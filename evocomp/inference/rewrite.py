@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evocomp.inference.choose import Compression, Newline, check_keep, choose, short_index
-from evocomp.inference.handle import Positions
+from evocomp.inference.choose import Compression, Newline, Positions, Settings, choose, short_index
 from evocomp.inference.selectors import picker_for
 from evocomp.inference.state import Prompt
 from evocomp.log import UserError
@@ -30,8 +29,8 @@ def compress_inputs(
     model: nn.Module,
     inputs: Mapping[str, Any],
     selector,
-    keep: int | float = 192,
-    positions: Positions = "original",
+    keep: int | float | None = None,
+    positions: Positions | None = None,
     newline: Newline = "keep",
 ) -> ShortInputs:
     """Encode the images of a prompt, choose, and return inputs without the dropped tokens.
@@ -41,7 +40,7 @@ def compress_inputs(
         new_tokens = model.generate(**short)[:, short["input_ids"].shape[1]:]
 
     Args:
-        model, selector, keep, positions, newline: as in `evocomp.compress`.
+        model, selector, keep, positions, newline: as in `evocomp.compress`, with the same defaults.
         inputs: what the processor returned, [B,S] tensors and pixels; `labels` are shortened too, and tokens
             with a label other than -100 (the answer) are hidden from the selector.
 
@@ -60,8 +59,7 @@ def compress_inputs(
     """
     families.check_supported(model, rewrite=True)
     picker, ids = picker_for(selector, model), inputs["input_ids"]
-    if positions == "dense" and families.policy(model).mrope:
-        raise UserError("positions='dense' needs a family without M-RoPE; use positions='original'")
+    settings = Settings.of(model, picker, keep, 0, positions, newline)
     encoded = families.encode(model, inputs)
     if not encoded:
         return ShortInputs(inputs)
@@ -71,7 +69,7 @@ def compress_inputs(
     numbers = families.image_numbers(model, ids, encoded)
     prompt = Prompt(ids, numbers, real, inputs.get("labels"), cached=False)
     tokens = _merged(model, ids, visual, encoded)
-    kept, owner, compression = choose(model, picker, check_keep(keep), newline, tokens, numbers, prompt.text)
+    kept, owner, compression = choose(model, picker, settings.keep, settings.newline, tokens, numbers, prompt.text)
     if owner is not None:
         raise UserError(
             "this compressor has context tokens, whose weights in the attention inputs cannot carry; use "
@@ -81,7 +79,7 @@ def compress_inputs(
     short = ShortInputs(_shorten_tensors(model, inputs, index, valid))
     short.compression = compression
     short["attention_mask"] = valid.long()
-    short["position_ids"] = _positions(model, inputs, index, valid, dense=positions == "dense")
+    short["position_ids"] = _positions(model, inputs, index, valid, dense=settings.positions == "dense")
     short["mm_encoder_outputs"] = {
         kind: _slice(output, kept[place], numbers[place & kept])
         for kind, output in encoded.items()

@@ -69,8 +69,10 @@ class CompressorPicker:
         budget = torch.tensor(told, dtype=torch.float32, device=tokens.device)
         training = self.compressor.training
         self.compressor.eval()
-        logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
-        self.compressor.train(training)  # it may be in the middle of its training
+        try:
+            logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
+        finally:
+            self.compressor.train(training)  # it may be in the middle of its training
         return [self._one(row[: len(v)], v, r) for row, v, r in zip(logits, visual, keep, strict=True)]
 
     def _one(self, scores: Tensor, visual: Tensor, keep: int) -> Pick:

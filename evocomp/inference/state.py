@@ -15,7 +15,8 @@ from evocomp.log import UserError
 class Prompt:
     """A prompt with images on its way to the decoder.
 
-    numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding
+    numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding; mask
+    [B or 1,1 or heads,S,columns]: the caller's own attention mask, which holds for every layer, None if it has none
     """
 
     ids: Tensor
@@ -23,6 +24,7 @@ class Prompt:
     real: Tensor
     labels: Tensor | None
     cached: bool
+    mask: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -121,24 +123,42 @@ def sizes_of(owner: Tensor) -> Tensor:
 
 @dataclass
 class Pass:
-    """One run through the decoder. real [B,keys]: keys that are not padding, None if all are."""
+    """One run through the decoder.
+
+    real [B,keys]: keys that are not padding, None if all are; given_mask [B or 1,1 or heads,S,columns]: the mask of the
+    whole prompt if it says more than that; windowed: whether sliding layers narrow it
+    """
 
     state: Shortened
     prefill: bool
     real: Tensor | None
-    given_mask: Any = None
+    given_mask: Tensor | None = None
+    windowed: bool = True
     deepstack: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     memo: dict = field(default_factory=dict)
 
     @classmethod
-    def further(cls, state: Shortened, attention_mask: Any, past: int, new: int) -> "Pass":
-        """A run over `new` tokens that come `past` tokens after the prompt."""
+    def further(cls, state: Shortened, attention_mask: Any, seen: int, past: int, new: int) -> "Pass":
+        """A run over `new` tokens that come `past` tokens after the prompt.
+
+        attention_mask: if [B,keys], of all tokens of the conversation, or, without padding, of the `seen` ones that
+        layer 0's cache holds and the new ones. Raises UserError if it has fewer keys.
+        """
+        later = past + new
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            tail = attention_mask[:, state.full : state.full + past + new].bool().to(state.valid.device)
+            mask, keys = attention_mask.bool().to(state.valid.device), attention_mask.shape[1]
+            if keys == seen + new < state.full + later and state.all_real:
+                return cls(state, prefill=False, real=mask)
+            if keys < state.full + later:
+                raise UserError(
+                    f"attention_mask has {keys} columns but the conversation {state.full + later} tokens; give one "
+                    "column for each, those of dropped tokens included"
+                )
+            tail = mask[:, state.full : state.full + later]
         elif state.all_real:
             return cls(state, prefill=False, real=None)
         else:
-            tail = state.valid.new_ones(len(state.valid), past + new)
+            tail = state.valid.new_ones(len(state.valid), later)
         return cls(state, prefill=False, real=torch.cat([state.valid, tail], dim=1))
 
     def take_over_deepstack(self, kwargs: dict, layer: int) -> None:

@@ -80,6 +80,14 @@ def test_hooks_go_when_the_block_ends_with_an_error(llava, inputs):
     assert hooks(llava) == before
 
 
+def test_an_error_before_the_decoder_leaves_its_next_call_alone(llava, inputs):
+    embeds = torch.randn(*inputs["input_ids"].shape, 32)
+    with torch.no_grad(), compress(llava, jumble, keep=4):
+        with pytest.raises(ValueError, match="exactly one of"):
+            llava(**inputs, inputs_embeds=embeds)
+        assert llava.get_decoder()(inputs_embeds=embeds).last_hidden_state.shape == embeds.shape
+
+
 def test_save_pretrained_writes_the_same_model(llava, inputs, tmp_path):
     llava.save_pretrained(tmp_path / "before")
     with compress(llava, jumble, keep=4):
@@ -227,6 +235,96 @@ def test_the_decode_loop_may_be_the_callers_own(llava, inputs):
         assert handle.last.after == [8]
 
 
+def decoded_with_masks(model, prompt, columns):
+    """Logits [2,B,V] of two tokens after the prompt, with masks of ones; columns(cache, length of the conversation)."""
+    out = model(**prompt)
+    cache, logits, length = out.past_key_values, [], prompt["input_ids"].shape[1]
+    for token in (40, 41):
+        length += 1
+        mask = torch.ones(len(prompt["input_ids"]), columns(cache, length), dtype=torch.long)
+        ids = torch.full((len(mask), 1), token)
+        logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_mask_of_a_callers_loop_may_have_the_caches_length(llava, inputs, layer):
+    one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
+    with torch.no_grad(), compress(llava, jumble, keep=4, layer=layer):
+        whole = decoded_with_masks(llava, one, lambda cache, length: length)
+        short = decoded_with_masks(llava, one, lambda cache, length: cache.get_seq_length() + 1)
+    assert torch.equal(short, whole)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_masks_with_too_few_columns_are_refused(llava, inputs, layer):
+    one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
+    with torch.no_grad(), compress(llava, jumble, keep=4, layer=layer):
+        with pytest.raises(UserError, match="30 columns but the conversation 48 tokens"):
+            decoded_with_masks(llava, one, lambda cache, length: 30)
+        with pytest.raises(UserError, match="24 columns but the conversation 48 tokens"):  # which of them are padding?
+            decoded_with_masks(llava, inputs, lambda cache, length: 24)
+
+
+def last_first(visual, text, keep):
+    """Keeps the last tokens."""
+    return torch.arange(len(visual), dtype=torch.float)
+
+
+def mask_of_the_callers_own(inputs, heads):
+    """bool [B,heads,S,S]: causal; the last head hides two words from the last token; the first four tokens of every
+    image are seen by each other only, so that dropping them changes nothing."""
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    length = ids.shape[1]
+    visual = ids == IMAGE
+    place = torch.where(visual, (visual.cumsum(1) - 1) % 16, -1)
+    hidden = (place >= 0) & (place < 4)
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & real[:, None, None, :]
+    mask = mask.expand(-1, heads, -1, -1) & (hidden[:, None, :, None] | ~hidden[:, None, None, :])
+    mask[:, -1, -1, -4:-2] = False
+    return mask | torch.eye(length, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("family", ["llava", "gemma3", "paligemma"])
+def test_a_mask_of_the_callers_own_holds_for_what_is_kept(family, layer, heads):
+    model, inputs = build(family), prompts(family)
+    inputs = inputs | {"position_ids": families.position_ids(model, inputs, forward=True)}
+    own = mask_of_the_callers_own(inputs, heads)
+    with torch.no_grad():
+        ordinary = model(**inputs).logits
+        plain = model(**inputs | {"attention_mask": own}).logits
+        with compress(model, last_first, keep=12, layer=layer, restore_length=True) as handle:
+            ours = model(**inputs | {"attention_mask": own}).logits
+    assert handle.last.after == [12, 24]
+    text = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    assert_close(ours[text], plain[text], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ordinary[text], plain[text], atol=1e-2)
+
+
+def test_decoding_goes_on_after_a_mask_of_the_callers_own(llava, inputs):
+    one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
+    own, token = mask_of_the_callers_own(inputs, 1)[1:], torch.tensor([[40]])
+    seen = torch.nn.functional.pad(own[:, :, -1:], (0, 1), value=True)
+    seen[..., -5:-3] = True  # by the new token, as any word
+    with torch.no_grad():
+        cache = llava(**one, attention_mask=own).past_key_values
+        plain = llava(input_ids=token, attention_mask=seen, past_key_values=cache).logits
+        with compress(llava, last_first, keep=12):
+            cache = llava(**one, attention_mask=own).past_key_values
+            ours = llava(input_ids=token, past_key_values=cache).logits
+    assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_mask_of_the_callers_own_over_a_compressed_cache_is_refused(llava, inputs, layer):
+    with torch.no_grad(), compress(llava, jumble, keep=4, layer=layer):
+        cache, mask = llava(**inputs).past_key_values, torch.ones(2, 1, 1, 48, dtype=torch.bool)
+        with pytest.raises(UserError, match="4-D attention_mask"):
+            llava(input_ids=torch.tensor([[40], [41]]), attention_mask=mask, past_key_values=cache)
+
+
 def test_mrope_positions_continue_in_the_callers_own_loop():
     model, inputs = build("qwen2_5_vl"), prompts("qwen2_5_vl")
     one = {name: value[1:] for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
@@ -293,6 +391,26 @@ def test_new_images_over_an_old_cache_are_refused(llava, inputs, layer):
             )
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_cache_that_was_reset_holds_nothing_of_the_prompt_before(llava, inputs, layer):
+    text = torch.tensor([[1, 30, 31, 32], [1, 40, 41, 42]])
+
+    def decoded(cache):
+        logits, mask, ids = [], torch.ones_like(text), text
+        for _ in range(3):
+            logits.append(llava(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+            ids, mask = logits[-1].argmax(-1, keepdim=True), torch.nn.functional.pad(mask, (0, 1), value=1)
+        return torch.stack(logits)
+
+    with torch.no_grad():
+        plain = decoded(tf.StaticCache(config=llava.config.get_text_config(), max_cache_len=64))
+        cache = tf.StaticCache(config=llava.config.get_text_config(), max_cache_len=64)
+        with compress(llava, jumble, keep=4, layer=layer):
+            llava(**inputs, past_key_values=cache)
+            cache.reset()
+            assert torch.equal(decoded(cache), plain)
+
+
 @every_family
 def test_restored_length_gives_the_loss_of_a_prompt_with_holes(family):
     model, inputs = build(family), prompts(family)
@@ -313,6 +431,32 @@ def test_restored_length_gives_the_loss_of_a_prompt_with_holes(family):
     )
     assert_close(pruned.loss.double(), shifted, rtol=1e-5, atol=1e-6)
     assert pruned.loss != plain.loss and handle.last.after != handle.last.before
+
+
+@every_family
+@pytest.mark.parametrize("layer", [0, 2])
+def test_restored_length_holds_for_hidden_states_of_every_layer(family, layer):
+    model, inputs = build(family), prompts(family)
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True).hidden_states
+        with compress(model, jumble, keep=0.4, layer=layer) as handle:
+            short = model(**inputs, output_hidden_states=True).hidden_states
+        with compress(model, jumble, keep=0.4, layer=layer, restore_length=True):
+            whole = model(**inputs, output_hidden_states=True).hidden_states
+    visual = inputs["input_ids"] == IMAGE
+    real = inputs["attention_mask"].bool()
+    stays = real & ~visual
+    for row, kept in enumerate(handle.last.indices):
+        places = visual[row].nonzero().squeeze(1).split(sizes(family)[row])
+        stays[row, torch.cat([place[image] for place, image in zip(places, kept, strict=True)])] = True
+    for number, (state, before, cut) in enumerate(zip(whole, plain, short, strict=True)):
+        assert state.shape == before.shape
+        if layer and number <= layer:
+            assert torch.equal(state[real], before[real])
+            continue
+        assert not state[~stays].any()
+        for row in range(2):
+            assert torch.equal(state[row, stays[row]], cut[row, -int(stays[row].sum()) :])
 
 
 def test_labels_without_restored_length_are_refused(llava, inputs):

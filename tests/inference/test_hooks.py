@@ -181,6 +181,22 @@ def test_sliding_window_in_every_layer():
             assert_close(torch.stack([step[row] for step in out.logits]), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_static_cache_agrees_with_dynamic_where_every_layer_has_a_window():
+    # the last token then sees few of the prompt's real ones
+    from tests.inference import tiny_models
+
+    torch.manual_seed(0)
+    model = tiny_models.FAMILIES["llava_next"]().eval()
+    model.get_decoder().config.sliding_window = 8
+    model.generation_config.eos_token_id = None
+    with compress(model, jumble, keep=0.2):
+        dynamic = answer(model, prompts("llava_next"), pad_token_id=0)
+        options = dict(cache_implementation="static", disable_compile=True, pad_token_id=0)
+        static = answer(model, prompts("llava_next"), **options)
+    for a, b in zip(dynamic.logits, static.logits, strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_first_full_attention_layer_may_lie_after_the_cut():
     # Gemma3 starts with sliding layers: masks of the whole prompt are then sized by a layer that is short
     import copy

@@ -1,12 +1,14 @@
 """Masks of the shortened sequence, against masks of the whole one with rows and columns cut out by loops."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evocomp.inference.choose import short_index, take
-from evocomp.inference.masks import gathered_mask, padding_mask
+from evocomp.inference.masks import gathered_mask, is_plain, padding_mask
 
 rows = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3).filter(
     lambda batch: any(map(any, batch))
@@ -60,6 +62,29 @@ def test_take_gathers_along_the_sequence_whatever_comes_before():
     assert torch.equal(take(x, index), expected)
     assert torch.equal(take(x[0], index), expected[0])
     assert torch.equal(take(x[0, :1], index), torch.stack([x[0, 0][index[b]] for b in range(2)])[None][0])
+
+
+def test_a_word_that_the_last_token_does_not_see_is_no_padding():
+    mask = torch.ones(1, 2, 5, 5).tril().bool() & torch.tensor([False, True, True, True, True])
+    mask[:, :, -1, 1:3] = False
+    assert padding_mask(mask | torch.eye(5).bool(), 5).tolist() == [[False, True, True, True, True]]
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_plain_masks_are_told_from_a_callers_own(window):
+    config = SimpleNamespace(num_hidden_layers=2, sliding_window=window)
+    real = torch.tensor([[False, True, True, True], [True, True, True, False]])
+    back = torch.arange(4)[:, None] - torch.arange(4)
+    plain = ((back >= 0) & (back < (window or 4)) & real[:, None])[:, None]
+    floating = torch.where(plain, 0.0, torch.finfo(torch.float32).min)
+    for mask in (plain, plain | torch.eye(4).bool(), torch.nn.functional.pad(plain, (0, 3)), floating):
+        assert is_plain(mask, real, config)
+    for row, query, key in ((0, 2, 1), (0, 1, 2), (1, 1, 3)):
+        other = plain.clone()
+        other[row, 0, query, key] ^= True
+        assert not is_plain(other, real, config)
+    unlike = SimpleNamespace(num_hidden_layers=2, sliding_window=2, layer_types=["full_attention", "sliding_attention"])
+    assert not is_plain(plain, real, unlike)
 
 
 @pytest.mark.parametrize("as_dict", [False, True])

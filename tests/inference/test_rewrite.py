@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from evocomp.compressor.model import EvoCompCompressor
 from evocomp.inference.hooks import compress
 from evocomp.inference.rewrite import compress_inputs
 from evocomp.log import UserError
@@ -140,3 +141,26 @@ def test_gradients_reach_the_projector():
 def test_dense_positions_are_refused_with_mrope():
     with pytest.raises(UserError, match="M-RoPE"):
         compress_inputs(build("qwen2_vl"), prompts("qwen2_vl"), jumble, positions="dense")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"positions": "dens"}, "positions='dens'"),
+        ({"newline": "kep"}, "newline='kep'"),
+        ({"keep": 2.0}, "keep=2.0"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        compress_inputs(build("llava_next"), prompts("llava_next"), jumble, **arguments)
+
+
+def test_settings_default_to_those_of_the_compressor():
+    model, inputs = build("llava"), prompts("llava")
+    compressor = EvoCompCompressor.from_mllm(model, layer=0, keep=4, positions="dense").eval()
+    short = compress_inputs(model, inputs, compressor)
+    told = compress_inputs(model, inputs, compressor, keep=4, positions="dense")
+    assert short.compression.after == told.compression.after == [4, 8]
+    assert torch.equal(short["position_ids"], told["position_ids"])
+    assert short["position_ids"][1].tolist() == list(range(23))

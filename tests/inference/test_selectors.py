@@ -122,6 +122,14 @@ def test_a_compressor_in_training_stays_so():
     assert compressor.training and compressor.encoder.training
 
 
+def test_a_compressor_in_training_stays_so_after_an_error():
+    compressor = compressor_for(build("llava")).train()
+    compressor.score.weight.data = compressor.score.weight.data[:, :5]
+    with compress(build("llava"), compressor, keep=4), pytest.raises(RuntimeError, match="shapes"):
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+    assert compressor.training and compressor.encoder.training
+
+
 def test_a_folder_that_holds_no_compressor_is_named(tmp_path):
     with pytest.raises(UserError, match=f"no compressor at {tmp_path}/none"):
         picker_for(tmp_path / "none", build("llava"))
@@ -149,17 +157,36 @@ def test_picks_of_a_small_model_are_reused_in_a_big_one():
     text_only = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     with compress(small, jumble, keep=4) as chosen:
         answer(small, text_only, max_new_tokens=1)
-    with compress(big, ReusedPicks(lambda: chosen.last.indices), keep=4) as handle:
+    with compress(big, ReusedPicks(lambda: chosen.last), keep=4) as handle:
         answer(big, inputs, max_new_tokens=1)
     for ours, theirs in zip(handle.last.indices, chosen.last.indices, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    other = prompts("qwen2_vl")
-    with compress(build("qwen2_vl"), ReusedPicks(lambda: [[torch.tensor([15])]] * 3), keep=4):
-        with pytest.raises(UserError, match="token 15 was picked but the image has 8"):
-            answer(build("qwen2_vl"), other, max_new_tokens=1)
-    with compress(build("qwen2_vl"), ReusedPicks(lambda: [[torch.tensor([1])]]), keep=4):
-        with pytest.raises(UserError, match="1 images were picked"):
-            answer(build("qwen2_vl"), other, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("newline", ["keep", "drop"])
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_reused_picks_are_the_same_tokens_among_newline_separators(family, newline):
+    model, inputs = build(family), prompts(family)
+    with compress(model, jumble, keep=8, newline=newline) as chosen:
+        answer(model, inputs, max_new_tokens=1)
+    with compress(model, ReusedPicks(lambda: chosen.last), keep=8, newline=newline) as handle:
+        answer(model, inputs, max_new_tokens=1)
+    for ours, theirs in zip(sum(handle.last.indices, []), sum(chosen.last.indices, []), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (SimpleNamespace(picked=[[torch.tensor([15])]] * 3), "token 15 was picked but the image has 8"),
+        (SimpleNamespace(picked=[[torch.tensor([1])]]), "1 images were picked"),
+        (None, "not as NoneType; give `lambda: handle.last`"),
+        ([[torch.tensor([1])]] * 3, "not as list; give `lambda: handle.last`"),
+    ],
+)
+def test_picks_that_cannot_be_reused_are_named(record, message):
+    with compress(build("qwen2_vl"), ReusedPicks(lambda: record), keep=4), pytest.raises(UserError, match=message):
+        answer(build("qwen2_vl"), prompts("qwen2_vl"), max_new_tokens=1)
 
 
 def test_picks_that_are_no_token_numbers_are_caught():
