@@ -151,7 +151,8 @@ def test_an_adapter_is_trained_alone_and_saved_folded_in_and_apart(tmp_path, nan
 def test_an_adapter_needs_a_layer_of_the_llm_and_is_not_sharded(tmp_path, capsys):
     words = [f"--{word}" for word in [*QUICK, *PLUS, f"run_dir={tmp_path / 'run'}", "compressor.lora.r=2"]]
     assert main(["train", *words]) == 2
-    assert main(["train", *words, "--compressor.init=layer", "--trainer.strategy=fsdp2", "--optim.ema=0", "--optim.name=adamw"]) == 2
+    sharded = ["--trainer.strategy=fsdp2", "--optim.ema=0", "--optim.name=adamw"]
+    assert main(["train", *words, "--compressor.init=layer", *sharded]) == 2
     said = capsys.readouterr().err
     assert "set compressor.init=layer" in said and "set trainer.strategy=ddp, or compressor.lora.r=0" in said
     assert not (tmp_path / "run").exists()
