@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from evocomp.training.average import AverageFromEpoch
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
-from evocomp.training.folder import DONE, claim_folder, is_finished, last_checkpoint, write_json
+from evocomp.training.folder import DONE, claimed, is_finished, judge_as_asked, last_checkpoint, write_json
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
@@ -64,7 +65,7 @@ def run(config: RunConfig) -> bool:
     """Label and train as the settings say, into `config.run_dir`; goes on where an earlier call stopped.
 
     Returns:
-        False if the run was finished already and nothing was done.
+        Whether there is something new to judge: False if the run was finished already and is judged as it was.
 
     Raises:
         UserError: the folder holds a run with other settings, and every mistake in data or settings.
@@ -75,7 +76,7 @@ def run(config: RunConfig) -> bool:
         raise UserError("an adapter is too small to be sharded: set trainer.strategy=ddp, or compressor.lora.r=0")
     if is_finished(config, folder):
         logger.info("%s is trained already; choose another --run_dir for a new run", folder)
-        return False
+        return distributed.rank() == 0 and judge_as_asked(config, folder)
     distributed.set_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
     splits = load_splits(config.data)
@@ -102,24 +103,37 @@ def run(config: RunConfig) -> bool:
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
         average = [AverageFromEpoch(config.optim.ema, start)]
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
-    claim_folder(config, folder)
-    last = last_checkpoint(folder)
-    if last is None and follows_compressor(config.labels):
-        labeller.forget()  # of a run that is gone: this one's compressor is another
+    with claimed(config, folder):
+        last = last_checkpoint(folder)
+        if last is None and follows_compressor(config.labels):
+            labeller.forget()  # of a run that is gone: this one's compressor is another
+        _fit(trainer, module, data, last)
+        if trainer.received_sigterm or trainer.interrupted:
+            raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
+        finished, spent = whole(module), {"labelled": len(splits.train), **cost.summary()}
+        if trainer.is_global_zero:
+            save_compressor(finished.compressor, config, folder)
+            write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
+    return True
+
+
+def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, last: str | None) -> None:
+    """Train on from a checkpoint, without Lightning's advice for other cases, and with an interruption that is one."""
+    handler = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
         warnings.filterwarnings("ignore", message=".*eval mode.*|.*Checkpoint directory .* exists.*")
         # resuming is exact: the datamodule knows where it was
         warnings.filterwarnings("ignore", message=".*ended before the epoch ended.*")
-        trainer.fit(module, data, ckpt_path=last, weights_only=False)
-    if trainer.received_sigterm or trainer.interrupted:
-        raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
-    finished, spent = whole(module), {"labelled": len(splits.train), **cost.summary()}
-    if trainer.is_global_zero:
-        save_compressor(finished.compressor, config, folder)
-        write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
-    return True
+        try:
+            trainer.fit(module, data, ckpt_path=last, weights_only=False)
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            # Lightning makes Ctrl-C an exit that says nothing, and leaves the process deaf to the next one
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from None
 
 
 @distributed.joined()
@@ -333,6 +347,8 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(key, known - ours, 1)
             hint = f"did you mean trainer.{near[0]}?" if near else "see the arguments of lightning.Trainer"
             raise UserError(f"unknown setting trainer.{key}; {hint}")
+    if settings.get("fast_dev_run"):
+        raise UserError("trainer.fast_dev_run would leave a run that counts as finished; try --trainer.max_epochs=1")
     epochs = settings.get("max_epochs", DEFAULT_EPOCHS)
     if not isinstance(epochs, int) or epochs < 1:
         raise UserError(f"trainer.max_epochs={epochs}: must be a whole number, at least 1")

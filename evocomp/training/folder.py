@@ -1,13 +1,20 @@
 """The folder of a run: whose it is, whether its run is finished, and where to go on from."""
 
+import fcntl
 import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from evocomp import distributed
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
-from evocomp.log import UserError, is_rank_zero
+from evocomp.log import UserError, logger
 
 DONE = "trained.json"
 
@@ -26,18 +33,72 @@ def is_finished(config: RunConfig, folder: Path) -> bool:
     return answer
 
 
-def claim_folder(config: RunConfig, folder: Path) -> None:
-    """Make the folder this run's: called once data and settings have proved sound, so that mistakes leave nothing."""
-    if not is_rank_zero() or (folder / "config.yaml").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def claimed(config: RunConfig, folder: Path) -> Iterator[None]:
+    """Make the folder this run's, and this process's while it trains: entered once data and settings have proved sound,
+    so that mistakes leave nothing.
+
+    Raises:
+        UserError: another process trains there, or the folder cannot be written.
+    """
+    lock, refusal = None, None
+    if distributed.rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "config.yaml").exists():
+                _save(config, folder)
+            lock = open(folder / "config.yaml", "rb")
+            _lock(lock, folder)
+            judge_as_asked(config, folder)
+        except UserError as error:
+            refusal = error
+        except OSError as error:
+            refusal = UserError(f"--run_dir={folder} cannot be written: {error.strerror}; choose another one")
+    try:
+        if refusal := distributed.broadcast(refusal):
+            raise refusal
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(file: Any, folder: Path) -> None:
+    """Until the file is closed, or its process is gone, however that ends; file systems without locks have none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {folder}; wait for it, or choose another --run_dir") from None
+    except OSError:
+        logger.debug("%s lies on a file system without locks", folder)
+
+
+def judge_as_asked(config: RunConfig, folder: Path) -> bool:
+    """Keep settings of the judgement (`eval`) that are other than those of the last start; whether there were any.
+
+    They change nothing of what is trained, so a run is not bound to those that it was begun with.
+    """
+    there = config_files.load([folder / "config.yaml"])
+    if there.eval == config.eval:
+        return False
+    _save(replace(there, eval=config.eval), folder)
+    logger.info("%s is judged by the eval settings of this start; those of the last one were others", folder)
+    return True
+
+
+def _save(config: RunConfig, folder: Path) -> None:
     temporary = folder / "config.tmp"
     config_files.save(config, temporary)
-    temporary.replace(folder / "config.yaml")
+    # into the file that is there, which the lock is on
+    if (folder / "config.yaml").exists():
+        (folder / "config.yaml").write_bytes(temporary.read_bytes())
+        temporary.unlink()
+    else:
+        temporary.replace(folder / "config.yaml")
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Where to go on from: the same on all ranks."""
+    """Where to go on from, the same on all ranks: the last checkpoint, or the one before if that is broken."""
     last = folder / "checkpoints" / "last.ckpt"
     known = distributed.gather(last.exists())
     if any(known) and not all(known):
@@ -45,7 +106,32 @@ def last_checkpoint(folder: Path) -> str | None:
             f"{last} is seen by {sum(known)} of {len(known)} processes: --run_dir must lie on storage that all nodes "
             "share (labels may lie on each node's own disk, with --labels.dir)"
         )
-    return str(last) if any(known) else None
+    if not any(known):
+        return None
+    chosen: str | UserError = ""
+    if distributed.rank() == 0:
+        before = (path for path in last.parent.glob("*.ckpt") if path != last)
+        paths = [last, *sorted(before, key=lambda path: path.stat().st_mtime, reverse=True)]
+        chosen = next((str(path) for path in paths if _is_whole(path)), "") or UserError(
+            f"no checkpoint in {last.parent} is readable; restore one, or begin anew in another --run_dir"
+        )
+        if chosen != str(last) and isinstance(chosen, str):
+            logger.warning("%s is not readable; going on from %s", last, chosen)
+    chosen = distributed.broadcast(chosen)
+    if isinstance(chosen, UserError):
+        raise chosen
+    return chosen
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint opens; a file that was cut short does not. Of shards, a folder, their reader says so."""
+    if path.is_dir():
+        return True
+    try:
+        torch.load(path, mmap=True, weights_only=False)
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+        return False
+    return True
 
 
 def _look(config: RunConfig, folder: Path) -> bool:
@@ -59,12 +145,24 @@ def _look(config: RunConfig, folder: Path) -> bool:
                 f"{folder} holds a run with other settings ({key}: {there.get(key)} there, {wanted[key]} asked for); "
                 "choose another --run_dir"
             )
-        return (folder / DONE).exists()
+        finished = (folder / DONE).exists()
+        if finished:
+            _say_what_is_not_done(config, config_files.load([mine]), folder)
+        return finished
     if folder.is_file():
         raise UserError(f"--run_dir={folder} is a file; give a folder")
     if folder.exists() and any(entry.name not in ("labels", "tensorboard", "config.tmp") for entry in folder.iterdir()):
         raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
     return False
+
+
+def _say_what_is_not_done(config: RunConfig, there: RunConfig, folder: Path) -> None:
+    """A finished run stays as it is, whatever the trainer is asked for now."""
+    asked, had = dict(config.trainer), dict(there.trainer)
+    differing = [key for key in sorted(asked.keys() | had.keys()) if asked.get(key) != had.get(key)]
+    if differing:
+        what = ", ".join(f"{k}: {had.get(k, 'default')} there, {asked.get(k, 'default')} asked for" for k in differing)
+        logger.warning("%s was trained with other trainer settings (%s); for these give another --run_dir", folder, what)
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:

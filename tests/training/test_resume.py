@@ -171,7 +171,7 @@ def test_a_finished_run_is_left_alone(whole, steps):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert run(config(folder, *settings)) is False
     # what may differ from one start to the next
-    assert run(config(folder, *settings, "threads=2", "eval.kept=[8]", "trainer.max_epochs=9")) is False
+    assert run(config(folder, *settings, "threads=2", "trainer.max_epochs=9")) is False
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before and steps.seen == []
 
 
@@ -322,7 +322,66 @@ def test_a_run_begun_anew_takes_no_round_of_the_one_that_was_there(steps, alone,
     assert steps.seen == alone
 
 
+def test_a_checkpoint_that_was_cut_short_gives_way_to_the_one_before(steps, whole, tmp_path, caplog):
+    settings, folder, seen = whole
+    steps.at[5] = stop
+    with pytest.raises(Interrupted):
+        run(config(tmp_path / "run", *settings))
+    steps.at.clear()
+    steps.seen.clear()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    (before,) = (path for path in last.parent.glob("*.ckpt") if path != last)
+    last.write_bytes(last.read_bytes()[:1000])
+    with caplog.at_level("WARNING", "evocomp"):
+        assert run(config(tmp_path / "run", *settings)) is True
+    assert steps.seen == seen[-len(steps.seen) :] and before.name in caplog.text
+    assert_same_weights(folder, tmp_path / "run")
+
+
+def test_no_readable_checkpoint_is_one_line(steps, tmp_path):
+    steps.at[5] = stop
+    with pytest.raises(Interrupted):
+        run(config(tmp_path / "run"))
+    for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"")
+    refused(config(tmp_path / "run"), "no checkpoint in .* is readable; restore one, or begin anew")
+
+
+def test_control_c_in_training_is_an_interruption_and_the_next_one_too(steps, whole, tmp_path):
+    settings, folder, seen = whole
+    steps.at[3] = lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path / "run", *settings))
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    steps.at.clear()
+    assert run(config(tmp_path / "run", *settings)) is True
+    assert_same_weights(folder, tmp_path / "run")
+
+
+def test_a_finished_run_is_judged_as_asked_and_trained_no_further(whole, tmp_path, caplog):
+    settings, folder, _ = whole
+    shutil.copytree(folder, tmp_path / "run")
+    with caplog.at_level("WARNING", "evocomp"):
+        assert run(config(tmp_path / "run", *settings, "eval.kept=[7]")) is True
+        assert not caplog.text
+        assert run(config(tmp_path / "run", *settings, "eval.kept=[7]", "trainer.max_epochs=9")) is False
+    assert load([tmp_path / "run" / "config.yaml"], []).eval.kept == (7,)
+    assert "max_epochs" in caplog.text and "9 asked for" in caplog.text
+
+
 # ------------------------------------------------------------ mistakes
+
+
+def test_two_jobs_in_one_folder_are_refused(steps, tmp_path):
+    mine = config(tmp_path / "run")
+    steps.at[1] = lambda: refused(mine, "another process is training in")
+    assert run(mine) is True
+
+
+def test_a_dry_run_does_not_count_as_the_run(tmp_path, shared_mllm):
+    refused(config(tmp_path / "run", "trainer.fast_dev_run=true"), "try --trainer.max_epochs=1")
+    assert not (tmp_path / "run").exists()
 
 
 def refused(mine, match: str) -> None:
