@@ -87,7 +87,14 @@ def run(config: RunConfig) -> bool:
     module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, share)
     cost = CostMeter(labeller.scorer)
     refresh = RefreshLabels(labeller, data, config.labels, cost)
-    monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
+    monitor = SelectionAccuracy(
+        mllm,
+        splits.val,
+        config.eval.kept,
+        config.eval.batch,
+        config.eval.monitor_every,
+        config.eval.max_new_tokens,
+    )
     curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = []
     if config.optim.ema:
