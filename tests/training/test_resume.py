@@ -216,6 +216,25 @@ def test_a_crash_in_mid_epoch_costs_that_epochs_steps(whole, steps, tmp_path):
     assert_same_weights(folder, tmp_path / "run")
 
 
+def test_a_crash_where_epochs_are_cut_short_costs_no_more(steps, tmp_path):
+    """The next epoch begins at its beginning, though the one before left questions over."""
+    settings = ["labels.refresh=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2", "data.val_samples=0"]
+    run(config(tmp_path / "whole", *settings))
+    whole = list(steps.seen)
+    assert [step[0] for step in whole] == [0, 0, 1, 1]
+
+    def crash():
+        raise ZeroDivisionError("a bug")
+
+    steps.at[2] = crash
+    with pytest.raises(ZeroDivisionError):
+        run(config(tmp_path / "run", *settings))
+    steps.at.clear()
+    steps.seen.clear()
+    run(config(tmp_path / "run", *settings))
+    assert steps.seen == whole[2:]
+
+
 def test_a_crash_between_labels_and_their_epoch_costs_nothing(whole, steps, tmp_path, monkeypatch):
     settings, folder, seen = whole
     commit, made = LabelStore.commit, []
