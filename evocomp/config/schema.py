@@ -267,7 +267,8 @@ class OptimConfig:
     lr: float = 2e-3
     """Peak learning rate."""
     refresh_lr: float = 1.5e-3
-    """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run."""
+    """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run, as without
+    refreshes."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 30
@@ -281,7 +282,8 @@ class OptimConfig:
 
     def __post_init__(self):
         at_least(self, 1, "optim.", "batch_size")
-        at_least(self, 0, "optim.", "lr", "weight_decay", "warmup_steps", "flat", "ema")
+        require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
+        at_least(self, 0, "optim.", "refresh_lr", "weight_decay", "warmup_steps", "flat", "ema")
         require(self.flat <= 1, f"optim.flat={self.flat}: a share of the steps, at most 1")
         require(self.ema < 1, f"optim.ema={self.ema}: must lie below 1")
 
@@ -309,7 +311,7 @@ class EvalConfig:
 
     def __post_init__(self):
         require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
-        at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens")
+        at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens", "monitor_every")
 
 
 @dataclass(frozen=True)

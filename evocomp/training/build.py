@@ -83,8 +83,8 @@ def run(config: RunConfig) -> bool:
         config.labels.samples_per_epoch or config.labels.passes * len(splits.train),
         config.seed,
     )
-    share = config.labels.refresh_start / max(1, trainer_settings.get("max_epochs", DEFAULT_EPOCHS))
-    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, share)
+    refreshed_from = 0 if config.labels.refresh == "none" else config.labels.refresh_start
+    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, refreshed_from)
     cost = CostMeter(labeller.scorer)
     refresh = RefreshLabels(labeller, data, config.labels, cost)
     monitor = SelectionAccuracy(

@@ -30,7 +30,7 @@ class SelectionAccuracy(L.Callback):
     `val/accuracy_R`; `val/accuracy` is their mean.
 
     Args:
-        every: epochs between measurements; the last epoch is always measured.
+        every: epochs between measurements; the last epoch is always measured, whatever ends the run.
         max_new_tokens: longest answer.
     """
 
@@ -51,8 +51,7 @@ class SelectionAccuracy(L.Callback):
         self.max_new_tokens = max_new_tokens
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if not self.examples or not (last or (trainer.current_epoch + 1) % self.every == 0):
+        if not self.examples or not self.is_due(trainer):
             return
         # ranks (or those that hold the MLLM together) take every world-th question and sum up
         mine = self.examples[self.mllm.team.index :: self.mllm.team.count]
@@ -67,6 +66,12 @@ class SelectionAccuracy(L.Callback):
         module.log("val/accuracy", float(np.mean(shares)), prog_bar=True, sync_dist=False)
         listed = "  ".join(f"{count}: {share:.3f}" for count, share in zip(self.kept, shares, strict=True))
         logger.info("epoch %d  selection accuracy by kept tokens  %s", trainer.current_epoch, listed)
+
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Whether the epoch that now ends is one to measure after."""
+        epochs = trainer.current_epoch + 1
+        last = epochs == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        return last or epochs % self.every == 0
 
     def count_right(self, module: CompressorModule, examples: Sequence[Example]) -> list[float]:
         """Right answers with the compressor's tokens, at each kept count; an answer may count in part."""

@@ -20,6 +20,8 @@ from evocomp.training import build
 from evocomp.training.build import check_trainer, run
 from evocomp.training.folder import DONE
 from evocomp.training.module import CompressorModule
+from evocomp.training.monitors import SelectionAccuracy
+from evocomp.training.optim import learning_rate
 
 EPOCHS = 4
 TINY = [
@@ -173,6 +175,25 @@ def test_a_finished_run_is_left_alone(whole, steps):
     # what may differ from one start to the next
     assert run(config(folder, *settings, "threads=2", "eval.kept=[8]", "trainer.max_epochs=9")) is False
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before and steps.seen == []
+
+
+def test_without_refreshes_and_with_a_number_of_steps(steps, tmp_path, monkeypatch):
+    """One schedule for the whole run, and a measurement after its last epoch, though that is cut short."""
+    rates, measured = [], []
+    step, count = CompressorModule.training_step, SelectionAccuracy.count_right
+    monkeypatch.setattr(
+        CompressorModule,
+        "training_step",
+        lambda module, *batch: rates.append(module.optimizers().param_groups[0]["lr"]) or step(module, *batch),
+    )
+    monkeypatch.setattr(
+        SelectionAccuracy, "count_right", lambda self, *rest: measured.append(len(rates)) or count(self, *rest)
+    )
+    settings = ["labels.refresh=none", "labels.refresh_start=1", "eval.monitor_every=4", "trainer.max_steps=6"]
+    mine = config(tmp_path / "run", *PLUS, *settings)
+    run(mine)
+    assert rates == pytest.approx([mine.optim.lr * learning_rate(number, 6, 2, mine.optim.flat) for number in range(6)])
+    assert measured == [6]
 
 
 # ------------------------------------------------------------ stopped and started again
