@@ -147,9 +147,10 @@ class LabelConfig:
     dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
     """Number format of the LLM while it scores masks; `model` = the frozen weights' own."""
     passes: int = 3
-    """How often each labelled question comes in an epoch, if `samples_per_epoch` is 0."""
+    """How often each question that is labelled at first comes in an epoch, if `samples_per_epoch` is 0."""
     samples_per_epoch: int = 0
-    """Questions that an epoch trains on, over all processes; 0 = `passes` times all that are labelled."""
+    """Questions that an epoch trains on, over all processes; 0 = `passes` times all that are labelled at
+    first."""
     generations_per_refresh: int = 1
     """Rounds of search that a refresh adds (refresh=search)."""
     warm_start: Literal["population", "scores"] = "population"
@@ -189,6 +190,11 @@ class LabelConfig:
             self.probes == 0 or 2 <= self.probes <= self.proposals,
             f"labels.probes={self.probes}: must be 0, or from 2 to labels.proposals={self.proposals}",
         )
+
+    def labelled_at_first(self, questions: int) -> int:
+        """How many of so many training questions round 0 labels."""
+        some = self.credit_samples if self.target == "credit" else 0
+        return min(some or questions, questions)
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,12 @@ def run(config: RunConfig) -> bool:
     use_feature_cache(config, mllm, splits)
     check_kept(config, mllm, splits.train[0])
     labeller = build_labeller(config, mllm, splits, folder)
+    labelled = config.labels.labelled_at_first(len(splits.train))
     data = LabelledQuestions(
         mllm,
         splits.train,
         config.optim.batch_size,
-        config.labels.samples_per_epoch or config.labels.passes * len(splits.train),
+        config.labels.samples_per_epoch or config.labels.passes * labelled,
         config.seed,
     )
     refreshed_from = 0 if config.labels.refresh == "none" else config.labels.refresh_start
@@ -113,7 +114,7 @@ def run(config: RunConfig) -> bool:
         trainer.fit(module, data, ckpt_path=last, weights_only=False)
     if trainer.received_sigterm or trainer.interrupted:
         raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
-    finished, spent = whole(module), {"labelled": len(splits.train), **cost.summary()}
+    finished, spent = whole(module), {"labelled": labelled, **cost.summary()}
     if trainer.is_global_zero:
         save_compressor(finished.compressor, config, folder)
         write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
@@ -217,7 +218,7 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
         )
     rounds: Rounds
     probabilities = config.loss.name != "listwise"
-    some = splits.train[: settings.credit_samples or None] if settings.target == "credit" else splits.train
+    some = splits.train[: settings.labelled_at_first(len(splits.train))]
     special = mllm.processor.tokenizer.all_special_ids
     if at_random:
         grouper = Grouper(config.grouping, mllm.vocabulary, special) if settings.credit_of == "group" else None

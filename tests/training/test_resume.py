@@ -196,6 +196,15 @@ def test_without_refreshes_and_with_a_number_of_steps(steps, tmp_path, monkeypat
     assert measured == [6]
 
 
+def test_passes_and_costs_are_of_the_questions_that_are_labelled(steps, tmp_path):
+    settings = ["labels.credit_samples=4", "labels.refresh=none", "trainer.max_epochs=2", "data.val_samples=0"]
+    run(config(tmp_path / "run", *PLUS, *settings))
+    for epoch in range(2):
+        ids = [id for step in steps.seen if step[0] == epoch for id in step[3]]
+        assert len(set(ids)) == 4 and sorted(ids) == sorted(2 * list(set(ids)))
+    assert json.loads((tmp_path / "run" / DONE).read_text())["cost"]["labelled"] == 4
+
+
 # ------------------------------------------------------------ stopped and started again
 
 
