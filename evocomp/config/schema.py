@@ -185,7 +185,7 @@ class LabelConfig:
     def __post_init__(self):
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
         at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
-        at_least(self, 0, "labels.", "generations_per_refresh")
+        at_least(self, 0, "labels.", "generations_per_refresh", "credit_samples", "samples_per_epoch")
         require(
             self.probes == 0 or 2 <= self.probes <= self.proposals,
             f"labels.probes={self.probes}: must be 0, or from 2 to labels.proposals={self.proposals}",

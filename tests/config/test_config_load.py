@@ -185,6 +185,7 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["model.name=nano576"], "model.name=nano576 was made for large scenes: set data.scenes=large"),
         (["data.scenes=large"], "model.name=nano was made for small scenes: set data.scenes=small"),
         (["labels.chunk_size=0"], "labels.chunk_size=0: must be at least 1"),
+        (["labels.credit_samples=-1"], "labels.credit_samples=-1: must not be negative"),
         (["labels.batch=0"], "labels.batch=0: must be at least 1"),
         (["optim.batch_size=0"], "optim.batch_size=0: must be at least 1"),
         (["optim.lr=-1"], "optim.lr=-1.0: must be above 0"),
