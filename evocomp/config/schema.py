@@ -20,6 +20,9 @@ class ModelConfig:
     """Processes that hold one copy of the frozen MLLM together, for models that do not fit one GPU; 0 = all of a
     node. They score the batches of a sample side by side: set `labels.batch` to search.population / shard."""
 
+    def __post_init__(self):
+        at_least(self, 0, "model.", "shard")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -148,9 +151,10 @@ class LabelConfig:
     dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
     """Number format of the LLM while it scores masks; `model` = the frozen weights' own."""
     passes: int = 3
-    """How often each labelled question comes in an epoch, if `samples_per_epoch` is 0."""
+    """How often each question that is labelled at first comes in an epoch, if `samples_per_epoch` is 0."""
     samples_per_epoch: int = 0
-    """Questions that an epoch trains on, over all processes; 0 = `passes` times all that are labelled."""
+    """Questions that an epoch trains on, over all processes; 0 = `passes` times all that are labelled at
+    first."""
     generations_per_refresh: int = 1
     """Rounds of search that a refresh adds (refresh=search)."""
     warm_start: Literal["population", "scores"] = "population"
@@ -185,11 +189,19 @@ class LabelConfig:
     def __post_init__(self):
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
         at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
-        at_least(self, 0, "labels.", "generations_per_refresh")
+        at_least(self, 0, "labels.", "generations_per_refresh", "credit_samples", "samples_per_epoch", "flat", "probes")
+        for name in ("credit_sizes", "proposal_sizes"):
+            sizes = getattr(self, name)
+            require(len(sizes) > 0 and min(sizes) > 0, f"labels.{name}={list(sizes)}: give at least one size above 0")
         require(
             self.probes == 0 or 2 <= self.probes <= self.proposals,
             f"labels.probes={self.probes}: must be 0, or from 2 to labels.proposals={self.proposals}",
         )
+
+    def labelled_at_first(self, questions: int) -> int:
+        """How many of so many training questions round 0 labels."""
+        some = self.credit_samples if self.target == "credit" else 0
+        return min(some or questions, questions)
 
 
 @dataclass(frozen=True)
@@ -266,6 +278,7 @@ class LossConfig:
 
     def __post_init__(self):
         at_least(self, 1, "loss.", "bins")
+        at_least(self, 0, "loss.", "alpha")
         for name in ("eps", "temperature"):
             require(getattr(self, name) > 0, f"loss.{name}={getattr(self, name)}: must be above 0")
 
@@ -277,7 +290,8 @@ class OptimConfig:
     lr: float = 2e-3
     """Peak learning rate."""
     refresh_lr: float = 1.5e-3
-    """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run."""
+    """Peak of a second schedule that starts at `labels.refresh_start`; 0 = one schedule for the whole run, as without
+    refreshes."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 30
@@ -291,7 +305,8 @@ class OptimConfig:
 
     def __post_init__(self):
         at_least(self, 1, "optim.", "batch_size")
-        at_least(self, 0, "optim.", "lr", "weight_decay", "warmup_steps", "flat", "ema")
+        require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
+        at_least(self, 0, "optim.", "refresh_lr", "weight_decay", "warmup_steps", "flat", "ema")
         require(self.flat <= 1, f"optim.flat={self.flat}: a share of the steps, at most 1")
         require(self.ema < 1, f"optim.ema={self.ema}: must lie below 1")
 
@@ -319,7 +334,7 @@ class EvalConfig:
 
     def __post_init__(self):
         require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
-        at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens")
+        at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens", "monitor_every", "sheet")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from evocomp.log import UserError, logger
 HEARTBEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 45.0
 STALLED_AFTER_SECONDS = 1800.0
-"""A process that has not finished a candidate batch for so long stops its heartbeat: it hangs."""
+"""A process at work on the queue that has not finished a candidate batch for so long stops its heartbeat: it hangs."""
 
 
 class Board:
@@ -28,7 +28,7 @@ class Board:
 
     def __init__(self, host: str, port: int):
         self.me, self.world = rank(), world_size()
-        self.worked_at = time.monotonic()
+        self._worked_at: float | None = None  # at work on the queue: when it last got on
         self._address = (host, port)
         self._store = self._connect()
         self._stop = threading.Event()
@@ -40,6 +40,20 @@ class Board:
 
     def keys(self, prefix: str) -> dist.PrefixStore:
         return dist.PrefixStore(prefix, self._store)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While this lasts, a process that does not `beat` hangs; training and measuring take what they take."""
+        self._worked_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._worked_at = None
+
+    def beat(self) -> None:
+        """Say that work goes on."""
+        if self._worked_at is not None:
+            self._worked_at = time.monotonic()
 
     def gone(self) -> set[int]:
         """Ranks that have signed off or that rank 0 holds for dead: what they have not finished, they never will."""
@@ -72,7 +86,8 @@ class Board:
         own, ticks = self._connect(), 0
         try:
             while not self._stop.is_set():
-                if time.monotonic() - self.worked_at < STALLED_AFTER_SECONDS:
+                worked_at = self._worked_at
+                if worked_at is None or time.monotonic() - worked_at < STALLED_AFTER_SECONDS:
                     ticks += 1
                     own.set(f"heartbeat/{self.me}", str(ticks))
                 if self.me == 0:

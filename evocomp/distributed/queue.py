@@ -43,8 +43,7 @@ class WorkQueue:
         if self._keys is None:
             yield from chunks
             return
-        self.beat()
-        with reaching_rank_0():
+        with reaching_rank_0(), self._board.at_work():
             if not self.team.leads:
                 yield from self._followed()
                 return
@@ -57,12 +56,11 @@ class WorkQueue:
     def beat(self) -> None:
         """Say that work goes on; called between candidate batches."""
         if self._board is not None:
-            self._board.worked_at = time.monotonic()
+            self._board.beat()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait for what rank 0 brings about; UserError if rank 0 is gone and it is not so."""
         while not condition():
-            self.beat()
             try:
                 if self._keys is not None:
                     self._keys.check(["next"])
@@ -148,7 +146,6 @@ def in_turn() -> Iterator[None]:
     def wait_for(ranks: Iterable[int]) -> None:
         others = [str(other) for other in ranks]
         while others and not keys.check(others):
-            job.worked_at = time.monotonic()
             time.sleep(0.1)
 
     with reaching_rank_0():

@@ -20,6 +20,7 @@ from evocomp.files import readable
 from evocomp.labels.labeller import Labeller
 from evocomp.labels.random_credit import mask_sizes
 from evocomp.log import UserError, logger
+from evocomp.mllm.context import split
 
 EFFICIENCY = 0.5
 """Share of a GPU's peak that scoring is taken to reach, to be replaced by timed samples. Measured: 0.69 of an H100's
@@ -159,24 +160,33 @@ def _vision(config: Mapping[str, Any]) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class Workload:
-    """What there is to score: samples, forwards a sample (candidate masks), and lengths [tokens]."""
+    """What there is to score: samples, forwards a sample (candidate masks), and lengths [tokens].
+
+    pool: questions that refreshes draw from; 0 = the samples.
+    """
 
     samples: int
     forwards: int
     text: int
     kept: int
     answer: int
+    pool: int = 0
+
+
+def at_random(config: RunConfig) -> bool:
+    """Whether labels are credits of random masks."""
+    return config.labels.target == "credit" and config.labels.credit_masks_from == "random"
 
 
 def candidate_forwards(config: RunConfig, round: int = 0) -> int:
     """Masks scored for a sample in a round, before those that come up twice, or that probes save, are left out."""
     labels, search = config.labels, config.search
-    if labels.target == "credit":
-        return len(labels.credit_sizes) * labels.credit_masks if round == 0 else labels.proposals
     if labels.target == "random":
         return 1 if round == 0 else 0
     if round:
-        return labels.generations_per_refresh * search.population
+        return labels.proposals if labels.target == "credit" else labels.generations_per_refresh * search.population
+    if at_random(config):
+        return len(labels.credit_sizes) * labels.credit_masks
     return 1 + search.population * (1 + search.generations)  # the first: all tokens kept
 
 
@@ -185,13 +195,14 @@ _GROUP_SHARE = ((600, 0.26), (1500, 0.20), (10**9, 0.18))
 
 
 def assumed_workload(config: RunConfig, target: Target, samples: int, text: int, answer: int) -> Workload:
-    """Lengths where no sample was looked at: group counts are assumptions."""
-    if config.labels.target == "credit":
+    """Lengths where no sample was looked at: group counts are assumptions. samples: all training questions."""
+    if at_random(config):
         kept = round(float(np.mean(mask_sizes(config.labels.credit_sizes, target.tokens))))
     else:
         share = next(share for limit, share in _GROUP_SHARE if target.tokens <= limit)
         kept = config.grouping.count or round(share * target.tokens)
-    return Workload(samples, candidate_forwards(config), text, kept, answer)
+    first = config.labels.labelled_at_first(samples)
+    return Workload(first, candidate_forwards(config), text, kept, answer, samples)
 
 
 @dataclass(frozen=True)
@@ -240,7 +251,7 @@ def by_arithmetic(config: RunConfig, target: Target, work: Workload, gpu: GPU) -
         flops,
         seconds,
         _memory(config, target, length, work.answer),
-        work.samples * record_bytes(config, target.tokens),
+        round_bytes(config, work.pool or work.samples, target.tokens),
         seconds * _refresh_share(config, work),
     )
 
@@ -249,18 +260,19 @@ def _refresh_share(config: RunConfig, work: Workload) -> float:
     """Forwards of a refresh over those of round 0."""
     if config.labels.refresh == "none":
         return 0.0
-    drawn = work.samples
+    drawn = work.pool or work.samples
     if config.labels.refresh == "on_policy":
         drawn = min(drawn, config.labels.samples_per_refresh)
     return drawn * candidate_forwards(config, 1) / max(1, work.samples * work.forwards)
 
 
 def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int, gpu: GPU, count: int = 3) -> Estimate:
-    """Estimate from `count` samples labelled now (after one to warm up); nothing is stored.
+    """Estimate for `total` training questions from `count` samples labelled now (after one to warm up), of which
+    nothing is stored.
 
     Credits of random masks are made for all questions about a picture together, so a piece is a picture's questions.
     """
-    by_picture = config.labels.target == "credit" and config.labels.credit_masks_from == "random"
+    by_picture = at_random(config)
     pieces = [
         [example.id for example in group]
         for _, group in groupby(labeller.examples.values(), key=lambda one: one.image_id if by_picture else one.id)
@@ -273,15 +285,17 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
     ids = [id for piece in pieces for id in piece]
     features = labeller.encode(ids)
     kept = [len(record["kept"]) if "kept" in record else _mean_size(config, target.tokens) for record in made]
+    first = config.labels.labelled_at_first(total)
     work = Workload(
-        total,
+        first,
         candidate_forwards(config),
         text=round(float(np.mean([len(one.fixed_at) for one in features]))),
         kept=round(float(np.mean(kept))),
         answer=round(float(np.mean([len(one.answer_ids) for one in features]))),
+        pool=total,
     )
     rough = by_arithmetic(config, replace(target, tokens=len(features[0].visual)), work, gpu)
-    spent = total * float(np.mean(seconds[1:] or seconds))
+    spent = first * float(np.mean(seconds[1:] or seconds))
     refresh = spent * _refresh_share(config, work)
     return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - len(pieces[0])))
 
@@ -298,17 +312,32 @@ def _memory(config: RunConfig, target: Target, length: int, answer: int) -> floa
     return target.weight_bytes() / max(1, config.model.shard) + activations + logits
 
 
-def record_bytes(config: RunConfig, tokens: int) -> float:
+def record_bytes(config: RunConfig, tokens: int, round: int = 0) -> float:
     """Most that a sample takes in a round of the store; group counts are not known before, so N stands for them."""
-    if config.labels.target == "credit":
+    labels = config.labels
+    if labels.target == "credit" and round == 0:
         return 2.0 * tokens + 64
-    masks = 1 if config.labels.target == "random" else config.search.population
+    if labels.target == "credit":  # proposed masks, with the advantage and the log-probability of each
+        sizes = mask_sizes(labels.proposal_sizes, tokens)
+        drawn = max(split(size, tokens, config.compressor.sharp)[0] for size in sizes)
+        return labels.proposals * (2.0 * drawn + 8.0) + 64
+    masks = 1 if labels.target == "random" else config.search.population
     return 2.0 * tokens * (2 + masks) + 4.0 * masks + 64
 
 
-def say_disk_use(config: RunConfig, samples: int, tokens: int, folder: Path) -> None:
+def round_bytes(config: RunConfig, questions: int, tokens: int) -> float:
+    """Most that a round of the store takes, of so many training questions."""
+    labels = config.labels
+    first = labels.labelled_at_first(questions) * record_bytes(config, tokens)
+    if labels.refresh != "on_policy":
+        return first
+    drawn = min(questions, labels.samples_per_refresh)
+    return max(first, drawn * record_bytes(config, tokens, 1) + (questions - drawn) * 64.0)  # the others: nothing new
+
+
+def say_disk_use(config: RunConfig, questions: int, tokens: int, folder: Path) -> None:
     """Print what the labels will take on disk, and warn if there may not be room."""
-    a_round, free = samples * record_bytes(config, tokens), shutil.disk_usage(folder).free
+    a_round, free = round_bytes(config, questions, tokens), shutil.disk_usage(folder).free
     rounds = 1 if config.labels.refresh == "none" else 2  # a refresh is made from the round before it
     logger.info("labels: at most %s a round in %s, %s free", readable(a_round), folder, readable(free))
     if rounds * a_round > free:

@@ -84,18 +84,26 @@ def run(config: RunConfig) -> bool:
     use_feature_cache(config, mllm, splits)
     check_kept(config, mllm, splits.train[0])
     labeller = build_labeller(config, mllm, splits, folder)
+    labelled = config.labels.labelled_at_first(len(splits.train))
     data = LabelledQuestions(
         mllm,
         splits.train,
         config.optim.batch_size,
-        config.labels.samples_per_epoch or config.labels.passes * len(splits.train),
+        config.labels.samples_per_epoch or config.labels.passes * labelled,
         config.seed,
     )
-    share = config.labels.refresh_start / max(1, trainer_settings.get("max_epochs", DEFAULT_EPOCHS))
-    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, share)
+    refreshed_from = 0 if config.labels.refresh == "none" else config.labels.refresh_start
+    module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, refreshed_from)
     cost = CostMeter(labeller.scorer)
     refresh = RefreshLabels(labeller, data, config.labels, cost)
-    monitor = SelectionAccuracy(mllm, splits.val, config.eval.kept, config.eval.batch, config.eval.monitor_every)
+    monitor = SelectionAccuracy(
+        mllm,
+        splits.val,
+        config.eval.kept,
+        config.eval.batch,
+        config.eval.monitor_every,
+        config.eval.max_new_tokens,
+    )
     curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = []
     if config.optim.ema:
@@ -110,7 +118,7 @@ def run(config: RunConfig) -> bool:
         _fit(trainer, module, data, last)
         if trainer.received_sigterm or trainer.interrupted:
             raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
-        finished, spent = whole(module), {"labelled": len(splits.train), **cost.summary()}
+        finished, spent = whole(module), {"labelled": labelled, **cost.summary()}
         if trainer.is_global_zero:
             save_compressor(finished.compressor, config, folder)
             write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
@@ -245,7 +253,7 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
         )
     rounds: Rounds
     probabilities = config.loss.name != "listwise"
-    some = splits.train[: settings.credit_samples or None] if settings.target == "credit" else splits.train
+    some = splits.train[: settings.labelled_at_first(len(splits.train))]
     special = mllm.processor.tokenizer.all_special_ids
     if at_random:
         grouper = Grouper(config.grouping, mllm.vocabulary, special) if settings.credit_of == "group" else None

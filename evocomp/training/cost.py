@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from evocomp.distributed import gather
+from evocomp.distributed import gather, rank
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.training.batch import TrainBatch
 
@@ -57,20 +57,26 @@ class CostMeter(L.Callback):
         share.flops += 6.0 * tokens * sum(p.numel() for p in module.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: asdict(share) for name, share in self.spent.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.spent = {name: Spent(**share) for name, share in state.items()}
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Rounded, for trained.json and the report: work of all ranks, wall time of rank 0. All ranks call it."""
+        """What the whole job has spent: a checkpoint is of rank 0 alone. All ranks call it, as they save together."""
         everyone = gather({name: asdict(share) for name, share in self.spent.items()})
         return {
             name: {
-                key: round(value if key == "seconds" else sum(one[name][key] for one in everyone), 1)
+                key: value if key == "seconds" else sum(one[name][key] for one in everyone)
                 for key, value in share.items()
             }
             for name, share in everyone[0].items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Rank 0 carries on what all have spent, the others only the time that has passed."""
+        self.spent = {
+            name: Spent(**share) if rank() == 0 else Spent(seconds=share["seconds"]) for name, share in state.items()
+        }
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Rounded, for trained.json and the report: work of all ranks, wall time of rank 0. All ranks call it."""
+        return {
+            name: {key: round(value, 1) for key, value in share.items()} for name, share in self.state_dict().items()
         }
 
 

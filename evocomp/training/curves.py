@@ -118,8 +118,7 @@ class Curves(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
             return
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if last or (trainer.current_epoch + 1) % self.monitor.every == 0:
+        if self.monitor.is_due(trainer):
             self._show_epoch(trainer, module)
         self._measuring += time.perf_counter() - self._trained
         times = {f"time/{purpose}_seconds": share.seconds for purpose, share in self.refresh.cost.spent.items()}

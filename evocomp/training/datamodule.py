@@ -15,6 +15,8 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.batch import TrainBatch, train_batch
 from evocomp.training.sampler import ResumableSampler, Slots, epoch_order
 
+_NOT_RESUMED = {"epoch": -1, "consumed": 0, "batches": 0}
+
 
 class LabelledQuestions(L.LightningDataModule):
     """Feeds a compressor. `RefreshLabels` says with `use` which labels hold.
@@ -48,7 +50,7 @@ class LabelledQuestions(L.LightningDataModule):
         self.round = -1
         self._sampler: ResumableSampler | None = None
         self._resume_at = 0
-        self._base = (0, 0)
+        self._base = dict(_NOT_RESUMED)
         self._epoch = 0
         self._order = None
 
@@ -92,11 +94,14 @@ class LabelledQuestions(L.LightningDataModule):
         """Where in the epoch the whole job is; Lightning saves it with every checkpoint."""
         # processed and not completed: a checkpoint at a batch's end is written between the two
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        # those counted before a resume may have been of another number of processes
-        counted, consumed = self._base if self._base[0] <= batches else (0, 0)
+        # those that this epoch counted before a resume may have been of another number of processes
+        counted, consumed = self._base["batches"], self._base["consumed"]
+        if self._base["epoch"] != self._epoch or counted > batches:
+            counted, consumed = 0, 0
         together = self.batch_size * distributed.world_size()
         consumed += (batches - counted) * together
-        ended = self.slots - consumed < together
+        # trainer.limit_train_batches ends an epoch before its positions do
+        ended = self.slots - consumed < together or batches >= self.trainer.num_training_batches
         return {"epoch": self._epoch, "consumed": 0 if ended else consumed, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -104,7 +109,7 @@ class LabelledQuestions(L.LightningDataModule):
         if self._sampler is not None:
             # sharded strategies restore after the loader was made (the schedule asks for its length)
             self._sampler.consumed, self._resume_at = self._resume_at, 0
-        self._base = (state["batches"], state["consumed"]) if state["consumed"] else (0, 0)
+        self._base = state if state["consumed"] else dict(_NOT_RESUMED)
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -162,7 +162,7 @@ def _say_what_is_not_done(config: RunConfig, there: RunConfig, folder: Path) -> 
     differing = [key for key in sorted(asked.keys() | had.keys()) if asked.get(key) != had.get(key)]
     if differing:
         what = ", ".join(f"{k}: {had.get(k, 'default')} there, {asked.get(k, 'default')} asked for" for k in differing)
-        logger.warning("%s was trained with other trainer settings (%s); for these give another --run_dir", folder, what)
+        logger.warning("%s was trained by other trainer settings (%s); for these give another --run_dir", folder, what)
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The compressor under Lightning: an ordinary loss on stored label records. It holds no MLLM."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +24,14 @@ class CompressorModule(L.LightningModule):
 
     Args:
         compressor: what is trained; checkpoints hold nothing else.
-        refresh_share: share of the run after which refreshes begin, for `optim.refresh_lr`.
+        refresh_start: epoch with which refreshes begin, for `optim.refresh_lr`; 0 = there are none.
     """
 
     def __init__(
-        self, compressor: EvoCompCompressor, loss: LossConfig, optim: OptimConfig, refresh_share: float = 0.0
+        self, compressor: EvoCompCompressor, loss: LossConfig, optim: OptimConfig, refresh_start: int = 0
     ):
         super().__init__()
-        self.refresh_share = refresh_share
+        self.refresh_start = refresh_start
         self.compressor = compressor
         self.loss_config = loss
         self.optim_config = optim
@@ -91,7 +92,10 @@ class CompressorModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.compressor, self.optim_config)
-        factor = schedule(self.optim_config, int(self.trainer.estimated_stepping_batches), self.refresh_share)
+        total = int(self.trainer.estimated_stepping_batches)
+        # a run may end before its epochs do (trainer.max_steps), so these are no share of all steps
+        an_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        factor = schedule(self.optim_config, total, self.refresh_start * an_epoch)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -103,8 +107,10 @@ class CompressorModule(L.LightningModule):
         budget: Tensor | float | None = None
         if self.compressor.config.budget_input:
             budget = NEUTRAL_BUDGET if budgets is None else torch.tensor(budgets, device=self.device)
-        logits = self(inputs, budget).logits.float().cpu()
-        self.compressor.train(training)
+        try:
+            logits = self(inputs, budget).logits.float().cpu()
+        finally:
+            self.compressor.train(training)
         sizes: Sequence[int] = [logits.shape[1]] * len(logits)
         if inputs.visual_mask is not None:
             sizes = inputs.visual_mask.sum(1).tolist()

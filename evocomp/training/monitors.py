@@ -9,6 +9,7 @@ import torch
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
+from evocomp.evaluation.tasks import score_answer
 from evocomp.log import logger
 from evocomp.mllm.context import Shown, shown
 from evocomp.mllm.features import Features
@@ -25,22 +26,32 @@ Selection = Callable[[Sequence[Features]], Choose]
 
 class SelectionAccuracy(L.Callback):
     """After every epoch: share of the selection questions that the frozen MLLM answers rightly when it sees the
-    compressor's top r tokens, for each r. Logged as `val/accuracy_R`; `val/accuracy` is their mean.
+    compressor's top r tokens, for each r, by the questions' own rules of scoring as in the report. Logged as
+    `val/accuracy_R`; `val/accuracy` is their mean.
 
     Args:
-        every: epochs between measurements; the last epoch is always measured.
+        every: epochs between measurements; the last epoch is always measured, whatever ends the run.
+        max_new_tokens: longest answer.
     """
 
-    def __init__(self, mllm: FrozenMLLM, examples: Sequence[Example], kept: Sequence[int], batch: int, every: int = 1):
+    def __init__(
+        self,
+        mllm: FrozenMLLM,
+        examples: Sequence[Example],
+        kept: Sequence[int],
+        batch: int,
+        every: int = 1,
+        max_new_tokens: int = 8,
+    ):
         self.mllm = mllm
         self.examples = list(examples)
         self.kept = tuple(kept)
         self.batch = batch
         self.every = every
+        self.max_new_tokens = max_new_tokens
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
-        last = trainer.current_epoch + 1 == trainer.max_epochs
-        if not self.examples or not (last or (trainer.current_epoch + 1) % self.every == 0):
+        if not self.examples or not self.is_due(trainer):
             return
         # ranks (or those that hold the MLLM together) take every world-th question and sum up
         mine = self.examples[self.mllm.team.index :: self.mllm.team.count]
@@ -56,21 +67,27 @@ class SelectionAccuracy(L.Callback):
         listed = "  ".join(f"{count}: {share:.3f}" for count, share in zip(self.kept, shares, strict=True))
         logger.info("epoch %d  selection accuracy by kept tokens  %s", trainer.current_epoch, listed)
 
-    def count_right(self, module: CompressorModule, examples: Sequence[Example]) -> list[int]:
-        """Right answers with the compressor's tokens, at each kept count."""
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Whether the epoch that now ends is one to measure after."""
+        epochs = trainer.current_epoch + 1
+        last = epochs == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        return last or epochs % self.every == 0
+
+    def count_right(self, module: CompressorModule, examples: Sequence[Example]) -> list[float]:
+        """Right answers with the compressor's tokens, at each kept count; an answer may count in part."""
         return self.right_answers(examples, partial(self._by_compressor, module), self.kept)
 
-    def right_answers(self, examples: Sequence[Example], selection: Selection, kept: Sequence[int]) -> list[int]:
+    def right_answers(self, examples: Sequence[Example], selection: Selection, kept: Sequence[int]) -> list[float]:
         """Right answers at each of the counts `kept`, with the tokens that `selection` chooses."""
-        right = [0] * len(kept)
+        right = [0.0] * len(kept)
         for start in range(0, len(examples), self.batch):
             part = examples[start : start + self.batch]
             features = self.mllm.features(part)
             choose = selection(features)
             for place, count in enumerate(kept):
                 prompts = [(one, *shown) for one, shown in zip(features, choose(count), strict=True)]
-                answers, _ = self.mllm.answer(prompts, max_new_tokens=4)
-                right[place] += sum(a == e.answer for a, e in zip(answers, part, strict=True))
+                answers, _ = self.mllm.answer(prompts, self.max_new_tokens)
+                right[place] += sum(score_answer(e, a) for e, a in zip(part, answers, strict=True))
         return right
 
     def _by_compressor(self, module: CompressorModule, features: Sequence[Features]) -> Choose:

@@ -62,11 +62,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return MuonWithAdamW(hidden, [p for _, p in trainable if id(p) not in ours], config.lr, config.weight_decay)
 
 
-def schedule(config: OptimConfig, total: int, refresh_share: float = 0.0) -> Callable[[int], float]:
-    """Factor on `optim.lr` by step: one rise and fall, or with `optim.refresh_lr` a second one for the refreshes."""
-    if not config.refresh_lr or not 0 < refresh_share < 1:
+def schedule(config: OptimConfig, total: int, first: int = 0) -> Callable[[int], float]:
+    """Factor on `optim.lr` by step: one rise and fall, or with `optim.refresh_lr` a second one for the refreshes.
+
+    Args:
+        total: steps of the run.
+        first: step at which refreshes begin; 0 = there are none.
+    """
+    if not config.refresh_lr or not 0 < first < total:
         return partial(learning_rate, total=total, warmup=config.warmup_steps, flat=config.flat)
-    first = round(total * refresh_share)
 
     def factor(step: int) -> float:
         if step < first:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
+from evocomp.evaluation.tasks import score_answer
 from evocomp.labels.records import Record, kept_by
 from evocomp.mllm.features import Features, grid_of
 from evocomp.mllm.reader import as_array
@@ -160,10 +161,11 @@ class TensorBoardPage:
         scores = module.score(compressor_input(mllm, features), budgets)
         pairs = zip(scores, features, strict=True)
         kept = [shown_tokens(torch.from_numpy(row), one.visual, self.keep, config) for row, one in pairs]
-        answers, _ = mllm.answer([(one, *shown) for one, shown in zip(features, kept, strict=True)], max_new_tokens=8)
+        prompts = [(one, *shown) for one, shown in zip(features, kept, strict=True)]
+        answers, _ = mllm.answer(prompts, self.monitor.max_new_tokens)
         rows = zip(self.shown, features, self.labels, scores, kept, answers, strict=True)
         for number, (example, one, record, row, shown, answer) in enumerate(rows):
-            verdict = "right" if answer == example.answer else "wrong"
+            verdict = "right" if score_answer(example, answer) >= 0.5 else "wrong"
             chosen = np.flatnonzero(kept_by(record, len(row), self.keep))
             picture = four_panels(
                 as_array(example.image),

@@ -141,6 +141,31 @@ def uneven(work: float):
     return {"done": everyone, "barrier": barrier, "waited": queue.waited}
 
 
+@distributed.joined()
+def between_rounds(size: int, training: float, hangs: bool):
+    """Two rounds with a time between them in which nothing is labelled, of teams of `size`; what each rank got.
+
+    Limits are short: 1.5 s without a candidate batch is a hang. hangs: rank 1 does so in round 1.
+    """
+    board = distributed.board
+    board.HEARTBEAT_SECONDS, board.DEAD_AFTER_SECONDS, board.STALLED_AFTER_SECONDS = 0.2, 1.0, 1.5
+    team, done = distributed.Team.form(size), []
+    for round in range(2):
+        if round:
+            time.sleep(training)
+            distributed.gather(None)
+            time.sleep(0.1 * team.leads)  # followers are the first to look
+        queue = distributed.WorkQueue(f"round-{round}", lambda chunk: False, team)
+        done.append([])
+        for chunk in queue([0, 1]):
+            done[-1].append(chunk)
+            time.sleep(0.3)
+            if hangs and round and rank() == 1:
+                time.sleep(6.0)
+    distributed.gather(None)
+    return {"done": done}
+
+
 class Spy:
     """Made into a Lightning callback by `spying`: what each step saw, and its gradient."""
 

@@ -143,6 +143,20 @@ def test_work_longer_than_the_timeout_of_collectives_kills_nobody(ranks):
     assert "not been heard of" not in job.outputs[0]
 
 
+def test_an_epoch_longer_than_the_limit_of_a_hang_is_not_one(ranks):
+    """Heartbeats go on while nothing is labelled: a follower that comes before its leader finds it alive."""
+    job = ranks(2, "between_rounds", size=2, training=4.0, hangs=False).succeeded()
+    assert [result["done"] for result in job.results] == [[[0, 1], [0, 1]]] * 2
+    assert not any("not been heard of" in output for output in job.outputs)
+
+
+def test_a_rank_that_hangs_in_a_round_is_named_and_its_chunk_taken_over(ranks):
+    job = ranks(2, "between_rounds", size=1, training=0.0, hangs=True).succeeded()
+    assert sorted(job.results[0]["done"][1]) == [0, 1] and len(job.results[1]["done"][1]) == 1
+    assert "rank 1 has not been heard of" in job.outputs[0]
+    assert "rank 0 takes over chunk" in job.outputs[0]
+
+
 def test_a_dead_rank_is_named_and_its_chunk_taken_over(ranks, alone, tmp_path):
     job = ranks(3, "label", folder=str(tmp_path / "labels"), signal_rank=1)
     assert job.codes == [0, -signal.SIGKILL, 0], job.outputs

@@ -1,6 +1,7 @@
 """Two ranks train as one does on the joined batch; labels are never stale; a resume sees what was left."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -119,6 +120,9 @@ def test_a_run_stopped_in_mid_epoch_goes_on_exactly(train, uninterrupted):
         whole, parts = job.results[rank]["steps"], first.results[rank]["steps"] + second.results[rank]["steps"]
         assert [step["ids"] for step in parts] == [step["ids"] for step in whole]
         assert [step["loss"] for step in parts] == [step["loss"] for step in whole]
+    costs = [json.loads((folder / "trained.json").read_text())["cost"] for folder in (run, again)]
+    for purpose in ("labelling", "refresh", "training"):
+        assert all(costs[0][purpose][key] == costs[1][purpose][key] for key in ("forwards", "flops")), purpose
     for key, value in weights(run).items():
         assert torch.equal(value, weights(again)[key]), key
 

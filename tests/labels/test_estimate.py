@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,6 +11,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConf
 from evocomp.config.load import load
 from evocomp.labels import estimate
 from evocomp.labels.estimate import GPUS, KNOWN, Target, Workload, by_arithmetic, by_timing, candidate_forwards
+from evocomp.labels.records import encode
 from evocomp.mllm.hf import ASSETS
 
 LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -74,6 +76,23 @@ def test_forwards_and_disk_bound_what_a_run_needs(run):
     assert labeller.store.size() < len(records) * estimate.record_bytes(config, 144) + 20_000
     groups = sum(record["population"].nbytes for record in records.values())
     assert groups < len(records) * estimate.record_bytes(config, 144)
+
+
+def test_credits_are_counted_as_they_are_made():
+    """Of searched masks as many as the search scores, of some questions only; refreshes draw from all of them."""
+    credit = ["labels.credit_masks_from=search", "labels.credit_samples=100", "labels.samples_per_refresh=300"]
+    config, target = load(settings=[*credit, "compressor.sharp=0"]), Target.named("nano", ASSETS)
+    assert candidate_forwards(config) == 1 + 48 * 11 and candidate_forwards(config, 1) == 16
+    work = estimate.assumed_workload(config, target, 1000, 20, 2)
+    assert (work.samples, work.forwards, work.pool) == (100, 529, 1000)
+    once = by_arithmetic(config, target, work, GPUS["h100"])
+    assert once.refresh / once.seconds == pytest.approx(300 * 16 / (100 * 529))
+    masks = {"draws": np.zeros((16, 32), np.uint16), "advantages": np.zeros(16, np.float32)}
+    record = {**masks, "log_prob": np.zeros(16, np.float32), "spread": np.float32(0)}
+    nothing = {name: value[:0] for name, value in record.items() if value.ndim} | {"spread": np.float32(0)}
+    nothing["draws"] = np.zeros((0, 0), np.uint16)
+    kept = encode([{"id": i, **(record if i < 300 else nothing)} for i in range(1000)])
+    assert 0.8 * once.disk < len(kept) < once.disk
 
 
 def test_timed_samples_tell_lengths_and_hours(run):

@@ -103,14 +103,14 @@ def test_every_chart_of_the_layout_has_a_curve(hard, plus):
 def test_floor_and_ceiling_are_those_of_the_panel(hard, nano):
     curves = read_curves(hard[0])
     val = load_splits(hard[1].data).val
-    full = Panel(nano, val, max_new_tokens=4).full().correct.mean()
+    full = Panel(nano, val).full().correct.mean()
     assert [value for _, value in curves["val/full"]] == pytest.approx([full, full])
     # at the very steps of the accuracy beside which it is drawn
     assert [step for step, _ in curves["val/random_8"]] == [step for step, _ in curves["val/accuracy_8"]]
     right = 0
     for example, one in zip(val, nano.features(val), strict=True):
         index = torch.from_numpy(np.sort(np.random.default_rng(example.id).permutation(144)[:32]))
-        right += nano.answer([(one, one.visual[index], index)], 4)[0][0] == example.answer
+        right += nano.answer([(one, one.visual[index], index)], 8)[0][0] == example.answer
     assert curves["val/random_32"][0][1] == pytest.approx(right / len(val))
 
 

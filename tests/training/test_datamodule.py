@@ -1,11 +1,13 @@
 """Loader workers know positions only; samples and labels of the round that holds are joined on the main process."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from evocomp import distributed
 from evocomp.log import UserError
 from evocomp.training.batch import TrainBatch
 from evocomp.training.datamodule import LabelledQuestions
@@ -86,6 +88,34 @@ def test_a_resumed_loader_begins_where_it_was(data, questions):
     loader = again.train_dataloader()
     assert [batch.ids for batch in epoch(again, loader)] == whole[2:]
     assert [batch.ids for batch in epoch(again, loader)] == whole  # the next epoch is whole
+
+
+def processed(one: LabelledQuestions, batches: int, of: float = float("inf")) -> dict[str, int]:
+    """What a checkpoint holds after so many batches of an epoch."""
+    progress = SimpleNamespace(current=SimpleNamespace(processed=batches))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    one.trainer = SimpleNamespace(fit_loop=loop, num_training_batches=of)
+    return one.state_dict()
+
+
+def test_a_resume_by_fewer_processes_counts_its_own_epoch_only(data, questions, monkeypatch):
+    first, again = data(count=96), data(count=96)
+    for one in (first, again):
+        one.use(0, records(questions[:10], 0), epoch=1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    state = processed(first, 5)
+    assert state == {"epoch": 1, "consumed": 40, "batches": 5}
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    again.load_state_dict(state)
+    assert processed(again, 7)["consumed"] == 40 + 2 * 4
+    again.use(0, records(questions[:10], 0), epoch=2)
+    assert [processed(again, batches)["consumed"] for batches in (3, 8)] == [12, 32]
+
+
+def test_an_epoch_that_is_cut_short_is_over(data, questions):
+    one = data(count=32)
+    one.use(0, records(questions[:10], 0), epoch=0)
+    assert [processed(one, batches, of=2)["consumed"] for batches in (1, 2)] == [4, 0]
 
 
 def test_batches_move_with_all_that_they_hold(data, questions):

@@ -1,5 +1,7 @@
 """The compressor under Lightning: losses go down, checkpoints hold the compressor alone."""
 
+from dataclasses import replace
+
 import lightning as L
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from evocomp.losses import LOSSES
 from evocomp.training.batch import compressor_input, train_batch
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
-from evocomp.training.optim import learning_rate
+from evocomp.training.optim import REFRESH_FLAT, learning_rate
 
 
 def module(nano, loss: str = "ghm_cs", **options) -> CompressorModule:
@@ -53,18 +55,18 @@ class Watch(L.Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def fit(nano, questions, records, one, steps: int = 40) -> tuple[L.Trainer, Watch]:
+def fit(nano, questions, records, one, steps: int = 40, **options) -> tuple[L.Trainer, Watch]:
     data = LabelledQuestions(nano, questions, 8, steps * 8)
     data.use(0, {r["id"]: r for r in records}, 0)
     watch = Watch()
     trainer = L.Trainer(
-        max_epochs=1,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[watch],
+        **{"max_epochs": 1, **options},
     )
     trainer.fit(one, data)
     return trainer, watch
@@ -117,9 +119,28 @@ def test_the_learning_rate_follows_the_schedule(nano, questions, encoded):
     assert [rate for rates in watch.rates for rate in rates] == pytest.approx(expected)
 
 
-def test_scores_are_those_of_evaluation_for_uneven_samples(nano, encoded):
-    from dataclasses import replace
+def test_the_second_schedule_begins_with_its_epoch_also_where_max_steps_ends_the_run(nano, questions, encoded):
+    one = module(nano)
+    one.refresh_start = 2
+    one.optim_config = OptimConfig(lr=3e-3, refresh_lr=1e-3, warmup_steps=2)
+    options = {"max_epochs": 9, "max_steps": 10, "accumulate_grad_batches": 2}
+    watch = fit(nano, questions[:16], hard(encoded[:16]), one, steps=5, **options)[1]
+    first = [3e-3 * learning_rate(step, 6, 2, 0.3) for step in range(6)]  # two epochs of three steps
+    second = [1e-3 * learning_rate(step, 4, 2, REFRESH_FLAT) for step in range(4)]
+    rates = [rate for rates in watch.rates for rate in rates]
+    assert rates == pytest.approx(first + second)
 
+
+def test_scoring_that_fails_leaves_the_compressor_as_it_was(nano, encoded):
+    one = module(nano)
+    one.train()
+    inputs = compressor_input(nano, encoded[:2])
+    with pytest.raises(RuntimeError):
+        one.score(replace(inputs, visual=inputs.visual[..., :3]))
+    assert one.compressor.training
+
+
+def test_scores_are_those_of_evaluation_for_uneven_samples(nano, encoded):
     one = module(nano)
     one.train()
     some = [encoded[0], replace(encoded[1], visual=encoded[1].visual[:60])]

@@ -1,5 +1,7 @@
 """Accuracy on the selection split: what it measures is what the panel would."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from evocomp.config.load import load
 from evocomp.evaluation.panel import Panel
 from evocomp.training.build import build_compressor
 from evocomp.training.module import CompressorModule
-from evocomp.training.monitors import SelectionAccuracy
+from evocomp.training.monitors import SelectionAccuracy, at_random
 
 
 @pytest.mark.parametrize("sharp", [0, 24])
@@ -22,5 +24,25 @@ def test_right_answers_are_those_of_the_panel(nano, questions, sharp):
     module = CompressorModule(compressor, config.loss, config.optim)
     some = questions[:40]
     panel = Panel(nano, some, max_new_tokens=4)
-    given = SelectionAccuracy(nano, some, (32, 8), batch=16).count_right(module, some)
+    given = SelectionAccuracy(nano, some, (32, 8), batch=16, max_new_tokens=4).count_right(module, some)
     assert given == [int(panel.compressor(compressor, kept).correct.sum()) for kept in (32, 8)]
+
+
+def test_answers_are_scored_and_cut_as_in_the_report(nano, questions):
+    """A benchmark's own rule, other spellings of an answer, annotators who disagree; answers as long as asked for."""
+    rules = [
+        lambda e: replace(e, answer=e.answer.capitalize()),
+        lambda e: replace(e, answer="Yes", extra={"scoring": "yes_no"}),
+        lambda e: replace(e, extra={"scoring": "vqa_soft", "answers": [e.answer] * 2 + ["other"] * 8}),
+    ]
+    some = [rules[i % 3](e) for i, e in enumerate(questions[:29])]
+    full = Panel(nano, some).full().correct.sum()
+    (given,) = SelectionAccuracy(nano, some, (144,), batch=16).right_answers(some, at_random, (144,))
+    assert given == pytest.approx(full) and given % 1, "annotators who disagree make an answer right in part"
+    lengths, answer = [], nano.answer
+    nano.answer = lambda prompts, max_new_tokens: lengths.append(max_new_tokens) or answer(prompts, max_new_tokens)
+    try:
+        SelectionAccuracy(nano, some, (16,), batch=30, max_new_tokens=3).right_answers(some, at_random, (16,))
+    finally:
+        del nano.answer
+    assert lengths == [3]

@@ -148,10 +148,10 @@ def test_no_warm_up_no_plateau_and_no_steps_are_possible():
 
 def test_refreshes_may_have_a_schedule_of_their_own():
     config = OptimConfig(lr=2e-3, refresh_lr=1e-3, warmup_steps=2, flat=0.3)
-    factor = schedule(config, total=40, refresh_share=0.5)
+    factor = schedule(config, total=40, first=20)
     first = [factor(step) for step in range(20)]
     second = [factor(step) for step in range(20, 40)]
     assert first == [learning_rate(step, 20, 2, 0.3) for step in range(20)]
     assert max(second) == pytest.approx(0.5) and second[0] == pytest.approx(0.25) and second[-1] < 0.1
-    plain = schedule(OptimConfig(refresh_lr=0.0, warmup_steps=2), total=40, refresh_share=0.5)
+    plain = schedule(OptimConfig(refresh_lr=0.0, warmup_steps=2), total=40, first=20)
     assert [plain(step) for step in range(40)] == [learning_rate(step, 40, 2, 0.3) for step in range(40)]

@@ -20,6 +20,8 @@ from evocomp.training import build
 from evocomp.training.build import check_trainer, run
 from evocomp.training.folder import DONE
 from evocomp.training.module import CompressorModule
+from evocomp.training.monitors import SelectionAccuracy
+from evocomp.training.optim import learning_rate
 
 EPOCHS = 4
 TINY = [
@@ -175,6 +177,34 @@ def test_a_finished_run_is_left_alone(whole, steps):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before and steps.seen == []
 
 
+def test_without_refreshes_and_with_a_number_of_steps(steps, tmp_path, monkeypatch):
+    """One schedule for the whole run, and a measurement after its last epoch, though that is cut short."""
+    rates, measured = [], []
+    step, count = CompressorModule.training_step, SelectionAccuracy.count_right
+    monkeypatch.setattr(
+        CompressorModule,
+        "training_step",
+        lambda module, *batch: rates.append(module.optimizers().param_groups[0]["lr"]) or step(module, *batch),
+    )
+    monkeypatch.setattr(
+        SelectionAccuracy, "count_right", lambda self, *rest: measured.append(len(rates)) or count(self, *rest)
+    )
+    settings = ["labels.refresh=none", "labels.refresh_start=1", "eval.monitor_every=4", "trainer.max_steps=6"]
+    mine = config(tmp_path / "run", *PLUS, *settings)
+    run(mine)
+    assert rates == pytest.approx([mine.optim.lr * learning_rate(number, 6, 2, mine.optim.flat) for number in range(6)])
+    assert measured == [6]
+
+
+def test_passes_and_costs_are_of_the_questions_that_are_labelled(steps, tmp_path):
+    settings = ["labels.credit_samples=4", "labels.refresh=none", "trainer.max_epochs=2", "data.val_samples=0"]
+    run(config(tmp_path / "run", *PLUS, *settings))
+    for epoch in range(2):
+        ids = [id for step in steps.seen if step[0] == epoch for id in step[3]]
+        assert len(set(ids)) == 4 and sorted(ids) == sorted(2 * list(set(ids)))
+    assert json.loads((tmp_path / "run" / DONE).read_text())["cost"]["labelled"] == 4
+
+
 # ------------------------------------------------------------ stopped and started again
 
 
@@ -214,6 +244,25 @@ def test_a_crash_in_mid_epoch_costs_that_epochs_steps(whole, steps, tmp_path):
     assert run(config(tmp_path / "run", *settings)) is True
     assert steps.seen == seen[8:]
     assert_same_weights(folder, tmp_path / "run")
+
+
+def test_a_crash_where_epochs_are_cut_short_costs_no_more(steps, tmp_path):
+    """The next epoch begins at its beginning, though the one before left questions over."""
+    settings = ["labels.refresh=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2", "data.val_samples=0"]
+    run(config(tmp_path / "whole", *settings))
+    whole = list(steps.seen)
+    assert [step[0] for step in whole] == [0, 0, 1, 1]
+
+    def crash():
+        raise ZeroDivisionError("a bug")
+
+    steps.at[2] = crash
+    with pytest.raises(ZeroDivisionError):
+        run(config(tmp_path / "run", *settings))
+    steps.at.clear()
+    steps.seen.clear()
+    run(config(tmp_path / "run", *settings))
+    assert steps.seen == whole[2:]
 
 
 def test_a_crash_between_labels_and_their_epoch_costs_nothing(whole, steps, tmp_path, monkeypatch):
