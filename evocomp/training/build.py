@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import PeftModel
 
 import evocomp
 from evocomp import distributed
@@ -268,8 +267,8 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     return Labeller(mllm, scorer, rounds, store, splits.train)
 
 
-def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor | PeftModel:
-    """A new compressor for the MLLM, or the adapter that is to be trained on one."""
+def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
+    """A new compressor for the MLLM, with `compressor.lora` as PEFT wraps it to train an adapter alone."""
     section = config.compressor
     compressor = EvoCompCompressor.from_mllm(
         mllm.model,
@@ -373,12 +372,12 @@ def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
         )
 
 
-def save_compressor(compressor: EvoCompCompressor | PeftModel, config: RunConfig, folder: Path) -> None:
+def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Path) -> None:
     """The finished compressor as an ordinary Hugging Face folder with its card; `evocomp eval` adds the table.
 
     What was trained as an adapter is saved as one too, beside it.
     """
-    if isinstance(compressor, PeftModel):
+    if config.compressor.lora.r:
         save_lora(compressor, folder / "adapter")
         compressor = merge_lora(compressor)
     settings = config_files.to_dict(config)
