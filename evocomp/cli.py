@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -92,6 +93,25 @@ def _number(options: dict, key: str, kind: Callable = int):
         raise UserError(f"--{key}={options[key]}: must be a number") from None
 
 
+def _place(options: dict, key: str, is_file: bool = False) -> Path | None:
+    """Where a result goes (None: nowhere), known to be writable before the work begins, which may take hours."""
+    if not options[key]:
+        return None
+    place = Path(options[key])
+    folder = place.parent if is_file else place
+    if is_file and place.is_dir():
+        raise UserError(f"--{key}={place} is a folder; give a file")
+    if not is_file and place.is_file():
+        raise UserError(f"--{key}={place} is a file; give a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--{key}={place}: cannot write into {folder} ({error.strerror}); give another place") from None
+    return place
+
+
 def _config(words: Sequence[str]):
     from evocomp.config.load import load, split_arguments
 
@@ -172,13 +192,18 @@ def evaluate(words: Sequence[str]) -> int:
     run_dir = Path(options["run"])
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"--run={run_dir}: not a run folder (no config.yaml); give what evocomp train wrote")
+    questions = _number(options, "questions") if options["questions"] else None
+    seed = _number(options, "seed") if options["seed"] else None
+    out = _place(options, "out")
+    if out is None:
+        _place(options, "run")  # there the report goes
     from evocomp.evaluation.run import evaluate_run
 
     evaluate_run(
         run_dir,
-        out=Path(options["out"]) if options["out"] else None,
-        questions=_number(options, "questions") if options["questions"] else None,
-        seed=_number(options, "seed") if options["seed"] else None,
+        out=out,
+        questions=questions,
+        seed=seed,
         panel=options["panel"],
         source=options["source"],
     )
@@ -200,6 +225,7 @@ def generate(words: Sequence[str]) -> int:
     keep = _number(options, "keep", float)
     if not Path(options["image"]).is_file():
         raise UserError(f"--image={options['image']}: no such file")
+    save = _place(options, "save", is_file=True)
     from evocomp.inference.command import answer_from_command_line
 
     answer_from_command_line(
@@ -210,7 +236,7 @@ def generate(words: Sequence[str]) -> int:
         keep=int(keep) if keep >= 1 else keep,
         layer=_number(options, "layer"),
         compare=options["compare"] == "true",
-        save=Path(options["save"]) if options["save"] else None,
+        save=save,
         max_new_tokens=_number(options, "max_new_tokens"),
     )
     return 0
@@ -233,10 +259,11 @@ def bench(words: Sequence[str]) -> int:
     options = _options(words[1:], {"out": None, "shape": None}, "bench")
     if options["shape"] and words[0] == "training":
         raise UserError("evocomp bench training has no --shape")
+    out = _place(options, "out", is_file=str(options["out"]).endswith(".csv"))
     from evocomp.bench.record import run_bench
 
     shapes = options["shape"].split(",") if options["shape"] else ()
-    run_bench(words[0], Path(options["out"]) if options["out"] else None, shapes)
+    run_bench(words[0], out, shapes)
     return 0
 
 
@@ -251,9 +278,10 @@ def data(words: Sequence[str]) -> int:
         raise UserError("evocomp data needs the word scenes: evocomp data scenes --out DIR")
     known = {"out": "", "count": "500", "seed": "101", "relation": None}
     options = _options(words[1:], known, "data scenes")
-    out, count = Path(options["out"]), _number(options, "count")
+    count = _number(options, "count")
     if count < 1:
         raise UserError(f"--count={count}: must be at least 1")
+    out = _place(options, "out")
     from evocomp.data.conversations import write_scenes
 
     records = write_scenes(out, _number(options, "seed"), count, relation=options["relation"] == "true")

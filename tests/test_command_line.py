@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from evocomp.cli import VERBS, main
 from evocomp.data.conversations import write_scenes
 
 GENERATE = ["--model", "nano", "--compressor", "x", "--image", "none.png", "--prompt", "q"]
+PICTURED = ["--model", "nano", "--compressor", "x", "--image", "a.png", "--prompt", "q", "--keep", "4"]
 TINY = ["--data.max_samples=8", "--data.val_samples=0", "--data.test_samples=8", "--trainer.accelerator=cpu"]
 
 
@@ -111,6 +113,33 @@ def test_data_scenes_does_not_overwrite(capsys, tmp_path):
     assert main(["data", "scenes", "--out", str(tmp_path / "s"), "--count", "2"]) == 0
     assert "questions about 2 scenes" in capsys.readouterr().out
     assert "already holds data.json" in fails(capsys, "data", "scenes", "--out", str(tmp_path / "s"), "--count", "2")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["eval", "--run", "run", "--out", "run/config.yaml"], "config.yaml is a file; give a folder"),
+        (["eval", "--run", "run", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
+        (["eval", "--run", "run", "--out", "/proc"], "--out=/proc: cannot write into /proc"),
+        (["bench", "ops", "--out", "/proc/o.csv"], "--out=/proc/o.csv: cannot write into /proc"),
+        (["bench", "ops", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
+        (["bench", "ops", "--out", "folder.csv"], "--out=folder.csv is a folder; give a file"),
+        (["generate", *PICTURED, "--save", "/proc/no/k.png"], "--save=/proc/no/k.png: cannot write into /proc/no"),
+        (["generate", *PICTURED, "--save", "k.foo"], "--save=k.foo does not end as a picture does"),
+        (["data", "scenes", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
+        (["data", "scenes", "--out", "a.png"], "--out=a.png is a file; give a folder"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "folder.csv").mkdir()
+    Image.new("RGB", (28, 28)).save("a.png")
+    for work in ("evocomp.evaluation.run.evaluate_run", "evocomp.bench.record.run_bench"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("evocomp.mllm.hf.FrozenMLLM.load", lambda *_: pytest.fail("the work began"))
+    assert says in fails(capsys, *words)
 
 
 def test_no_words_show_the_help_and_the_version_is_told(capsys):

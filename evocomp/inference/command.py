@@ -31,6 +31,8 @@ def answer_from_command_line(
         raise UserError(f"--image={image} does not decode: {error}") from None
     if save is not None and save.exists():
         raise UserError(f"--save={save} exists; give another name")
+    if save is not None and Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--save={save} does not end as a picture does; give a name that ends in .png")
     set_threads(0)
     mllm = FrozenMLLM.load(model)
     full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None
