@@ -181,7 +181,8 @@ def evaluate(words: Sequence[str]) -> int:
                  [--source FILE_OR_BENCHMARK:FOLDER]
 
     Judges a finished run on fresh questions and writes report.json, report.md and kept.png.
-    The run's own report is replaced only if --out is not given and the questions are the same.
+    The run's own report is replaced only if --out is not given and the questions are the same; of other folders
+    (--out), only an earlier report of the same run on the same questions.
 
       evocomp eval --run runs/nano
       evocomp eval --run runs/nano --out judged --questions 3000 --seed 9001

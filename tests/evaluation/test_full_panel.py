@@ -54,3 +54,18 @@ def test_a_panel_of_named_rivals(run_folder, tmp_path):
     assert {"divprune", "fastv", "random", "full"} < methods and not methods & {"tome", "fastv_inside"}
     with pytest.raises(UserError, match="'no_such' is none of basic, full, "):
         evaluate_run(run_folder, panel="divprune,no_such")
+
+
+def test_only_a_report_on_the_same_is_replaced(run_folder, tmp_path):
+    quick = {"panel": "uniform_stride", "questions": 7}
+    evaluate_run(run_folder, out=tmp_path / "new", **quick)
+    before = (tmp_path / "new" / "report.json").read_text()
+    with pytest.raises(UserError, match="new holds a report of another run or on other questions; choose another"):
+        evaluate_run(run_folder, out=tmp_path / "new", seed=5, **quick)
+    assert (tmp_path / "new" / "report.json").read_text() == before
+    evaluate_run(run_folder, out=tmp_path / "new", **quick | {"panel": "divprune"})
+    assert "divprune" in (tmp_path / "new" / "report.json").read_text()
+    with pytest.raises(UserError, match="holds other files; choose another folder"):
+        evaluate_run(run_folder, out=tmp_path, **quick)
+    with pytest.raises(UserError, match="give --out"):
+        evaluate_run(run_folder, out=run_folder, **quick)
