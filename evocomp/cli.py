@@ -200,14 +200,18 @@ def evaluate(words: Sequence[str]) -> int:
         _place(options, "run")  # there the report goes
     from evocomp.evaluation.run import evaluate_run
 
-    evaluate_run(
-        run_dir,
-        out=out,
-        questions=questions,
-        seed=seed,
-        panel=options["panel"],
-        source=options["source"],
-    )
+    try:
+        evaluate_run(
+            run_dir,
+            out=out,
+            questions=questions,
+            seed=seed,
+            panel=options["panel"],
+            source=options["source"],
+        )
+    except KeyboardInterrupt:
+        print("evocomp: interrupted; nothing is kept of a panel, the same command starts it anew", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -169,6 +169,16 @@ def test_an_interruption_is_told_and_has_its_exit_code(capsys, monkeypatch):
     assert "run the same command again to go on" in capsys.readouterr().err
 
 
+def test_an_interrupted_panel_does_not_promise_to_go_on(capsys, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr("evocomp.evaluation.run.evaluate_run", interrupted)
+    assert main(["eval", "--run", str(tmp_path)]) == 130
+    assert "the same command starts it anew" in capsys.readouterr().err
+
+
 def test_bugs_are_not_hidden(monkeypatch):
     def bug(words):
         raise ZeroDivisionError

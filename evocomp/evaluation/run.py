@@ -1,7 +1,8 @@
 """Judge a finished run: the panel on fresh questions, and the report."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,9 +94,7 @@ def evaluate_run(
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
-    judge = Panel(
-        mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=lambda text: logger.debug(text)
-    )
+    judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=progress())
     outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
     if panel == "full":
         outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
@@ -120,6 +119,19 @@ def evaluate_run(
         print(f"\n{kind}, reported apart\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def progress(seconds: float = 10) -> Callable[[str], None]:
+    """Says what is being run, but not more often than that: small models have dozens of rows in as many seconds."""
+    said = time.monotonic()
+
+    def report(text: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= seconds:
+            said = time.monotonic()
+            logger.info("judging: %s", text)
+
+    return report
 
 
 def check_place(out: Path, judged: str) -> None:

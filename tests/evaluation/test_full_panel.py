@@ -6,6 +6,7 @@ import torch
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import DataConfig, EvalConfig, RunConfig
+from evocomp.evaluation import run
 from evocomp.evaluation.outcome import WITH_CONTEXT
 from evocomp.evaluation.run import FULL, evaluate_run
 from evocomp.evaluation.staged import INSIDE_LLM, STAGED
@@ -69,3 +70,13 @@ def test_only_a_report_on_the_same_is_replaced(run_folder, tmp_path):
         evaluate_run(run_folder, out=tmp_path, **quick)
     with pytest.raises(UserError, match="give --out"):
         evaluate_run(run_folder, out=run_folder, **quick)
+
+
+def test_progress_is_told_every_few_seconds(monkeypatch, caplog):
+    clock = iter(range(0, 200, 4))
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    report = run.progress()
+    with caplog.at_level("INFO", logger="evocomp"):
+        for number in range(8):
+            report(f"row {number}")
+    assert [record.message for record in caplog.records] == ["judging: row 2", "judging: row 5"]
