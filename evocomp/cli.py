@@ -93,6 +93,14 @@ def _number(options: dict, key: str, kind: Callable = int):
         raise UserError(f"--{key}={options[key]}: must be a number") from None
 
 
+def _count_or_share(text: str) -> int | float:
+    """16 is a number of tokens, 0.3 and 1.0 are shares of them, as in Python."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 def _place(options: dict, key: str, is_file: bool = False) -> Path | None:
     """Where a result goes (None: nowhere), known to be writable before the work begins, which may take hours."""
     if not options[key]:
@@ -220,14 +228,14 @@ def generate(words: Sequence[str]) -> int:
                      [--layer L] [--compare] [--save kept.png] [--max_new_tokens N]
 
     Answers one question with fewer visual tokens and says where the time went; --compare runs the full model
-    beside it, --save draws the kept tokens.
+    beside it, --save draws the kept tokens. N is a number of tokens (16) or a share of them (0.3; 1.0 is all).
 
       evocomp generate --model nano --compressor runs/nano/compressor --image a.png --prompt "color of circle" --keep 16
     """
     known = {"model": "", "compressor": "", "image": "", "prompt": "", "keep": "", "layer": "0"}
     known |= {"compare": None, "save": None, "max_new_tokens": "32"}
     options = _options(words, known, "generate")
-    keep = _number(options, "keep", float)
+    keep = _number(options, "keep", _count_or_share)
     if not Path(options["image"]).is_file():
         raise UserError(f"--image={options['image']}: no such file")
     save = _place(options, "save", is_file=True)
@@ -238,7 +246,7 @@ def generate(words: Sequence[str]) -> int:
         compressor=options["compressor"],
         image=Path(options["image"]),
         prompt=options["prompt"],
-        keep=int(keep) if keep >= 1 else keep,
+        keep=keep,
         layer=_number(options, "layer"),
         compare=options["compare"] == "true",
         save=save,

@@ -142,6 +142,31 @@ def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_pa
     assert says in fails(capsys, *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--keep", "16.5"], "keep=16.5: a share lies in (0, 1]; for a number of tokens give an int"),
+        (["--keep", "inf"], "keep=inf: a share lies in (0, 1]"),
+        (["--keep", "nan"], "keep=nan: a share lies in (0, 1]"),
+        (["--keep=-1"], "keep=-1: the number of tokens cannot be negative"),
+    ],
+)
+def test_mistakes_in_what_is_asked_of_a_picture(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (28, 28)).save("a.png")
+    assert says in fails(capsys, "generate", *PICTURED, *words)
+
+
+def test_kept_is_a_number_or_a_share_as_in_python(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (28, 28)).save("a.png")
+    kept = []
+    monkeypatch.setattr("evocomp.inference.command.answer_from_command_line", lambda keep, **_: kept.append(keep))
+    for text in ("1.0", "1", "0.3", "16"):
+        assert main(["generate", *PICTURED, "--keep", text]) == 0
+    assert [repr(one) for one in kept] == ["1.0", "1", "0.3", "16"]
+
+
 def test_no_words_show_the_help_and_the_version_is_told(capsys):
     import evocomp
 

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from evocomp.distributed import set_threads
+from evocomp.inference.choose import check_keep
 from evocomp.inference.generate import TimedAnswer, timed_generate
 from evocomp.inference.hooks import compress
 from evocomp.log import UserError
@@ -25,6 +26,7 @@ def answer_from_command_line(
     max_new_tokens: int,
 ) -> None:
     """Print the answer, tokens before and after, and where the time went; see the verb's help."""
+    check_keep(keep)  # before anything is loaded
     try:
         picture = Image.open(image).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
