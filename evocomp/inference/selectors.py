@@ -107,6 +107,8 @@ class FunctionPicker:
                 raise UserError(
                     f"the selector returned {shape} for {len(v)} visual tokens; return one score per token"
                 )
+            if bool(scores.isnan().any()):
+                raise UserError(f"the selector returned NaN among its {len(v)} scores; return numbers")
             picks.append(top_r(scores.to(v.device), r))
         return picks
 

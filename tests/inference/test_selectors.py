@@ -152,6 +152,14 @@ def test_scores_of_the_wrong_shape_are_named(bad):
         answer(build("llava"), prompts("llava"), max_new_tokens=1)
 
 
+def test_scores_that_are_no_numbers_are_named():
+    def broken(visual, text, keep):
+        return torch.tensor([math.nan] + [1.0] * (len(visual) - 1))
+
+    with compress(build("llava"), broken, keep=4), pytest.raises(UserError, match="NaN among its 16 scores"):
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+
+
 def test_picks_of_a_small_model_are_reused_in_a_big_one():
     small, big, inputs = build("llava"), build("gemma3"), prompts("gemma3")
     text_only = {name: value for name, value in inputs.items() if name != "token_type_ids"}
