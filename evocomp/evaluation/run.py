@@ -21,6 +21,7 @@ from evocomp.evaluation.report import make_report, write_report
 from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
 from evocomp.inference import card
+from evocomp.inference.selectors import weights_of
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
 from evocomp.mllm.hf import FrozenMLLM
@@ -83,7 +84,7 @@ def evaluate_run(
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     is_own, out = out is None, out or run_dir
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval().to(device)
+    compressor = read_compressor(run_dir).to(device)
     names = panel_names(panel or "basic", bool(compressor.config.sharp))
     distributed.set_threads(config.threads)
     data = config.data if source is None else replace(config.data, test_source=source)
@@ -119,6 +120,13 @@ def evaluate_run(
         print(f"\n{kind}, reported apart\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def read_compressor(run_dir: Path) -> EvoCompCompressor:
+    """The compressor of a run, for judging. Raises `UserError` for weights that cannot be read."""
+    folder = run_dir / "compressor"
+    with weights_of(folder):
+        return EvoCompCompressor.from_pretrained(folder).eval()
 
 
 def progress(seconds: float = 10) -> Callable[[str], None]:
@@ -190,7 +198,7 @@ def siblings(
         if not (folder / "compressor" / "config.json").is_file():
             remarks.append(f"{folder} would stand beside it, but has not been trained yet.")
             continue
-        other = EvoCompCompressor.from_pretrained(folder / "compressor").eval().to(own.device)
+        other = read_compressor(folder).to(own.device)
         if other.config.hidden_size != own.config.hidden_size:
             remarks.append(f"{folder} is for another model and is left out.")
             continue

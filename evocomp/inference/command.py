@@ -9,6 +9,7 @@ from evocomp.distributed import set_threads
 from evocomp.inference.choose import check_keep
 from evocomp.inference.generate import TimedAnswer, timed_generate
 from evocomp.inference.hooks import compress
+from evocomp.inference.selectors import check_is_compressor
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.viz import light_up
@@ -35,6 +36,7 @@ def answer_from_command_line(
         raise UserError(f"--save={save} exists; give another name")
     if save is not None and Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--save={save} does not end as a picture does; give a name that ends in .png")
+    check_is_compressor(compressor)
     set_threads(0)
     mllm = FrozenMLLM.load(model)
     full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None

@@ -16,11 +16,14 @@ prompt's other embeddings (the whole template, without padding and without answe
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -180,19 +183,45 @@ def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | P
 
     Raises UserError if there is none.
     """
+    check_is_compressor(path)
+    dtype = next(unwrap(model).get_decoder().parameters()).dtype
+    with weights_of(path):
+        if not is_lora(path):
+            return EvoCompCompressor.from_pretrained(path, dtype=dtype)
+        adapter = load_lora(path, model).to(dtype)
+    for head in ("score", "head_norm"):
+        getattr(adapter.get_base_model(), head).float()
+    return adapter.eval()
+
+
+def check_is_compressor(path: str | Path) -> None:
+    """Raise `UserError`, with what to do, unless a folder or hub id holds the configuration of a compressor."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file() and (folder / "compressor" / "config.json").is_file():
+        raise UserError(f"{path} holds a run; give its compressor: {folder / 'compressor'}")
+    config, reason = {}, "the folder has no config.json"
     try:
         config = EvoCompConfig.get_config_dict(path)[0]
     except OSError as error:
-        raise UserError(f"no compressor at {path}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+    if not folder.is_dir() and not config:
+        # transformers takes what is no folder for a hub id, and complains of its form
+        may_be_id = not folder.is_absolute() and str(path)[0] not in ".~" and str(path).count("/") <= 1
+        reason = f"no such folder, and as a hub id: {reason}" if may_be_id else "no such folder"
+    if not config:
+        raise UserError(f"no compressor at {path}: {reason}; give RUN/compressor of a run, or train one: evocomp train")
     if config.get("model_type") != EvoCompConfig.model_type:
         raise UserError(
             f"{path} holds a model of type {config.get('model_type')!r}, not an EvoComp compressor; "
             "give the folder that EvoCompCompressor.save_pretrained wrote"
         )
-    dtype = next(unwrap(model).get_decoder().parameters()).dtype
-    if is_lora(path):
-        adapter = load_lora(path, model).to(dtype)
-        for head in ("score", "head_norm"):
-            getattr(adapter.get_base_model(), head).float()
-        return adapter.eval()
-    return EvoCompCompressor.from_pretrained(path, dtype=dtype)
+
+
+@contextmanager
+def weights_of(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while weights are read from a folder or hub id into a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"the weights in {path} cannot be read ({reason}); copy or train them again") from None

@@ -1,5 +1,7 @@
 """`evocomp eval --panel full` on a run folder: every rival has a row, or says why it has none."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -70,6 +72,14 @@ def test_only_a_report_on_the_same_is_replaced(run_folder, tmp_path):
         evaluate_run(run_folder, out=tmp_path, **quick)
     with pytest.raises(UserError, match="give --out"):
         evaluate_run(run_folder, out=run_folder, **quick)
+
+
+def test_broken_weights_are_named(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    weights = tmp_path / "run" / "compressor" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="the weights in .*compressor cannot be read"):
+        evaluate_run(tmp_path / "run")
 
 
 def test_progress_is_told_every_few_seconds(monkeypatch, caplog):

@@ -131,11 +131,38 @@ def test_a_compressor_in_training_stays_so_after_an_error():
 
 
 def test_a_folder_that_holds_no_compressor_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"no compressor at {tmp_path}/none"):
-        picker_for(tmp_path / "none", build("llava"))
+    (tmp_path / "empty").mkdir()
+    compressor_for(build("llava")).save_pretrained(tmp_path / "run" / "compressor")
+    for path, says in (
+        (tmp_path / "none", f"no compressor at {tmp_path}/none: no such folder; give RUN/compressor of a run, or"),
+        ("runs/none/compressor", "no compressor at runs/none/compressor: no such folder; give"),
+        ("none/none", "no compressor at none/none: no such folder, and as a hub id: "),
+        (tmp_path / "empty", "empty: the folder has no config.json; give RUN/compressor"),
+        (tmp_path / "run", f"run holds a run; give its compressor: {tmp_path}/run/compressor"),
+    ):
+        with pytest.raises(UserError, match=says):
+            picker_for(path, build("llava"))
     build("llava").config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'llava', not an EvoComp compressor"):
         picker_for(tmp_path, build("llava"))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_broken_weights_are_named(tmp_path, adapter, kept):
+    """Of a download or copy that was cut short."""
+    model = build("llava")
+    if adapter:
+        save_lora(add_lora(compressor_for(model), r=2), tmp_path)
+    else:
+        compressor_for(model).save_pretrained(tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(UserError, match=f"the weights in {tmp_path} cannot be read .*; copy or train them again"):
+        picker_for(tmp_path, model)
+    weights.unlink()
+    with pytest.raises(UserError, match=f"the weights in {tmp_path} cannot be read .*; copy or train them again"):
+        picker_for(tmp_path, model)
 
 
 def test_things_that_are_no_selector_are_named():
