@@ -32,7 +32,7 @@ from evocomp.compressor.keep import selected_count, selected_tokens
 from evocomp.compressor.lora import is_lora, load_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
-from evocomp.log import UserError
+from evocomp.log import UserError, logger
 from evocomp.mllm.context import owners
 from evocomp.mllm.families import unwrap
 
@@ -163,6 +163,8 @@ def picker_for(selector, model: nn.Module) -> Picker:
                 f"this compressor was made for hidden size {made_for}, the model has {size}; transfer it by "
                 f"evocomp.compressor.transfer.PooledCompressor(compressor, {size}), or train a new one"
             )
+        if isinstance(unwrap(selector), EvoCompCompressor):  # one that is pooled was moved to another model on purpose
+            _warn_of_another_model(unwrap(selector), model)
         return CompressorPicker(selector)
     if hasattr(selector, "pick"):
         return selector
@@ -174,6 +176,20 @@ def picker_for(selector, model: nn.Module) -> Picker:
         f"{selector!r} is no selector; "
         "give a compressor, its folder, or a function (visual, text, keep) -> scores"
     )
+
+
+def _warn_of_another_model(compressor: EvoCompCompressor, model: nn.Module) -> None:
+    """Models of one width cannot be told apart by their shapes; their names say more, where they are recorded."""
+    trained_for = _last_part(compressor.config.base_model_name_or_path)
+    given = _last_part(getattr(unwrap(model).config, "_name_or_path", None))
+    if trained_for and given and trained_for != given:
+        logger.warning("this compressor was trained for %s, the model is %s: expect worse answers", trained_for, given)
+
+
+def _last_part(name: str | None) -> str:
+    """Of a model's path or hub id, for it may lie elsewhere on this machine; in the hub's cache a hash comes last."""
+    path = Path(name or "")
+    return path.parent.parent.name.rsplit("--", 1)[-1] if path.parent.name == "snapshots" else path.name
 
 
 def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | PeftModel:

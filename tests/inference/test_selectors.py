@@ -165,6 +165,30 @@ def test_broken_weights_are_named(tmp_path, adapter, kept):
         picker_for(tmp_path, model)
 
 
+@pytest.mark.parametrize(
+    ("trained_for", "given", "warns"),
+    [
+        ("nano", "/home/me/assets/nano", False),
+        ("nano", "/home/me/assets/nano576", True),
+        ("org/llava", "/cache/models--org--llava/snapshots/0123abc", False),
+        ("org/llava", "org/llava-next", True),
+        (None, "org/llava", False),
+        ("nano", "", False),
+    ],
+)
+def test_a_compressor_of_another_model_of_the_same_width_is_told(caplog, monkeypatch, trained_for, given, warns):
+    model = build("llava")
+    compressor = compressor_for(model)
+    compressor.config.base_model_name_or_path = trained_for
+    monkeypatch.setattr(model.config, "_name_or_path", given, raising=False)
+    with caplog.at_level("WARNING", logger="evocomp"):
+        picker_for(compressor, model)
+    assert len(caplog.records) == warns
+    if warns:
+        says = f"was trained for {trained_for.split('/')[-1]}, the model is {given.split('/')[-1]}"
+        assert says in caplog.records[0].message
+
+
 def test_things_that_are_no_selector_are_named():
     with pytest.raises(UserError, match="no selector"):
         picker_for(192, build("llava"))
