@@ -86,11 +86,14 @@ def _take_options(words: Sequence[str], known: dict[str, str | None], verb: str)
     return _options(own, known, verb), rest
 
 
-def _number(options: dict, key: str, kind: Callable = int):
+def _number(options: dict, key: str, kind: Callable = int, least: int | None = None):
     try:
-        return kind(options[key])
+        number = kind(options[key])
     except (TypeError, ValueError):
         raise UserError(f"--{key}={options[key]}: must be a number") from None
+    if least is not None and not number >= least:  # NaN is not either
+        raise UserError(f"--{key}={options[key]}: must be at least {least}")
+    return number
 
 
 def _count_or_share(text: str) -> int | float:
@@ -173,10 +176,11 @@ def label(words: Sequence[str]) -> int:
     options, rest = _take_options(words, known, "label")
     config = _config(rest)
     if options["estimate"] == "true":
+        price = _number(options, "price", float, least=0) if options["price"] else None
+        gpus = _number(options, "gpus", least=1)
         from evocomp.training.cost_estimate import estimate_only
 
-        price = _number(options, "price", float) if options["price"] else None
-        print(estimate_only(config, options["gpu"], _number(options, "gpus"), price))
+        print(estimate_only(config, options["gpu"], gpus, price))
         return 0
     from evocomp.training.build import label_only
 
@@ -201,8 +205,8 @@ def evaluate(words: Sequence[str]) -> int:
     run_dir = Path(options["run"])
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"--run={run_dir}: not a run folder (no config.yaml); give what evocomp train wrote")
-    questions = _number(options, "questions") if options["questions"] else None
-    seed = _number(options, "seed") if options["seed"] else None
+    questions = _number(options, "questions", least=1) if options["questions"] else None
+    seed = _number(options, "seed", least=0) if options["seed"] else None
     out = _place(options, "out")
     if out is None:
         _place(options, "run")  # there the report goes
@@ -235,7 +239,7 @@ def generate(words: Sequence[str]) -> int:
     known = {"model": "", "compressor": "", "image": "", "prompt": "", "keep": "", "layer": "0"}
     known |= {"compare": None, "save": None, "max_new_tokens": "32"}
     options = _options(words, known, "generate")
-    keep = _number(options, "keep", _count_or_share)
+    keep, most = _number(options, "keep", _count_or_share), _number(options, "max_new_tokens", least=1)
     if not Path(options["image"]).is_file():
         raise UserError(f"--image={options['image']}: no such file")
     save = _place(options, "save", is_file=True)
@@ -250,7 +254,7 @@ def generate(words: Sequence[str]) -> int:
         layer=_number(options, "layer"),
         compare=options["compare"] == "true",
         save=save,
-        max_new_tokens=_number(options, "max_new_tokens"),
+        max_new_tokens=most,
     )
     return 0
 
@@ -291,13 +295,11 @@ def data(words: Sequence[str]) -> int:
         raise UserError("evocomp data needs the word scenes: evocomp data scenes --out DIR")
     known = {"out": "", "count": "500", "seed": "101", "relation": None}
     options = _options(words[1:], known, "data scenes")
-    count = _number(options, "count")
-    if count < 1:
-        raise UserError(f"--count={count}: must be at least 1")
+    count, seed = _number(options, "count", least=1), _number(options, "seed", least=0)
     out = _place(options, "out")
     from evocomp.data.conversations import write_scenes
 
-    records = write_scenes(out, _number(options, "seed"), count, relation=options["relation"] == "true")
+    records = write_scenes(out, seed, count, relation=options["relation"] == "true")
     print(f"{records} questions about {count} scenes in {out}")
     return 0
 

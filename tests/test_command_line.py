@@ -64,6 +64,12 @@ def test_help_of_every_verb_shows_an_example(capsys):
         (["generate", *GENERATE, "--keep", "4"], "--image=none.png: no such file"),
         (["data"], "needs the word scenes"),
         (["data", "scenes", "--out", "x", "--count", "0"], "--count=0: must be at least 1"),
+        (["data", "scenes", "--out", "x", "--seed", "-1"], "--seed=-1: must be at least 0"),
+        (["eval", "--run", "run", "--seed", "-3"], "--seed=-3: must be at least 0"),
+        (["eval", "--run", "run", "--questions", "0"], "--questions=0: must be at least 1"),
+        (["label", "--estimate", "--gpus", "0"], "--gpus=0: must be at least 1"),
+        (["label", "--estimate", "--price", "-1"], "--price=-1: must be at least 0"),
+        (["label", "--estimate", "--price", "nan"], "--price=nan: must be at least 0"),
         (["data", "scenes", "--out", "x", "--cuont", "3"], "did you mean --count?"),
         (["bench"], "needs one of label-search, ops"),
         (["eval"], "needs --run"),
@@ -75,6 +81,8 @@ def test_help_of_every_verb_shows_an_example(capsys):
 )
 def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     assert says in fails(capsys, *words)
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
@@ -149,9 +157,12 @@ def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_pa
         (["--keep", "inf"], "keep=inf: a share lies in (0, 1]"),
         (["--keep", "nan"], "keep=nan: a share lies in (0, 1]"),
         (["--keep=-1"], "keep=-1: the number of tokens cannot be negative"),
+        (["--max_new_tokens", "0"], "--max_new_tokens=0: must be at least 1"),
+        (["--prompt", "what <image> color"], "--prompt has <image> in it"),
     ],
 )
 def test_mistakes_in_what_is_asked_of_a_picture(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.setattr("evocomp.inference.command.check_is_compressor", lambda path: None)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (28, 28)).save("a.png")
     assert says in fails(capsys, "generate", *PICTURED, *words)

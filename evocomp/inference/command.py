@@ -39,6 +39,9 @@ def answer_from_command_line(
     check_is_compressor(compressor)
     set_threads(0)
     mllm = FrozenMLLM.load(model)
+    token, templated = getattr(mllm.processor, "image_token", None), getattr(mllm.processor, "chat_template", None)
+    if token and prompt.count(token) > (0 if templated else 1):  # without a template the user may place the picture
+        raise UserError(f"--prompt has {token} in it, which stands for the picture; leave it out, it is put there")
     full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None
     with compress(mllm.model, compressor, keep=keep, layer=layer) as handle:
         ours = _timed(mllm, picture, prompt, handle, max_new_tokens)

@@ -613,6 +613,8 @@ def test_images_and_videos_in_one_prompt():
     [
         ({"layer": 4}, "layers 0 to 3"),
         ({"layer": -1}, "layers 0 to 3"),
+        ({"layer": "0"}, "layers 0 to 3, give one of them"),
+        ({"layer": 0.5}, "layers 0 to 3, give one of them"),
         ({"positions": "dense", "layer": 1}, "layer=0"),
         ({"positions": "new"}, "positions='new'"),
         ({"newline": "some"}, "newline='some'"),
