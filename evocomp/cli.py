@@ -23,7 +23,11 @@ Every setting can be given as --section.key=value; `evocomp VERB --help` says mo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 something for the user to put right, 130 interrupted."""
+    """Run one command; returns the exit code.
+
+    0 done; 2 something for the user to put right, or stopped by SIGTERM with something left to do, which the same
+    command goes on with; 130 interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
     return log.exit_code(lambda: _dispatch(words), "evocomp")
@@ -264,8 +268,8 @@ def bench(words: Sequence[str]) -> int:
 
     Times the project's parts against their straightforward counterparts, interleaved, as ratios of one run.
 
-      --shape NAME   at the sizes of llava15_7b, llava_next_7b or qwen25_vl_7b, with random weights (needs a GPU;
-                     not for training)
+      --shape NAME   at the sizes of llava15_7b, llava_next_7b or qwen25_vl_7b, with random weights (for label-search,
+                     ops and inference; meant for a GPU, ops run on a CPU too)
 
       evocomp bench ops
       evocomp bench label-search --shape llava15_7b,qwen25_vl_7b
