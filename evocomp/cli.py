@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,11 @@ Every setting can be given as --section.key=value; `evocomp VERB --help` says mo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 something for the user to put right, 130 interrupted."""
+    """Run one command; returns the exit code.
+
+    0 done; 2 something for the user to put right, or stopped by SIGTERM with something left to do, which the same
+    command goes on with; 130 interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
     return log.exit_code(lambda: _dispatch(words), "evocomp")
@@ -85,11 +90,41 @@ def _take_options(words: Sequence[str], known: dict[str, str | None], verb: str)
     return _options(own, known, verb), rest
 
 
-def _number(options: dict, key: str, kind: Callable = int):
+def _number(options: dict, key: str, kind: Callable = int, least: int | None = None):
     try:
-        return kind(options[key])
+        number = kind(options[key])
     except (TypeError, ValueError):
         raise UserError(f"--{key}={options[key]}: must be a number") from None
+    if least is not None and not number >= least:  # NaN is not either
+        raise UserError(f"--{key}={options[key]}: must be at least {least}")
+    return number
+
+
+def _count_or_share(text: str) -> int | float:
+    """16 is a number of tokens, 0.3 and 1.0 are shares of them, as in Python."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _place(options: dict, key: str, is_file: bool = False) -> Path | None:
+    """Where a result goes (None: nowhere), known to be writable before the work begins, which may take hours."""
+    if not options[key]:
+        return None
+    place = Path(options[key])
+    folder = place.parent if is_file else place
+    if is_file and place.is_dir():
+        raise UserError(f"--{key}={place} is a folder; give a file")
+    if not is_file and place.is_file():
+        raise UserError(f"--{key}={place} is a file; give a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--{key}={place}: cannot write into {folder} ({error.strerror}); give another place") from None
+    return place
 
 
 def _config(words: Sequence[str]):
@@ -145,10 +180,11 @@ def label(words: Sequence[str]) -> int:
     options, rest = _take_options(words, known, "label")
     config = _config(rest)
     if options["estimate"] == "true":
+        price = _number(options, "price", float, least=0) if options["price"] else None
+        gpus = _number(options, "gpus", least=1)
         from evocomp.training.cost_estimate import estimate_only
 
-        price = _number(options, "price", float) if options["price"] else None
-        print(estimate_only(config, options["gpu"], _number(options, "gpus"), price))
+        print(estimate_only(config, options["gpu"], gpus, price))
         return 0
     from evocomp.training.build import label_only
 
@@ -161,7 +197,8 @@ def evaluate(words: Sequence[str]) -> int:
                  [--source FILE_OR_BENCHMARK:FOLDER]
 
     Judges a finished run on fresh questions and writes report.json, report.md and kept.png.
-    The run's own report is replaced only if --out is not given and the questions are the same.
+    The run's own report is replaced only if --out is not given and the questions are the same; of other folders
+    (--out), only an earlier report of the same run on the same questions.
 
       evocomp eval --run runs/nano
       evocomp eval --run runs/nano --out judged --questions 3000 --seed 9001
@@ -172,16 +209,25 @@ def evaluate(words: Sequence[str]) -> int:
     run_dir = Path(options["run"])
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"--run={run_dir}: not a run folder (no config.yaml); give what evocomp train wrote")
+    questions = _number(options, "questions", least=1) if options["questions"] else None
+    seed = _number(options, "seed", least=0) if options["seed"] else None
+    out = _place(options, "out")
+    if out is None:
+        _place(options, "run")  # there the report goes
     from evocomp.evaluation.run import evaluate_run
 
-    evaluate_run(
-        run_dir,
-        out=Path(options["out"]) if options["out"] else None,
-        questions=_number(options, "questions") if options["questions"] else None,
-        seed=_number(options, "seed") if options["seed"] else None,
-        panel=options["panel"],
-        source=options["source"],
-    )
+    try:
+        evaluate_run(
+            run_dir,
+            out=out,
+            questions=questions,
+            seed=seed,
+            panel=options["panel"],
+            source=options["source"],
+        )
+    except KeyboardInterrupt:
+        print("evocomp: interrupted; nothing is kept of a panel, the same command starts it anew", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -190,16 +236,17 @@ def generate(words: Sequence[str]) -> int:
                      [--layer L] [--compare] [--save kept.png] [--max_new_tokens N]
 
     Answers one question with fewer visual tokens and says where the time went; --compare runs the full model
-    beside it, --save draws the kept tokens.
+    beside it, --save draws the kept tokens. N is a number of tokens (16) or a share of them (0.3; 1.0 is all).
 
       evocomp generate --model nano --compressor runs/nano/compressor --image a.png --prompt "color of circle" --keep 16
     """
     known = {"model": "", "compressor": "", "image": "", "prompt": "", "keep": "", "layer": "0"}
     known |= {"compare": None, "save": None, "max_new_tokens": "32"}
     options = _options(words, known, "generate")
-    keep = _number(options, "keep", float)
+    keep, most = _number(options, "keep", _count_or_share), _number(options, "max_new_tokens", least=1)
     if not Path(options["image"]).is_file():
         raise UserError(f"--image={options['image']}: no such file")
+    save = _place(options, "save", is_file=True)
     from evocomp.inference.command import answer_from_command_line
 
     answer_from_command_line(
@@ -207,11 +254,11 @@ def generate(words: Sequence[str]) -> int:
         compressor=options["compressor"],
         image=Path(options["image"]),
         prompt=options["prompt"],
-        keep=int(keep) if keep >= 1 else keep,
+        keep=keep,
         layer=_number(options, "layer"),
         compare=options["compare"] == "true",
-        save=Path(options["save"]) if options["save"] else None,
-        max_new_tokens=_number(options, "max_new_tokens"),
+        save=save,
+        max_new_tokens=most,
     )
     return 0
 
@@ -221,8 +268,8 @@ def bench(words: Sequence[str]) -> int:
 
     Times the project's parts against their straightforward counterparts, interleaved, as ratios of one run.
 
-      --shape NAME   at the sizes of llava15_7b, llava_next_7b or qwen25_vl_7b, with random weights (needs a GPU;
-                     not for training)
+      --shape NAME   at the sizes of llava15_7b, llava_next_7b or qwen25_vl_7b, with random weights (for label-search,
+                     ops and inference; meant for a GPU, ops run on a CPU too)
 
       evocomp bench ops
       evocomp bench label-search --shape llava15_7b,qwen25_vl_7b
@@ -233,10 +280,11 @@ def bench(words: Sequence[str]) -> int:
     options = _options(words[1:], {"out": None, "shape": None}, "bench")
     if options["shape"] and words[0] == "training":
         raise UserError("evocomp bench training has no --shape")
+    out = _place(options, "out", is_file=str(options["out"]).endswith(".csv"))
     from evocomp.bench.record import run_bench
 
     shapes = options["shape"].split(",") if options["shape"] else ()
-    run_bench(words[0], Path(options["out"]) if options["out"] else None, shapes)
+    run_bench(words[0], out, shapes)
     return 0
 
 
@@ -251,12 +299,11 @@ def data(words: Sequence[str]) -> int:
         raise UserError("evocomp data needs the word scenes: evocomp data scenes --out DIR")
     known = {"out": "", "count": "500", "seed": "101", "relation": None}
     options = _options(words[1:], known, "data scenes")
-    out, count = Path(options["out"]), _number(options, "count")
-    if count < 1:
-        raise UserError(f"--count={count}: must be at least 1")
+    count, seed = _number(options, "count", least=1), _number(options, "seed", least=0)
+    out = _place(options, "out")
     from evocomp.data.conversations import write_scenes
 
-    records = write_scenes(out, _number(options, "seed"), count, relation=options["relation"] == "true")
+    records = write_scenes(out, seed, count, relation=options["relation"] == "true")
     print(f"{records} questions about {count} scenes in {out}")
     return 0
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from evocomp.cli import VERBS, main
 from evocomp.data.conversations import write_scenes
 
 GENERATE = ["--model", "nano", "--compressor", "x", "--image", "none.png", "--prompt", "q"]
+PICTURED = ["--model", "nano", "--compressor", "x", "--image", "a.png", "--prompt", "q", "--keep", "4"]
 TINY = ["--data.max_samples=8", "--data.val_samples=0", "--data.test_samples=8", "--trainer.accelerator=cpu"]
 
 
@@ -62,6 +64,12 @@ def test_help_of_every_verb_shows_an_example(capsys):
         (["generate", *GENERATE, "--keep", "4"], "--image=none.png: no such file"),
         (["data"], "needs the word scenes"),
         (["data", "scenes", "--out", "x", "--count", "0"], "--count=0: must be at least 1"),
+        (["data", "scenes", "--out", "x", "--seed", "-1"], "--seed=-1: must be at least 0"),
+        (["eval", "--run", "run", "--seed", "-3"], "--seed=-3: must be at least 0"),
+        (["eval", "--run", "run", "--questions", "0"], "--questions=0: must be at least 1"),
+        (["label", "--estimate", "--gpus", "0"], "--gpus=0: must be at least 1"),
+        (["label", "--estimate", "--price", "-1"], "--price=-1: must be at least 0"),
+        (["label", "--estimate", "--price", "nan"], "--price=nan: must be at least 0"),
         (["data", "scenes", "--out", "x", "--cuont", "3"], "did you mean --count?"),
         (["bench"], "needs one of label-search, ops"),
         (["eval"], "needs --run"),
@@ -73,6 +81,8 @@ def test_help_of_every_verb_shows_an_example(capsys):
 )
 def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     assert says in fails(capsys, *words)
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
@@ -113,6 +123,61 @@ def test_data_scenes_does_not_overwrite(capsys, tmp_path):
     assert "already holds data.json" in fails(capsys, "data", "scenes", "--out", str(tmp_path / "s"), "--count", "2")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["eval", "--run", "run", "--out", "run/config.yaml"], "config.yaml is a file; give a folder"),
+        (["eval", "--run", "run", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
+        (["eval", "--run", "run", "--out", "/proc"], "--out=/proc: cannot write into /proc"),
+        (["bench", "ops", "--out", "/proc/o.csv"], "--out=/proc/o.csv: cannot write into /proc"),
+        (["bench", "ops", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
+        (["bench", "ops", "--out", "folder.csv"], "--out=folder.csv is a folder; give a file"),
+        (["generate", *PICTURED, "--save", "/proc/no/k.png"], "--save=/proc/no/k.png: cannot write into /proc/no"),
+        (["generate", *PICTURED, "--save", "k.foo"], "--save=k.foo does not end as a picture does"),
+        (["data", "scenes", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
+        (["data", "scenes", "--out", "a.png"], "--out=a.png is a file; give a folder"),
+    ],
+)
+def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "folder.csv").mkdir()
+    Image.new("RGB", (28, 28)).save("a.png")
+    for work in ("evocomp.evaluation.run.evaluate_run", "evocomp.bench.record.run_bench"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("evocomp.mllm.hf.FrozenMLLM.load", lambda *_: pytest.fail("the work began"))
+    assert says in fails(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--keep", "16.5"], "keep=16.5: a share lies in (0, 1]; for a number of tokens give an int"),
+        (["--keep", "inf"], "keep=inf: a share lies in (0, 1]"),
+        (["--keep", "nan"], "keep=nan: a share lies in (0, 1]"),
+        (["--keep=-1"], "keep=-1: the number of tokens cannot be negative"),
+        (["--max_new_tokens", "0"], "--max_new_tokens=0: must be at least 1"),
+        (["--prompt", "what <image> color"], "--prompt has <image> in it"),
+    ],
+)
+def test_mistakes_in_what_is_asked_of_a_picture(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.setattr("evocomp.inference.command.check_is_compressor", lambda path: None)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (28, 28)).save("a.png")
+    assert says in fails(capsys, "generate", *PICTURED, *words)
+
+
+def test_kept_is_a_number_or_a_share_as_in_python(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (28, 28)).save("a.png")
+    kept = []
+    monkeypatch.setattr("evocomp.inference.command.answer_from_command_line", lambda keep, **_: kept.append(keep))
+    for text in ("1.0", "1", "0.3", "16"):
+        assert main(["generate", *PICTURED, "--keep", text]) == 0
+    assert [repr(one) for one in kept] == ["1.0", "1", "0.3", "16"]
+
+
 def test_no_words_show_the_help_and_the_version_is_told(capsys):
     import evocomp
 
@@ -138,6 +203,16 @@ def test_an_interruption_is_told_and_has_its_exit_code(capsys, monkeypatch):
     monkeypatch.setitem(VERBS, "config", interrupted)
     assert main(["config"]) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
+
+
+def test_an_interrupted_panel_does_not_promise_to_go_on(capsys, monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr("evocomp.evaluation.run.evaluate_run", interrupted)
+    assert main(["eval", "--run", str(tmp_path)]) == 130
+    assert "the same command starts it anew" in capsys.readouterr().err
 
 
 def test_bugs_are_not_hidden(monkeypatch):

@@ -35,7 +35,7 @@ def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) ->
         shapes: names of real models' sizes (`mllm.sizes.SHAPES`), one after another; none: the usual small sizes.
 
     Raises:
-        UserError: a benchmark that is not there, or `out` that cannot be written.
+        UserError: a benchmark that is not there.
     """
     modules = AT_SHAPE if shapes else KINDS
     if kind not in modules:

@@ -1,7 +1,8 @@
 """Judge a finished run: the panel on fresh questions, and the report."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from evocomp import distributed
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
-from evocomp.data.splits import test_questions
+from evocomp.data.splits import digest, test_questions
 from evocomp.evaluation.k_token_merging import k_token_outcomes
 from evocomp.evaluation.outcome import Outcome, Questions
 from evocomp.evaluation.panel import Panel, Rival, picture
@@ -20,6 +21,7 @@ from evocomp.evaluation.report import make_report, write_report
 from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
 from evocomp.inference import card
+from evocomp.inference.selectors import weights_of
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
 from evocomp.mllm.hf import FrozenMLLM
@@ -45,6 +47,8 @@ FULL = (
 )
 GIVEN_CONTEXT = "+context"
 """Ends the name of a method that drops tokens and is given context tokens: what those are worth without training."""
+JUDGED = "judged.json"
+"""Says, in a folder of --out, which run and which questions its report is about."""
 
 
 def evaluate_run(
@@ -59,7 +63,8 @@ def evaluate_run(
 
     Args:
         run_dir: what `evocomp train` wrote.
-        out: where the report goes; default: the run folder.
+        out: where the report goes, a folder with nothing in it, or with an earlier report of this run on the same
+            questions; default: the run folder.
         questions, seed: other test questions than the run's settings say.
         panel: "basic" (floors and simple baselines, the default), "full" (every rival), or selectors by name with
             commas between them, which leaves out those that drop tokens inside the LLM, one prompt at a time.
@@ -73,21 +78,24 @@ def evaluate_run(
     config = config_files.load([run_dir / "config.yaml"])
     if not (run_dir / "compressor" / "config.json").is_file():
         raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
+    if out is not None and out.resolve() == run_dir.resolve():
+        out = None
     if out is None and (questions is not None or seed is not None or source is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
-    out = out or run_dir
+    is_own, out = out is None, out or run_dir
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    compressor = EvoCompCompressor.from_pretrained(run_dir / "compressor").eval().to(device)
+    compressor = read_compressor(run_dir).to(device)
     names = panel_names(panel or "basic", bool(compressor.config.sharp))
     distributed.set_threads(config.threads)
     data = config.data if source is None else replace(config.data, test_source=source)
     examples = test_questions(data, questions, seed)
+    judged = json.dumps({"run": str(run_dir.resolve()), "questions": digest(examples)}, indent=1) + "\n"
+    if not is_own:
+        check_place(out, judged)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
-    judge = Panel(
-        mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=lambda text: logger.debug(text)
-    )
+    judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=progress())
     outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
     if panel == "full":
         outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
@@ -98,9 +106,11 @@ def evaluate_run(
     report = make_report(*part(outcomes, judge.questions, main), **settings)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
+    if not is_own:
+        (out / JUDGED).write_text(judged)
     draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
     write_report(report, out, sheet)
-    if out == run_dir:
+    if is_own:
         columns = ("method", "kept", "accuracy", "low", "high", "relative", "n")
         card.save(compressor, run_dir / "compressor", panel=[{c: row[c] for c in columns} for row in report.rows])
     print(terminal(report))
@@ -110,6 +120,37 @@ def evaluate_run(
         print(f"\n{kind}, reported apart\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def read_compressor(run_dir: Path) -> EvoCompCompressor:
+    """The compressor of a run, for judging. Raises `UserError` for weights that cannot be read."""
+    folder = run_dir / "compressor"
+    with weights_of(folder):
+        return EvoCompCompressor.from_pretrained(folder).eval()
+
+
+def progress(seconds: float = 10) -> Callable[[str], None]:
+    """Says what is being run, but not more often than that: small models have dozens of rows in as many seconds."""
+    said = time.monotonic()
+
+    def report(text: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= seconds:
+            said = time.monotonic()
+            logger.info("judging: %s", text)
+
+    return report
+
+
+def check_place(out: Path, judged: str) -> None:
+    """Raise `UserError` if a folder holds anything but a report on what is to be judged, which may be replaced."""
+    try:
+        earlier = (out / JUDGED).read_text()
+    except (OSError, UnicodeDecodeError):
+        earlier = ""
+    if earlier != judged and out.is_dir() and any(out.iterdir()):
+        what = "a report of another run or on other questions" if earlier else "other files"
+        raise UserError(f"--out={out} holds {what}; choose another folder")
 
 
 def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
@@ -157,7 +198,7 @@ def siblings(
         if not (folder / "compressor" / "config.json").is_file():
             remarks.append(f"{folder} would stand beside it, but has not been trained yet.")
             continue
-        other = EvoCompCompressor.from_pretrained(folder / "compressor").eval().to(own.device)
+        other = read_compressor(folder).to(own.device)
         if other.config.hidden_size != own.config.hidden_size:
             remarks.append(f"{folder} is for another model and is left out.")
             continue

@@ -43,8 +43,8 @@ class Settings(NamedTuple):
         layer = getattr(saved, "prune_layer", 0) if layer is None else layer
         positions = getattr(saved, "positions", "original") if positions is None else positions
         layers = len(families.unwrap(model).get_decoder().layers)
-        if not 0 <= layer < layers:
-            raise UserError(f"layer={layer}: the model has layers 0 to {layers - 1}")
+        if not isinstance(layer, Integral) or not 0 <= layer < layers:
+            raise UserError(f"layer={layer!r}: the model has layers 0 to {layers - 1}, give one of them (int)")
         if newline not in ("keep", "drop"):
             raise UserError(f"newline={newline!r}: use 'keep' or 'drop'")
         if positions not in ("original", "dense"):

@@ -6,8 +6,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from evocomp.distributed import set_threads
+from evocomp.inference.choose import check_keep
 from evocomp.inference.generate import TimedAnswer, timed_generate
 from evocomp.inference.hooks import compress
+from evocomp.inference.selectors import check_is_compressor
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.viz import light_up
@@ -25,14 +27,21 @@ def answer_from_command_line(
     max_new_tokens: int,
 ) -> None:
     """Print the answer, tokens before and after, and where the time went; see the verb's help."""
+    check_keep(keep)  # before anything is loaded
     try:
         picture = Image.open(image).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"--image={image} does not decode: {error}") from None
     if save is not None and save.exists():
         raise UserError(f"--save={save} exists; give another name")
+    if save is not None and Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--save={save} does not end as a picture does; give a name that ends in .png")
+    check_is_compressor(compressor)
     set_threads(0)
     mllm = FrozenMLLM.load(model)
+    token, templated = getattr(mllm.processor, "image_token", None), getattr(mllm.processor, "chat_template", None)
+    if token and prompt.count(token) > (0 if templated else 1):  # without a template the user may place the picture
+        raise UserError(f"--prompt has {token} in it, which stands for the picture; leave it out, it is put there")
     full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None
     with compress(mllm.model, compressor, keep=keep, layer=layer) as handle:
         ours = _timed(mllm, picture, prompt, handle, max_new_tokens)

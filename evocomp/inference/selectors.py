@@ -16,11 +16,14 @@ prompt's other embeddings (the whole template, without padding and without answe
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -29,7 +32,7 @@ from evocomp.compressor.keep import selected_count, selected_tokens
 from evocomp.compressor.lora import is_lora, load_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
-from evocomp.log import UserError
+from evocomp.log import UserError, logger
 from evocomp.mllm.context import owners
 from evocomp.mllm.families import unwrap
 
@@ -107,6 +110,8 @@ class FunctionPicker:
                 raise UserError(
                     f"the selector returned {shape} for {len(v)} visual tokens; return one score per token"
                 )
+            if bool(scores.isnan().any()):
+                raise UserError(f"the selector returned NaN among its {len(v)} scores; return numbers")
             picks.append(top_r(scores.to(v.device), r))
         return picks
 
@@ -158,6 +163,8 @@ def picker_for(selector, model: nn.Module) -> Picker:
                 f"this compressor was made for hidden size {made_for}, the model has {size}; transfer it by "
                 f"evocomp.compressor.transfer.PooledCompressor(compressor, {size}), or train a new one"
             )
+        if isinstance(unwrap(selector), EvoCompCompressor):  # one that is pooled was moved to another model on purpose
+            _warn_of_another_model(unwrap(selector), model)
         return CompressorPicker(selector)
     if hasattr(selector, "pick"):
         return selector
@@ -171,6 +178,20 @@ def picker_for(selector, model: nn.Module) -> Picker:
     )
 
 
+def _warn_of_another_model(compressor: EvoCompCompressor, model: nn.Module) -> None:
+    """Models of one width cannot be told apart by their shapes; their names say more, where they are recorded."""
+    trained_for = _last_part(compressor.config.base_model_name_or_path)
+    given = _last_part(getattr(unwrap(model).config, "_name_or_path", None))
+    if trained_for and given and trained_for != given:
+        logger.warning("this compressor was trained for %s, the model is %s: expect worse answers", trained_for, given)
+
+
+def _last_part(name: str | None) -> str:
+    """Of a model's path or hub id, for it may lie elsewhere on this machine; in the hub's cache a hash comes last."""
+    path = Path(name or "")
+    return path.parent.parent.name.rsplit("--", 1)[-1] if path.parent.name == "snapshots" else path.name
+
+
 def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | PeftModel:
     """Load a compressor, or a LoRA adapter of one, from a folder or a hub id, in the dtype of `model`.
 
@@ -178,19 +199,45 @@ def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | P
 
     Raises UserError if there is none.
     """
+    check_is_compressor(path)
+    dtype = next(unwrap(model).get_decoder().parameters()).dtype
+    with weights_of(path):
+        if not is_lora(path):
+            return EvoCompCompressor.from_pretrained(path, dtype=dtype)
+        adapter = load_lora(path, model).to(dtype)
+    for head in ("score", "head_norm"):
+        getattr(adapter.get_base_model(), head).float()
+    return adapter.eval()
+
+
+def check_is_compressor(path: str | Path) -> None:
+    """Raise `UserError`, with what to do, unless a folder or hub id holds the configuration of a compressor."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file() and (folder / "compressor" / "config.json").is_file():
+        raise UserError(f"{path} holds a run; give its compressor: {folder / 'compressor'}")
+    config, reason = {}, "the folder has no config.json"
     try:
         config = EvoCompConfig.get_config_dict(path)[0]
     except OSError as error:
-        raise UserError(f"no compressor at {path}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+    if not folder.is_dir() and not config:
+        # transformers takes what is no folder for a hub id, and complains of its form
+        may_be_id = not folder.is_absolute() and str(path)[0] not in ".~" and str(path).count("/") <= 1
+        reason = f"no such folder, and as a hub id: {reason}" if may_be_id else "no such folder"
+    if not config:
+        raise UserError(f"no compressor at {path}: {reason}; give RUN/compressor of a run, or train one: evocomp train")
     if config.get("model_type") != EvoCompConfig.model_type:
         raise UserError(
             f"{path} holds a model of type {config.get('model_type')!r}, not an EvoComp compressor; "
             "give the folder that EvoCompCompressor.save_pretrained wrote"
         )
-    dtype = next(unwrap(model).get_decoder().parameters()).dtype
-    if is_lora(path):
-        adapter = load_lora(path, model).to(dtype)
-        for head in ("score", "head_norm"):
-            getattr(adapter.get_base_model(), head).float()
-        return adapter.eval()
-    return EvoCompCompressor.from_pretrained(path, dtype=dtype)
+
+
+@contextmanager
+def weights_of(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while weights are read from a folder or hub id into a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"the weights in {path} cannot be read ({reason}); copy or train them again") from None

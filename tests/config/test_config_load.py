@@ -1,6 +1,7 @@
 """From files and words to one frozen config; every mistake is one line that names key, value and way out."""
 
 import dataclasses
+import errno
 import typing
 
 import pytest
@@ -236,6 +237,20 @@ def test_values_that_cannot_be(settings, match):
 )
 def test_files_that_cannot_be_read_name_themselves(text, match, yaml):
     refused(config=[yaml(text)], match=match)
+
+
+def test_files_that_are_no_text_name_themselves(tmp_path, monkeypatch):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"seed: 1 # \xff")
+    refused(config=[path], match=r"a.yaml: not UTF-8 text \(byte 10\); save it as UTF-8$")
+    path.write_bytes(b"seed: 1\0")
+    refused(config=[path], match=r"a.yaml: not valid YAML \(unacceptable character [^\n]*\)$")
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("omegaconf.OmegaConf.load", denied)
+    refused(config=[path], match=r"a.yaml: cannot be read \(Permission denied\); give a file with settings")
 
 
 def test_files_that_are_not_there():

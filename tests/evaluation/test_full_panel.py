@@ -1,11 +1,14 @@
 """`evocomp eval --panel full` on a run folder: every rival has a row, or says why it has none."""
 
+import shutil
+
 import pytest
 import torch
 
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import DataConfig, EvalConfig, RunConfig
+from evocomp.evaluation import run
 from evocomp.evaluation.outcome import WITH_CONTEXT
 from evocomp.evaluation.run import FULL, evaluate_run
 from evocomp.evaluation.staged import INSIDE_LLM, STAGED
@@ -54,3 +57,36 @@ def test_a_panel_of_named_rivals(run_folder, tmp_path):
     assert {"divprune", "fastv", "random", "full"} < methods and not methods & {"tome", "fastv_inside"}
     with pytest.raises(UserError, match="'no_such' is none of basic, full, "):
         evaluate_run(run_folder, panel="divprune,no_such")
+
+
+def test_only_a_report_on_the_same_is_replaced(run_folder, tmp_path):
+    quick = {"panel": "uniform_stride", "questions": 7}
+    evaluate_run(run_folder, out=tmp_path / "new", **quick)
+    before = (tmp_path / "new" / "report.json").read_text()
+    with pytest.raises(UserError, match="new holds a report of another run or on other questions; choose another"):
+        evaluate_run(run_folder, out=tmp_path / "new", seed=5, **quick)
+    assert (tmp_path / "new" / "report.json").read_text() == before
+    evaluate_run(run_folder, out=tmp_path / "new", **quick | {"panel": "divprune"})
+    assert "divprune" in (tmp_path / "new" / "report.json").read_text()
+    with pytest.raises(UserError, match="holds other files; choose another folder"):
+        evaluate_run(run_folder, out=tmp_path, **quick)
+    with pytest.raises(UserError, match="give --out"):
+        evaluate_run(run_folder, out=run_folder, **quick)
+
+
+def test_broken_weights_are_named(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    weights = tmp_path / "run" / "compressor" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="the weights in .*compressor cannot be read"):
+        evaluate_run(tmp_path / "run")
+
+
+def test_progress_is_told_every_few_seconds(monkeypatch, caplog):
+    clock = iter(range(0, 200, 4))
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    report = run.progress()
+    with caplog.at_level("INFO", logger="evocomp"):
+        for number in range(8):
+            report(f"row {number}")
+    assert [record.message for record in caplog.records] == ["judging: row 2", "judging: row 5"]

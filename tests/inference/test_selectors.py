@@ -131,11 +131,62 @@ def test_a_compressor_in_training_stays_so_after_an_error():
 
 
 def test_a_folder_that_holds_no_compressor_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"no compressor at {tmp_path}/none"):
-        picker_for(tmp_path / "none", build("llava"))
+    (tmp_path / "empty").mkdir()
+    compressor_for(build("llava")).save_pretrained(tmp_path / "run" / "compressor")
+    for path, says in (
+        (tmp_path / "none", f"no compressor at {tmp_path}/none: no such folder; give RUN/compressor of a run, or"),
+        ("runs/none/compressor", "no compressor at runs/none/compressor: no such folder; give"),
+        ("none/none", "no compressor at none/none: no such folder, and as a hub id: "),
+        (tmp_path / "empty", "empty: the folder has no config.json; give RUN/compressor"),
+        (tmp_path / "run", f"run holds a run; give its compressor: {tmp_path}/run/compressor"),
+    ):
+        with pytest.raises(UserError, match=says):
+            picker_for(path, build("llava"))
     build("llava").config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="'llava', not an EvoComp compressor"):
         picker_for(tmp_path, build("llava"))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_broken_weights_are_named(tmp_path, adapter, kept):
+    """Of a download or copy that was cut short."""
+    model = build("llava")
+    if adapter:
+        save_lora(add_lora(compressor_for(model), r=2), tmp_path)
+    else:
+        compressor_for(model).save_pretrained(tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(UserError, match=f"the weights in {tmp_path} cannot be read .*; copy or train them again"):
+        picker_for(tmp_path, model)
+    weights.unlink()
+    with pytest.raises(UserError, match=f"the weights in {tmp_path} cannot be read .*; copy or train them again"):
+        picker_for(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("trained_for", "given", "warns"),
+    [
+        ("nano", "some/assets/nano", False),
+        ("nano", "some/assets/nano576", True),
+        ("org/llava", "/cache/models--org--llava/snapshots/0123abc", False),
+        ("org/llava", "org/llava-next", True),
+        (None, "org/llava", False),
+        ("nano", "", False),
+    ],
+)
+def test_a_compressor_of_another_model_of_the_same_width_is_told(caplog, monkeypatch, trained_for, given, warns):
+    model = build("llava")
+    compressor = compressor_for(model)
+    compressor.config.base_model_name_or_path = trained_for
+    monkeypatch.setattr(model.config, "_name_or_path", given, raising=False)
+    with caplog.at_level("WARNING", logger="evocomp"):
+        picker_for(compressor, model)
+    assert len(caplog.records) == warns
+    if warns:
+        says = f"was trained for {trained_for.split('/')[-1]}, the model is {given.split('/')[-1]}"
+        assert says in caplog.records[0].message
 
 
 def test_things_that_are_no_selector_are_named():
@@ -149,6 +200,14 @@ def test_scores_of_the_wrong_shape_are_named(bad):
         compress(build("llava"), bad, keep=4),
         pytest.raises(UserError, match="16 visual tokens; return one"),
     ):
+        answer(build("llava"), prompts("llava"), max_new_tokens=1)
+
+
+def test_scores_that_are_no_numbers_are_named():
+    def broken(visual, text, keep):
+        return torch.tensor([math.nan] + [1.0] * (len(visual) - 1))
+
+    with compress(build("llava"), broken, keep=4), pytest.raises(UserError, match="NaN among its 16 scores"):
         answer(build("llava"), prompts("llava"), max_new_tokens=1)
 
 
