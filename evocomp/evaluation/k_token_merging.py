@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from evocomp.data.scoring import score_answer
 from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Panel
-from evocomp.evaluation.tasks import score_answer
 from evocomp.inference.k_token_merging import KTokenMerger
 
 ADAPTED = "adapts the LLM"

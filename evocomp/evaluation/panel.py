@@ -11,8 +11,8 @@ from torch import Tensor
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.data.example import Example
+from evocomp.data.scoring import score_answer
 from evocomp.evaluation.outcome import REFERENCE, WITH_CONTEXT, Outcome, Questions
-from evocomp.evaluation.tasks import score_answer
 from evocomp.log import UserError
 from evocomp.mllm.context import Shown, shown, split
 from evocomp.mllm.features import Features, grid_of, pad_right

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evocomp.data.scoring import score_answer
 from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Panel
-from evocomp.evaluation.tasks import score_answer
 from evocomp.log import UserError
 from evocomp.mllm.staged import LayerLoop, Running
 from evocomp.selection import sparsevlm

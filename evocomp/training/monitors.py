@@ -9,7 +9,7 @@ import torch
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
-from evocomp.evaluation.tasks import score_answer
+from evocomp.data.scoring import score_answer
 from evocomp.log import logger
 from evocomp.mllm.context import Shown, shown
 from evocomp.mllm.features import Features

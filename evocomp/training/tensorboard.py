@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
-from evocomp.evaluation.tasks import score_answer
+from evocomp.data.scoring import score_answer
 from evocomp.labels.records import Record, kept_by
 from evocomp.mllm.features import Features, grid_of
 from evocomp.mllm.reader import as_array

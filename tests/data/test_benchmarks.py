@@ -11,7 +11,7 @@ from PIL import Image
 from evocomp.config.schema import DataConfig
 from evocomp.data import splits
 from evocomp.data.benchmarks import TASKS, read_task
-from evocomp.evaluation.tasks import score_answer
+from evocomp.data.scoring import score_answer
 from evocomp.log import UserError
 
 SHORT = "\nAnswer the question using a single word or phrase."

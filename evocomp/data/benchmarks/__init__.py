@@ -3,7 +3,7 @@
     read_task("pope", "/data/pope")
 
 gives the questions as `Example`s; how answers are scored stands in `extra["scoring"]`
-(`evocomp.evaluation.tasks`). Prompts end as LLaVA-1.5's evaluation ends them, since a model that answers in
+(`evocomp.data.scoring`). Prompts end as LLaVA-1.5's evaluation ends them, since a model that answers in
 sentences fails every benchmark of short answers. Settings take such a folder as
 `data.test_source=pope:/data/pope`.
 """

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evocomp.data.example import Example
-from evocomp.evaluation.tasks.scoring import RULES, chosen_letter, normalise, score_answer
+from evocomp.data.scoring import RULES, chosen_letter, normalise, score_answer
 
 
 def example(answer: str, rule: str | None = None, choices=(), **extra) -> Example:
