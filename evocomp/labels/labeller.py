@@ -131,9 +131,15 @@ class Labeller:
 
         Raises:
             Interrupted: SIGTERM came; the chunk in hand is given up, finished ones stay.
+            UserError: the round before, from which this one is made, is not there and cannot be made again.
         """
         store = self.store_of(round)
         if not all(gather(store.committed(round))):  # a node's own disk may lack what another's holds
+            if round > 1 and not any(gather(self.store_of(round - 1).committed(round - 1))):
+                raise UserError(
+                    f"round {round - 1} of label store {self.store_of(round - 1).path} is gone or broken, and what it "
+                    "was made from is no longer there: restore it, or begin anew in another --run_dir"
+                )
             previous = self.store_of(round - 1).read(round - 1) if round else {}
             self._fill(store, round, previous, scores, report)
         return store.read(round)

@@ -242,6 +242,18 @@ def test_what_labels_do_not_depend_on_is_not(labeller, setting):
     labeller("one", setting)
 
 
+def test_a_lost_round_that_cannot_be_made_again_is_named(labeller):
+    from evocomp.log import UserError
+
+    one = labeller("one")
+    one.ensure(0)
+    one.ensure(1)
+    one.store.remove(1)
+    with pytest.raises(UserError, match="round 1 of label store .* is gone or broken.*begin anew in another --run_dir"):
+        one.ensure(2)
+    assert one.ensure(1) and one.ensure(2)
+
+
 def test_runs_share_the_first_round_whatever_their_context_tokens(labeller):
     settings = ["recipe=plus", "labels.refresh=on_policy", "labels.credit_masks=4"]
     assert labeller("one", *settings, "compressor.sharp=9").rounds.sharp == 9
