@@ -89,6 +89,8 @@ def evaluate_run(
     distributed.set_threads(config.threads)
     data = config.data if source is None else replace(config.data, test_source=source)
     examples = test_questions(data, questions, seed)
+    if not examples:
+        raise UserError("this run has no test questions (data.test_samples=0); give --questions N and --out DIR")
     judged = json.dumps({"run": str(run_dir.resolve()), "questions": digest(examples)}, indent=1) + "\n"
     if not is_own:
         check_place(out, judged)
