@@ -153,7 +153,7 @@ def train(words: Sequence[str]) -> int:
         log.logger.info("the MLLM is sharded, so the run is not judged: evocomp eval --run %s where it fits", run_dir)
         return 0
     if config.data.test_samples == 0:
-        log.logger.info("the run has no test questions, so it is not judged; its compressor: %s", run_dir / "compressor")
+        log.logger.info("the run has no test questions, so it is not judged; see %s", run_dir / "compressor")
         return 0
     if is_new or not (run_dir / "report.json").exists():
         from evocomp.evaluation.run import evaluate_run
