@@ -173,7 +173,8 @@ class Labeller:
         rounds: which; None: all, begun ones too.
         """
         store = self.store_of(1)
-        if rank() == 0 or (not _is_shared(store) and local_rank() == 0):
+        shared = _is_shared(store)
+        if rank() == 0 or (not shared and local_rank() == 0):
             for round in store.begun():
                 if round and (rounds is None or round in rounds):
                     store.remove(round)
