@@ -4,6 +4,7 @@ from evocomp.distributed.board import joined
 from evocomp.distributed.job import (
     StopRequest,
     broadcast,
+    from_rank_0,
     gather,
     launched_by_torchrun,
     local_rank,
@@ -20,6 +21,7 @@ __all__ = [
     "Team",
     "WorkQueue",
     "broadcast",
+    "from_rank_0",
     "gather",
     "in_turn",
     "joined",

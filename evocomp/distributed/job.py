@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,20 @@ def gather(value) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_rank_0(look: Callable[[], Any]) -> Any:
+    """What `look` gives on rank 0, where alone it is called, on every rank; a user error of its is raised by all."""
+    answer: Any = None
+    if rank() == 0:
+        try:
+            answer = look()
+        except UserError as error:
+            answer = error
+    answer = broadcast(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def _object_device() -> torch.device | None:

@@ -78,11 +78,10 @@ def evaluate_run(
     config = config_files.load([run_dir / "config.yaml"])
     if not (run_dir / "compressor" / "config.json").is_file():
         raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
-    if out is not None and out.resolve() == run_dir.resolve():
-        out = None
-    if out is None and (questions is not None or seed is not None or source is not None):
+    out = out or run_dir
+    is_own = out.resolve() == run_dir.resolve()
+    if is_own and (questions is not None or seed is not None or source is not None):
         raise UserError("other questions than the run's own need a place of their own: give --out DIR")
-    is_own, out = out is None, out or run_dir
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compressor = read_compressor(run_dir).to(device)
     names = panel_names(panel or "basic", bool(compressor.config.sharp))
@@ -101,9 +100,8 @@ def evaluate_run(
     outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
     if panel == "full":
         outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
-    asked = {kind: np.array(judge.questions.kinds) == kind for kind in config.eval.apart}
-    asked = {kind: own for kind, own in asked.items() if own.any() and not own.all()}
-    main = ~np.logical_or.reduce([*asked.values(), np.zeros(len(judge.questions), dtype=bool)])
+    apart = questions_apart(judge, config.eval.apart)
+    main = ~np.logical_or.reduce([*apart.values(), np.zeros(len(judge.questions), dtype=bool)])
     settings = {"resamples": config.eval.resamples, "seed": config.seed, "remarks": remarks}
     report = make_report(*part(outcomes, judge.questions, main), **settings)
     sheet = out / "kept.png"
@@ -116,12 +114,18 @@ def evaluate_run(
         columns = ("method", "kept", "accuracy", "low", "high", "relative", "n")
         card.save(compressor, run_dir / "compressor", panel=[{c: row[c] for c in columns} for row in report.rows])
     print(terminal(report))
-    for kind, own in asked.items():
+    for kind, own in apart.items():
         special = make_report(*part(outcomes, judge.questions, own), title=f"{kind}, reported apart", **settings)
         write_report(special, out / kind)
         print(f"\n{kind}, reported apart\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def questions_apart(judge: Panel, kinds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Which questions [n] have a report of their own, by kind; not a kind that none or all of them are of."""
+    found = {kind: np.array(judge.questions.kinds) == kind for kind in kinds}
+    return {kind: own for kind, own in found.items() if own.any() and not own.all()}
 
 
 def read_compressor(run_dir: Path) -> EvoCompCompressor:

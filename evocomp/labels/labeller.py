@@ -135,18 +135,19 @@ class Labeller:
         """
         store = self.store_of(round)
         if not all(gather(store.committed(round))):  # a node's own disk may lack what another's holds
-            if round > 1 and not any(gather(self.store_of(round - 1).committed(round - 1))):
+            before = self.store_of(round - 1)
+            if round > 1 and not any(gather(before.committed(round - 1))):
                 raise UserError(
-                    f"round {round - 1} of label store {self.store_of(round - 1).path} is gone or broken, and what it "
-                    "was made from is no longer there: restore it, or begin anew in another --run_dir"
+                    f"round {round - 1} of label store {before.path} is gone or broken, and what it was made from is "
+                    "no longer there: restore it, or begin anew in another --run_dir"
                 )
-            previous = self.store_of(round - 1).read(round - 1) if round else {}
+            previous = before.read(round - 1) if round else {}
             self._fill(store, round, previous, scores, report)
         return store.read(round)
 
     def store_of(self, round: int) -> LabelStore:
         """Where a round lies."""
-        return self.store if round == 0 or self.refreshed is None else self.refreshed
+        return self.store if round <= 0 or self.refreshed is None else self.refreshed
 
     def _fill(self, store: LabelStore, round: int, previous, scores, report) -> None:
         chunks = self.rounds.chunks(round, previous)

@@ -1,12 +1,8 @@
 """From settings to a run: MLLM, labels, compressor, trainer. All of Lightning is in this room."""
 
 import difflib
-import hashlib
 import inspect
 import logging
-import math
-import os
-import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -23,28 +19,19 @@ from evocomp import distributed
 from evocomp.compressor.lora import add_lora, merge_lora, save_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
-from evocomp.config.schema import LabelConfig, RunConfig
+from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
-from evocomp.data.splits import Splits, digest, load_splits
-from evocomp.grouping.build import Grouper
+from evocomp.data.splits import load_splits
 from evocomp.inference import card
-from evocomp.labels.estimate import say_disk_use
-from evocomp.labels.hard import HardLabels
-from evocomp.labels.labeller import Interrupted, Labeller, Rounds
-from evocomp.labels.on_policy import OnPolicyRounds
-from evocomp.labels.random_credit import CreditLabels
-from evocomp.labels.scorer import CandidateScorer
-from evocomp.labels.searched_credit import SearchedCredits
-from evocomp.labels.store import LabelStore
+from evocomp.labels.labeller import Interrupted
 from evocomp.log import UserError, is_rank_zero, logger
-from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.reader import picture_key
 from evocomp.training.average import AverageFromEpoch
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.folder import DONE, claimed, is_finished, judge_as_asked, last_checkpoint, write_json
+from evocomp.training.labelling import build_labeller, follows_compressor, use_feature_cache
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.progress import LabelBar
@@ -166,105 +153,6 @@ def load_mllm(config: RunConfig) -> FrozenMLLM:
     if config.model.shard != 1:
         return load_sharded(config.model, device)
     return FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
-
-
-def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> None:
-    """Let the MLLM keep its tower's features where the settings say; rank 0 says what they will take first."""
-    if config.model.feature_cache is None:
-        return
-    mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
-    refusal = None
-    if distributed.rank() == 0:
-        examples = [*splits.train, *splits.val]
-        mllm.features(examples[:1])
-        try:
-            pictures = len({picture_key(example) for example in examples})
-            mllm.cache.reserve(pictures, shutil.disk_usage(mllm.cache.folder).free)
-        except UserError as error:
-            refusal = error
-    if refusal := distributed.broadcast(refusal):
-        raise refusal
-
-
-def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: Path) -> Labeller:
-    """The labeller with its store, fingerprinted by everything that labels depend on before there is a compressor.
-
-    Rounds that depend on the run's compressor are the run's own: in a store that runs share (`labels.dir`) they have a
-    folder for each run.
-    """
-    store_folder = Path(config.labels.dir) if config.labels.dir else folder / "labels"
-    settings = config_files.to_dict(config)
-    for irrelevant in ("dir", "overwrite", "batch", "passes", "samples_per_epoch"):
-        settings["labels"].pop(irrelevant)
-    fingerprint = {
-        "model": mllm.name,
-        "weights": mllm.fingerprint(),
-        "dtype": config.model.dtype,
-        "data": digest(splits.train),
-        "grouping": settings["grouping"],
-        "search": settings["search"],
-        "labels": settings["labels"],
-        "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
-        "seed": config.seed,
-    }
-    labeller = build_rounds(config, mllm, splits, None)  # first: settings that it refuses leave no store behind
-    labeller.store = _open_store(store_folder, fingerprint, config.labels.overwrite)
-    if config.labels.dir and follows_compressor(config.labels):
-        path = os.path.abspath(folder)
-        own = f"refreshed-{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-        labeller.refreshed = _open_store(store_folder / own, {**fingerprint, "run": path}, overwrite=True)
-    if is_rank_zero():
-        tokens = len(mllm.features(splits.train[:1])[0].visual)
-        say_disk_use(config, len(splits.train), tokens, store_folder)
-    return labeller
-
-
-def follows_compressor(labels: LabelConfig) -> bool:
-    """Whether rounds from 1 on depend on what the compressor has learned by then."""
-    return labels.refresh == "on_policy" or (labels.refresh == "search" and labels.warm_start == "scores")
-
-
-def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> LabelStore:
-    """Rank 0 first, then each node's first process (its disk may be another one), then all."""
-    if distributed.world_size() == 1:
-        return LabelStore.open(folder, fingerprint, overwrite and is_rank_zero())
-    for turn in (distributed.rank() == 0, distributed.local_rank() == 0):
-        if turn:
-            LabelStore.open(folder, fingerprint, overwrite)
-        distributed.gather(None)
-    return LabelStore.open(folder, fingerprint)
-
-
-def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore | None) -> Labeller:
-    """The labeller for the kind of label that the settings name."""
-    settings, ids = config.labels, [example.id for example in splits.train]
-    dtype = None if settings.dtype == "model" else settings.dtype
-    scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
-    at_random = settings.target == "credit" and settings.credit_masks_from == "random"
-    masks = settings.credit_masks if at_random else config.search.population
-    if mllm.team.size > 1 and settings.batch * (mllm.team.size - 1) >= masks:
-        logger.warning(
-            "labels.batch=%d leaves some of the %d processes that share the model without masks to score: "
-            "give --labels.batch=%d",
-            settings.batch,
-            mllm.team.size,
-            math.ceil(masks / mllm.team.size),
-        )
-    rounds: Rounds
-    probabilities = config.loss.name != "listwise"
-    some = splits.train[: settings.labelled_at_first(len(splits.train))]
-    special = mllm.processor.tokenizer.all_special_ids
-    if at_random:
-        grouper = Grouper(config.grouping, mllm.vocabulary, special) if settings.credit_of == "group" else None
-        rounds = CreditLabels(some, scorer, settings, config.seed, probabilities, grouper)
-    else:
-        own = [example.id for example in some]
-        rounds = HardLabels(own, scorer, config.grouping, config.search, settings, config.seed, special)
-        if settings.target == "credit":
-            rounds = SearchedCredits(rounds, probabilities)
-    if settings.refresh == "on_policy":
-        rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed, config.compressor.sharp)
-    return Labeller(mllm, scorer, rounds, store, splits.train)
 
 
 def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:

@@ -18,7 +18,8 @@ from evocomp.labels.estimate import (
 )
 from evocomp.log import UserError, logger
 from evocomp.mllm.hf import ASSETS
-from evocomp.training.build import build_rounds, load_mllm
+from evocomp.training.build import load_mllm
+from evocomp.training.labelling import build_rounds
 
 
 def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: float | None = None) -> str:

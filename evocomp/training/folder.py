@@ -2,9 +2,10 @@
 
 import fcntl
 import json
+import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,7 @@ DONE = "trained.json"
 
 def is_finished(config: RunConfig, folder: Path) -> bool:
     """Whether this very run is finished there; refuses a folder of others. Rank 0 looks, for all; writes nothing."""
-    answer: bool | UserError = False
-    if distributed.rank() == 0:
-        try:
-            answer = _look(config, folder)
-        except UserError as error:
-            answer = error
-    answer = distributed.broadcast(answer)
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
+    return distributed.from_rank_0(lambda: _look(config, folder))
 
 
 @contextmanager
@@ -41,32 +33,29 @@ def claimed(config: RunConfig, folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process trains there, or the folder cannot be written.
     """
-    lock, refusal = None, None
-    if distributed.rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "config.yaml").exists():
-                _save(config, folder)
-            lock = open(folder / "config.yaml", "rb")
-            _lock(lock, folder)
-            judge_as_asked(config, folder)
-        except UserError as error:
-            refusal = error
-        except OSError as error:
-            refusal = UserError(f"--run_dir={folder} cannot be written: {error.strerror}; choose another one")
-    try:
-        if refusal := distributed.broadcast(refusal):
-            raise refusal
+    with ExitStack() as stack:
+        distributed.from_rank_0(lambda: _claim(config, folder, stack))
         yield
-    finally:
-        if lock is not None:
-            lock.close()
 
 
-def _lock(file: Any, folder: Path) -> None:
-    """Until the file is closed, or its process is gone, however that ends; file systems without locks have none."""
+def _claim(config: RunConfig, folder: Path, stack: ExitStack) -> None:
+    """Lock the folder until the stack is closed, or the process is gone, and see to its settings."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, place)
+        _lock(place, folder)
+        if (folder / "config.yaml").exists():
+            judge_as_asked(config, folder)
+        else:
+            _save(config, folder)
+    except OSError as error:
+        raise UserError(f"--run_dir={folder} cannot be written: {error.strerror}; choose another one") from None
+
+
+def _lock(place: int, folder: Path) -> None:
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is training in {folder}; wait for it, or choose another --run_dir") from None
     except OSError:
@@ -89,12 +78,7 @@ def judge_as_asked(config: RunConfig, folder: Path) -> bool:
 def _save(config: RunConfig, folder: Path) -> None:
     temporary = folder / "config.tmp"
     config_files.save(config, temporary)
-    # into the file that is there, which the lock is on
-    if (folder / "config.yaml").exists():
-        (folder / "config.yaml").write_bytes(temporary.read_bytes())
-        temporary.unlink()
-    else:
-        temporary.replace(folder / "config.yaml")
+    temporary.replace(folder / "config.yaml")
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -106,21 +90,18 @@ def last_checkpoint(folder: Path) -> str | None:
             f"{last} is seen by {sum(known)} of {len(known)} processes: --run_dir must lie on storage that all nodes "
             "share (labels may lie on each node's own disk, with --labels.dir)"
         )
-    if not any(known):
-        return None
-    chosen: str | UserError = ""
-    if distributed.rank() == 0:
-        before = (path for path in last.parent.glob("*.ckpt") if path != last)
-        paths = [last, *sorted(before, key=lambda path: path.stat().st_mtime, reverse=True)]
-        chosen = next((str(path) for path in paths if _is_whole(path)), "") or UserError(
-            f"no checkpoint in {last.parent} is readable; restore one, or begin anew in another --run_dir"
-        )
-        if chosen != str(last) and isinstance(chosen, str):
-            logger.warning("%s is not readable; going on from %s", last, chosen)
-    chosen = distributed.broadcast(chosen)
-    if isinstance(chosen, UserError):
-        raise chosen
-    return chosen
+    return distributed.from_rank_0(lambda: _newest_whole(last)) if any(known) else None
+
+
+def _newest_whole(last: Path) -> str:
+    """The last checkpoint, or the newest beside it that opens."""
+    before = (path for path in last.parent.glob("*.ckpt") if path != last)
+    for path in (last, *sorted(before, key=lambda path: path.stat().st_mtime, reverse=True)):
+        if _is_whole(path):
+            if path != last:
+                logger.warning("%s is not readable; going on from %s", last, path)
+            return str(path)
+    raise UserError(f"no checkpoint in {last.parent} is readable; restore one, or begin anew in another --run_dir")
 
 
 def _is_whole(path: Path) -> bool:

@@ -15,7 +15,7 @@ from evocomp.config.load import load
 from evocomp.data.splits import load_splits
 from evocomp.labels.labeller import Interrupted, LabelProgress, cut
 from evocomp.labels.store import LabelStore
-from evocomp.training.build import build_labeller
+from evocomp.training.labelling import build_labeller
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = [

@@ -16,7 +16,7 @@ from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.training import build
+from evocomp.training import build, labelling
 from evocomp.training.build import check_trainer, run
 from evocomp.training.folder import DONE
 from evocomp.training.module import CompressorModule
@@ -485,7 +485,7 @@ def test_trainer_settings_are_checked_against_lightnings_signature(settings, mat
 
 def test_features_that_do_not_fit_on_the_disk_are_refused(steps, tmp_path, monkeypatch):
     free = type("Usage", (), {"free": 100_000})
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(labelling.shutil, "disk_usage", lambda path: free)
     mine = config(tmp_path / "run", f"model.feature_cache={tmp_path}/features")
     refused(mine, "100 kB are free; name a folder on a larger disk")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,122 @@
+"""From settings to labels: what labels a question, in which store, and which rounds are a run's own."""
+
+import hashlib
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from evocomp import distributed
+from evocomp.config import load as config_files
+from evocomp.config.schema import LabelConfig, RunConfig
+from evocomp.data.splits import Splits, digest
+from evocomp.grouping.build import Grouper
+from evocomp.labels.estimate import say_disk_use
+from evocomp.labels.hard import HardLabels
+from evocomp.labels.labeller import Labeller, Rounds
+from evocomp.labels.on_policy import OnPolicyRounds
+from evocomp.labels.random_credit import CreditLabels
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.labels.searched_credit import SearchedCredits
+from evocomp.labels.store import LabelStore
+from evocomp.log import is_rank_zero, logger
+from evocomp.mllm.feature_cache import FeatureCache
+from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.reader import picture_key
+
+
+def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> None:
+    """Let the MLLM keep its tower's features where the settings say; rank 0 says what they will take first."""
+    if config.model.feature_cache is None:
+        return
+    mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
+
+    def reserve() -> None:
+        examples = [*splits.train, *splits.val]
+        mllm.features(examples[:1])
+        pictures = len({picture_key(example) for example in examples})
+        mllm.cache.reserve(pictures, shutil.disk_usage(mllm.cache.folder).free)
+
+    distributed.from_rank_0(reserve)
+
+
+def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: Path) -> Labeller:
+    """The labeller with its store, fingerprinted by everything that labels depend on before there is a compressor.
+
+    Rounds that depend on the run's compressor are the run's own: in a store that runs share (`labels.dir`) they have a
+    folder for each run.
+    """
+    store_folder = Path(config.labels.dir) if config.labels.dir else folder / "labels"
+    settings = config_files.to_dict(config)
+    for irrelevant in ("dir", "overwrite", "batch", "passes", "samples_per_epoch"):
+        settings["labels"].pop(irrelevant)
+    fingerprint = {
+        "model": mllm.name,
+        "weights": mllm.fingerprint(),
+        "dtype": config.model.dtype,
+        "data": digest(splits.train),
+        "grouping": settings["grouping"],
+        "search": settings["search"],
+        "labels": settings["labels"],
+        "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
+        "seed": config.seed,
+    }
+    labeller = build_rounds(config, mllm, splits, None)  # first: settings that it refuses leave no store behind
+    labeller.store = _open_store(store_folder, fingerprint, config.labels.overwrite)
+    if config.labels.dir and follows_compressor(config.labels):
+        path = os.path.abspath(folder)
+        own = f"refreshed-{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        labeller.refreshed = _open_store(store_folder / own, {**fingerprint, "run": path}, overwrite=True)
+    if is_rank_zero():
+        tokens = len(mllm.features(splits.train[:1])[0].visual)
+        say_disk_use(config, len(splits.train), tokens, store_folder)
+    return labeller
+
+
+def follows_compressor(labels: LabelConfig) -> bool:
+    """Whether rounds from 1 on depend on what the compressor has learned by then."""
+    return labels.refresh == "on_policy" or (labels.refresh == "search" and labels.warm_start == "scores")
+
+
+def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> LabelStore:
+    """Rank 0 first, then each node's first process (its disk may be another one), then all."""
+    if distributed.world_size() == 1:
+        return LabelStore.open(folder, fingerprint, overwrite and is_rank_zero())
+    for turn in (distributed.rank() == 0, distributed.local_rank() == 0):
+        if turn:
+            LabelStore.open(folder, fingerprint, overwrite)
+        distributed.gather(None)
+    return LabelStore.open(folder, fingerprint)
+
+
+def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore | None) -> Labeller:
+    """The labeller for the kind of label that the settings name."""
+    settings, ids = config.labels, [example.id for example in splits.train]
+    dtype = None if settings.dtype == "model" else settings.dtype
+    scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
+    at_random = settings.target == "credit" and settings.credit_masks_from == "random"
+    masks = settings.credit_masks if at_random else config.search.population
+    if mllm.team.size > 1 and settings.batch * (mllm.team.size - 1) >= masks:
+        logger.warning(
+            "labels.batch=%d leaves some of the %d processes that share the model without masks to score: "
+            "give --labels.batch=%d",
+            settings.batch,
+            mllm.team.size,
+            math.ceil(masks / mllm.team.size),
+        )
+    rounds: Rounds
+    probabilities = config.loss.name != "listwise"
+    some = splits.train[: settings.labelled_at_first(len(splits.train))]
+    special = mllm.processor.tokenizer.all_special_ids
+    if at_random:
+        grouper = Grouper(config.grouping, mllm.vocabulary, special) if settings.credit_of == "group" else None
+        rounds = CreditLabels(some, scorer, settings, config.seed, probabilities, grouper)
+    else:
+        own = [example.id for example in some]
+        rounds = HardLabels(own, scorer, config.grouping, config.search, settings, config.seed, special)
+        if settings.target == "credit":
+            rounds = SearchedCredits(rounds, probabilities)
+    if settings.refresh == "on_policy":
+        rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed, config.compressor.sharp)
+    return Labeller(mllm, scorer, rounds, store, splits.train)
