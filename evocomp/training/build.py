@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import logging
-import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,6 @@ def run(config: RunConfig) -> bool:
 
 def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, last: str | None) -> None:
     """Train on from a checkpoint, without Lightning's advice for other cases, and with an interruption that is one."""
-    handler = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
@@ -125,9 +123,7 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
         except SystemExit:
             if not trainer.interrupted:
                 raise
-            # Lightning makes Ctrl-C an exit that says nothing, and leaves the process deaf to the next one
-            signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from None
+            raise KeyboardInterrupt from None  # of which Lightning makes an exit that says nothing
 
 
 @distributed.joined()
