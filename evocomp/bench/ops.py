@@ -311,6 +311,8 @@ def bench_clusters(shape: Shape, device: str, repeats: int) -> Rows:
 
     def covered(baseline: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor]) -> None:
         """Rounding decides between nearly equal centres: both choices must cover the tokens equally well."""
+        for centres, assignment in (baseline, ours):
+            assert torch.equal(assignment.gather(-1, centres), centres), "a centre is assigned to another one"
         unit = F.normalize(visual[0].double(), dim=-1)
         one, other = (float((unit * unit[assignment[0, 0]]).sum(-1).mean()) for _, assignment in (baseline, ours))
         assert abs(one - other) <= 1e-3, f"mean cosine to the centre {one:.5f} and {other:.5f}"

@@ -7,7 +7,7 @@ from evocomp.ops import dispatch
 from evocomp.ops.context_clusters import reference
 
 LARGEST = 8192
-"""Most tokens of an image that the kernel takes: it holds one value per token in registers, and N x N cosines in memory."""
+"""Largest N for the kernel, which keeps one value per token in registers and the N x N dot products in memory."""
 
 
 @torch.no_grad()
