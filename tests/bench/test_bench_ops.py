@@ -23,7 +23,10 @@ def test_every_op_has_a_row_with_its_ratio():
         assert row["ratio"] > 0 and row["torch"] == torch.__version__ and "reference" in row["ours"]
 
 
-@pytest.mark.parametrize("name", ["cosine_separation", "score_separation", "ghm_bce", "vocabulary_argmax", "context_clusters"])
+OPS = ["cosine_separation", "score_separation", "ghm_bce", "vocabulary_argmax", "context_clusters"]
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_a_wrong_op_gets_no_row(name, monkeypatch):
     right = getattr(ops, name)
 
