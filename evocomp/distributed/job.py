@@ -95,7 +95,7 @@ def _object_device() -> torch.device | None:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's CPU threads; 0 takes the idle cores, at most four (more threads than idle cores are slower than one)."""
+    """Set torch's CPU threads; 0: the idle cores, at most four (more threads than idle cores are slow)."""
     if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
         cores = os.cpu_count() or 1
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
