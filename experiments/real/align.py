@@ -41,7 +41,6 @@ from experiments.real.recipe import Recipe, read_recipe
 from experiments.real.scenes import KINDS
 from experiments.real.words import train_words
 
-
 LONGEST = 600  # text tokens of all questions about a scene, when they are scored
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import experiments.real.efficientnet  # noqa: F401  registers the tower
+import experiments.real.attention  # noqa: F401  registers both towers
 from evocomp.data.example import Example, stable_id
 from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Asked, Panel, Rival

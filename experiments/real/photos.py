@@ -102,7 +102,9 @@ def convert(source: Path, out: Path) -> int:
     folders = {RENAMED.get(folder.name, folder.name): folder for folder in sorted(source.iterdir()) if folder.is_dir()}
     missing = [name for name in (*NAMES, *BACKGROUNDS) if name not in folders]
     if missing:
-        raise UserError(f"--source={source} has no photos of {', '.join(missing)}; give Caltech-101's folder of classes")
+        raise UserError(
+            f"--source={source} has no photos of {', '.join(missing)}; give Caltech-101's folder of classes"
+        )
     partial, count = out.with_name(out.name + ".partial"), 0
     for name in (*NAMES, *BACKGROUNDS):
         for number, file in enumerate(sorted(folders[name].glob("*.jpg"))[:MOST]):

@@ -50,11 +50,12 @@ class Recipe:
 
     def spec(self, split: Split = "train") -> SceneSpec:
         """What is drawn; `split` of the photographs (names: photos)."""
+        sizes = {"smallest": self.smallest, "largest": self.largest}
         if self.names == "photos":
-            sizes = {"smallest": self.smallest, "largest": self.largest}
-            return BoardSpec(self.size, self.cells, photos.NAMES, self.most, photos=photos.photo_set(), split=split, **sizes)
+            known = {"photos": photos.photo_set(), "split": split}
+            return BoardSpec(self.size, self.cells, photos.NAMES, self.most, **sizes, **known)
         names = NAMES if self.names == "few" else all_names()
-        return SceneSpec(self.size, self.cells, names, self.most, smallest=self.smallest, largest=self.largest)
+        return SceneSpec(self.size, self.cells, names, self.most, **sizes)
 
 
 def read_recipe(path: Path | None, out: str | None = None) -> Recipe:
