@@ -14,6 +14,7 @@ from PIL import Image
 
 from evocomp.log import UserError, exit_code
 from experiments.real.boards import draw
+from experiments.real.photos import SPLITS
 from experiments.real.recipe import read_recipe
 from experiments.real.scenes import SceneSpec, in_processes
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=31)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--per-scene", type=int, default=4)
-    parser.add_argument("--split", choices=("train", "selection", "test"), default="train", help="of the photographs")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of the photographs")
     args = parser.parse_args()
     recipe = read_recipe(args.config)
     written = write_llava(args.out, args.seed, args.count, recipe.spec(args.split), args.per_scene, recipe.processes)

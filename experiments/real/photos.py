@@ -11,15 +11,17 @@ import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from PIL import Image
 
 from evocomp.log import UserError, exit_code
 
 Split = Literal["train", "selection", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 LARGEST = 160  # pixels of a stored photo's longer side
 MOST = 80  # photos of a class
 # everyday names of the classes whose folder has another name
@@ -69,7 +71,7 @@ def photo_files(split: Split) -> dict[str, tuple[Path, ...]]:
     folder = photo_folder() / ("test" if split == "test" else "train")
     found = {}
     for name in (*NAMES, *BACKGROUNDS):
-        files = sorted((folder / name).glob("*.jpg"))
+        files: Sequence[Path] = sorted((folder / name).glob("*.jpg"))
         if split != "test":
             files = [file for number, file in enumerate(files) if (number % 6 == 5) == (split == "selection")]
         if not files:
@@ -85,7 +87,7 @@ def photo_files(split: Split) -> dict[str, tuple[Path, ...]]:
 def photo_set() -> str:
     """Digest of all file names and sizes: tells one set of photos from another, for instance in names of caches."""
     digest = hashlib.sha256()
-    for split in ("train", "selection", "test"):
+    for split in SPLITS:
         for name, files in photo_files(split).items():
             digest.update("\n".join([split, name, *(f"{f.name} {f.stat().st_size}" for f in files)]).encode())
     return digest.hexdigest()[:12]
@@ -99,7 +101,8 @@ def convert(source: Path, out: Path) -> int:
     """
     if out.exists():
         raise UserError(f"--out={out} exists; choose another folder")
-    folders = {RENAMED.get(folder.name, folder.name): folder for folder in sorted(source.iterdir()) if folder.is_dir()}
+    classes = sorted(folder for folder in source.iterdir() if folder.is_dir())
+    folders = {RENAMED.get(folder.name, folder.name.replace("_", " ")): folder for folder in classes}
     missing = [name for name in (*NAMES, *BACKGROUNDS) if name not in folders]
     if missing:
         raise UserError(

@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${RUN:=runs/photos_gpu}" "${CONFIG:=experiments/real/photos_gpu.yaml}" "${KEEP:=}"
 : "${ALIGN_LIMIT:=220}" "${TRAIN_LIMIT:=180}" "${EVAL_LIMIT:=170}" "${TRAIN_TIME:=00:00:01:30}"
-: "${TRAIN_BOARDS:=240}" "${VAL_BOARDS:=30}" "${TEST_BOARDS:=170}" "${SEEDS:=0 1}" "${MORE:=}"
+: "${GATE_LIMIT:=150}" "${TRAIN_BOARDS:=240}" "${VAL_BOARDS:=30}" "${TEST_BOARDS:=170}" "${SEEDS:=0 1}" "${MORE:=}"
 : "${ATTENTION_STEPS:=1500}" "${GATE:=--boards 80 --each 5}"
 FREE=uniform_stride,average_pool,tome,divprune,cls_attention,hired,prumerge,prumerge_plus,visionzip,vispruner
 FREE_CONTEXT=random_tokens+context,uniform_stride+context,divprune+context,cls_attention+context,hired+context
@@ -118,7 +118,7 @@ aligned || { tail -n 20 "$RUN/align.log"; exit 1; }
 wait
 model=$RUN/model
 attach && model=$RUN/model_cls
-(blind; stage gate 120 python3 -m experiments.real.gate --config "$CONFIG" $GATE) &
+(blind; stage gate "$GATE_LIMIT" python3 -m experiments.real.gate --config "$CONFIG" $GATE) &
 first=${SEEDS%% *} beside=
 for seed in $SEEDS; do [ "$seed" = "$first" ] || beside=${beside:+$beside,}$RUN/plus_$seed; done
 for seed in $SEEDS; do train "$seed" & done
