@@ -2,7 +2,7 @@
 # Photo boards on one GPU: alignment, blind model, attention tower, gate, two seeds of `plus`, panel.
 #
 #   experiments/real/photos_gpu.sh           # everything, into runs/photos_gpu; started again, it goes on where it was
-#   experiments/real/photos_gpu.sh images    # only what needs no language model: questions and features
+#   experiments/real/photos_gpu.sh images    # only what needs no language model: questions, features, attention tower
 #
 # Each stage has its own log in runs/photos_gpu and a time limit [s] that can be set from outside. A stage that ends
 # late or badly stops only what needs it. KEEP=DIR: what is of value goes there after each stage, in four archives.
@@ -71,16 +71,16 @@ images() {
 aligned() { [ -f "$RUN/model/config.json" ] && [ -f "$RUN/gate.json" ]; }
 
 blind() {
-  [ -f "$RUN/blind/gate.json" ] || stage blind 120 python3 -m experiments.real.align --config "$CONFIG" --blind
+  [ -f "$RUN/blind/gate.json" ] || stage blind 150 python3 -m experiments.real.align --config "$CONFIG" --out "$RUN" --blind
 }
 
 attention() {
   [ -f "$RUN/attention/gate.json" ] ||
-    stage attention 150 python3 -m experiments.real.attention train --config "$CONFIG" --steps "$ATTENTION_STEPS"
+    stage attention 150 python3 -m experiments.real.attention train --config "$CONFIG" --out "$RUN" --steps "$ATTENTION_STEPS"
 }
 
 attach() {
-  [ -f "$RUN/model_cls/config.json" ] || stage attach 60 python3 -m experiments.real.attention attach --config "$CONFIG"
+  [ -f "$RUN/model_cls/config.json" ] || stage attach 60 python3 -m experiments.real.attention attach --config "$CONFIG" --out "$RUN"
 }
 
 # shellcheck disable=SC2086
@@ -104,21 +104,21 @@ with_lock() { # two at once (one that prepares, one that goes on) would draw the
 if [ "${1:-all}" = images ]; then
   with_lock
   images
+  attention
   exit
 fi
 stage language_model 120 python3 -m experiments.real.smollm2 & # converts it, once
 with_lock
 images
+attention
 exec 9>&-
 wait
-attention &
-aligned || stage align "$ALIGN_LIMIT" python3 -m experiments.real.align --config "$CONFIG"
+aligned || stage align "$ALIGN_LIMIT" python3 -m experiments.real.align --config "$CONFIG" --out "$RUN"
 grep -aE "^(projector|a step|[0-9]+ steps|step|gate)" "$RUN/align.log"
 aligned || { tail -n 20 "$RUN/align.log"; exit 1; }
-wait
 model=$RUN/model
 attach && model=$RUN/model_cls
-(blind; stage gate "$GATE_LIMIT" python3 -m experiments.real.gate --config "$CONFIG" $GATE) &
+(blind; stage gate "$GATE_LIMIT" python3 -m experiments.real.gate --config "$CONFIG" --out "$RUN" $GATE) &
 first=${SEEDS%% *} beside=
 for seed in $SEEDS; do [ "$seed" = "$first" ] || beside=${beside:+$beside,}$RUN/plus_$seed; done
 for seed in $SEEDS; do train "$seed" & done
