@@ -89,7 +89,7 @@ train() {
   stage "plus_$1" "$TRAIN_LIMIT" $real train --config experiments/real/plus.yaml \
     --config experiments/real/photos_plus.yaml --run_dir="$RUN/plus_$1" --seed="$1" --model.name="$model" \
     --data.source="$RUN/questions/train" --data.val_source="$RUN/questions/val" \
-    --data.test_source="$RUN/questions/test" --trainer.max_time="$TRAIN_TIME" --eval.beside="[$beside]" $MORE
+    --data.test_source="$RUN/questions/test" --trainer.max_time="$TRAIN_TIME" --data.test_samples=20 --eval.beside="[$beside]" $MORE
 }
 
 panel() {
