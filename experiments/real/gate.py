@@ -168,7 +168,8 @@ def main() -> None:
     sees = _figures(out / "gate.json", f"--config {args.config}")
     blind = _figures(out / "blind" / "gate.json", f"--config {args.config} --blind")
     device = "cuda" if recipe.accelerator == "gpu" else "cpu"
-    mllm = FrozenMLLM.load(str(out / "model"), "bfloat16", device=device)
+    folder = next(path for path in (out / "model_cls", out / "model") if path.name == "model" or path.is_dir())
+    mllm = FrozenMLLM.load(str(folder), "bfloat16", device=device)
     kept = [int(count) for count in args.kept.split(",")]
     room = headroom(mllm, recipe, kept, args.boards, args.each, args.sharp, args.batch)
     met = verdict(sees, blind, room["gains"])
