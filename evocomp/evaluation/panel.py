@@ -195,6 +195,23 @@ class Panel:
         order = selection.positions.argsort(stable=True)
         return Shown(selection.tokens[order], selection.positions[order])
 
+    def given(
+        self, label: str, kept: int, choose: Callable[[int, Asked, int], Tensor], sharp: float = 0.0
+    ) -> Outcome:
+        """A selection made by the caller, for instance one that knows where the answer is.
+
+        Args:
+            choose: (number of the question, the question, R) -> indices [R] of the selected tokens.
+            sharp: limit of the selected tokens; see `Rival`.
+        """
+
+        def compressed(i: int, asked: Asked) -> Shown:
+            total = len(asked.features.visual)
+            count, context = split(min(kept, total), total, sharp)
+            return shown(asked.features.visual, choose(i, asked, count), context)
+
+        return self._outcome(label, kept, compressed, group=WITH_CONTEXT if sharp else "")
+
     @torch.no_grad()
     def chosen(self, rival: Rival, kept: int) -> list[Tensor]:
         """The places [R] that a training-free method's tokens take, of each question.

@@ -2,6 +2,7 @@
 
     python -m experiments.real.align --config experiments/real/cpu.yaml
     python -m experiments.real.align --config experiments/real/cpu.yaml --out runs/real   # goes on where it stopped
+    python -m experiments.real.align --config experiments/real/cpu.yaml --blind           # the same without images
 
 1. projector started in closed form (`ridge.py`), then a short while as a classifier of tokens: the nearest word
    embedding must be the word for what the token shows. No LLM in it, seconds to minutes;
@@ -10,7 +11,8 @@
    among them), later with all.
 
 OUT receives an ordinary Hugging Face folder `model/` with LoRA merged, the small files `projector.safetensors` and
-`lora/` that are enough to make it again, and the gate's figures `gate.json`.
+`lora/` that are enough to make it again, and the gate's figures `gate.json`. `--blind` trains the LLM on the same
+questions for as many steps as the run in OUT without any visual token and writes OUT/blind/gate.json.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evocomp.log import exit_code
+from evocomp.log import UserError, exit_code
 from experiments.real.assemble import assemble
 from experiments.real.features import EncodedScenes, encode_streams
 from experiments.real.model import build_real, real_processor, save_eyes
@@ -38,6 +40,8 @@ from experiments.real.packing import pack, packed_logits, question_scores, targe
 from experiments.real.recipe import Recipe, read_recipe
 from experiments.real.scenes import KINDS
 from experiments.real.words import train_words
+
+LONGEST = 600  # text tokens of all questions about a scene, when they are scored
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
@@ -125,7 +129,7 @@ class Alignment(lightning.LightningModule):
         scenes, rows, batch = encoded.scenes, [], self.recipe.batch
         for start in range(0, len(scenes), batch):
             part = scenes[start : start + batch]
-            packed = trimmed(torch.stack([pack(s, self.tokenizer, 400) for s in part]))
+            packed = trimmed(torch.stack([pack(s, self.tokenizer, LONGEST) for s in part]))
             places = targets(packed)[0].to(self.device)
             for shift in (0, 1):
                 picture = [(start + i + shift) % len(scenes) for i in range(len(part))]
@@ -158,6 +162,7 @@ def summary(rows: list[tuple[int, int, float, bool]]) -> dict:
                 "gap": round(mean(1, 2, k) - mean(0, 2, k), 3),
             }
             for k, name in enumerate(KINDS)
+            if any(row[1] == k for row in rows)
         },
     }
 
@@ -241,12 +246,12 @@ def align(recipe: Recipe) -> dict:
     model = build_real(recipe.side, recipe.size).to(device)
     processor = real_processor(model.config)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    train, held_out, test = (encoded.to(device) for encoded in encode_streams(tower, recipe))
+    train, held_out, test = (_seen(encoded, recipe).to(device) for encoded in encode_streams(tower, recipe))
     tower.mean.data, tower.scale.data = tower.mean.float(), tower.scale.float()
     projector.float()
     checkpoint = out / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
-    if not checkpoint.is_file():
+    if not checkpoint.is_file() and not recipe.blind:
         share = train_words(model, train, recipe, processor.tokenizer)
         spent = time.perf_counter() - started
         print(f"projector: {share:.3f} of tokens are nearest to their own word, {spent:.0f} s", flush=True)
@@ -275,8 +280,24 @@ def align(recipe: Recipe) -> dict:
         figures = {"recipe": asdict(recipe), "steps_made": trainer.global_step, **module.scores(test)}
     figures["passed"] = figures["gap"] >= 1.0 and figures["by_kind"]["yes-no"]["accuracy"] >= 0.8
     (out / "gate.json").write_text(json.dumps(figures, indent=1) + "\n")
-    save(module, out)
+    if not recipe.blind:
+        save(module, out)
     return figures
+
+
+def _seen(encoded: EncodedScenes, recipe: Recipe) -> EncodedScenes:
+    """What the model is shown of the scenes: no token at all if it is blind."""
+    return replace(encoded, raw=encoded.raw[:, :0]) if recipe.blind else encoded
+
+
+def blinded(recipe: Recipe) -> Recipe:
+    """The same training without visual tokens. Raises `UserError` before the run that sees has its steps."""
+    steps = Path(recipe.out) / "steps.json"
+    if recipe.seconds and not steps.is_file():
+        raise UserError(f"{steps} is missing; align the model that sees first: leave out --blind")
+    count = json.loads(steps.read_text()) if recipe.seconds else recipe.steps
+    out = str(Path(recipe.out) / "blind")
+    return replace(recipe, out=out, blind=True, few_share=0.0, seconds=0, steps=count)
 
 
 def save(module: Alignment, out: Path) -> None:
@@ -294,8 +315,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=None, help="YAML with the fields of Recipe")
     parser.add_argument("--out", default=None)
+    parser.add_argument("--blind", action="store_true", help="train a model without visual tokens, into OUT/blind")
     args = parser.parse_args()
-    figures = align(read_recipe(args.config, args.out))
+    recipe = read_recipe(args.config, args.out)
+    if args.blind:
+        figures = align(blinded(recipe))
+        print(json.dumps(figures["by_kind"], indent=1))
+        return
+    figures = align(recipe)
     print(json.dumps({k: v for k, v in figures.items() if k != "recipe"}, indent=1))
     print("gate passed" if figures["passed"] else "gate NOT passed")
     sys.exit(0 if figures["passed"] else 1)

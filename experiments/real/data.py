@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image
 
 from evocomp.log import UserError, exit_code
+from experiments.real.boards import draw
+from experiments.real.photos import SPLITS
 from experiments.real.recipe import read_recipe
-from experiments.real.scenes import SceneSpec, draw_scene, in_processes
+from experiments.real.scenes import SceneSpec, in_processes
 
 CHUNK = 16
 
@@ -36,7 +38,7 @@ def _write(out: Path, seed: int, spec: SceneSpec, per_scene: int, start: int, st
     """The pictures of some scenes; their records."""
     records = []
     for index in range(start, stop):
-        scene = draw_scene(seed, index, spec)
+        scene = draw(seed, index, spec)
         name = f"images/{seed}-{index}.png"
         Image.fromarray(scene.image).save(out / name, compress_level=1)
         order = np.random.default_rng([seed, index, 1]).permutation(len(scene.questions))
@@ -59,9 +61,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=31)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--per-scene", type=int, default=4)
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of the photographs")
     args = parser.parse_args()
     recipe = read_recipe(args.config)
-    written = write_llava(args.out, args.seed, args.count, recipe.spec(), args.per_scene, recipe.processes)
+    written = write_llava(args.out, args.seed, args.count, recipe.spec(args.split), args.per_scene, recipe.processes)
     print(f"{written} questions in {args.out}")
 
 

@@ -7,7 +7,7 @@ Everything after the name goes to `evocomp`; nothing else differs.
 
 import sys
 
-import experiments.real.efficientnet  # noqa: F401  registers the tower
+import experiments.real.attention  # noqa: F401  registers both towers
 from evocomp.cli import main
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from evocomp.log import exit_code
+from experiments.real.boards import draw
 from experiments.real.efficientnet import CHANNELS, EfficientNetLiteConfig, EfficientNetLiteTower, package_weights
 from experiments.real.model import normalised
 from experiments.real.recipe import Recipe, read_recipe
-from experiments.real.scenes import COLORS, Scene, SceneSpec, draw_scene, in_processes
+from experiments.real.scenes import Scene, SceneSpec, in_processes
 from experiments.real.smollm2 import cache_folder
 
 CHUNK = 32
@@ -78,7 +79,7 @@ def _digest(spec: SceneSpec) -> str:
 
 def _draw(seed: int, spec: SceneSpec, side: int, start: int, stop: int) -> tuple[np.ndarray, list[Scene], Tensor]:
     """Pictures [n, size, size, 3], the scenes without them, and what each token shows [n, side^2]."""
-    drawn, words = [draw_scene(seed, index, spec) for index in range(start, stop)], scene_words(spec)
+    drawn, words = [draw(seed, index, spec) for index in range(start, stop)], scene_words(spec)
     bare = [Scene(None, s.items, s.color, s.style, s.questions) for s in drawn]
     shown = torch.stack([token_words(scene, words, spec.size, side) for scene in bare])
     return np.stack([scene.image for scene in drawn]), bare, shown.short()
@@ -94,15 +95,16 @@ def _encode(tower: EfficientNetLiteTower, images: np.ndarray) -> Tensor:
 def encode_streams(tower: EfficientNetLiteTower, recipe: Recipe) -> Iterator[EncodedScenes]:
     """Scenes for training, to look at meanwhile, and for the gate."""
     tower = tower.to(memory_format=torch.channels_last).eval()
-    for seed, count in ((TRAIN, recipe.scenes), (HELD_OUT, recipe.held_out), (TEST, recipe.test)):
-        yield encode_scenes(tower, seed, count, recipe.spec(), cache_folder(), recipe.processes)
+    streams = ((TRAIN, recipe.scenes, "train"), (HELD_OUT, recipe.held_out, "selection"), (TEST, recipe.test, "test"))
+    for seed, count, split in streams:
+        yield encode_scenes(tower, seed, count, recipe.spec(split), cache_folder(), recipe.processes)
 
 
 def token_words(scene: Scene, words: list[str], size: int, side: int) -> Tensor:
     """What each token shows, as an index into `words`: int64 [side^2].
 
-    A name or a sign's word where the item's box covers half of the token's square, the background's colour where
-    no box touches it, -1 in between.
+    A name or a sign's word where the item's box covers half of the token's square, the background's colour (if it has
+    one) where no box touches it, -1 elsewhere.
     """
     cover = torch.zeros(side * side, len(scene.items))
     step = size / side
@@ -115,12 +117,12 @@ def token_words(scene: Scene, words: list[str], size: int, side: int) -> Tensor:
     ids = torch.tensor([words.index(item.text) for item in scene.items])
     share, best = cover.max(1)
     shown = torch.where(share >= 0.5, ids[best], -1)
-    return torch.where(share == 0, words.index(scene.color), shown)
+    return torch.where(share == 0, words.index(scene.color), shown) if scene.color else shown
 
 
 def scene_words(spec: SceneSpec) -> list[str]:
-    """Every word that a token may stand for: names, signs, colours."""
-    return list(dict.fromkeys([*spec.names, *spec.words, *COLORS]))
+    """Every word that a token may stand for: names, signs, backgrounds."""
+    return list(dict.fromkeys([*spec.names, *spec.words, *spec.ground]))
 
 
 def main() -> None:

@@ -81,8 +81,8 @@ def real_processor(config: LlavaConfig) -> LlavaProcessor:
         image_processor=pictures,
         tokenizer=AutoTokenizer.from_pretrained(smollm2_folder()),
         patch_size=vision.patch_size,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(config.vision_feature_select_strategy == "default"),  # a class token
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
     )

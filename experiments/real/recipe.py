@@ -6,6 +6,9 @@ from pathlib import Path
 import yaml
 
 from evocomp.log import UserError
+from experiments.real import photos
+from experiments.real.boards import BoardSpec
+from experiments.real.photos import Split
 from experiments.real.scenes import NAMES, SceneSpec, all_names
 
 
@@ -19,7 +22,9 @@ class Recipe:
     cells: int = 2
     smallest: float = 0.78  # side of a picture, as a share of its cell's
     largest: float = 0.98
-    names: str = "few"  # few: 60 names; all: 849
+    names: str = "few"  # few: 60 names; all: 849; photos: 50 names of photographs
+    most: int = 4  # pictures in a scene
+    blind: bool = False  # the language model sees no visual token: what the questions alone teach
     scenes: int = 4000
     held_out: int = 60
     test: int = 200
@@ -43,9 +48,14 @@ class Recipe:
     accelerator: str = "cpu"
     processes: int = 0  # that draw scenes beside this one
 
-    def spec(self) -> SceneSpec:
+    def spec(self, split: Split = "train") -> SceneSpec:
+        """What is drawn; `split` of the photographs (names: photos)."""
+        sizes = {"smallest": self.smallest, "largest": self.largest}
+        if self.names == "photos":
+            known = {"photos": photos.photo_set(), "split": split}
+            return BoardSpec(self.size, self.cells, photos.NAMES, self.most, **sizes, **known)
         names = NAMES if self.names == "few" else all_names()
-        return SceneSpec(self.size, self.cells, names, smallest=self.smallest, largest=self.largest)
+        return SceneSpec(self.size, self.cells, names, self.most, **sizes)
 
 
 def read_recipe(path: Path | None, out: str | None = None) -> Recipe:

@@ -20,7 +20,7 @@ from evocomp.grouping.vocabulary import nearest_words
 from evocomp.log import exit_code
 from experiments.real.features import EncodedScenes, encode_scenes, scene_words
 from experiments.real.model import build_real, real_processor
-from experiments.real.scenes import COLORS, NAMES, SceneSpec, all_names
+from experiments.real.scenes import NAMES, SceneSpec, all_names
 from experiments.real.smollm2 import cache_folder
 
 MOST_ROWS = 300_000  # tokens that the closed form is made of, at most: 1,000 for each number in a column of it
@@ -52,9 +52,9 @@ def fit_ridge(inputs: Tensor, targets: Tensor, penalty: float = 1.0) -> tuple[Te
 def training_pairs(encoded: EncodedScenes, spec: SceneSpec) -> tuple[Tensor, Tensor]:
     """(scene and token number [n, 2], word [n]) of every token that shows one thing; backgrounds thinned."""
     shown, generator = encoded.shown, torch.Generator().manual_seed(0)
-    first_color = len(scene_words(spec)) - len(COLORS)
+    first_ground = len(scene_words(spec)) - len(spec.ground)
     some = (torch.rand(shown.shape, generator=generator) < 0.25).to(shown.device)
-    at = ((shown >= 0) & ((shown < first_color) | some)).nonzero()
+    at = ((shown >= 0) & ((shown < first_ground) | some)).nonzero()
     return at, shown[at[:, 0], at[:, 1]].long()
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     tokens = (test.raw.float() - mean) * scale @ weight + bias
     figures: dict = {"words": len(words), "scenes": args.scenes, "tokens": args.side**2, "size": args.size}
     names = test.shown.long()
-    shown, plane = (names >= 0) & (names < len(spec.names)), names >= len(words) - len(COLORS)
+    shown, plane = (names >= 0) & (names < len(spec.names)), names >= len(words) - len(spec.ground)
     nearest = torch.cdist(tokens, own[None].expand(len(tokens), -1, -1)).argmin(-1)
     figures["picture_token_right"] = round((nearest == names)[shown].float().mean().item(), 3)
     figures["background_token_right"] = round((nearest == names)[plane].float().mean().item(), 3)

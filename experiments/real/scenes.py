@@ -1,4 +1,4 @@
-"""Scenes of named pictures and rendered words with questions of six kinds.
+"""Scenes of named pictures and rendered words with questions about them.
 
 A scene is a grid of 2 x 2 (or 3 x 3) cells on a coloured, shaded background. A cell holds a picture in one of three
 styles, a word, or nothing. Pictures: Fluent Emoji 3D (npm `@lobehub/fluent-emoji-3d`, MIT); names:
@@ -45,7 +45,7 @@ COLORS = {
     "pink": (240, 160, 190),
 }
 STYLES = ("color", "gray", "flat")
-KINDS = ("naming", "place", "count", "yes-no", "reading", "color")
+KINDS = ("naming", "place", "count", "yes-no", "reading", "color", "two-hop")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 COLUMNS = {2: ("left", "right"), 3: ("left", "center", "right")}
@@ -54,23 +54,30 @@ _WORDLESS = ("People & Body", "Flags", "Symbols", "Smileys & Emotion")
 
 
 class Item(NamedTuple):
-    """What a cell shows: a picture's name or a word; `box` in pixels (left, top, right, bottom)."""
+    """What a cell shows: a picture's name or a word; `box` in pixels (left, top, right, bottom).
+
+    `color` is that of a photograph's frame or of a sign on a photo board.
+    """
 
     text: str
     is_word: bool
     cell: int
     box: tuple[int, int, int, int]
+    color: str = ""
 
 
 class Question(NamedTuple):
+    """`about`: numbers of the scene's items that must be seen to answer; recorded on photo boards only."""
+
     kind: str
     text: str
     answer: str
+    about: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Scene:
-    """`image` [size, size, 3] uint8, what it shows, and its questions."""
+    """`image` [size, size, 3] uint8, what it shows, and its questions; `color` of the background, "" if it has none."""
 
     image: np.ndarray
     items: tuple[Item, ...]
@@ -90,6 +97,11 @@ class SceneSpec:
     words: tuple[str, ...] = WORDS
     smallest: float = 0.78
     largest: float = 0.98
+
+    @property
+    def ground(self) -> tuple[str, ...]:
+        """Words for what a token of the background shows."""
+        return tuple(COLORS)
 
 
 # ---------------------------------------------------------------- pictures
@@ -211,7 +223,7 @@ def place_name(cell: int, cells: int) -> str:
     return f"{ROWS[cells][cell // cells]} {COLUMNS[cells][cell % cells]}"
 
 
-def _article(name: str) -> str:
+def article(name: str) -> str:
     return "an" if name[0] in "aeiou" else "a"
 
 
@@ -223,8 +235,8 @@ def _questions(items: list[Item], color: str, spec: SceneSpec, rng: np.random.Ge
         yield Question("naming", f"what is at the {place}?", item.text)
         yield Question("place", f"where is the {item.text}?", place)
     for item, other in list(zip(shown, absent, strict=False))[:2]:  # as many "yes" as "no"
-        yield Question("yes-no", f"is there {_article(item.text)} {item.text}?", "yes")
-        yield Question("yes-no", f"is there {_article(other)} {other}?", "no")
+        yield Question("yes-no", f"is there {article(item.text)} {item.text}?", "yes")
+        yield Question("yes-no", f"is there {article(other)} {other}?", "no")
     yield Question("count", "how many pictures are there?", NUMBERS[len(shown)])
     for item in items:
         if item.is_word:
