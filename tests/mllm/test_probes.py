@@ -148,6 +148,10 @@ def test_grouped_heads_and_other_decoders(family, questions):
     found = Probes(FrozenMLLM(model, processor=None)).gather(questions[0], features, LLM)
     with torch.no_grad():
         theirs = build(family, "eager")(**inputs, output_attentions=True).attentions
+    # selectors find an image's tokens in one run, right before the text: those of tiles and rows are brought together
+    after = range(features.picture_end, len(features.prompt_ids))
+    rest = [i for i in range(features.picture_end) if i not in features.visual_at.tolist()]
+    order = [*rest, *features.visual_at.tolist(), *after]
     for layer, attention in enumerate(theirs):
         ours = found["llm_attention"][layer]
-        assert torch.allclose(ours, attention[0, :, -ours.shape[1] :], atol=1e-5)
+        assert torch.allclose(ours, attention[0, :, -ours.shape[1] :][..., order], atol=1e-5)
