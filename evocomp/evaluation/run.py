@@ -21,7 +21,7 @@ from evocomp.evaluation.report import make_report, write_report
 from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
 from evocomp.inference import card
-from evocomp.inference.selectors import weights_of
+from evocomp.inference.names import weights_of
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
 from evocomp.mllm.hf import FrozenMLLM

@@ -80,6 +80,10 @@ def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def grid_of(features: Features) -> tuple[int, int]:
     """(rows, columns) of the visual tokens: square where their number is, else one row."""
-    count = len(features.visual)
+    return square_grid(len(features.visual))
+
+
+def square_grid(count: int) -> tuple[int, int]:
+    """(rows, columns) of so many tokens: see `grid_of`."""
     side = round(count**0.5)
     return (side, side) if side * side == count else (1, count)
