@@ -55,7 +55,7 @@ class TensorBoardPage:
         cls, trainer: L.Trainer, refresh: RefreshLabels, monitor: SelectionAccuracy, pictures: int, watched: int
     ) -> "TensorBoardPage | None":
         """The page of this run, if it has one and this process writes it; a sharded MLLM answers to all or nobody."""
-        if not trainer.is_global_zero or monitor.mllm.team.size > 1:
+        if not trainer.is_global_zero or monitor.mllm.shard_group.size > 1:
             return None
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
