@@ -30,11 +30,12 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
 from evocomp.inference.names import check_is_compressor, compressor_folder, is_selector, weights_of
 from evocomp.inference.pick import Pick, Picker, top_r
-from evocomp.inference.training_free import SelectionPicker
+from evocomp.inference.training_free import SelectionPicker, WatchedTower
 from evocomp.log import UserError, logger
 from evocomp.mllm.context import owners, split
 from evocomp.mllm.families import unwrap
 from evocomp.selection import selector_for_depth
+from evocomp.selection.priority import priority_order
 
 
 class CompressorPicker:
@@ -43,8 +44,13 @@ class CompressorPicker:
     context: replaces the limit of selected tokens that the compressor was saved with (`config.sharp`); None: that one.
     """
 
-    def __init__(self, compressor: EvoCompCompressor | PooledCompressor, context: float | None = None):
+    def __init__(
+        self, compressor: EvoCompCompressor | PooledCompressor, model: nn.Module, context: float | None = None
+    ):
         self.compressor, self.context = compressor, context
+        config = compressor.config
+        by_tower = config.hedge and config.hedge_by == "cls_attention"
+        self._tower = WatchedTower(model, "this compressor's hedge") if by_tower else None
 
     @property
     def config(self) -> EvoCompConfig:
@@ -63,6 +69,7 @@ class CompressorPicker:
         prompt, prompt_mask = _padded(text, weight.dtype)
         config = self.config
         told = [selected_count(r, len(v), config) for r, v in zip(keep, visual, strict=True)]
+        orders = [self._priority(image, v) for image, v in enumerate(visual)]
         budget = torch.tensor(told, dtype=torch.float32, device=tokens.device)
         training = self.compressor.training
         self.compressor.eval()
@@ -70,10 +77,23 @@ class CompressorPicker:
             logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
         finally:
             self.compressor.train(training)  # it may be in the middle of its training
-        return [self._one(row[: len(v)], v, r) for row, v, r in zip(logits, visual, keep, strict=True)]
+        rows = zip(logits, visual, keep, orders, strict=True)
+        return [self._one(row[: len(v)], v, r, order) for row, v, r, order in rows]
 
-    def _one(self, scores: Tensor, visual: Tensor, keep: int) -> Pick:
-        selected, context = selected_tokens(scores, keep, self.config)
+    def watch(self) -> list:
+        """See `Picker`."""
+        return [] if self._tower is None else self._tower.watch()
+
+    def _priority(self, image: int, visual: Tensor) -> Tensor | None:
+        """Order of the image's tokens for `config.hedge`, if that is above 0."""
+        config = self.config
+        if not config.hedge:
+            return None
+        attention = None if self._tower is None else self._tower.fields(image, visual)["cls_attention"]
+        return priority_order(config.hedge_by, visual, attention)
+
+    def _one(self, scores: Tensor, visual: Tensor, keep: int, order: Tensor | None) -> Pick:
+        selected, context = selected_tokens(scores, keep, self.config, order)
         return with_context(Pick(selected, scores), visual, context)
 
 
@@ -158,7 +178,7 @@ def picker_for(selector, model: nn.Module, context: float | None = None) -> Pick
         selector = load_compressor(selector, model)
     if isinstance(unwrap(selector), EvoCompCompressor | PooledCompressor):
         _check_fits(unwrap(selector), model)
-        return CompressorPicker(selector, context)
+        return CompressorPicker(selector, model, context)
     picker = _plain_picker(selector, model)
     return ContextPicker(picker, context) if context else picker
 

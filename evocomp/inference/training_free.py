@@ -31,6 +31,44 @@ _ALWAYS = frozenset({"tokens", "grid", "text", "generator"})
 _CLIP_TEXT = frozenset({"clip_image_embeds", "clip_text_embeds"})
 
 
+class WatchedTower:
+    """The vision tower's own attention, keys and hidden states, recorded while the model runs.
+
+    Args:
+        model: the multimodal LLM.
+        reader: who reads them, for error messages.
+
+    Raises:
+        UserError: the tower has no class token, or is not read as LLaVA reads it.
+    """
+
+    def __init__(self, model: nn.Module, reader: str):
+        clip = ClipTower.of(model)
+        if clip is None:
+            raise UserError(
+                f"{reader} needs a CLIP vision tower with a class token and one row per image, as in LLaVA-1.5"
+            )
+        self.clip, self.reader = clip, reader
+        self._observer: TowerObserver | None = None
+
+    def watch(self) -> list[TowerObserver]:
+        """Start to record; `remove()` of what is returned ends that."""
+        self._observer = TowerObserver(self.clip)
+        return [self._observer]
+
+    def fields(self, image: int, visual: Tensor) -> dict:
+        """`TOWER_FIELDS` of the image whose visual tokens [N, D] these are; `image` is where to look first."""
+        record = self._observer.record if self._observer else None
+        found = None if record is None else record.find(visual, image)
+        # none: the record is of another call, or the tower ran without its hooks
+        if found is None:
+            raise UserError(
+                f"{self.reader} reads the vision tower, which has not run on these images since compress() (or runs "
+                "compiled); give pixel_values, or encode the images after compress() and right before this call"
+            )
+        return record.fields(found)
+
+
 class SelectionPicker:
     """Asks a selector of `evocomp.selection`, or one of that form, once per image.
 
@@ -49,13 +87,11 @@ class SelectionPicker:
         self.merges = bool(getattr(selector, "merges", False))
         self._needs = set(selector.needs)
         self._model = families.unwrap(model)
-        self._observer: TowerObserver | None = None
+        self._tower = WatchedTower(model, self.name) if self._needs & TOWER_FIELDS else None
 
     def watch(self) -> list[TowerObserver]:
         """Start to record the vision tower, if the selector reads it; `remove()` ends that."""
-        if self._needs & TOWER_FIELDS:
-            self._observer = TowerObserver(ClipTower.of(self._model))
-        return [self._observer] if self._observer else []
+        return [] if self._tower is None else self._tower.watch()
 
     def pick(
         self, visual: list[Tensor], text: list[Tensor], keep: list[int], llm_input: LLMInput | None = None
@@ -71,7 +107,7 @@ class SelectionPicker:
             if "text" in self._needs and llm_input is not None:
                 known["text"] = llm_input.embeds[llm_input.rows[image], _text_after(llm_input, image)]
             if self._needs & TOWER_FIELDS:
-                known |= self._tower_fields(image, v)
+                known |= self._tower.fields(image, v)
             if reading is not None:
                 known |= self._decoder_fields(reading, image, llm_input)
             inputs = SelectionInputs(tokens=v, grid=square_grid(len(v)), **known)
@@ -89,17 +125,6 @@ class SelectionPicker:
         order = positions.argsort(stable=True)
         origin = positions[order].to(visual.device)
         return Pick(distinct(origin, len(visual)), tokens=tokens[order].to(visual), origin=origin)
-
-    def _tower_fields(self, image: int, visual: Tensor) -> dict:
-        record = self._observer.record if self._observer else None
-        seen = record.projected if record is not None else None
-        # row for row the same numbers: else the record is of another call, or the tower ran without its hooks
-        if seen is None or image >= len(seen) or not torch.equal(seen[image].to(visual), visual):
-            raise UserError(
-                f"{self.name} reads the vision tower, which has not run on these images since compress() (or runs "
-                "compiled); give pixel_values, or encode the images after compress() and right before this call"
-            )
-        return record.fields(image)
 
     def _reading(self, given: LLMInput) -> DecoderReading:
         decoder = self._model.get_decoder()

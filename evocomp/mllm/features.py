@@ -22,6 +22,7 @@ class Features:
         separators: rows [M, D] between the visual tokens that are no picture content (LLaVA-NeXT's and OneVision's
             `image_newline`): the LLM reads them whatever is chosen, as behind `evocomp.compress`. None: no such row.
         separators_at: where they stand in the prompt [M], ascending.
+        priority: the visual tokens in the order of a training-free score, best first [N], where one was asked for.
     """
 
     id: int
@@ -33,6 +34,7 @@ class Features:
     answer_ids: Tensor
     separators: Tensor | None = None
     separators_at: Tensor | None = None
+    priority: Tensor | None = None
 
     @property
     def text_at(self) -> Tensor:
