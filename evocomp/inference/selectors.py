@@ -50,7 +50,7 @@ class CompressorPicker:
         self.compressor, self.context = compressor, context
         config = compressor.config
         by_tower = config.hedge and config.hedge_by == "cls_attention"
-        self._tower = WatchedTower(model, "this compressor's hedge") if by_tower else None
+        self._tower = WatchedTower(model, "the compressor's hedge") if by_tower else None
 
     @property
     def config(self) -> EvoCompConfig:

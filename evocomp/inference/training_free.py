@@ -46,7 +46,8 @@ class WatchedTower:
         clip = ClipTower.of(model)
         if clip is None:
             raise UserError(
-                f"{reader} needs a CLIP vision tower with a class token and one row per image, as in LLaVA-1.5"
+                f"{reader} needs a CLIP vision tower with a class token and one row per image, as in LLaVA-1.5; "
+                "for a compressor set hedge_by to divprune or uniform_stride"
             )
         self.clip, self.reader = clip, reader
         self._observer: TowerObserver | None = None
