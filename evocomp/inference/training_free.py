@@ -92,14 +92,14 @@ class SelectionPicker:
 
     def _tower_fields(self, image: int, visual: Tensor) -> dict:
         record = self._observer.record if self._observer else None
-        seen = record.projected if record is not None else None
-        # row for row the same numbers: else the record is of another call, or the tower ran without its hooks
-        if seen is None or image >= len(seen) or not torch.equal(seen[image].to(visual), visual):
+        found = None if record is None else record.find(visual, image)
+        # none: the record is of another call, or the tower ran without its hooks
+        if found is None:
             raise UserError(
                 f"{self.name} reads the vision tower, which has not run on these images since compress() (or runs "
                 "compiled); give pixel_values, or encode the images after compress() and right before this call"
             )
-        return record.fields(image)
+        return record.fields(found)
 
     def _reading(self, given: LLMInput) -> DecoderReading:
         decoder = self._model.get_decoder()

@@ -85,6 +85,18 @@ class TowerRecord:
     hidden: Tensor | None = None
     projected: Tensor | None = None
 
+    def find(self, visual: Tensor, first: int = 0) -> int | None:
+        """The image whose visual tokens [N, D] these are, to the last bit; None if there is none.
+
+        first: where to begin. The order differs from that of the prompts where `generate` repeats them for beams.
+        """
+        seen = () if self.projected is None else self.projected
+        for step in range(len(seen)):
+            image = (first + step) % len(seen)
+            if torch.equal(seen[image].to(visual), visual):
+                return image
+        return None
+
     def fields(self, image: int) -> dict[str, Any]:
         """`TOWER_FIELDS` of one of the images."""
         read, following = self.clip.read, self.clip.following
