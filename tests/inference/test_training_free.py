@@ -280,7 +280,7 @@ def test_a_sliding_window_shorter_than_the_prompt_is_named(monkeypatch):
     config = model.get_decoder().config
     monkeypatch.setattr(config, "sliding_window", 8, raising=False)
     monkeypatch.setattr(config, "layer_types", ["sliding_attention"] * 4, raising=False)
-    with compress(model, "fastv", keep=4), pytest.raises(UserError, match="sliding window of 8 .*use one of .*divprune"):
+    with compress(model, "fastv", keep=4), pytest.raises(UserError, match="window of 8 .*use one of .*divprune"):
         model(**prompts("llava"))
 
 
