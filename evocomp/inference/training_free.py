@@ -142,7 +142,7 @@ def _lacking(selector, model: nn.Module) -> str:
         return "the tiles of a LLaVA-NeXT image one after the other, which compress() does not have"
     needs = set(selector.needs)
     known = (TOWER_FIELDS, "a CLIP vision tower with a class token and one row per image, as in LLaVA-1.5")
-    known_llm = (DECODER_FIELDS, "a causal decoder without M-RoPE whose queries and keys can be read")
+    known_llm = (DECODER_FIELDS, "a causal decoder whose queries and keys can be read")
     known_text = (_CLIP_TEXT, "CLIP's text tower, which a multimodal LLM does not carry")
     have = set(_ALWAYS)
     if needs & TOWER_FIELDS and ClipTower.of(model) is not None:

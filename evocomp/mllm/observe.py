@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from evocomp.log import UserError
 from evocomp.mllm import families
 
 TOWER_FIELDS = frozenset(
@@ -178,12 +179,12 @@ def class_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
 
 
 def is_readable(model: nn.Module) -> bool:
-    """Whether the decoder has what `DecoderReading` needs: plain queries and keys, one row of positions, causal."""
+    """Whether the decoder has what `DecoderReading` needs: plain queries and keys, causal attention, no DeepStack."""
     policy = families.policy(model)
     layers = families.unwrap(model).get_decoder().layers
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     plain = all(hasattr(attention, name) for attention in attentions for name in ("q_proj", "k_proj"))
-    return plain and not policy.mrope and not policy.blocks
+    return plain and not policy.deepstack and not policy.blocks
 
 
 class LayerReading(NamedTuple):
@@ -225,6 +226,8 @@ class DecoderReading:
         for name in ("q", "k"):
             x = caught[f"{name}_proj"].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             rotated.append(getattr(attention, f"{name}_norm")(x) if hasattr(attention, f"{name}_norm") else x)
+        if caught["rotary"][0].ndim != 3:
+            raise UserError("reading a decoder with M-RoPE needs a newer transformers; pip install -U transformers")
         return LayerReading(*apply_rotary_pos_emb(*rotated, *caught["rotary"]), caught["output"])
 
     def _read_up_to(self, last: int) -> None:

@@ -29,7 +29,7 @@ TOWER = ("cls_attention", "prumerge", "prumerge_plus", "hired", "visionzip", "vi
 MERGES = ("average_pool", "tome", "prumerge", "prumerge_plus", "visionzip")
 USABLE = {
     "llava": {*TOKENS_ONLY, *TOWER, *DECODER},
-    "qwen2_5_vl": {*TOKENS_ONLY},
+    "qwen2_5_vl": {*TOKENS_ONLY, *DECODER},
     "smolvlm": {*TOKENS_ONLY, *DECODER},
 }
 usable_with_llava = pytest.mark.parametrize("name", [name for name in SELECTORS if name in USABLE["llava"]])
@@ -230,7 +230,7 @@ def test_with_and_without_cache_and_with_beams(name):
             assert_close(cached.logits[0], bare.logits[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llava", "smolvlm", "llava_next"])
+@pytest.mark.parametrize("family", ["llava", "smolvlm", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "mistral3"])
 def test_decoder_attention_is_that_of_each_image_of_a_padded_batch(family):
     """FastV's ranking from the attention that transformers itself returns."""
     model, inputs = build(family, "eager"), prompts(family)
