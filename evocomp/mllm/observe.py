@@ -148,19 +148,23 @@ class TowerObserver:
     def __exit__(self, *exception) -> None:
         self.remove()
 
+    @torch.compiler.disable
     def _start(self, module: nn.Module, args: tuple) -> None:
         alive = {thread.ident for thread in threading.enumerate()}
         self._records = {thread: known for thread, known in self._records.items() if thread in alive}
         self._records[threading.get_ident()] = TowerRecord(self.clip)
 
+    @torch.compiler.disable
     def _project(self, name: str, number: int, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self.record is not None:
             getattr(self.record, name)[number] = output.detach()
 
+    @torch.compiler.disable
     def _hidden(self, module: nn.Module, args: tuple, output) -> None:
         if self.record is not None:
             self.record.hidden = (output[0] if isinstance(output, tuple) else output).detach()
 
+    @torch.compiler.disable
     def _projected(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         # later calls are those of selectors that project merged tokens
         if self.record is not None and self.record.projected is None:
@@ -199,6 +203,29 @@ class _Stop(Exception):
     """No later layer is needed."""
 
 
+class _Caught:
+    """Hooks of one layer, and what they catch in the thread that made them: another one may run the decoder too."""
+
+    def __init__(self):
+        self.values: dict[str, Any] = {}
+        self._thread = threading.get_ident()
+
+    @torch.compiler.disable
+    def rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() == self._thread:
+            self.values["rotary"] = kwargs["position_embeddings"]
+
+    @torch.compiler.disable
+    def output(self, name: str, module: nn.Module, args: tuple, output) -> None:
+        if threading.get_ident() == self._thread:
+            self.values[name] = output[0] if isinstance(output, tuple) else output
+
+    @torch.compiler.disable
+    def stop(self, module: nn.Module, args: tuple, output) -> None:
+        if threading.get_ident() == self._thread:
+            raise _Stop
+
+
 class DecoderReading:
     """What the layers of a decoder compute for one batch of whole prompts. Layers are run when they are asked for.
 
@@ -231,17 +258,16 @@ class DecoderReading:
         return LayerReading(*apply_rotary_pos_emb(*rotated, *caught["rotary"]), caught["output"])
 
     def _read_up_to(self, last: int) -> None:
-        hooks = []
-        for number in range(last + 1):
-            layer, caught = self.layers[number], self._caught.setdefault(number, {})
+        hooks, found = [], [_Caught() for _ in range(last + 1)]
+        for layer, caught in zip(self.layers, found, strict=False):
             hooks += [
-                layer.register_forward_pre_hook(functools.partial(_catch_rotary, caught), with_kwargs=True),
-                layer.self_attn.q_proj.register_forward_hook(functools.partial(_catch, caught, "q_proj")),
-                layer.self_attn.k_proj.register_forward_hook(functools.partial(_catch, caught, "k_proj")),
-                layer.register_forward_hook(functools.partial(_catch, caught, "output")),
+                layer.register_forward_pre_hook(caught.rotary, with_kwargs=True),
+                layer.self_attn.q_proj.register_forward_hook(functools.partial(caught.output, "q_proj")),
+                layer.self_attn.k_proj.register_forward_hook(functools.partial(caught.output, "k_proj")),
+                layer.register_forward_hook(functools.partial(caught.output, "output")),
             ]
         if self._stop:
-            hooks.append(self.layers[last].register_forward_hook(_stop))
+            hooks.append(self.layers[last].register_forward_hook(found[last].stop))
         try:
             self._run()
         except _Stop:
@@ -249,6 +275,9 @@ class DecoderReading:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not all(caught.values.keys() == {"rotary", "q_proj", "k_proj", "output"} for caught in found):
+            raise UserError("the decoder ran without its hooks, so its attention cannot be read; do not compile it")
+        self._caught |= {number: caught.values for number, caught in enumerate(found)}
 
     def per_layer(self, make: Callable[[int], Tensor]) -> "OnDemand":
         """make(number) for every layer, each made when it is asked for."""
@@ -265,18 +294,6 @@ class DecoderReading:
         key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
         scores = query.float() @ key.float().transpose(1, 2) * self.layers[number].self_attn.scaling
         return scores.masked_fill(keys[None] > queries[:, None], -torch.inf).softmax(-1)
-
-
-def _catch_rotary(caught: dict, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    caught["rotary"] = kwargs["position_embeddings"]
-
-
-def _catch(caught: dict, name: str, module: nn.Module, args: tuple, output) -> None:
-    caught[name] = output[0] if isinstance(output, tuple) else output
-
-
-def _stop(module: nn.Module, args: tuple, output) -> None:
-    raise _Stop
 
 
 class OnDemand(Mapping):

@@ -2,6 +2,7 @@
 
 import copy
 import socket
+import threading
 
 import huggingface_hub.constants
 import pytest
@@ -15,6 +16,7 @@ from evocomp.evaluation.panel import Panel, Rival
 from evocomp.inference import card, names
 from evocomp.inference.generate import timed_generate
 from evocomp.inference.hooks import compress
+from evocomp.inference.pick import LLMInput
 from evocomp.inference.rewrite import compress_inputs
 from evocomp.inference.training_free import distinct
 from evocomp.log import UserError
@@ -262,6 +264,48 @@ def test_only_the_layers_that_a_selector_reads_are_run():
         for hook in hooks:
             hook.remove()
     assert runs == [0, 1, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["fastv", "cls_attention"])
+def test_threads_do_not_see_one_another(name):
+    """Different prompts of different lengths, many times at once."""
+    model, inputs = build("llava"), prompts("llava")
+    rows = [alone(inputs, 0, slice(0, 1)), alone(inputs, 1, slice(1, 3))]
+    rows += [{**row, "pixel_values": row["pixel_values"] * -1} for row in rows]
+    asked = [llm_input(model, row, families.encode(model, row)) for row in rows]
+    found = []
+
+    def ask(number, times):
+        for _ in range(times):
+            with torch.no_grad():
+                families.encode(model, rows[number])
+                found.append((number, picked(handle.picker, asked[number])))
+
+    with compress(model, name, keep=4) as handle:
+        for number in range(4):
+            ask(number, 1)
+        wanted = dict(found)
+        threads = [threading.Thread(target=ask, args=(number, 15)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 64 and all(kept == wanted[number] for number, kept in found)
+
+
+def llm_input(model, inputs, encoded):
+    ids = inputs["input_ids"]
+    visual = ids == IMAGE
+    embeds = model.get_input_embeddings()(ids)
+    embeds = embeds.masked_scatter(visual[..., None], families.visual_tokens(model, ids, encoded)).detach()
+    indices = visual[0].nonzero().squeeze(1).split(16)
+    return LLMInput(embeds, ~visual, visual, None, [0] * len(indices), list(indices))
+
+
+def picked(picker, given):
+    visual = [given.embeds[0, index] for index in given.indices]
+    text = [given.embeds[0, given.text[0]]] * len(visual)
+    return [pick.kept.tolist() for pick in picker.pick(visual, text, [4] * len(visual), llm_input=given)]
 
 
 def test_a_prompt_without_text_after_the_image_is_named():
