@@ -8,6 +8,7 @@ import torch
 import evocomp
 from evocomp.cli import main
 from evocomp.data.scenes import KINDS, draw_question, draw_scene
+from evocomp.inference.card import card
 from evocomp.inference.names import SHIPPED
 from evocomp.log import UserError
 from evocomp.selection import SELECTORS
@@ -40,7 +41,7 @@ def test_shipped_models_load_in_one_line():
         model, processor = evocomp.load_nano(name)
         assert model.config.vision_config.image_size == pixels
         assert processor.tokenizer.decode([3], skip_special_tokens=True) == ""
-    with pytest.raises(UserError, match="no shipped model is called 'micro'; use 'nano' or 'nano576'"):
+    with pytest.raises(UserError, match="no shipped model is called 'micro'; use one of nano, nano576"):
         evocomp.load_nano("micro")
 
 
@@ -54,6 +55,17 @@ def test_shipped_compressors_are_small_and_have_their_card(name):
     with evocomp.compress(model, name, keep=16) as handle, torch.no_grad():
         model(**processor(images=draw_question(1).image, text="<image> how many red", return_tensors="pt"))
     assert handle.last.after == [16]
+
+
+def test_the_snippet_of_a_model_card_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    draw_question(0).image.save("image.png")
+    model, _ = evocomp.load_nano()
+    evocomp.EvoCompCompressor.from_mllm(model, base_model_name_or_path="nano", keep=1.0).save_pretrained("mine")
+    text = card(evocomp.EvoCompConfig.from_pretrained("mine"))
+    code = text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", "mine")
+    exec(code.replace("the question", draw_question(0).question), {})
+    assert capsys.readouterr().out.splitlines() == ["color of diamond orange", "[144] -> [144] visual tokens"]
 
 
 def test_drawn_questions_are_of_their_scene_and_kind():
