@@ -62,7 +62,7 @@ def compress_inputs(
     picker = picker_for(selector, model)
     settings = Settings.of(model, picker, keep, 0, positions, newline)
     if getattr(picker, "merges", False):
-        raise UserError(f"{name_of(picker)} merges tokens, which compress_inputs() cannot pass on; use evocomp.compress")
+        raise UserError(f"{name_of(picker)} merges tokens, which inputs cannot carry; use evocomp.compress")
     watching = watched(picker)
     try:
         return _shortened(model, inputs, picker, settings)

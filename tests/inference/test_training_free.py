@@ -23,7 +23,7 @@ from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.selection import SELECTORS, selector, selector_for_depth
 from tests.inference.test_hooks import answer
-from tests.inference.tiny_models import IMAGE, build, processor_for_llava, prompts
+from tests.inference.tiny_models import FAMILIES, IMAGE, build, processor_for_llava, prompts
 
 TOKENS_ONLY = ("random_tokens", "uniform_stride", "average_pool", "tome", "divprune")
 DECODER = ("fastv", "sparsevlm", "pyramiddrop", "dart")
@@ -174,6 +174,21 @@ def inputs_of(visual):
 def test_a_context_that_is_no_share_is_named(bad):
     with pytest.raises(UserError, match="context=.*: give the most tokens that are selected"):
         compress(build("llava"), "divprune", context=bad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_in_every_family(family):
+    model = build(family)
+    with compress(model, "divprune", keep=6, context=4, newline="drop") as handle:
+        answer(model, prompts(family), max_new_tokens=2)
+    with compress(model, "divprune", keep=6) as kept:
+        answer(model, prompts(family), max_new_tokens=1)
+    tokens = sum(handle.last.before) - (sum(kept.last.after) - 3 * 6)  # without separators
+    for picked, sizes in zip(sum(handle.last.picked, []), sum(handle.last.sizes, []), strict=True):
+        assert len(picked) == len(sizes) == 6
+        assert int((sizes == 1).sum()) >= 2, "6 * 4 / (6 + 4) are selected"
+        tokens -= int(sizes.sum())
+    assert tokens == 0
 
 
 class MergingPicker:
