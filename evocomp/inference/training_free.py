@@ -86,9 +86,8 @@ class SelectionPicker:
             raise UserError(f"{self.name} merges tokens but returns no `tokens` and `positions`; return both")
         if not self.merges:
             raise UserError(f"{self.name} returns new tokens; set `merges = True` on its class")
-        order = positions.argsort(stable=True)
-        origin = positions[order].to(visual.device)
-        return Pick(distinct(origin, len(visual)), tokens=tokens[order].to(visual), origin=origin)
+        origin, order = positions.to(visual.device).sort(stable=True)
+        return Pick(distinct(origin, len(visual)), tokens=tokens.to(visual)[order], origin=origin)
 
     def _tower_fields(self, image: int, visual: Tensor) -> dict:
         record = self._observer.record if self._observer else None

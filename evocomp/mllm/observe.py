@@ -239,10 +239,16 @@ class DecoderReading:
         self.decoder, self.layers = decoder, decoder.layers
         self._run, self._stop = run, stop
         self._caught: dict[int, dict[str, Any]] = {}
-        self.layer = functools.cache(self._layer)
+        self._known: dict[int, LayerReading] = {}  # no functools.cache: a cycle of references would keep its tensors
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def layer(self, number: int) -> LayerReading:
+        """What one layer computes, with all layers before it if need be."""
+        if number not in self._known:
+            self._known[number] = self._layer(number)
+        return self._known[number]
 
     @torch.no_grad()
     def _layer(self, number: int) -> LayerReading:

@@ -247,6 +247,16 @@ def test_with_and_without_cache_and_with_beams(name):
             assert_close(cached.logits[0], bare.logits[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["fastv", "dart", "visionzip", "vispruner"])
+def test_a_static_cache_agrees(name):
+    model, inputs = build("llava"), prompts("llava")
+    with compress(model, name, keep=5):
+        dynamic = answer(model, inputs)
+        static = answer(model, inputs, cache_implementation="static", disable_compile=True)
+    for a, b in zip(dynamic.logits, static.logits, strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "mistral3"])
 def test_decoder_attention_is_that_of_each_image_of_a_padded_batch(family):
     """FastV's ranking from the attention that transformers itself returns."""
