@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from evocomp.inference.pick import LLMInput, Pick, Picker
+from evocomp.inference.pick import LLMInput, Pick, Picker, name_of
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
 
@@ -46,7 +46,7 @@ class Settings(NamedTuple):
         if not isinstance(layer, Integral) or not 0 <= layer < layers:
             raise UserError(f"layer={layer!r}: the model has layers 0 to {layers - 1}, give one of them (int)")
         if layer > 0 and getattr(picker, "merges", False):
-            raise UserError(f"layer={layer}: {picker.name} merges tokens before the LLM; use layer=0")
+            raise UserError(f"layer={layer}: {name_of(picker)} merges tokens before the LLM; use layer=0")
         if newline not in ("keep", "drop"):
             raise UserError(f"newline={newline!r}: use 'keep' or 'drop'")
         if positions not in ("original", "dense"):

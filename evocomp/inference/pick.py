@@ -58,3 +58,8 @@ def top_r(scores: Tensor, r: int) -> Pick:
 def nothing(visual: Tensor) -> Pick:
     """No token of an image."""
     return Pick(torch.zeros(0, dtype=torch.long, device=visual.device))
+
+
+def name_of(selector) -> str:
+    """What a selector or picker is called in messages."""
+    return getattr(selector, "name", type(selector).__name__)

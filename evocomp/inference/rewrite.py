@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evocomp.inference.choose import Compression, Newline, Positions, Settings, choose, short_index
-from evocomp.inference.pick import Picker
+from evocomp.inference.pick import Picker, name_of
 from evocomp.inference.selectors import picker_for, watched
 from evocomp.inference.state import Prompt
 from evocomp.log import UserError
@@ -62,7 +62,7 @@ def compress_inputs(
     picker = picker_for(selector, model)
     settings = Settings.of(model, picker, keep, 0, positions, newline)
     if getattr(picker, "merges", False):
-        raise UserError(f"{picker.name} merges tokens, which compress_inputs() cannot pass on; use evocomp.compress")
+        raise UserError(f"{name_of(picker)} merges tokens, which inputs cannot carry; use evocomp.compress")
     watching = watched(picker)
     try:
         return _shortened(model, inputs, picker, settings)

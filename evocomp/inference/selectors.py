@@ -29,7 +29,7 @@ from evocomp.compressor.lora import is_lora, load_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
 from evocomp.inference.names import check_is_compressor, compressor_folder, is_selector, weights_of
-from evocomp.inference.pick import Pick, Picker, top_r
+from evocomp.inference.pick import Pick, Picker, name_of, top_r
 from evocomp.inference.training_free import SelectionPicker, WatchedTower
 from evocomp.log import UserError, logger
 from evocomp.mllm.context import owners, split
@@ -114,7 +114,7 @@ class ContextPicker:
 
     def __init__(self, picker: Picker, limit: float):
         if getattr(picker, "merges", False):
-            raise UserError(f"{picker.name} merges tokens itself; context tokens go with selectors that drop them")
+            raise UserError(f"{name_of(picker)} merges tokens itself; context tokens go with selectors that drop them")
         self.picker, self.limit = picker, limit
         self.reads_llm_input = getattr(picker, "reads_llm_input", False)
 

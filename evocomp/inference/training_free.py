@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from evocomp.inference.masks import is_sliding
-from evocomp.inference.pick import LLMInput, Pick, nothing
+from evocomp.inference.pick import LLMInput, Pick, name_of, nothing
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.features import square_grid
@@ -81,10 +81,10 @@ class SelectionPicker:
     def __init__(self, selector, model: nn.Module):
         if lacking := _lacking(selector, model):
             raise UserError(
-                f"{_name(selector)} needs {lacking}; selectors for {type(families.unwrap(model)).__name__}: "
+                f"{name_of(selector)} needs {lacking}; selectors for {type(families.unwrap(model)).__name__}: "
                 f"{', '.join(usable(model))}"
             )
-        self.selector, self.name = selector, _name(selector)
+        self.selector, self.name = selector, name_of(selector)
         self.merges = bool(getattr(selector, "merges", False))
         self._needs = set(selector.needs)
         self._model = families.unwrap(model)
@@ -123,9 +123,8 @@ class SelectionPicker:
             raise UserError(f"{self.name} merges tokens but returns no `tokens` and `positions`; return both")
         if not self.merges:
             raise UserError(f"{self.name} returns new tokens; set `merges = True` on its class")
-        order = positions.argsort(stable=True)
-        origin = positions[order].to(visual.device)
-        return Pick(distinct(origin, len(visual)), tokens=tokens[order].to(visual), origin=origin)
+        origin, order = positions.to(visual.device).sort(stable=True)
+        return Pick(distinct(origin, len(visual)), tokens=tokens.to(visual)[order], origin=origin)
 
     def _reading(self, given: LLMInput) -> DecoderReading:
         decoder = self._model.get_decoder()
@@ -164,11 +163,11 @@ def usable(model: nn.Module, llm: bool = True) -> list[str]:
 
 def _lacking(selector, model: nn.Module) -> str:
     """What the model lacks of what a selector needs, in words; empty if nothing."""
-    if _name(selector) == "hired_next":
+    if name_of(selector) == "hired_next":
         return "the tiles of a LLaVA-NeXT image one after the other, which compress() does not have"
     needs = set(selector.needs)
     known = (TOWER_FIELDS, "a CLIP vision tower with a class token and one row per image, as in LLaVA-1.5")
-    known_llm = (DECODER_FIELDS, "a causal decoder without M-RoPE whose queries and keys can be read")
+    known_llm = (DECODER_FIELDS, "a causal decoder whose queries and keys can be read")
     known_text = (_CLIP_TEXT, "CLIP's text tower, which a multimodal LLM does not carry")
     have = set(_ALWAYS)
     if needs & TOWER_FIELDS and ClipTower.of(model) is not None:
@@ -180,10 +179,6 @@ def _lacking(selector, model: nn.Module) -> str:
     reasons = [text for fields, text in (known, known_llm, known_text) if fields & missing]
     listed = ", ".join(sorted(missing))
     return f"{' and '.join(reasons)} (for {listed})" if reasons else f"{listed}, which compress() does not have"
-
-
-def _name(selector) -> str:
-    return getattr(selector, "name", type(selector).__name__)
 
 
 def _text_after(given: LLMInput, image: int) -> Tensor:

@@ -24,6 +24,7 @@ from evocomp.mllm.features import Features
 from evocomp.mllm.reader import Reader
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SHIPPED_MODELS = ("nano", "nano576")
 
 
 class FrozenMLLM(Reader):
@@ -236,7 +237,7 @@ def load_nano(name: str = "nano") -> tuple[torch.nn.Module, Any]:
     >>> type(model).__name__, type(processor).__name__
     ('LlavaForConditionalGeneration', 'LlavaProcessor')
     """
-    if not (ASSETS / name / "config.json").is_file():
-        raise UserError(f"no shipped model is called {name!r}; use 'nano' or 'nano576'")
+    if name not in SHIPPED_MODELS:
+        raise UserError(f"no shipped model is called {name!r}; use one of {', '.join(SHIPPED_MODELS)}")
     loaded = FrozenMLLM.load(name)
     return loaded.model, loaded.processor

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from evocomp.log import UserError
 from evocomp.mllm import families
 
 TOWER_FIELDS = frozenset(
@@ -85,6 +86,18 @@ class TowerRecord:
     hidden: Tensor | None = None
     projected: Tensor | None = None
 
+    def find(self, visual: Tensor, first: int = 0) -> int | None:
+        """The image whose visual tokens [N, D] these are, to the last bit; None if there is none.
+
+        first: where to begin. The order differs from that of the prompts where `generate` repeats them for beams.
+        """
+        seen = () if self.projected is None else self.projected
+        for step in range(len(seen)):
+            image = (first + step) % len(seen)
+            if torch.equal(seen[image].to(visual), visual):
+                return image
+        return None
+
     def fields(self, image: int) -> dict[str, Any]:
         """`TOWER_FIELDS` of one of the images."""
         read, following = self.clip.read, self.clip.following
@@ -135,19 +148,23 @@ class TowerObserver:
     def __exit__(self, *exception) -> None:
         self.remove()
 
+    @torch.compiler.disable
     def _start(self, module: nn.Module, args: tuple) -> None:
         alive = {thread.ident for thread in threading.enumerate()}
         self._records = {thread: known for thread, known in self._records.items() if thread in alive}
         self._records[threading.get_ident()] = TowerRecord(self.clip)
 
+    @torch.compiler.disable
     def _project(self, name: str, number: int, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self.record is not None:
             getattr(self.record, name)[number] = output.detach()
 
+    @torch.compiler.disable
     def _hidden(self, module: nn.Module, args: tuple, output) -> None:
         if self.record is not None:
             self.record.hidden = (output[0] if isinstance(output, tuple) else output).detach()
 
+    @torch.compiler.disable
     def _projected(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         # later calls are those of selectors that project merged tokens
         if self.record is not None and self.record.projected is None:
@@ -166,12 +183,12 @@ def class_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
 
 
 def is_readable(model: nn.Module) -> bool:
-    """Whether the decoder has what `DecoderReading` needs: plain queries and keys, one row of positions, causal."""
+    """Whether the decoder has what `DecoderReading` needs: plain queries and keys, causal attention, no DeepStack."""
     policy = families.policy(model)
     layers = families.unwrap(model).get_decoder().layers
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     plain = all(hasattr(attention, name) for attention in attentions for name in ("q_proj", "k_proj"))
-    return plain and not policy.mrope and not policy.blocks
+    return plain and not policy.deepstack and not policy.blocks
 
 
 class LayerReading(NamedTuple):
@@ -184,6 +201,29 @@ class LayerReading(NamedTuple):
 
 class _Stop(Exception):
     """No later layer is needed."""
+
+
+class _Caught:
+    """Hooks of one layer, and what they catch in the thread that made them: another one may run the decoder too."""
+
+    def __init__(self):
+        self.values: dict[str, Any] = {}
+        self._thread = threading.get_ident()
+
+    @torch.compiler.disable
+    def rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() == self._thread:
+            self.values["rotary"] = kwargs["position_embeddings"]
+
+    @torch.compiler.disable
+    def output(self, name: str, module: nn.Module, args: tuple, output) -> None:
+        if threading.get_ident() == self._thread:
+            self.values[name] = output[0] if isinstance(output, tuple) else output
+
+    @torch.compiler.disable
+    def stop(self, module: nn.Module, args: tuple, output) -> None:
+        if threading.get_ident() == self._thread:
+            raise _Stop
 
 
 class DecoderReading:
@@ -199,10 +239,16 @@ class DecoderReading:
         self.decoder, self.layers = decoder, decoder.layers
         self._run, self._stop = run, stop
         self._caught: dict[int, dict[str, Any]] = {}
-        self.layer = functools.cache(self._layer)
+        self._known: dict[int, LayerReading] = {}  # no functools.cache: a cycle of references would keep its tensors
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def layer(self, number: int) -> LayerReading:
+        """What one layer computes, with all layers before it if need be."""
+        if number not in self._known:
+            self._known[number] = self._layer(number)
+        return self._known[number]
 
     @torch.no_grad()
     def _layer(self, number: int) -> LayerReading:
@@ -213,20 +259,21 @@ class DecoderReading:
         for name in ("q", "k"):
             x = caught[f"{name}_proj"].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             rotated.append(getattr(attention, f"{name}_norm")(x) if hasattr(attention, f"{name}_norm") else x)
+        if caught["rotary"][0].ndim != 3:
+            raise UserError("reading a decoder with M-RoPE needs a newer transformers; pip install -U transformers")
         return LayerReading(*apply_rotary_pos_emb(*rotated, *caught["rotary"]), caught["output"])
 
     def _read_up_to(self, last: int) -> None:
-        hooks = []
-        for number in range(last + 1):
-            layer, caught = self.layers[number], self._caught.setdefault(number, {})
+        hooks, found = [], [_Caught() for _ in range(last + 1)]
+        for layer, caught in zip(self.layers, found, strict=False):
             hooks += [
-                layer.register_forward_pre_hook(functools.partial(_catch_rotary, caught), with_kwargs=True),
-                layer.self_attn.q_proj.register_forward_hook(functools.partial(_catch, caught, "q_proj")),
-                layer.self_attn.k_proj.register_forward_hook(functools.partial(_catch, caught, "k_proj")),
-                layer.register_forward_hook(functools.partial(_catch, caught, "output")),
+                layer.register_forward_pre_hook(caught.rotary, with_kwargs=True),
+                layer.self_attn.q_proj.register_forward_hook(functools.partial(caught.output, "q_proj")),
+                layer.self_attn.k_proj.register_forward_hook(functools.partial(caught.output, "k_proj")),
+                layer.register_forward_hook(functools.partial(caught.output, "output")),
             ]
         if self._stop:
-            hooks.append(self.layers[last].register_forward_hook(_stop))
+            hooks.append(self.layers[last].register_forward_hook(found[last].stop))
         try:
             self._run()
         except _Stop:
@@ -234,6 +281,9 @@ class DecoderReading:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not all(caught.values.keys() == {"rotary", "q_proj", "k_proj", "output"} for caught in found):
+            raise UserError("the decoder ran without its hooks, so its attention cannot be read; do not compile it")
+        self._caught |= {number: caught.values for number, caught in enumerate(found)}
 
     def per_layer(self, make: Callable[[int], Tensor]) -> "OnDemand":
         """make(number) for every layer, each made when it is asked for."""
@@ -250,18 +300,6 @@ class DecoderReading:
         key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
         scores = query.float() @ key.float().transpose(1, 2) * self.layers[number].self_attn.scaling
         return scores.masked_fill(keys[None] > queries[:, None], -torch.inf).softmax(-1)
-
-
-def _catch_rotary(caught: dict, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    caught["rotary"] = kwargs["position_embeddings"]
-
-
-def _catch(caught: dict, name: str, module: nn.Module, args: tuple, output) -> None:
-    caught[name] = output[0] if isinstance(output, tuple) else output
-
-
-def _stop(module: nn.Module, args: tuple, output) -> None:
-    raise _Stop
 
 
 class OnDemand(Mapping):

@@ -66,7 +66,7 @@ class Probes:
         run = partial(
             self.mllm.decoder,
             inputs_embeds=embeds,
-            attention_mask=torch.ones_like(positions),
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
             position_ids=positions,
             use_cache=False,
         )
