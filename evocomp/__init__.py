@@ -30,6 +30,8 @@ _PUBLIC = {
     "UserError": "evocomp.log",
     "compress": "evocomp.inference.hooks",
     "compress_inputs": "evocomp.inference.rewrite",
+    "draw_question": "evocomp.data.scenes",
+    "load_nano": "evocomp.mllm.hf",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "evocomp"
 # a part imports only parts of lower tiers
 TIERS = [
     ("config", "log", "files", "distributed"),
-    ("ops", "data"),
+    ("ops", "data", "selection"),
     ("viz",),
-    ("mllm", "grouping", "losses", "selection", "compressor"),
+    ("mllm", "grouping", "losses", "compressor"),
     ("search",),
     ("labels", "inference"),
     ("training", "evaluation", "bench"),
@@ -28,7 +28,6 @@ TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 ALLOWED = {
     ("config", "log"): "mistakes in settings are user errors",
     ("distributed", "log"): "a rank that has gone silent is named",
-    ("compressor", "selection"): "a compressor keeps its top r by the same rule for ties as every method",
     ("compressor", "mllm"): "the layer comes from the target's decoder: the table of families finds it",
 }
 

@@ -162,7 +162,7 @@ def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_pa
     ],
 )
 def test_mistakes_in_what_is_asked_of_a_picture(capsys, tmp_path, monkeypatch, words, says):
-    monkeypatch.setattr("evocomp.inference.command.check_is_compressor", lambda path: None)
+    monkeypatch.setattr("evocomp.inference.command.check_name", lambda path: None)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (28, 28)).save("a.png")
     assert says in fails(capsys, "generate", *PICTURED, *words)

@@ -25,6 +25,8 @@ class EvoCompConfig(PreTrainedConfig):
     dither:        scale of the fixed noise that the scores get before the highest are taken (see keep.py); 0: none
     sharp:         limit of the number of tokens that are selected, below 1 a share of N; the rest of what is kept are
                    means of what is dropped (see evocomp/mllm/context.py); 0: all are selected
+    hedge:         share of the selected tokens that a training-free order chooses among what the scores leave; 0: none
+    hedge_by:      name of that order (see evocomp/selection/priority.py)
     positions:     "original" or "dense": positions of the kept tokens in the LLM, as used for the labels
     keep:          tokens to keep per image unless the caller says otherwise (int, or a float share in (0, 1])
     prune_layer:   decoder layer before which tokens are dropped (the paper's l)
@@ -47,6 +49,8 @@ class EvoCompConfig(PreTrainedConfig):
         balance_text: bool = False,
         dither: float = 0.0,
         sharp: float = 0.0,
+        hedge: float = 0.0,
+        hedge_by: str = "cls_attention",
         positions: str = "original",
         keep: int | float = 192,
         prune_layer: int = 0,
@@ -63,6 +67,8 @@ class EvoCompConfig(PreTrainedConfig):
             raise UserError(f"head_norm is {head_norm!r}; use 'layer' or 'none'")
         if positions not in ("original", "dense"):
             raise UserError(f"positions is {positions!r}; use 'original' or 'dense'")
+        if not 0 <= hedge < 1:
+            raise UserError(f"hedge is {hedge!r}; give a share of the selected tokens, at least 0 and below 1")
         if width:
             _check_width(text_config, width)
         self.text_config = text_config
@@ -74,6 +80,8 @@ class EvoCompConfig(PreTrainedConfig):
         self.balance_text = balance_text
         self.dither = dither
         self.sharp = sharp
+        self.hedge = hedge
+        self.hedge_by = hedge_by
         self.positions = positions
         self.keep = keep
         self.prune_layer = prune_layer

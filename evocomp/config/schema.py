@@ -244,11 +244,17 @@ class CompressorSection:
     """How many tokens are selected at most, however many are kept, below 1 as a share of N: R S / (R + S) of R. The
     others are context tokens: means of what is dropped, each with the attention of all that it stands for, which
     questions of how many need. 0 = all are selected (published)."""
+    hedge: float = 0.0
+    """Share of the selected tokens that a training-free score chooses among those that the compressor leaves, so that
+    questions of a type that was not trained on still find what is important in the image; 0 = none (published)."""
+    hedge_by: Literal["auto", "cls_attention", "divprune", "uniform_stride"] = "auto"
+    """That score. `auto`: attention of the class token where the vision tower has one, else DivPrune."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
         at_least(self, 1, "compressor.", "layers")
-        at_least(self, 0, "compressor.", "width", "init_layer", "dither", "sharp")
+        at_least(self, 0, "compressor.", "width", "init_layer", "dither", "sharp", "hedge")
+        require(self.hedge < 1, f"compressor.hedge={self.hedge}: a share of the selected tokens, below 1")
         require(
             not self.width or self.init == "random",
             f"compressor.width={self.width}: a layer of the LLM does not fit into it; set compressor.init=random",

@@ -6,12 +6,14 @@ a pixel), so that a patch-8 vision tower of less than half a million parameters 
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from evocomp.data.example import Example, stable_id
 from evocomp.data.glyphs import dots
+from evocomp.log import UserError
 
 COLORS = {
     "red": (220, 40, 40),
@@ -32,6 +34,7 @@ KINDS = ("color", "shape", "digit", "find", "exist", "count", "read", "relation"
 PLACES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 _SUPERSAMPLE = 2
+_DEMO = 404  # seed of the scenes of `draw_question`; 101, 202 and 303 are those of the recipes
 _INK = (15, 15, 15)
 
 
@@ -165,6 +168,37 @@ def scene_examples(
                 )
             )
     return examples
+
+
+class DrawnQuestion(NamedTuple):
+    """A drawn scene and one question about it."""
+
+    image: Image.Image
+    question: str
+    answer: str
+
+
+def draw_question(number: int = 0, kind: str | None = None) -> DrawnQuestion:
+    """A scene that no recipe trains or tests on, with a question about it and the answer, for trying a model.
+
+    Args:
+        number: which scene.
+        kind: one of `KINDS` but "read"; None: the first question that the scene has.
+
+    Raises:
+        UserError: a negative number, or a kind that this scene has no question of.
+
+    >>> draw_question(2).image.size
+    (96, 96)
+    """
+    if number < 0:
+        raise UserError(f"number={number}: scenes are numbered from 0")
+    scene = draw_scene(_DEMO, number)
+    asked = [question for question in scene.questions if kind in (None, question.kind)]
+    if not asked:
+        kinds = ", ".join(sorted({question.kind for question in scene.questions}))
+        raise UserError(f"scene {number} has no question of kind {kind!r}; it has {kinds}")
+    return DrawnQuestion(Image.fromarray(scene.image), asked[0].text, asked[0].answer)
 
 
 def _background(rng: np.random.Generator, spec: SceneSpec) -> tuple[Image.Image, np.ndarray]:

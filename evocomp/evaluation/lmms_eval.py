@@ -3,7 +3,7 @@
 lmms-eval finds them by the entry point `lmms_eval.models`. Each is the stock class with four more arguments:
 
     compressor=FOLDER_OR_ID   a trained compressor, or
-    method=NAME               a training-free method of `evocomp.selection` that reads tokens and text only;
+    method=NAME               a training-free selector of `evocomp.selection` that the model has the inputs for;
                               with neither, the model runs uncompressed: the row to compare with
     keep=N                    visual tokens kept per image, a number or a share
     layer=L                   decoder layer before which they drop out
@@ -89,9 +89,13 @@ class Compressed:
 
 
 def _method(name: str):
-    """A training-free method; for chance, scores that are the same whenever the same image comes."""
+    """A training-free selector, by name; for chance, scores that are the same whenever the same image comes.
+
+    Raises UserError for a name that is not in `SELECTORS`.
+    """
     if name != "random_tokens":
-        return selector(name)
+        selector(name)
+        return name
 
     def random_scores(visual: Tensor, text: Tensor, keep: int) -> Tensor:
         digest = hashlib.sha256(visual[:8].float().cpu().numpy().tobytes()).digest()

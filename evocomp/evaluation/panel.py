@@ -233,7 +233,8 @@ class Panel:
         config = compressor.config
         found: list[Shown] = []
         for start in range(0, len(self.asked), self.batch):
-            part = [asked.features for asked in self.asked[start : start + self.batch]]
+            batch = self.asked[start : start + self.batch]
+            part = [asked.features for asked in batch]
             visual, visual_mask = pad_right([f.visual.float() for f in part])
             prompt, prompt_mask = pad_right([self.mllm.prompt_embeds(f).float() for f in part])
             told = torch.tensor([float(selected_count(kept, len(f.visual), config)) for f in part])
@@ -244,9 +245,11 @@ class Panel:
                 None if bool(visual_mask.all()) else visual_mask,
                 budget=told.to(visual.device) if config.budget_input else None,
             ).logits
-            for row, features in zip(logits, part, strict=True):
-                visual = features.visual
-                found.append(shown_tokens(row[: len(visual)], visual, kept, config))
+            for row, asked in zip(logits, batch, strict=True):
+                visual, order = asked.features.visual, None
+                if config.hedge:
+                    order = self.mllm.priority(asked.example, asked.features, config.hedge_by)
+                found.append(shown_tokens(row[: len(visual)], visual, kept, config, order))
         return found
 
     # ------------------------------------------------------------ inside

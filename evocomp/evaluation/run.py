@@ -21,11 +21,11 @@ from evocomp.evaluation.report import make_report, write_report
 from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
 from evocomp.inference import card
-from evocomp.inference.selectors import weights_of
+from evocomp.inference.names import weights_of
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import grid_of
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.selection import selector
+from evocomp.selection import selector, selector_for_depth
 from evocomp.viz import SheetItem, kept_sheet
 
 BASIC = ("uniform_stride", "average_pool")
@@ -258,10 +258,8 @@ def build_rival(name: str, mllm: FrozenMLLM, sharp: float = 0.0) -> Rival:
         name: of a selector, with `GIVEN_CONTEXT` at its end for one that gets context tokens.
         sharp: limit of what it selects then.
     """
-    depth, plain = len(mllm.decoder.layers), name.removesuffix(GIVEN_CONTEXT)
-    method = selector(plain)
-    if plain == "pyramiddrop" and method.layer >= depth:
-        method = selector(plain, layer=depth - 1)
+    plain = name.removesuffix(GIVEN_CONTEXT)
+    method = selector_for_depth(plain, len(mllm.decoder.layers))
     return Rival(method, name, sharp=sharp if name != plain else 0.0)
 
 

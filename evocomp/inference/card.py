@@ -10,17 +10,30 @@ from peft import PeftModel
 from evocomp.compressor.config import EvoCompConfig
 from evocomp.compressor.lora import save_lora
 from evocomp.compressor.model import EvoCompCompressor
+from evocomp.mllm.hf import SHIPPED_MODELS
 
 USE = """```python
 import evocomp
-from transformers import AutoModelForImageTextToText, AutoProcessor
+{load}
+content = [{{"type": "image", "path": "image.png"}}, {{"type": "text", "text": "the question"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+with evocomp.compress(model, "path/to/this/folder", keep={keep}, layer={layer}) as handle:
+    output = model.generate(**inputs)
+print(processor.decode(output[0], skip_special_tokens=True))
+print(handle.last.before, "->", handle.last.after, "visual tokens")
+```"""
+LOAD = """from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{base}")
-processor = AutoProcessor.from_pretrained("{base}")
-with evocomp.compress(model, "path/to/this/folder", keep={keep}, layer={layer}) as handle:
-    model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
-    print(handle.last.before, handle.last.after)
-```"""
+processor = AutoProcessor.from_pretrained("{base}")"""
+LOAD_SHIPPED = """
+model, processor = evocomp.load_nano("{base}")"""
 
 
 def save(
@@ -70,7 +83,11 @@ def card(config: EvoCompConfig) -> str:
         f"# EvoComp compressor for {base or 'a multimodal LLM'}",
         "Scores the visual tokens of an image for a prompt; the highest stay, "
         + ("means of the rest stand beside them." if config.sharp else "the rest never reach the LLM."),
-        USE.format(base=base or "the target model", keep=config.keep, layer=config.prune_layer),
+        USE.format(
+            load=(LOAD_SHIPPED if base in SHIPPED_MODELS else LOAD).format(base=base or "the target model"),
+            keep=config.keep,
+            layer=config.prune_layer,
+        ),
         "## Compressor\n\n" + table([("setting", "value"), *settings.items()]),
         "## Data\n\n" + str(known.get("data") or "Not recorded."),
         "## Labels\n\n" + _settings(known.get("labels")),

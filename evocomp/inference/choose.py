@@ -1,14 +1,14 @@
 """From a prompt with images to the tokens that stay: shared by hooks (`compress`) and rewriting
 (`compress_inputs`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from evocomp.inference.selectors import Pick, Picker
+from evocomp.inference.pick import LLMInput, Pick, Picker, name_of
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
 
@@ -45,6 +45,8 @@ class Settings(NamedTuple):
         layers = len(families.unwrap(model).get_decoder().layers)
         if not isinstance(layer, Integral) or not 0 <= layer < layers:
             raise UserError(f"layer={layer!r}: the model has layers 0 to {layers - 1}, give one of them (int)")
+        if layer > 0 and getattr(picker, "merges", False):
+            raise UserError(f"layer={layer}: {name_of(picker)} merges tokens before the LLM; use layer=0")
         if newline not in ("keep", "drop"):
             raise UserError(f"newline={newline!r}: use 'keep' or 'drop'")
         if positions not in ("original", "dense"):
@@ -52,6 +54,33 @@ class Settings(NamedTuple):
         if positions == "dense" and (layer > 0 or families.policy(model).mrope):
             raise UserError("positions='dense' needs layer=0 and a family without M-RoPE; use 'original'")
         return cls(check_keep(keep), layer, positions, newline)
+
+
+@dataclass(frozen=True)
+class MergedTokens:
+    """New tokens of one image, as a selector that merges tokens made them.
+
+    tokens: [r, D]; row: of the batch; index: where they stand in it [r]; origin: whose position each takes [r]
+    """
+
+    tokens: Tensor
+    row: int
+    index: Tensor
+    origin: Tensor
+
+    def write(self, kwargs: dict) -> None:
+        """Put them into the decoder's keywords `inputs_embeds` and `position_ids`."""
+        embeds = kwargs["inputs_embeds"]
+        row = torch.full_like(self.index, self.row)
+        kwargs["inputs_embeds"] = embeds.index_put((row, self.index), self.tokens.to(embeds))
+        if torch.equal(self.index, self.origin):
+            return
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        positions = positions.expand(*positions.shape[:-2], len(embeds), -1).clone()
+        positions[..., row, self.index] = positions[..., row, self.origin]
+        kwargs["position_ids"] = positions
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,7 @@ class Compression:
     scores:  the selector's scores [n] of the image's tokens without separators, None if it has none
     sizes:   how many tokens each kept one stands for, counted likewise; None: one each
     before, after: visual tokens per row, in the prompt and kept
+    merged:  new tokens of the images, if the selector makes any; they stand at `indices`
     """
 
     indices: list[list[Tensor]]
@@ -71,6 +101,7 @@ class Compression:
     sizes: list[list[Tensor | None]]
     before: list[int]
     after: list[int]
+    merged: list[MergedTokens] = field(default_factory=list)
 
 
 def check_keep(keep: int | float) -> int | float:
@@ -102,13 +133,14 @@ def choose(
     tokens: Tensor,
     numbers: Tensor,
     text: Tensor,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Compression]:
     """Ask the picker about every image of a batch.
 
     tokens [B,S,D]: the merged input embeddings; numbers [B,S]: image of each visual token, -1 elsewhere (see
-    `families.image_numbers`); text [B,S]: the tokens that the selector may read. Returns bool [B,S], True at
-    visual tokens that stay; the place [B,S] of the token that speaks for each one, or None if all speak for
-    themselves; and the record of what was kept.
+    `families.image_numbers`); text [B,S]: the tokens that the selector may read; positions: position ids of the
+    decoder, None: 0, 1, ... Returns bool [B,S], True at visual tokens that are kept; the index [B,S] of the kept token
+    that each one is averaged into, or None if kept tokens are no means; and the record of what was kept.
     """
     batch, length = numbers.shape
     flat = numbers.flatten()
@@ -118,16 +150,21 @@ def choose(
     separators = [families.newline_rows(model, image) for image in images]
     contents = [(~is_newline).nonzero().squeeze(1) for is_newline in separators]
     prompts = {row: tokens[row, text[row]] for row in set(rows)}
+    more = {}
+    if getattr(picker, "reads_llm_input", False):
+        indices = [place[content] - row * length for row, place, content in zip(rows, places, contents, strict=True)]
+        more = {"llm_input": LLMInput(tokens, text, numbers >= 0, positions, rows, indices)}
     picks = picker.pick(
         [image[content] for image, content in zip(images, contents, strict=True)],
         [prompts[row] for row in rows],
         [kept_count(keep, len(content)) for content in contents],
+        **more,
     )
     kept = torch.zeros(batch * length, dtype=torch.bool, device=tokens.device)
     owner = torch.arange(length, device=tokens.device).repeat(batch)
     record = Compression(*([[] for _ in range(batch)] for _ in range(4)), [0] * batch, [0] * batch)
     for row, place, content, is_newline, pick in zip(rows, places, contents, separators, picks, strict=True):
-        picked, scores, speaks = Pick(*pick)
+        picked, scores, speaks, merged, origin = Pick(*pick)
         stays = is_newline.clone() if newline == "keep" else torch.zeros_like(is_newline)
         stays[content[picked]] = True
         kept[place] = stays
@@ -140,6 +177,9 @@ def choose(
             sizes = torch.ones(len(place), dtype=torch.long, device=tokens.device)
             sizes[content] = speaks.bincount(minlength=len(content))
             record.sizes[row][-1] = sizes[stays]
+        if merged is not None:
+            at = place[content] - row * length
+            record.merged.append(MergedTokens(merged, row, at[picked], at[origin]))
         record.before[row] += len(place)
         record.after[row] += len(record.indices[row][-1])
     merged = any(sizes is not None for row in record.sizes for sizes in row)

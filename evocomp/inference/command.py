@@ -9,7 +9,8 @@ from evocomp.distributed import set_threads
 from evocomp.inference.choose import check_keep
 from evocomp.inference.generate import TimedAnswer, timed_generate
 from evocomp.inference.hooks import compress
-from evocomp.inference.selectors import check_is_compressor
+from evocomp.inference.names import check_name
+from evocomp.inference.selectors import check_context
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.viz import light_up
@@ -25,8 +26,12 @@ def answer_from_command_line(
     compare: bool,
     save: Path | None,
     max_new_tokens: int,
+    context: float | None = None,
 ) -> None:
-    """Print the answer, tokens before and after, and where the time went; see the verb's help."""
+    """Print the answer, tokens before and after, and where the time went; see the verb's help.
+
+    compressor: what `evocomp.compress` takes by name: a selector ("divprune"), a shipped compressor, a folder or an id.
+    """
     check_keep(keep)  # before anything is loaded
     try:
         picture = Image.open(image).convert("RGB")
@@ -36,14 +41,15 @@ def answer_from_command_line(
         raise UserError(f"--save={save} exists; give another name")
     if save is not None and Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--save={save} does not end as a picture does; give a name that ends in .png")
-    check_is_compressor(compressor)
+    check_name(compressor)
+    check_context(context)
     set_threads(0)
     mllm = FrozenMLLM.load(model)
     token, templated = getattr(mllm.processor, "image_token", None), getattr(mllm.processor, "chat_template", None)
     if token and prompt.count(token) > (0 if templated else 1):  # without a template the user may place the picture
         raise UserError(f"--prompt has {token} in it, which stands for the picture; leave it out, it is put there")
     full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None
-    with compress(mllm.model, compressor, keep=keep, layer=layer) as handle:
+    with compress(mllm.model, compressor, keep=keep, layer=layer, context=context) as handle:
         ours = _timed(mllm, picture, prompt, handle, max_new_tokens)
         kept = handle.last.indices[0][0].cpu().numpy()
     print(ours.text)

@@ -118,9 +118,11 @@ def timed_picks(handle: Handle | None, device: torch.device, spent: list[float])
     picker = handle.picker
 
     class Timed:
-        def pick(self, visual, text, keep):
+        reads_llm_input = getattr(picker, "reads_llm_input", False)
+
+        def pick(self, visual, text, keep, **given):
             start = now(device)
-            picks = picker.pick(visual, text, keep)
+            picks = picker.pick(visual, text, keep, **given)
             spent.append(now(device) - start)
             return picks
 

@@ -164,7 +164,7 @@ class Handle:
         return args, kwargs
 
     def _shorten(self, prompt: Prompt, kwargs: dict) -> Pass:
-        kept, owner = self._choose(prompt, kwargs["inputs_embeds"])
+        kept, owner = self._choose(prompt, kwargs)
         if owner is not None:
             check_weighable(self._decoder.config)
         state = Shortened.make(prompt, kept, owner)
@@ -186,15 +186,27 @@ class Handle:
             run.take_over_deepstack(kwargs, self.layer)
         return run
 
-    def _choose(self, prompt: Prompt, embeds: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, prompt: Prompt, kwargs: dict) -> tuple[Tensor, Tensor | None]:
+        embeds = kwargs["inputs_embeds"]
         tokens, choice = embeds[prompt.visual].detach(), self._choice
         known = None if choice is None else choice.for_next_step(prompt, tokens, self.keep)
         if known is None:
             *known, self.last = choose(
-                self.model, self.picker, self.keep, self.newline, embeds, prompt.numbers, prompt.text
+                self.model,
+                self.picker,
+                self.keep,
+                self.newline,
+                embeds,
+                prompt.numbers,
+                prompt.text,
+                kwargs.get("position_ids"),
             )
+            for merged in self.last.merged:
+                merged.write(kwargs)
             length = prompt.ids.shape[1]
-            self._choice = None if prompt.cached else Choice(prompt, length, tokens, self.keep, *known)
+            # a step's embeddings are new, so merged tokens are made anew
+            forget = prompt.cached or self.last.merged
+            self._choice = None if forget else Choice(prompt, length, tokens, self.keep, *known)
         return known
 
     # --- before the layers: shorten ---

@@ -10,7 +10,7 @@ from torch import nn
 
 from evocomp.inference.choose import Newline, Positions, Settings
 from evocomp.inference.handle import Handle
-from evocomp.inference.selectors import picker_for
+from evocomp.inference.selectors import picker_for, watched
 from evocomp.log import UserError
 from evocomp.mllm import families
 
@@ -23,13 +23,13 @@ def compress(
     positions: Positions | None = None,
     newline: Newline = "keep",
     restore_length: bool = False,
+    context: float | None = None,
 ) -> Handle:
     """Compress the visual tokens of a multimodal LLM from now on.
 
-    >>> from evocomp.mllm.hf import FrozenMLLM
-    >>> from evocomp.selection import selector as training_free
-    >>> nano = FrozenMLLM.load("nano")
-    >>> with compress(nano.model, training_free("uniform_stride"), keep=16) as handle:
+    >>> from evocomp import load_nano
+    >>> model, processor = load_nano()
+    >>> with compress(model, "divprune", keep=16) as handle:
     ...     handle.keep, handle.layer
     (16, 0)
 
@@ -42,8 +42,8 @@ def compress(
     Args:
         model: any supported `...ForConditionalGeneration` (see `evocomp.mllm.families`), PEFT-wrapped or not.
             One generation at a time: the state of a call lives on the handle.
-        selector: a compressor, its folder or hub id, a function, or a baseline: see
-            `evocomp.inference.selectors`.
+        selector: the name of a training-free selector (`evocomp.selection.SELECTORS`) or of a shipped compressor
+            ("nano"), a compressor, its folder or hub id, or a function: see `evocomp.inference.selectors`.
         keep: visual tokens kept per image, a number or a share in (0, 1]. Images with fewer stay whole.
         layer: decoder layer before which they drop out (the paper's l): 0 is fastest, 2 keeps more accuracy.
         positions: "original" positions of kept tokens, or "dense" ones (layer 0, families without M-RoPE).
@@ -51,25 +51,28 @@ def compress(
             LLaVA-OneVision).
         restore_length: logits and hidden states (of every layer) of the original length, with zeros at dropped
             tokens, for callers that compute a loss or slice by the prompt's length.
+        context: use context tokens: of R kept tokens R S / (R + S) are selected, and the others are means of dropped
+            tokens, weighed in the attention by how many tokens each stands for (`handle.last.sizes`). `context` is S,
+            a share of the image's tokens (below 1) or their number; 0: none. See `evocomp.mllm.context`.
 
-    Of a compressor with context tokens (`config.sharp`) some of the kept tokens become means of dropped ones before
-    `layer`, and are weighed in the attention from there on: `handle.last.sizes`.
-
-    `keep`, `layer` and `positions` default to what the compressor was saved with, else to 192, 0, "original".
+    `keep`, `layer`, `positions` and `context` default to what the compressor was saved with, else to 192, 0, "original"
+    and 0.
 
     Raises:
         UserError: unsupported family or transformers version, a second handle on the same model, a compressor
-            made for another hidden size, bad settings; and at call time: images over an old cache, labels
-            without `restore_length`, context tokens with an attention that takes no weights (use `sdpa` or `eager`),
-            a 4-D attention mask, or one with too few columns, over a compressed cache.
+            made for another hidden size, a selector that needs what the model lacks, bad settings; and at call time:
+            images over an old cache, labels without `restore_length`, context tokens with an attention that takes no
+            weights (use `sdpa` or `eager`), a 4-D attention mask, or one with too few columns, over a compressed cache.
     """
     families.check_supported(model)
     base = families.unwrap(model).base_model
     if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in base._forward_pre_hooks.values()):
         raise UserError("this model is compressed already; call remove() on its handle first")
-    picker = picker_for(selector, model)
+    picker = picker_for(selector, model, context)
     settings = Settings.of(model, picker, keep, layer, positions, newline)
     attention = families.unwrap(model).get_decoder().config._attn_implementation
     if families.policy(model).blocks and attention == "flex_attention":
         raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")
-    return Handle(model, picker, *settings, restore_length)
+    handle = Handle(model, picker, *settings, restore_length)
+    handle._hooks += watched(picker)
+    return handle

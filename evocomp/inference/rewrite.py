@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from evocomp.inference.choose import Compression, Newline, Positions, Settings, choose, short_index
-from evocomp.inference.selectors import picker_for
+from evocomp.inference.pick import Picker, name_of
+from evocomp.inference.selectors import picker_for, watched
 from evocomp.inference.state import Prompt
 from evocomp.log import UserError
 from evocomp.mllm import families
@@ -58,9 +59,20 @@ def compress_inputs(
         UserError: as `evocomp.compress`; and a compressor with context tokens, whose weights inputs cannot carry.
     """
     families.check_supported(model, rewrite=True)
-    picker, ids = picker_for(selector, model), inputs["input_ids"]
+    picker = picker_for(selector, model)
     settings = Settings.of(model, picker, keep, 0, positions, newline)
-    encoded = families.encode(model, inputs)
+    if getattr(picker, "merges", False):
+        raise UserError(f"{name_of(picker)} merges tokens, which inputs cannot carry; use evocomp.compress")
+    watching = watched(picker)
+    try:
+        return _shortened(model, inputs, picker, settings)
+    finally:
+        for hook in watching:
+            hook.remove()
+
+
+def _shortened(model: nn.Module, inputs: Mapping[str, Any], picker: Picker, settings: Settings) -> ShortInputs:
+    ids, encoded = inputs["input_ids"], families.encode(model, inputs)
     if not encoded:
         return ShortInputs(inputs)
     visual = families.visual_mask(model, ids)
@@ -69,7 +81,10 @@ def compress_inputs(
     numbers = families.image_numbers(model, ids, encoded)
     prompt = Prompt(ids, numbers, real, inputs.get("labels"), cached=False)
     tokens = _merged(model, ids, visual, encoded)
-    kept, owner, compression = choose(model, picker, settings.keep, settings.newline, tokens, numbers, prompt.text)
+    positions = families.position_ids(model, inputs, forward=True)
+    kept, owner, compression = choose(
+        model, picker, settings.keep, settings.newline, tokens, numbers, prompt.text, positions
+    )
     if owner is not None:
         raise UserError(
             "this compressor has context tokens, whose weights in the attention inputs cannot carry; use "

@@ -1,29 +1,25 @@
-"""Who decides which visual tokens stay: a compressor, a baseline of `evocomp.selection`, or any function.
+"""What may choose which visual tokens are kept: a compressor, a selector of `evocomp.selection`, or any function.
 
-All are brought to one form, a picker. `pick(visual, text, keep)` gets three lists with one entry per image
-and returns, per image, the kept tokens [r] ascending, the scores [n] (or None), and, if some of the kept tokens
-become means of dropped ones, the owner [n] of each token: the kept token that speaks for it. What a selector may be:
+All are brought to one form, a picker. `pick(visual, text, keep)` gets three lists with one entry per image and returns
+a `Pick` per image; see `evocomp.inference.pick`. What may be given as a selector:
 
-- an `EvoCompCompressor` (plain, with LoRA, or in a `PooledCompressor`), or a folder or hub id to load it
-from;
-- a function `(visual [n,D], text [T,D], keep: int) -> scores [n]`, called once per image; the highest stay;
-- an object with `needs`, a collection of input names, that takes a `SelectionInputs` and `keep` and returns a
-  `Selection` with `indices` (the baselines of `evocomp.selection`); `needs` may name tokens and text only;
+- the name of a training-free selector ("divprune", ...) or of a shipped compressor ("nano"): `evocomp.inference.names`;
+- an `EvoCompCompressor` (plain, with LoRA, or in a `PooledCompressor`), or a folder or hub id to load it from;
+- a function `(visual [n,D], text [T,D], keep: int) -> scores [n]`, called once per image; the highest are kept;
+- an object with `needs`, a collection of fields of `SelectionInputs`, that takes a `SelectionInputs` and `keep` and
+  returns a `Selection` (the selectors of `evocomp.selection`); see `evocomp.inference.training_free`;
 - an object with a `pick` method of the form above.
 
 `visual` holds the image's tokens as the LLM would see them, without newline separators. `text` holds the
 prompt's other embeddings (the whole template, without padding and without answer tokens given as `labels`).
 """
 
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -32,34 +28,38 @@ from evocomp.compressor.keep import selected_count, selected_tokens
 from evocomp.compressor.lora import is_lora, load_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.compressor.transfer import PooledCompressor
+from evocomp.inference.names import check_is_compressor, compressor_folder, is_selector, weights_of
+from evocomp.inference.pick import Pick, Picker, name_of, top_r
+from evocomp.inference.training_free import SelectionPicker, WatchedTower
 from evocomp.log import UserError, logger
-from evocomp.mllm.context import owners
+from evocomp.mllm.context import owners, split
 from evocomp.mllm.families import unwrap
-
-
-class Pick(NamedTuple):
-    """What a picker says of one image of n tokens: see above."""
-
-    kept: Tensor
-    scores: Tensor | None = None
-    owner: Tensor | None = None
-
-
-class Picker(Protocol):
-    def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int]) -> list[Pick]: ...
-
-
-def top_r(scores: Tensor, r: int) -> Pick:
-    """The r highest of scores [n], in original order, and the scores; of equals the earlier token stays."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    return Pick(order[:r].sort().values, scores)
+from evocomp.selection import selector_for_depth
+from evocomp.selection.priority import priority_order
 
 
 class CompressorPicker:
-    """Scores all images of a batch in one padded pass of the compressor."""
+    """Scores all images of a batch in one padded pass of the compressor.
 
-    def __init__(self, compressor: EvoCompCompressor | PooledCompressor):
-        self.compressor = compressor
+    context: replaces the limit of selected tokens that the compressor was saved with (`config.sharp`); None: that one.
+    """
+
+    def __init__(
+        self, compressor: EvoCompCompressor | PooledCompressor, model: nn.Module, context: float | None = None
+    ):
+        self.compressor, self.context = compressor, context
+        config = compressor.config
+        by_tower = config.hedge and config.hedge_by == "cls_attention"
+        self._tower = WatchedTower(model, "the compressor's hedge") if by_tower else None
+
+    @property
+    def config(self) -> EvoCompConfig:
+        """How it selects."""
+        config = self.compressor.config
+        if self.context is not None:
+            config = copy.copy(config)
+            config.sharp = self.context
+        return config
 
     def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int]) -> list[Pick]:
         weight = next(self.compressor.parameters())
@@ -67,8 +67,9 @@ class CompressorPicker:
             self.compressor.to(visual[0].device)
         tokens, mask = _padded(visual, weight.dtype)
         prompt, prompt_mask = _padded(text, weight.dtype)
-        config = self.compressor.config
+        config = self.config
         told = [selected_count(r, len(v), config) for r, v in zip(keep, visual, strict=True)]
+        orders = [self._priority(image, v) for image, v in enumerate(visual)]
         budget = torch.tensor(told, dtype=torch.float32, device=tokens.device)
         training = self.compressor.training
         self.compressor.eval()
@@ -76,14 +77,63 @@ class CompressorPicker:
             logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
         finally:
             self.compressor.train(training)  # it may be in the middle of its training
-        return [self._one(row[: len(v)], v, r) for row, v, r in zip(logits, visual, keep, strict=True)]
+        rows = zip(logits, visual, keep, orders, strict=True)
+        return [self._one(row[: len(v)], v, r, order) for row, v, r, order in rows]
 
-    def _one(self, scores: Tensor, visual: Tensor, keep: int) -> Pick:
-        selected, context = selected_tokens(scores, keep, self.compressor.config)
-        if not context:
-            return Pick(selected, scores)
-        centres, owner = owners(visual, selected[None], context)
-        return Pick(torch.cat([selected, centres[0]]).sort().values, scores, owner[0])
+    def watch(self) -> list:
+        """See `Picker`."""
+        return [] if self._tower is None else self._tower.watch()
+
+    def _priority(self, image: int, visual: Tensor) -> Tensor | None:
+        """Order of the image's tokens for `config.hedge`, if that is above 0."""
+        config = self.config
+        if not config.hedge:
+            return None
+        attention = None if self._tower is None else self._tower.fields(image, visual)["cls_attention"]
+        return priority_order(config.hedge_by, visual, attention)
+
+    def _one(self, scores: Tensor, visual: Tensor, keep: int, order: Tensor | None) -> Pick:
+        selected, context = selected_tokens(scores, keep, self.config, order)
+        return with_context(Pick(selected, scores), visual, context)
+
+
+def with_context(pick: Pick, visual: Tensor, context: int) -> Pick:
+    """A pick and so many context tokens beside it, or as many as there are dropped tokens; visual [n, D]."""
+    context = min(context, len(visual) - len(pick.kept))
+    if not context:
+        return pick
+    centres, owner = owners(visual, pick.kept[None], context)
+    return Pick(torch.cat([pick.kept, centres[0]]).sort().values, pick.scores, owner[0])
+
+
+class ContextPicker:
+    """Another picker's choice of some of the kept tokens, and the rest of them as means of what it drops.
+
+    limit: S, which `evocomp.mllm.context.split` divides the kept tokens by.
+    """
+
+    def __init__(self, picker: Picker, limit: float):
+        if getattr(picker, "merges", False):
+            raise UserError(f"{name_of(picker)} merges tokens itself; context tokens go with selectors that drop them")
+        self.picker, self.limit = picker, limit
+        self.reads_llm_input = getattr(picker, "reads_llm_input", False)
+
+    def watch(self) -> list:
+        """See `Picker`."""
+        return watched(self.picker)
+
+    def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int], **given) -> list[Pick]:
+        counts = [split(r, len(v), self.limit) for r, v in zip(keep, visual, strict=True)]
+        picks = [Pick(*pick) for pick in self.picker.pick(visual, text, [selected for selected, _ in counts], **given)]
+        if any(pick.owner is not None or pick.tokens is not None for pick in picks):
+            raise UserError("this selector merges tokens itself; context tokens go with selectors that drop them")
+        return [with_context(pick, v, context) for pick, v, (_, context) in zip(picks, visual, counts, strict=True)]
+
+
+def watched(picker: Picker) -> list:
+    """Hooks that a picker needs on the model, now in place; each ends by `remove()`."""
+    watch = getattr(picker, "watch", None)
+    return watch() if watch else []
 
 
 def _padded(rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -116,66 +166,56 @@ class FunctionPicker:
         return picks
 
 
-class SelectionPicker:
-    """Asks a selector of `evocomp.selection` once per image."""
+def picker_for(selector, model: nn.Module, context: float | None = None) -> Picker:
+    """Bring a selector for `model` to the common form, with context tokens if `context` is given and not 0.
 
-    offered = {"tokens", "grid", "text"}
-
-    def __init__(self, method):
-        self.method, self.name = method, getattr(method, "name", type(method).__name__)
-        if missing := set(method.needs) - self.offered:
-            raise UserError(
-                f"{self.name} needs {', '.join(sorted(missing))}, which compress() does not have; "
-                "use a method that needs tokens and text only"
-            )
-
-    def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int]) -> list[Pick]:
-        return [self._one(v, t, r) for v, t, r in zip(visual, text, keep, strict=True)]
-
-    def _one(self, visual: Tensor, text: Tensor, keep: int) -> Pick:
-        if keep == 0:
-            return Pick(torch.zeros(0, dtype=torch.long, device=visual.device))
-        side = math.isqrt(len(visual))
-        grid = (side, side) if side * side == len(visual) else (1, len(visual))
-        selection = self.method(_selection_inputs()(tokens=visual, grid=grid, text=text), keep)
-        if selection.indices is None:
-            raise UserError(f"{self.name} merges tokens; compress() drops tokens only, use another method")
-        return Pick(selection.indices.to(visual.device).sort().values)
-
-
-def _selection_inputs():
-    from evocomp.selection.base import SelectionInputs
-
-    return SelectionInputs
-
-
-def picker_for(selector, model: nn.Module) -> Picker:
-    """Bring a selector for `model` to the common form.
-
-    Raises UserError if it is no selector, or a compressor made for another hidden size.
+    Raises UserError if it is no selector, needs what the model lacks, or is a compressor made for another hidden size.
     """
-    if isinstance(selector, str | Path):
+    check_context(context)
+    if is_selector(selector):
+        selector = selector_for_depth(selector, len(unwrap(model).get_decoder().layers))
+    elif isinstance(selector, str | Path):
         selector = load_compressor(selector, model)
     if isinstance(unwrap(selector), EvoCompCompressor | PooledCompressor):
-        made_for, size = unwrap(selector).hidden_size, unwrap(model).get_decoder().config.hidden_size
-        if made_for != size:
-            raise UserError(
-                f"this compressor was made for hidden size {made_for}, the model has {size}; transfer it by "
-                f"evocomp.compressor.transfer.PooledCompressor(compressor, {size}), or train a new one"
-            )
-        if isinstance(unwrap(selector), EvoCompCompressor):  # one that is pooled was moved to another model on purpose
-            _warn_of_another_model(unwrap(selector), model)
-        return CompressorPicker(selector)
+        _check_fits(unwrap(selector), model)
+        return CompressorPicker(selector, model, context)
+    picker = _plain_picker(selector, model)
+    return ContextPicker(picker, context) if context else picker
+
+
+def check_context(context: float | None) -> None:
+    """Raise UserError unless `context` is None or a finite number >= 0."""
+    if context is None:
+        return
+    if isinstance(context, bool) or not isinstance(context, int | float) or not 0 <= context < math.inf:
+        raise UserError(
+            f"context={context!r}: give the most tokens that are selected, as a share of an image's tokens (below 1) "
+            "or their number, or 0 for no context tokens"
+        )
+
+
+def _plain_picker(selector, model: nn.Module) -> Picker:
     if hasattr(selector, "pick"):
         return selector
     if hasattr(selector, "needs"):
-        return SelectionPicker(selector)
+        return SelectionPicker(selector, model)
     if callable(selector):
         return FunctionPicker(selector)
     raise UserError(
-        f"{selector!r} is no selector; "
-        "give a compressor, its folder, or a function (visual, text, keep) -> scores"
+        f"{selector!r} is no selector; give the name of one ('divprune'), a compressor, its folder, or a function "
+        "(visual, text, keep) -> scores"
     )
+
+
+def _check_fits(compressor: EvoCompCompressor | PooledCompressor, model: nn.Module) -> None:
+    made_for, size = compressor.hidden_size, unwrap(model).get_decoder().config.hidden_size
+    if made_for != size:
+        raise UserError(
+            f"this compressor was made for hidden size {made_for}, the model has {size}; transfer it by "
+            f"evocomp.compressor.transfer.PooledCompressor(compressor, {size}), or train a new one"
+        )
+    if isinstance(compressor, EvoCompCompressor):  # one that is pooled was moved to another model on purpose
+        _warn_of_another_model(compressor, model)
 
 
 def _warn_of_another_model(compressor: EvoCompCompressor, model: nn.Module) -> None:
@@ -193,12 +233,15 @@ def _last_part(name: str | None) -> str:
 
 
 def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | PeftModel:
-    """Load a compressor, or a LoRA adapter of one, from a folder or a hub id, in the dtype of `model`.
+    """Load a compressor, or a LoRA adapter of one, from a folder or a hub id, or a shipped one by its name.
+
+    It gets the dtype of `model`.
 
     The head stays in float32: scores in bfloat16 would tie.
 
     Raises UserError if there is none.
     """
+    path = compressor_folder(path)
     check_is_compressor(path)
     dtype = next(unwrap(model).get_decoder().parameters()).dtype
     with weights_of(path):
@@ -208,36 +251,3 @@ def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | P
     for head in ("score", "head_norm"):
         getattr(adapter.get_base_model(), head).float()
     return adapter.eval()
-
-
-def check_is_compressor(path: str | Path) -> None:
-    """Raise `UserError`, with what to do, unless a folder or hub id holds the configuration of a compressor."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file() and (folder / "compressor" / "config.json").is_file():
-        raise UserError(f"{path} holds a run; give its compressor: {folder / 'compressor'}")
-    config, reason = {}, "the folder has no config.json"
-    try:
-        config = EvoCompConfig.get_config_dict(path)[0]
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-    if not folder.is_dir() and not config:
-        # transformers takes what is no folder for a hub id, and complains of its form
-        may_be_id = not folder.is_absolute() and str(path)[0] not in ".~" and str(path).count("/") <= 1
-        reason = f"no such folder, and as a hub id: {reason}" if may_be_id else "no such folder"
-    if not config:
-        raise UserError(f"no compressor at {path}: {reason}; give RUN/compressor of a run, or train one: evocomp train")
-    if config.get("model_type") != EvoCompConfig.model_type:
-        raise UserError(
-            f"{path} holds a model of type {config.get('model_type')!r}, not an EvoComp compressor; "
-            "give the folder that EvoCompCompressor.save_pretrained wrote"
-        )
-
-
-@contextmanager
-def weights_of(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong while weights are read from a folder or hub id into a `UserError`."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"the weights in {path} cannot be read ({reason}); copy or train them again") from None

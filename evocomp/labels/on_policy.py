@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from evocomp.compressor.keep import Budget, hedged
 from evocomp.config.schema import LabelConfig
 from evocomp.labels.credit import CLIP
 from evocomp.labels.labeller import Encode, Rounds, Scores, cut
@@ -21,6 +22,7 @@ from evocomp.losses import group_relative_advantages, plackett_luce_log_prob
 from evocomp.mllm.context import split
 from evocomp.mllm.features import Features
 from evocomp.search.genome import stream
+from evocomp.selection.priority import fill
 
 CAP = 1.5
 """Priority of a sample that was never scored, and the highest there is [nats]."""
@@ -38,6 +40,7 @@ class OnPolicyRounds:
 
     Args:
         sharp: how many tokens of a mask are drawn at most; the rest are context tokens (`evocomp.mllm.context.split`).
+        hedge: share of them that is not drawn but taken from `Features.priority` (`evocomp.compressor.keep.budget`).
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class OnPolicyRounds:
         labels: LabelConfig,
         seed: int,
         sharp: float = 0.0,
+        hedge: float = 0.0,
     ):
         self.first = first
         self.ids = sorted(ids)
@@ -55,6 +59,7 @@ class OnPolicyRounds:
         self.labels = labels
         self.seed = seed
         self.sharp = sharp
+        self.hedge = hedge
         self._sizes: dict[int, float] = {}
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
@@ -95,20 +100,25 @@ class OnPolicyRounds:
             raise UserError("labels.refresh=on_policy needs a compressor that trains; evocomp label makes round 0 only")
         features = encode(ids)
         splits = [self._split(one) for one in features]
-        logits = scores(features, [float(drawn) for drawn, _ in splits])
+        logits = scores(features, [float(budget.scored) for budget in splits])
         made: dict[int, Record] = {}
-        for drawn, context in sorted(set(splits)):
-            rows = [i for i, own in enumerate(splits) if own == (drawn, context)]
+        for budget in sorted(set(splits)):
+            rows = [i for i, own in enumerate(splits) if own == budget]
             some = [features[i] for i in rows]
-            made |= self._propose(round, some, [logits[i] for i in rows], drawn, context)
+            made |= self._propose(round, some, [logits[i] for i in rows], budget)
         yield from (made[id] for id in ids)
 
     def _propose(
-        self, round: int, features: list[Features], logits: list[np.ndarray], drawn: int, context: int
+        self, round: int, features: list[Features], logits: list[np.ndarray], budget: Budget
     ) -> dict[int, Record]:
         """K masks of one size for each sample, scored with so many context tokens and compared within the sample."""
-        draws = np.stack([self._sample(round, f.id, row, drawn) for f, row in zip(features, logits, strict=True)])
-        masks = np.sort(draws, axis=-1)
+        pairs = zip(features, logits, strict=True)
+        draws = np.stack([self._sample(round, f.id, row, budget.scored) for f, row in pairs])
+        masks, context = draws, budget.context
+        if budget.filled:
+            filled = [self._filled(own, one, budget.filled) for own, one in zip(draws, features, strict=True)]
+            masks = np.concatenate([draws, np.stack(filled)], axis=-1)
+        masks = np.sort(masks, axis=-1)
         first = self.labels.probes or self.labels.proposals
         losses = self.scorer.each(features, masks[:, :first], context)
         spreads = _spread(losses)
@@ -137,10 +147,15 @@ class OnPolicyRounds:
             }
         return records
 
-    def _split(self, features: Features) -> tuple[int, int]:
-        """Tokens drawn and context tokens of this round's masks for a sample."""
+    def _split(self, features: Features) -> Budget:
+        """How the tokens of this round's masks for a sample are made up; the scored ones are drawn."""
         total = len(features.visual)
-        return split(mask_sizes([self._sizes[features.id]], total)[0], total, self.sharp)
+        return hedged(*split(mask_sizes([self._sizes[features.id]], total)[0], total, self.sharp), self.hedge)
+
+    @staticmethod
+    def _filled(draws: np.ndarray, features: Features, count: int) -> np.ndarray:
+        """The first tokens of the sample's priority order that each of its masks [K, r] has not drawn [K, count]."""
+        return fill(torch.from_numpy(draws), features.priority.cpu(), count).numpy()
 
     def _sample(self, round: int, id: int, logits: np.ndarray, size: int) -> np.ndarray:
         """K draws of `size` tokens without replacement, odds exp(logit): Gumbel top-r [K, r] in draw order."""

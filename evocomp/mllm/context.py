@@ -117,6 +117,6 @@ def check_weighable(config: PreTrainedConfig) -> None:
     kernel = config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise UserError(
-            f"this compressor has context tokens, which need weights in the attention, and {kernel} takes none; load "
-            "the model with attn_implementation='sdpa', or set compressor.config.sharp = 0"
+            f"context tokens need weights in the attention, and {kernel} takes none; load the model with "
+            "attn_implementation='sdpa', or leave them out (context=0)"
         )

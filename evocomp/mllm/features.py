@@ -22,6 +22,7 @@ class Features:
         separators: rows [M, D] between the visual tokens that are no picture content (LLaVA-NeXT's and OneVision's
             `image_newline`): the LLM reads them whatever is chosen, as behind `evocomp.compress`. None: no such row.
         separators_at: where they stand in the prompt [M], ascending.
+        priority: the visual tokens in the order of a training-free score, best first [N], where one was asked for.
     """
 
     id: int
@@ -33,6 +34,7 @@ class Features:
     answer_ids: Tensor
     separators: Tensor | None = None
     separators_at: Tensor | None = None
+    priority: Tensor | None = None
 
     @property
     def text_at(self) -> Tensor:
@@ -80,6 +82,10 @@ def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def grid_of(features: Features) -> tuple[int, int]:
     """(rows, columns) of the visual tokens: square where their number is, else one row."""
-    count = len(features.visual)
+    return square_grid(len(features.visual))
+
+
+def square_grid(count: int) -> tuple[int, int]:
+    """(rows, columns) of so many tokens: see `grid_of`."""
     side = round(count**0.5)
     return (side, side) if side * side == count else (1, count)

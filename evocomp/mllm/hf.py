@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from evocomp.mllm.features import Features
 from evocomp.mllm.reader import Reader
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SHIPPED_MODELS = ("nano", "nano576")
 
 
 class FrozenMLLM(Reader):
@@ -223,3 +225,19 @@ def _weighed(real: Tensor, log_size: Tensor, embeds: Tensor) -> Tensor:
     new, keys = embeds.shape[1], real.shape[1]
     causal = torch.ones(new, keys, dtype=torch.bool, device=real.device).tril(keys - new)
     return add_log_size(causal & real[:, None, None, :].bool(), log_size, embeds.dtype)
+
+
+def load_nano(name: str = "nano") -> tuple[torch.nn.Module, Any]:
+    """The shipped multimodal LLM and its processor, as transformers' own classes would load them.
+
+    Args:
+        name: "nano" (96 x 96 pixels, 144 visual tokens) or "nano576" (192 x 192 pixels, 576 visual tokens).
+
+    >>> model, processor = load_nano()
+    >>> type(model).__name__, type(processor).__name__
+    ('LlavaForConditionalGeneration', 'LlavaProcessor')
+    """
+    if name not in SHIPPED_MODELS:
+        raise UserError(f"no shipped model is called {name!r}; use one of {', '.join(SHIPPED_MODELS)}")
+    loaded = FrozenMLLM.load(name)
+    return loaded.model, loaded.processor

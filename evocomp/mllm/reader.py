@@ -14,6 +14,8 @@ from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.features import Features
+from evocomp.mllm.observe import ClipTower, TowerObserver
+from evocomp.selection.priority import priority_order
 
 _PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
 
@@ -29,6 +31,7 @@ class Reader:
 
     Attributes:
         cache: where the tower's features lie on disk, if anywhere.
+        priority_by: name of the order that features carry as `priority`; empty: none. See `evocomp.selection.priority`.
     """
 
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
@@ -37,10 +40,12 @@ class Reader:
         self.processor = processor
         self.name = name
         self.cache: FeatureCache | None = None
+        self.priority_by = ""
         self.cache_bytes = cache_bytes
         self._bytes = 0
         self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._prompts: dict[int, tuple[tuple, Features]] = {}
+        self._priorities: dict[tuple[str, str], Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +74,30 @@ class Reader:
         Raises:
             UserError: an answer without tokens, or a processor without a chat template.
         """
-        return [self._features(example) for example in examples]
+        encoded = [self._features(example) for example in examples]
+        if not self.priority_by:
+            return encoded
+        pairs = zip(encoded, examples, strict=True)
+        return [replace(one, priority=self.priority(example, one, self.priority_by)) for one, example in pairs]
+
+    @torch.no_grad()
+    def priority(self, example: Example, features: Features, name: str) -> Tensor:
+        """Order [N] of the example's visual tokens, best first, by the score of that name; computed once per image.
+
+        Raises:
+            UserError: the vision tower lacks what the score needs.
+        """
+        key = (picture_key(example), name)
+        if key not in self._priorities:
+            attention = None
+            clip = ClipTower.of(self.model) if name == "cls_attention" else None
+            if clip is not None:
+                with TowerObserver(clip) as observer:
+                    self.encode_resized(example, None)
+                    attention = observer.record.fields(0)["cls_attention"]
+            order = priority_order(name, features.visual, attention)
+            self._priorities[key] = order.to(torch.int32)  # half the memory
+        return self._priorities[key].long()
 
     def _process(self, example: Example) -> dict[str, Tensor]:
         if getattr(self.processor, "chat_template", None) is None:

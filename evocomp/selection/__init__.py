@@ -54,3 +54,12 @@ def selector(name: str, **options) -> "Selector":
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SELECTORS)}."
         raise UserError(f"No selector is called {name!r}; {hint}")
     return SELECTORS[name](**options)
+
+
+def selector_for_depth(name: str, layers: int) -> "Selector":
+    """The selector called `name` for an LLM of so many layers: one that reads a layer beyond them reads the last.
+
+    Raises UserError for a name that is not in `SELECTORS`.
+    """
+    found = selector(name)
+    return selector(name, layer=layers - 1) if getattr(found, "layer", 0) >= layers else found

@@ -45,6 +45,7 @@ class AveragePool(Selector):
     """Pooled grid; at most `keep` rows (whole windows only). A row's position is the middle of its window."""
 
     name = "average_pool"
+    merges = True
 
     out_grid: tuple[int, int] | None = None
     """(rows, columns) of the result whatever the budget; None: see `pooled_grid`."""

@@ -83,6 +83,7 @@ class PruMerge(Selector):
     """
 
     name = "prumerge"
+    merges = True
     needs = frozenset({"clip_hidden", "clip_keys", "clip_queries", "project"})
     source = "arXiv 2403.15388, github.com/42Shawn/LLaVA-PruMerge"
 

@@ -57,6 +57,7 @@ class ToMe(Selector):
     """
 
     name = "tome"
+    merges = True
     source = "arXiv 2210.09461, github.com/facebookresearch/ToMe"
 
     def select(self, inputs: SelectionInputs, keep: int) -> Selection:

@@ -55,6 +55,7 @@ class VisionZip(Selector):
     """
 
     name = "visionzip"
+    merges = True
     needs = frozenset({"clip_hidden", "cls_attention", "clip_keys", "project"})
     source = "arXiv 2412.04467, github.com/dvlab-research/VisionZip"
 

@@ -25,6 +25,7 @@ from evocomp.inference import card
 from evocomp.labels.labeller import Interrupted
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.observe import ClipTower
 from evocomp.training.average import AverageFromEpoch
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
@@ -147,8 +148,19 @@ def load_mllm(config: RunConfig) -> FrozenMLLM:
     if device == "cuda":
         device = f"cuda:{distributed.local_rank()}"
     if config.model.shard != 1:
-        return load_sharded(config.model, device)
-    return FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+        mllm = load_sharded(config.model, device)
+    else:
+        mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+    if config.compressor.hedge:
+        mllm.priority_by = hedge_by(config, mllm)
+    return mllm
+
+
+def hedge_by(config: RunConfig, mllm: FrozenMLLM) -> str:
+    """Name of the order that `compressor.hedge` takes tokens from."""
+    if config.compressor.hedge_by != "auto":
+        return config.compressor.hedge_by
+    return "divprune" if ClipTower.of(mllm.model) is None else "cls_attention"
 
 
 def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
@@ -165,6 +177,8 @@ def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
         balance_text=section.balance_text,
         dither=section.dither,
         sharp=section.sharp,
+        hedge=section.hedge,
+        hedge_by=hedge_by(config, mllm),
         base_model_name_or_path=config.model.name,
         keep=max(config.eval.kept),
     ).float()

@@ -118,5 +118,6 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
         if settings.target == "credit":
             rounds = SearchedCredits(rounds, probabilities)
     if settings.refresh == "on_policy":
-        rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed, config.compressor.sharp)
+        section = config.compressor
+        rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed, section.sharp, section.hedge)
     return Labeller(mllm, scorer, rounds, store, splits.train)

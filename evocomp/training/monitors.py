@@ -100,7 +100,7 @@ class SelectionAccuracy(L.Callback):
             budgets = [float(selected_count(count, len(one.visual), config)) for one in features]
             scores = module.score(inputs, budgets) if any_count is None else any_count
             pairs = zip(scores, features, strict=True)
-            return [shown_tokens(torch.from_numpy(row), one.visual, count, config) for row, one in pairs]
+            return [shown_tokens(torch.from_numpy(row), one.visual, count, config, one.priority) for row, one in pairs]
 
         return choose
 

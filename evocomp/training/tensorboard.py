@@ -160,7 +160,7 @@ class TensorBoardPage:
         budgets = [float(selected_count(self.keep, len(one.visual), config)) for one in features]
         scores = module.score(compressor_input(mllm, features), budgets)
         pairs = zip(scores, features, strict=True)
-        kept = [shown_tokens(torch.from_numpy(row), one.visual, self.keep, config) for row, one in pairs]
+        kept = [shown_tokens(torch.from_numpy(row), one.visual, self.keep, config, one.priority) for row, one in pairs]
         prompts = [(one, *shown) for one, shown in zip(features, kept, strict=True)]
         answers, _ = mllm.answer(prompts, self.monitor.max_new_tokens)
         rows = zip(self.shown, features, self.labels, scores, kept, answers, strict=True)

@@ -45,6 +45,12 @@ metric_list:
 metadata:
   - version: 0.0
 """
+BROKEN = """
+from evocomp.selection.divprune import DivPrune
+def fail(*_):
+    raise RuntimeError("no token is good")
+DivPrune.select = fail
+"""
 FUNCTIONS = """
 from PIL import Image
 def visual(doc):
@@ -127,11 +133,16 @@ def test_a_real_run(place, scenes, tmp_path):
 @pytest.mark.slow
 @needs_lmms_eval
 def test_an_error_ends_the_run_without_a_score(place, tmp_path):
-    """A method that merges tokens is found out inside of `generate`."""
-    nano = f"pretrained={ASSETS / 'nano'},method=average_pool,keep=9"
-    run = lmms_eval(place, tmp_path / "out", "evocomp_llava_hf", nano)
+    """A selector that fails inside of `generate`."""
+    nano = f"pretrained={ASSETS / 'nano'},method=divprune,keep=9"
+    broken = place / "site" / "sitecustomize.py"
+    broken.write_text(BROKEN)
+    try:
+        run = lmms_eval(place, tmp_path / "out", "evocomp_llava_hf", nano)
+    finally:
+        broken.unlink()
     assert run.returncode != 0
-    assert "generate failed" in run.stderr and "merges tokens" in run.stderr
+    assert "generate failed" in run.stderr and "no token is good" in run.stderr
     assert not list(tmp_path.rglob("*_results.json"))
 
 

@@ -40,15 +40,15 @@ class First:
         yield from ({"id": id, "credits": np.zeros(N, np.float16)} for id in ids)
 
 
-def build(ids=range(40), seed=0, sharp=0.0, **settings):
+def build(ids=range(40), seed=0, sharp=0.0, hedge=0.0, **settings):
     scorer = Landscape()
     defaults = {"proposal_sizes": (4, 8), "samples_per_refresh": 16, "chunk_size": 5, "proposals": 16, "probes": 0}
     labels = LabelConfig(**(defaults | settings))
-    return OnPolicyRounds(First(), list(ids), scorer, labels, seed, sharp), scorer
+    return OnPolicyRounds(First(), list(ids), scorer, labels, seed, sharp, hedge), scorer
 
 
 def encode(ids):
-    return [SimpleNamespace(id=id, visual=torch.zeros(N, 2)) for id in ids]
+    return [SimpleNamespace(id=id, visual=torch.zeros(N, 2), priority=torch.arange(N)) for id in ids]
 
 
 def scores(features, budgets):
@@ -175,3 +175,22 @@ def test_context_takes_what_is_not_drawn(probes):
         for record in rounds.make(1, ids, encode, {}, scores):
             assert record["draws"].shape[-1] in (0, 3, 5)
     assert told == {3.0, 5.0} and scorer.asked == {(3, 1), (5, 3)}
+
+
+def test_hedged_masks_hold_the_first_of_the_priority_order_that_were_not_drawn():
+    rounds, scorer = build(hedge=0.5)
+    seen = []
+
+    def each(features, kept, context):
+        seen.append(kept)
+        return Landscape.each(scorer, features, kept, context)
+
+    rounds.scorer = SimpleNamespace(each=each)
+    records = make(rounds, 1, {})
+    assert scorer.asked == {(4, 0), (8, 0)}
+    assert {record["draws"].shape[1] for record in records.values() if record["draws"].size} == {2, 4}
+    masks = {tuple(mask) for kept in seen for row in kept for mask in row.tolist()}
+    for record in records.values():
+        for draws in record["draws"].astype(int).tolist():
+            rest = [token for token in range(N) if token not in draws]
+            assert tuple(sorted([*draws, *rest[: len(draws)]])) in masks

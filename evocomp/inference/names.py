@@ -1,0 +1,86 @@
+"""What a name given to `compress` stands for: a selector, a shipped compressor, a folder or a Hugging Face id."""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from evocomp.compressor.config import EvoCompConfig
+from evocomp.log import UserError
+from evocomp.mllm.hf import ASSETS
+from evocomp.selection import SELECTORS
+
+SHIPPED = {"nano": ASSETS / "nano_compressor"}
+"""Compressors that come with the package: name -> folder with weights, configuration and model card (README.md)."""
+
+
+def is_selector(name: str | Path) -> bool:
+    """Whether a name is that of a training-free selector. A folder of the same name is given as ./NAME."""
+    return isinstance(name, str) and name in SELECTORS
+
+
+def compressor_folder(name: str | Path) -> str | Path:
+    """The folder of a shipped compressor, or the folder or Hugging Face id that was given.
+
+    Raises UserError for a name that can be none of these.
+    """
+    if not isinstance(name, str):
+        return name
+    if name in SHIPPED:
+        if not (SHIPPED[name] / "config.json").is_file():
+            raise UserError(f"the compressor {name!r} is missing from this installation; install evocomp again")
+        return SHIPPED[name]
+    if not name or not (set(name) & set("/\\") or name[0] in ".~" or Path(name).exists()):
+        raise UserError(unknown(name))
+    return name
+
+
+def unknown(name: str) -> str:
+    """What is said of a name that stands for nothing."""
+    near = difflib.get_close_matches(name, [*SELECTORS, *SHIPPED], n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return (
+        f"{name!r} is no selector, shipped compressor or folder{hint}; selectors: {', '.join(SELECTORS)}; shipped "
+        f"compressors: {', '.join(SHIPPED)}; else give a compressor's folder or its Hugging Face id (owner/name)"
+    )
+
+
+def check_name(name: str | Path) -> None:
+    """Raise `UserError`, with what to do, unless a name can be used by `compress`. Loads no weights."""
+    if not is_selector(name):
+        check_is_compressor(compressor_folder(name))
+
+
+def check_is_compressor(path: str | Path) -> None:
+    """Raise `UserError`, with what to do, unless a folder or hub id holds the configuration of a compressor."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file() and (folder / "compressor" / "config.json").is_file():
+        raise UserError(f"{path} holds a run; give its compressor: {folder / 'compressor'}")
+    config, reason = {}, "the folder has no config.json"
+    try:
+        config = EvoCompConfig.get_config_dict(path)[0]
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+    if not folder.is_dir() and not config:
+        # transformers takes what is no folder for a hub id, and complains of its form
+        may_be_id = not folder.is_absolute() and str(path)[0] not in ".~" and str(path).count("/") == 1
+        reason = f"no such folder, and as a hub id: {reason}" if may_be_id else "no such folder"
+    if not config:
+        raise UserError(f"no compressor at {path}: {reason}; give RUN/compressor of a run, or train one: evocomp train")
+    if config.get("model_type") != EvoCompConfig.model_type:
+        raise UserError(
+            f"{path} holds a model of type {config.get('model_type')!r}, not an EvoComp compressor; "
+            "give the folder that EvoCompCompressor.save_pretrained wrote"
+        )
+
+
+@contextmanager
+def weights_of(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while weights are read from a folder or hub id into a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"the weights in {path} cannot be read ({reason}); copy or train them again") from None

@@ -1,0 +1,343 @@
+"""What a CLIP tower and a decoder compute on the way: hidden states, keys, queries and attention, caught by hooks.
+
+Attention is recomputed from the caught projections, so any attention kernel can stay in use: kernels that never
+return attention (SDPA, FlashAttention) included.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from evocomp.log import UserError
+from evocomp.mllm import families
+
+TOWER_FIELDS = frozenset(
+    {
+        "clip_hidden",
+        "clip_keys",
+        "clip_queries",
+        "clip_next_keys",
+        "clip_next_queries",
+        "cls_attention",
+        "cls_attention_first",
+        "project",
+    }
+)
+"""Fields of `SelectionInputs` that come from the vision tower."""
+
+DECODER_FIELDS = frozenset({"llm_attention", "llm_keys", "llm_hidden"})
+"""Fields of `SelectionInputs` that come from the decoder."""
+
+
+# ------------------------------------------------------------ the vision tower
+
+
+@dataclass(frozen=True, eq=False)
+class ClipTower:
+    """A CLIP tower with a class token, of which LLaVA's projector reads one layer.
+
+    layers:    the tower's layers
+    read:      0-based layer whose output the projector reads
+    following: the layer after it, or the same one where the tower ends with it
+    """
+
+    tower: nn.Module
+    layers: nn.ModuleList
+    read: int
+    following: int
+    heads: int
+    projector: nn.Module
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ClipTower | None":
+        """The tower of a multimodal LLM; None if it has no class token, or is not read as LLaVA reads it."""
+        config, base = families.unwrap(model).config, families.unwrap(model).base_model
+        # LLaVA-NeXT and others cut an image into tiles: a row of the tower is not an image there
+        if config.model_type != "llava" or config.vision_feature_select_strategy != "default":
+            return None
+        tower, layer = base.vision_tower, config.vision_feature_layer
+        if "clip" not in tower.config.model_type or not isinstance(layer, int):
+            return None
+        layers = getattr(tower, "vision_model", tower).encoder.layers
+        depth = len(layers)
+        read = depth + layer if layer < 0 else layer - 1
+        heads = tower.config.num_attention_heads
+        return cls(tower, layers, read, min(read + 1, depth - 1), heads, base.multi_modal_projector)
+
+
+@dataclass
+class TowerRecord:
+    """One forward of a CLIP tower over images [I, ...].
+
+    queries, keys: by layer, heads concatenated [I, N+1, C]; row 0 of the tokens is the class token
+    hidden: what the projector reads, with the class token [I, N+1, C]
+    projected: what it made of that [I, N, D]
+    """
+
+    clip: ClipTower
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    projected: Tensor | None = None
+
+    def find(self, visual: Tensor, first: int = 0) -> int | None:
+        """The image whose visual tokens [N, D] these are, to the last bit; None if there is none.
+
+        first: where to begin. The order differs from that of the prompts where `generate` repeats them for beams.
+        """
+        seen = () if self.projected is None else self.projected
+        for step in range(len(seen)):
+            image = (first + step) % len(seen)
+            if torch.equal(seen[image].to(visual), visual):
+                return image
+        return None
+
+    def fields(self, image: int) -> dict[str, Any]:
+        """`TOWER_FIELDS` of one of the images."""
+        read, following = self.clip.read, self.clip.following
+        queries, keys = ({n: x[image] for n, x in found.items()} for found in (self.queries, self.keys))
+        return {
+            "clip_hidden": self.hidden[image],
+            "clip_keys": keys[read],
+            "clip_queries": queries[read],
+            "clip_next_keys": keys[following],
+            "clip_next_queries": queries[following],
+            "cls_attention": class_attention(queries[read], keys[read], self.clip.heads),
+            "cls_attention_first": class_attention(queries[0], keys[0], self.clip.heads),
+            "project": self.clip.projector,
+        }
+
+
+class TowerObserver:
+    """Records every forward of a CLIP tower until `remove()` or the end of its `with` block.
+
+    Threads do not see one another's records.
+    """
+
+    def __init__(self, clip: ClipTower):
+        self.clip = clip
+        self._records: dict[int, TowerRecord] = {}
+        self._hooks = [clip.tower.register_forward_pre_hook(self._start)]
+        for number in {0, clip.read, clip.following}:
+            attention = clip.layers[number].self_attn
+            for name in ("queries", "keys"):
+                projection = getattr(attention, {"queries": "q_proj", "keys": "k_proj"}[name])
+                self._hooks.append(projection.register_forward_hook(functools.partial(self._project, name, number)))
+        self._hooks.append(clip.layers[clip.read].register_forward_hook(self._hidden))
+        self._hooks.append(clip.projector.register_forward_hook(self._projected))
+
+    @property
+    def record(self) -> TowerRecord | None:
+        """The last forward of this thread; None before the first."""
+        return self._records.get(threading.get_ident())
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._records.clear()
+
+    def __enter__(self) -> "TowerObserver":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    @torch.compiler.disable
+    def _start(self, module: nn.Module, args: tuple) -> None:
+        alive = {thread.ident for thread in threading.enumerate()}
+        self._records = {thread: known for thread, known in self._records.items() if thread in alive}
+        self._records[threading.get_ident()] = TowerRecord(self.clip)
+
+    @torch.compiler.disable
+    def _project(self, name: str, number: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.record is not None:
+            getattr(self.record, name)[number] = output.detach()
+
+    @torch.compiler.disable
+    def _hidden(self, module: nn.Module, args: tuple, output) -> None:
+        if self.record is not None:
+            self.record.hidden = (output[0] if isinstance(output, tuple) else output).detach()
+
+    @torch.compiler.disable
+    def _projected(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        # later calls are those of selectors that project merged tokens
+        if self.record is not None and self.record.projected is None:
+            self.record.projected = output.detach()
+
+
+def class_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """Attention of the class token (row 0) on the patches, per head [H, N]: softmax over all, own column dropped."""
+    query = queries[0].unflatten(0, (heads, -1))
+    key = keys.unflatten(1, (heads, -1))
+    scores = torch.einsum("hd,lhd->hl", query.float(), key.float()) / query.shape[-1] ** 0.5
+    return scores.softmax(-1)[:, 1:]
+
+
+# ------------------------------------------------------------ the decoder
+
+
+def is_readable(model: nn.Module) -> bool:
+    """Whether the decoder has what `DecoderReading` needs: plain queries and keys, causal attention, no DeepStack."""
+    policy = families.policy(model)
+    layers = families.unwrap(model).get_decoder().layers
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    plain = all(hasattr(attention, name) for attention in attentions for name in ("q_proj", "k_proj"))
+    return plain and not policy.deepstack and not policy.blocks
+
+
+class LayerReading(NamedTuple):
+    """One layer's queries [B, H, S, d] and keys [B, K, S, d] after rotation, and its output [B, S, D]."""
+
+    queries: Tensor
+    keys: Tensor
+    output: Tensor
+
+
+class _Stop(Exception):
+    """No later layer is needed."""
+
+
+class _Caught:
+    """Hooks of one layer, and what they catch in the thread that made them: another one may run the decoder too."""
+
+    def __init__(self):
+        self.values: dict[str, Any] = {}
+        self._thread = threading.get_ident()
+
+    @torch.compiler.disable
+    def rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() == self._thread:
+            self.values["rotary"] = kwargs["position_embeddings"]
+
+    @torch.compiler.disable
+    def output(self, name: str, module: nn.Module, args: tuple, output) -> None:
+        if threading.get_ident() == self._thread:
+            self.values[name] = output[0] if isinstance(output, tuple) else output
+
+    @torch.compiler.disable
+    def stop(self, module: nn.Module, args: tuple, output) -> None:
+        if threading.get_ident() == self._thread:
+            raise _Stop
+
+
+class DecoderReading:
+    """What the layers of a decoder compute for one batch of whole prompts. Layers are run when they are asked for.
+
+    Args:
+        decoder: see `is_readable`.
+        run: runs the decoder on the batch.
+        stop: end the run after the layer that is asked for, in place of running all layers.
+    """
+
+    def __init__(self, decoder: nn.Module, run: Callable[[], Any], stop: bool):
+        self.decoder, self.layers = decoder, decoder.layers
+        self._run, self._stop = run, stop
+        self._caught: dict[int, dict[str, Any]] = {}
+        self._known: dict[int, LayerReading] = {}  # no functools.cache: a cycle of references would keep its tensors
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def layer(self, number: int) -> LayerReading:
+        """What one layer computes, with all layers before it if need be."""
+        if number not in self._known:
+            self._known[number] = self._layer(number)
+        return self._known[number]
+
+    @torch.no_grad()
+    def _layer(self, number: int) -> LayerReading:
+        if number not in self._caught:
+            self._read_up_to(number if self._stop else len(self) - 1)
+        caught, attention = self._caught[number], self.layers[number].self_attn
+        rotated = []
+        for name in ("q", "k"):
+            x = caught[f"{name}_proj"].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            rotated.append(getattr(attention, f"{name}_norm")(x) if hasattr(attention, f"{name}_norm") else x)
+        if caught["rotary"][0].ndim != 3:
+            raise UserError("reading a decoder with M-RoPE needs a newer transformers; pip install -U transformers")
+        return LayerReading(*apply_rotary_pos_emb(*rotated, *caught["rotary"]), caught["output"])
+
+    def _read_up_to(self, last: int) -> None:
+        hooks, found = [], [_Caught() for _ in range(last + 1)]
+        for layer, caught in zip(self.layers, found, strict=False):
+            hooks += [
+                layer.register_forward_pre_hook(caught.rotary, with_kwargs=True),
+                layer.self_attn.q_proj.register_forward_hook(functools.partial(caught.output, "q_proj")),
+                layer.self_attn.k_proj.register_forward_hook(functools.partial(caught.output, "k_proj")),
+                layer.register_forward_hook(functools.partial(caught.output, "output")),
+            ]
+        if self._stop:
+            hooks.append(self.layers[last].register_forward_hook(found[last].stop))
+        try:
+            self._run()
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not all(caught.values.keys() == {"rotary", "q_proj", "k_proj", "output"} for caught in found):
+            raise UserError("the decoder ran without its hooks, so its attention cannot be read; do not compile it")
+        self._caught |= {number: caught.values for number, caught in enumerate(found)}
+
+    def per_layer(self, make: Callable[[int], Tensor]) -> "OnDemand":
+        """make(number) for every layer, each made when it is asked for."""
+        return OnDemand(len(self), make)
+
+    def attention(self, number: int, row: int, queries: Tensor, keys: Tensor) -> Tensor:
+        """Causal attention probabilities [H, q, k] in float32 of one prompt of the batch.
+
+        Args:
+            queries, keys: indices into its sequence [q], [k]; the probabilities are over these keys.
+        """
+        read = self.layer(number)
+        query, key = read.queries[row][:, queries], read.keys[row][:, keys]
+        key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+        scores = query.float() @ key.float().transpose(1, 2) * self.layers[number].self_attn.scaling
+        return scores.masked_fill(keys[None] > queries[:, None], -torch.inf).softmax(-1)
+
+
+class OnDemand(Mapping):
+    """A value for each layer, worked out when it is asked for: of a deep LLM's layers a selector reads few."""
+
+    def __init__(self, layers: int, make: Callable[[int], Tensor]):
+        self._layers, self._make = layers, functools.cache(torch.no_grad()(make))
+
+    def __getitem__(self, number: int) -> Tensor:
+        if not 0 <= number < self._layers:
+            raise KeyError(number)
+        return self._make(number)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._layers))
+
+    def __len__(self) -> int:
+        return self._layers
+
+
+def selector_order(everything: Tensor, image: Tensor, after: Tensor) -> Tensor:
+    """The sequence as `SelectionInputs` lays it out: all else, the image's tokens, the text after the image.
+
+    Tokens between the rows or tiles of an image, and other images, count as standing before it. Arguments are indices
+    into the prompt's sequence.
+    """
+    return torch.cat([everything[~torch.isin(everything, torch.cat([image, after]))], image, after])
+
+
+def decoder_fields(reading: DecoderReading, row: int, order: Tensor, queries: Tensor) -> dict[str, OnDemand]:
+    """`DECODER_FIELDS` of one prompt of the batch.
+
+    Args:
+        order: see `selector_order` [L].
+        queries: indices of the text tokens after the image [T], the last ones of `order`.
+    """
+    return {
+        "llm_attention": reading.per_layer(lambda n: reading.attention(n, row, queries, order)),
+        "llm_keys": reading.per_layer(lambda n: reading.layer(n).keys[row][:, order].transpose(0, 1).flatten(1)),
+        "llm_hidden": reading.per_layer(lambda n: reading.decoder.norm(reading.layer(n).output[row, order])),
+    }
