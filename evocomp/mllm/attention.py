@@ -124,8 +124,12 @@ def check_rope(config: PreTrainedConfig, positions: Tensor) -> None:
             )
 
 
+def rope_by_type(config: PreTrainedConfig) -> bool:
+    """Whether each attention type has RoPE settings of its own."""
+    return any(isinstance(value, dict) for value in (getattr(config, "rope_parameters", None) or {}).values())
+
+
 def _rope_settings(config: PreTrainedConfig) -> list[dict]:
     """RoPE settings, one or one for each attention type."""
     settings = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in settings.values() if isinstance(value, dict)]
-    return nested or [settings]
+    return [one for one in settings.values() if isinstance(one, dict)] if rope_by_type(config) else [settings]

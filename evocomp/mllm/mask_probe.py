@@ -31,7 +31,7 @@ def packs_as_apart(body: Body, config: PreTrainedConfig, device: torch.device) -
         positions = positions.expand(4, -1)
     table, index = Table(embeds, positions), torch.arange(size, device=device)[None]
     first, second = index[:, : SHARED + OWN], torch.cat([index[:, :SHARED], index[:, SHARED + OWN :]], dim=1)
-    with _short_windows(config):
+    with short_windows(config):
         apart = [body(table, rows, torch.arange(SHARED + OWN, device=device))[0] for rows in (first, second)]
         try:
             packed = body(table, index, index[0], Packing.of(SHARED, (OWN, OWN), device))[0]
@@ -41,7 +41,7 @@ def packs_as_apart(body: Body, config: PreTrainedConfig, device: torch.device) -
 
 
 @contextmanager
-def _short_windows(config: PreTrainedConfig) -> Iterator[None]:
+def short_windows(config: PreTrainedConfig) -> Iterator[None]:
     """Attention windows of `WINDOW` tokens within the block, in decoders that have any."""
     names = [name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None) is not None]
     before = {name: getattr(config, name) for name in names}

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evocomp.data.example import Example
+from evocomp.log import UserError
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.layer_attention import causal_rows, queries_and_keys, rotary, seen_rows
 from evocomp.mllm.reader import picture_key
+from evocomp.mllm.staged import LayerLoop
 
 _VISION = {
     "clip_hidden",
@@ -92,12 +94,21 @@ class Probes:
             "project": self.mllm.model.base_model.multi_modal_projector,
         }
 
+    @functools.cached_property
+    def _reads_layers(self) -> bool:
+        """Whether queries and keys are understood here as the decoder itself makes them."""
+        try:
+            LayerLoop(self.mllm)
+        except UserError:
+            return False
+        return True
+
     def _read(self, features: Features) -> dict[str, Any]:
-        """Run the LLM on all tokens and keep what its layers saw; {} for decoders without plain q and k."""
+        """Run the LLM on all tokens and keep what its layers saw; {} for decoders that `LayerLoop` refuses."""
         decoder = self.mllm.decoder
-        attentions = [getattr(layer, "self_attn", None) for layer in decoder.layers]
-        if features.positions.ndim != 1 or not all(hasattr(a, "q_proj") and hasattr(a, "k_proj") for a in attentions):
+        if not self._reads_layers:
             return {}
+        attentions = [layer.self_attn for layer in decoder.layers]
         everything = torch.arange(len(features.visual), device=features.visual.device)
         embeds, positions = self.mllm.assemble(features, features.visual[None], everything[None])
         with _catch(attentions, ("q_proj", "k_proj")) as caught, _catch_output(*decoder.layers) as outputs:
@@ -107,22 +118,19 @@ class Probes:
                 position_ids=positions,
                 use_cache=False,
             )
-        cos, sin = decoder.rotary_emb(embeds, positions)
         queries_wanted = len(features.prompt_ids) - features.picture_end
 
         @functools.cache
         def rotated(number: int) -> tuple[Tensor, Tensor]:
             module = attentions[number]
-            query, key = (_heads(caught[module][name], module.head_dim) for name in ("q_proj", "k_proj"))
-            query, key = (
-                getattr(module, name)(x) if hasattr(module, name) else x
-                for name, x in (("q_norm", query), ("k_norm", key))
-            )
-            query, key = apply_rotary_pos_emb(query, key, cos, sin)
+            query, key = (caught[module][name] for name in ("q_proj", "k_proj"))
+            embeddings = rotary(decoder, number, embeds, positions)
+            query, key = queries_and_keys(module, query, key, embeddings, positions)
             return query[0], key[0]
 
         def attention(number: int) -> Tensor:
-            return _causal_rows(*rotated(number), queries_wanted, attentions[number].scaling)
+            seen = seen_rows(decoder.config, number, queries_wanted, positions.shape[1], positions.device)
+            return causal_rows(*rotated(number), seen, attentions[number].scaling)
 
         layers = len(attentions)
         return {
@@ -150,26 +158,12 @@ class _OnDemand(Mapping):
         return self._layers
 
 
-def _heads(rows: Tensor, size: int) -> Tensor:
-    """[1, L, heads * size] -> [1, heads, L, size]."""
-    return rows.unflatten(-1, (-1, size)).transpose(1, 2)
-
-
 def _class_row(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
     """Attention of the class token (row 0) on the patches, per head [H, N]: softmax over all, own column dropped."""
     query = queries[0].unflatten(0, (heads, -1))
     key = keys.unflatten(1, (heads, -1))
     scores = torch.einsum("hd,lhd->hl", query.float(), key.float()) / query.shape[-1] ** 0.5
     return scores.softmax(-1)[:, 1:]
-
-
-def _causal_rows(query: Tensor, key: Tensor, rows: int, scaling: float) -> Tensor:
-    """The last `rows` rows of causal attention [heads, rows, L] from query [heads, L, d] and key [kv, L, d]."""
-    key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
-    scores = query[:, -rows:].float() @ key.float().transpose(1, 2) * scaling
-    length = key.shape[1]
-    allowed = torch.ones(rows, length, dtype=torch.bool, device=key.device).tril(length - rows)
-    return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
 
 
 @contextmanager
