@@ -32,8 +32,8 @@ def packs_as_apart(body: Body, config: PreTrainedConfig, device: torch.device) -
     table, index = Table(embeds, positions), torch.arange(size, device=device)[None]
     first, second = index[:, : SHARED + OWN], torch.cat([index[:, :SHARED], index[:, SHARED + OWN :]], dim=1)
     with short_windows(config):
-        apart = [body(table, rows, torch.arange(SHARED + OWN, device=device))[0] for rows in (first, second)]
         try:
+            apart = [body(table, rows, torch.arange(SHARED + OWN, device=device))[0] for rows in (first, second)]
             packed = body(table, index, index[0], Packing.of(SHARED, (OWN, OWN), device))[0]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return False  # the decoder's forward takes no masks of this form

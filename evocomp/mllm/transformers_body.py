@@ -1,7 +1,5 @@
 """Any decoder of transformers as a `Body`: what every family can be scored with."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -20,11 +18,15 @@ class TransformersBody:
     Args:
         decoder: `get_decoder()` of the MLLM.
         dtype: of its weights.
+
+    Attributes:
+        takes_masks: whether the decoder computes what explicit attention masks say.
     """
 
     def __init__(self, decoder: nn.Module, dtype: torch.dtype):
         self.decoder = decoder
         self.dtype = dtype
+        self.takes_masks = self._takes_masks()
 
     def __call__(
         self, table: Table, index: Tensor, read: Tensor, packing: Packing | None = None, past: Past | None = None
@@ -50,9 +52,7 @@ class TransformersBody:
         # Llama 4 scales queries by their index in the forward pass, which is another one in a packed sequence
         return self.takes_masks and not getattr(self.decoder.config, "attn_temperature_tuning", False)
 
-    @functools.cached_property
-    def takes_masks(self) -> bool:
-        """Whether the decoder computes what explicit masks say: found out once, for families differ in it."""
+    def _takes_masks(self) -> bool:
         config = self.decoder.config
         try:
             attention.check_masks(config)

@@ -161,9 +161,9 @@ def test_packed_tokens_count_by_their_own_sequence():
 
 def test_a_kernel_without_masks_scores_questions_apart_and_refuses_gates(monkeypatch):
     mllm = build("qwen2, window 6")
-    body = TransformersBody(mllm.decoder, torch.float32)
+    assert TransformersBody(mllm.decoder, torch.float32).packs
     monkeypatch.setattr(mllm.decoder.config, "_attn_implementation_internal", "flash_attention_2")
-    assert not body.packs
+    assert not TransformersBody(mllm.decoder, torch.float32).packs
     with pytest.raises(UserError, match="flash_attention_2 takes no explicit attention mask"):
         attention.check_masks(mllm.decoder.config)
 
