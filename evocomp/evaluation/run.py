@@ -169,8 +169,8 @@ def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
     names = tuple(panel.split(","))
     if "cdpruner" in names:
         raise UserError(
-            f"--panel={panel}: cdpruner compares image and question in CLIP's joint space, and no MLLM carries CLIP's text "
-            "tower; leave it out, or call evocomp.selection.selector('cdpruner') with SelectionInputs that hold "
+            f"--panel={panel}: cdpruner compares image and question in CLIP's joint space, and no MLLM carries CLIP's "
+            "text tower; leave it out, or call evocomp.selection.selector('cdpruner') with SelectionInputs that hold "
             "clip_image_embeds and clip_text_embeds"
         )
     unknown = [name for name in names if name.removesuffix(GIVEN_CONTEXT) not in (*FULL, "random_tokens")]

@@ -48,7 +48,10 @@ def merge_by_hand(x, keys, attention, centres):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("n,centres", [(50, [3, 40, 7]), (20, [0, 19]), (1, [0]), (5, []), (40, [4, 2, 4]), (36, [4, 2, 4, 0, 2])])
+@pytest.mark.parametrize(
+    "n,centres",
+    [(50, [3, 40, 7]), (20, [0, 19]), (1, [0]), (5, []), (40, [4, 2, 4]), (36, [4, 2, 4, 0, 2])],
+)
 def test_merging_by_hand(n, centres, generator):
     x, keys = torch.randn(n, 6, generator=generator), torch.randn(n, 6, generator=generator)
     attention = torch.rand(n, generator=generator).softmax(0)
