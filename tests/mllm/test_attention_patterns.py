@@ -47,13 +47,23 @@ def masks() -> torch.Tensor:
 
 
 def prompt(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A mask's LLM input as one would write it by hand: embeddings [1, L, D] and positions [1, L]."""
+    """A mask's LLM input as one would write it by hand: embeddings [1, L, D] and positions [1, L] or [4, 1, L]."""
     start, end = int(features.visual_at[0]), features.picture_end
     ids = torch.cat([features.prompt_ids, features.answer_ids[:-1]])
     text = mllm.embed(ids)
     at = torch.cat([torch.arange(start), start + kept, torch.arange(end, len(ids))])
     rows = torch.cat([text[:start], features.visual[kept], text[end:]])
-    return rows[None].detach(), at[None]
+    if features.positions.ndim == 1:
+        return rows[None].detach(), at[None]
+    steps = 1 + torch.arange(len(features.answer_ids) - 1)
+    positions = torch.cat([features.positions, features.positions[:, -1:] + steps], dim=1)[:, at]
+    positions[0] = torch.arange(len(at))  # M-RoPE: the text's row, from which masks are made, is dense
+    return rows[None].detach(), positions[:, None]
+
+
+def ones(embeds: torch.Tensor) -> torch.Tensor:
+    """The attention mask of sequences that are not padded."""
+    return torch.ones(embeds.shape[:2], dtype=torch.long)
 
 
 def plain_loss(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> torch.Tensor:
@@ -61,7 +71,7 @@ def plain_loss(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> torc
     embeds, positions = prompt(mllm, features, kept)
     with torch.no_grad():
         hidden = mllm.decoder(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=torch.ones_like(positions), use_cache=False
+            inputs_embeds=embeds, position_ids=positions, attention_mask=ones(embeds), use_cache=False
         ).last_hidden_state[0]
         logits = mllm.head(hidden)[-len(features.answer_ids) :]
     return F.cross_entropy(logits, features.answer_ids)
@@ -77,7 +87,8 @@ def close(given: torch.Tensor, expected: torch.Tensor) -> None:
 
 @every_decoder
 def test_every_path_gives_the_losses_of_plain_forwards(name, kernel):
-    mllm, asked, kept = build(name, kernel), samples(), masks()
+    mllm, kept = build(name, kernel), masks()
+    asked = samples(mllm)
     if name in REFUSED:
         for call in (
             lambda losses: losses.candidates(asked[0], kept),
@@ -103,7 +114,8 @@ def test_every_path_gives_the_losses_of_plain_forwards(name, kernel):
 @every_decoder
 def test_gradients_by_gates(name, kernel):
     """Against autograd through transformers' own masks, with gates added by an attention function of our own."""
-    mllm, features = build(name, kernel), samples()[0]
+    mllm = build(name, kernel)
+    features = samples(mllm)[0]
     gate = torch.linspace(0.2, 1.0, TOKENS)
     reason = REFUSED.get(name) or NO_GATES.get(name)
     if reason:
@@ -133,7 +145,7 @@ def gradient_through_attention(mllm: FrozenMLLM, features: Features, gate: torch
     try:
         with torch.enable_grad():
             hidden = mllm.decoder(
-                inputs_embeds=embeds, position_ids=positions, attention_mask=torch.ones_like(positions), use_cache=False
+                inputs_embeds=embeds, position_ids=positions, attention_mask=ones(embeds), use_cache=False
             ).last_hidden_state[0]
             loss = F.cross_entropy(mllm.head(hidden)[-len(features.answer_ids) :], features.answer_ids)
             return torch.autograd.grad(loss, gate)[0]

@@ -20,11 +20,13 @@ PLAIN_FAULTS = {
     "gpt_neox": "without input_layernorm",
     "smollm3": "differ from its own forward",  # does not rotate in some layers
     "llama4, scaled queries": "cannot be run one by one",
+    "qwen2_vl": "M-RoPE",
     "lfm2": "layers of type conv",
     "qwen3_next": "layers of type linear_attention",
 }
 WINDOW_FAULTS = {
     "phi3": "without input_layernorm",
+    "qwen2_5_vl": "M-RoPE",
     "gemma2": "differ from its own forward",  # caps the logits of its attention
     "cohere2": "differ from its own forward",  # does not rotate in some layers
     "exaone4": "without input_layernorm",
@@ -61,7 +63,8 @@ def own_forward(mllm: FrozenMLLM, embeds, positions) -> tuple[torch.Tensor, list
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if name not in REFUSED])
 def test_it_is_the_decoders_own_forward_or_refused(name, monkeypatch):
-    mllm, features = build(name), samples()[0]
+    mllm = build(name)
+    features = samples(mllm)[0]
     needs = {"llm_attention", "llm_keys", "llm_hidden"}
     if name in LOOP_FAULTS:
         with pytest.raises(UserError, match=LOOP_FAULTS[name]):

@@ -48,6 +48,7 @@ def windows(name: str, config: str, **settings) -> dict:
     return {f"{name}, window {size}": row(config, sliding_window=size, **settings) for size in (SHORT, LONG)}
 
 
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 LLAMA4 = dict(
     num_experts_per_tok=1,
     num_local_experts=2,
@@ -119,6 +120,15 @@ DECODERS = {
     **windows("exaone4", "Exaone4Config", layer_types=MIXED),
     **windows("olmo3", "Olmo3Config", layer_types=MIXED),
     **windows("gpt_oss", "GptOssConfig", head_dim=8, layer_types=MIXED, **MOE),
+    **windows(
+        "qwen2_5_vl",
+        "Qwen2_5_VLTextConfig",
+        use_sliding_window=True,
+        max_window_layers=1,
+        rope_parameters=MROPE,
+        tie_word_embeddings=False,
+    ),
+    "qwen2_vl": row("Qwen2VLTextConfig", rope_parameters=MROPE, tie_word_embeddings=False),
     "llama4, chunks of 6": row("Llama4TextConfig", attention_chunk_size=SHORT, attn_temperature_tuning=False, **LLAMA4),
     "llama4, chunks of 64": row("Llama4TextConfig", attention_chunk_size=LONG, attn_temperature_tuning=False, **LLAMA4),
     "llama4, scaled queries": row("Llama4TextConfig", floor_scale=17, attention_chunk_size=LONG, **LLAMA4),
@@ -163,8 +173,9 @@ def build(name: str, attention: str | None = None) -> FrozenMLLM:
     return FrozenMLLM(model, processor=None, name=name)
 
 
-def samples() -> list[Features]:
-    """Three questions about one image, of different lengths."""
+def samples(mllm: FrozenMLLM | None = None) -> list[Features]:
+    """Three questions about one image, of different lengths; with M-RoPE positions if the decoder has them."""
+    mrope = mllm is not None and "mrope_section" in (getattr(mllm.decoder.config, "rope_parameters", None) or {})
     generator = torch.Generator().manual_seed(1)
     visual = torch.randn(TOKENS, HIDDEN, generator=generator)
     before = torch.randint(10, VOCABULARY, (BEFORE,), generator=generator)
@@ -172,6 +183,9 @@ def samples() -> list[Features]:
     for number, (after, answer) in enumerate(((SEPARATE, 3), (3, 1), (7, 2))):
         text = torch.randint(10, VOCABULARY, (after,), generator=generator)
         ids = torch.cat([before, torch.full((TOKENS,), IMAGE), text])
+        positions = torch.arange(len(ids))
+        if mrope:
+            positions = torch.stack([positions, positions // 2, positions % 7, positions % 5])
         found.append(
             Features(
                 id=number,
@@ -179,7 +193,7 @@ def samples() -> list[Features]:
                 visual=visual,
                 prompt_ids=ids,
                 visual_at=BEFORE + torch.arange(TOKENS),
-                positions=torch.arange(len(ids)),
+                positions=positions,
                 answer_ids=torch.randint(10, VOCABULARY, (answer,), generator=generator),
             )
         )
