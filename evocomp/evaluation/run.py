@@ -39,7 +39,6 @@ FULL = (
     "visionzip",
     "vispruner",
     "divprune",
-    "cdpruner",
     "fastv",
     "sparsevlm",
     "pyramiddrop",
@@ -168,6 +167,12 @@ def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
         controls = tuple(f"{name}{GIVEN_CONTEXT}" for name in ("random_tokens", "cls_attention", "divprune"))
         return BASIC if panel == "basic" else FULL + controls * context
     names = tuple(panel.split(","))
+    if "cdpruner" in names:
+        raise UserError(
+            f"--panel={panel}: cdpruner compares image and question in CLIP's joint space, and no MLLM carries CLIP's "
+            "text tower; leave it out, or call evocomp.selection.selector('cdpruner') with SelectionInputs that hold "
+            "clip_image_embeds and clip_text_embeds"
+        )
     unknown = [name for name in names if name.removesuffix(GIVEN_CONTEXT) not in (*FULL, "random_tokens")]
     if not unknown and not context and any(name.endswith(GIVEN_CONTEXT) for name in names):
         raise UserError(f"--panel={panel}: this run's compressor has no context tokens; leave out {GIVEN_CONTEXT}")

@@ -21,6 +21,9 @@ from evocomp.selection.k_token_merging import BlockMerger
 class KTokenMerger:
     """A merger and an adapted LLM. The base weights are those of `mllm`, shared and never changed.
 
+    The merger is that of the authors' code. Theirs has LoRA of rank 4 (alpha 16, dropout 0.05) on the output head
+    besides; here the head, which keeps its vocabulary, stays frozen.
+
     Args:
         mllm: the frozen model that is adapted; it stays as it is and can be used beside this.
         block: K, visual tokens that become one.
@@ -105,9 +108,13 @@ class KTokenMerger:
             raise UserError(f"{folder} was trained for model.name={config['model']}, not {mllm.name}")
         found = cls(mllm, config["block"], config["r"])
         weights = load_file(folder / "weights.safetensors")
-        found.merger.load_state_dict(
-            {name.removeprefix("merger."): t for name, t in weights.items() if name.startswith("merger.")}
-        )
+        merger = {name.removeprefix("merger."): t for name, t in weights.items() if name.startswith("merger.")}
+        expected = {name: tensor.shape for name, tensor in found.merger.state_dict().items()}
+        if {name: tensor.shape for name, tensor in merger.items()} != expected:
+            raise UserError(
+                f"{folder} holds a merger of another form, from an earlier version; delete it and train again"
+            )
+        found.merger.load_state_dict(merger)
         for name, weight in found.lora.items():
             weight.data.copy_(weights[f"lora.{name}"])
         return found

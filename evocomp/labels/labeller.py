@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +37,7 @@ class Rounds(Protocol):
         previous: dict[int, Record],
         scores: Scores | None,
     ) -> Iterator[Record]:
-        """Records of a chunk, one after another."""
+        """Records of a chunk, one after another; a pure function of its arguments and the settings."""
         ...
 
 
@@ -158,7 +157,7 @@ class Labeller:
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
         queue = WorkQueue(f"round-{round}", lambda chunk: store.has(round, chunk), self.mllm.shard_group)
-        with StopRequest() as request, self._between_batches(queue, request):
+        with StopRequest() as request, self.scorer.after_each_batch(lambda: self._look(queue, request)):
             for chunk in queue(todo):
                 records = self._make(round, chunks[chunk], previous, scores, progress, report)
                 if self.mllm.shard_group.leads:
@@ -181,20 +180,11 @@ class Labeller:
                     store.remove(round)
         gather(None)  # nobody looks into a store that is being emptied
 
-    @contextmanager
-    def _between_batches(self, queue: WorkQueue, request: StopRequest) -> Iterator[None]:
-        """After each candidate batch: say that work goes on, and stop if that was asked for (of any of the group)."""
-
-        def look() -> None:
-            queue.beat()
-            if any(self.mllm.shard_group.gather(request.asked)):
-                raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
-
-        self.scorer.on_batch = look
-        try:
-            yield
-        finally:
-            self.scorer.on_batch = lambda: None
+    def _look(self, queue: WorkQueue, request: StopRequest) -> None:
+        """Report progress to the queue, and stop if any process of the shard group was asked to."""
+        queue.beat()
+        if any(self.mllm.shard_group.gather(request.asked)):
+            raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
 
     def _commit(self, store: LabelStore, round: int, count: int, queue: WorkQueue, shared: bool) -> None:
         """Rank 0 declares the round complete; each node does where stores are not shared."""

@@ -60,16 +60,12 @@ class OnPolicyRounds:
         self.seed = seed
         self.sharp = sharp
         self.hedge = hedge
-        self._sizes: dict[int, float] = {}
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
         """The drawn samples in chunks, and last of all the others."""
         if round == 0:
             return self.first.chunks(round, previous)
         drawn = self.draw(round, previous)
-        self._sizes = {
-            id: self.labels.proposal_sizes[i % len(self.labels.proposal_sizes)] for i, id in enumerate(drawn)
-        }
         taken = set(drawn)
         return [*cut(drawn, self.labels.chunk_size), [id for id in self.ids if id not in taken]]
 
@@ -93,20 +89,30 @@ class OnPolicyRounds:
         if round == 0:
             yield from self.first.make(round, ids, encode, previous, scores)
             return
-        if not ids or ids[0] not in self._sizes:
-            yield from (self._carried(id, self._priority(id, round, previous)) for id in ids)
-            return
+        sizes = self.sizes(round, previous)
+        drawn = [id for id in ids if id in sizes]
+        made = self._proposals(round, encode(drawn), sizes, scores) if drawn else {}
+        yield from (made.get(id) or self._carried(id, self._priority(id, round, previous)) for id in ids)
+
+    def sizes(self, round: int, previous: dict[int, Record]) -> dict[int, float]:
+        """Mask size of each sample drawn in this round, as in `labels.proposal_sizes`; the sizes take turns."""
+        choices = self.labels.proposal_sizes
+        return {id: choices[i % len(choices)] for i, id in enumerate(self.draw(round, previous))}
+
+    def _proposals(
+        self, round: int, features: list[Features], sizes: dict[int, float], scores: Scores | None
+    ) -> dict[int, Record]:
+        """Records of drawn samples by id."""
         if scores is None:
             raise UserError("labels.refresh=on_policy needs a compressor that trains; evocomp label makes round 0 only")
-        features = encode(ids)
-        splits = [self._split(one) for one in features]
+        splits = [self._split(one, sizes[one.id]) for one in features]
         logits = scores(features, [float(budget.scored) for budget in splits])
         made: dict[int, Record] = {}
         for budget in sorted(set(splits)):
             rows = [i for i, own in enumerate(splits) if own == budget]
             some = [features[i] for i in rows]
             made |= self._propose(round, some, [logits[i] for i in rows], budget)
-        yield from (made[id] for id in ids)
+        return made
 
     def _propose(
         self, round: int, features: list[Features], logits: list[np.ndarray], budget: Budget
@@ -147,10 +153,10 @@ class OnPolicyRounds:
             }
         return records
 
-    def _split(self, features: Features) -> Budget:
-        """How the tokens of this round's masks for a sample are made up; the scored ones are drawn."""
+    def _split(self, features: Features, size: float) -> Budget:
+        """How the tokens of a sample's masks of that size are made up; the scored ones are drawn."""
         total = len(features.visual)
-        return hedged(*split(mask_sizes([self._sizes[features.id]], total)[0], total, self.sharp), self.hedge)
+        return hedged(*split(mask_sizes([size], total)[0], total, self.sharp), self.hedge)
 
     @staticmethod
     def _filled(draws: np.ndarray, features: Features, count: int) -> np.ndarray:

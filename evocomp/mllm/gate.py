@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evocomp.mllm import attention
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.sequences import prompt_table
@@ -18,20 +19,30 @@ def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
 
     Args:
         gate: [N], above 0: where the gradient is taken.
+
+    Raises:
+        UserError: this decoder's attention cannot be given weights of single tokens.
     """
     mllm.check_scorable()
+    mllm.check_takes_masks()
+    config = mllm.decoder.config
     table = prompt_table(features, mllm.embed)
     length, answer = table.embeds.shape[0], features.answer_ids
     positions = table.positions
+    attention.check_rope(config, positions)
     with torch.enable_grad():
         gate = gate.to(table.embeds.device, compute_dtype(table.embeds)).requires_grad_()
         keys = gate.new_zeros(length).index_put((features.visual_at,), gate.log())
-        unseen = torch.full_like(keys, torch.finfo(table.embeds.dtype).min).expand(length, -1).triu(1)
         # a token that looks at itself is kept, whatever its gate
-        bias = (unseen + keys.expand(length, -1).tril(-1)).to(table.embeds.dtype)
+        gates = keys.expand(length, -1).tril(-1)
+        unseen = torch.finfo(table.embeds.dtype).min
+        masks = {
+            kind: torch.where(seen, gates, unseen).to(table.embeds.dtype)[None, None]
+            for kind, seen in attention.plain_masks(config, length, gate.device).items()
+        }
         states = mllm.decoder(
             inputs_embeds=table.embeds[None].detach(),
-            attention_mask=bias[None, None],
+            attention_mask=attention.decoder_masks(config, masks),
             position_ids=positions[None] if positions.ndim == 1 else positions[:, None],
             use_cache=False,
         ).last_hidden_state[0, -len(answer) :]

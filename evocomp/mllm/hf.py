@@ -5,6 +5,7 @@ An all-ones attention mask always goes with it: without one, transformers takes 
 borders of packed sequences and silently masks attention across them.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from evocomp.distributed import ShardGroup
 from evocomp.log import UserError
-from evocomp.mllm import families
+from evocomp.mllm import attention, families
 from evocomp.mllm.context import Shown, add_log_size, check_weighable
 from evocomp.mllm.features import Features
 from evocomp.mllm.reader import Reader
+from evocomp.mllm.transformers_body import TransformersBody
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED_MODELS = ("nano", "nano576")
@@ -103,6 +105,7 @@ class FrozenMLLM(Reader):
         embeds = torch.cat([fixed, tokens.to(fixed.dtype)], dim=1)
         embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
         positions = features.positions[..., at.gather(1, order)]
+        attention.check_rope(self.decoder.config, positions)
         if positions.ndim == 3:  # M-RoPE: the text row tells the mask where sequences start; keep it dense
             positions = positions.clone()
             positions[0] = torch.arange(positions.shape[-1], device=positions.device)
@@ -142,6 +145,7 @@ class FrozenMLLM(Reader):
         self.check_scorable()
         asked = [(features, Shown(*parts)) for features, *parts in prompts]
         rows = [self.assemble(features, shown.tokens[None], shown.places[None]) for features, shown in asked]
+        attention.check_rope(self.decoder.config, max(p.max() for _, p in rows) + max_new_tokens - 1)
         longest = max(embeds.shape[1] for embeds, _ in rows)
         pads = [longest - embeds.shape[1] for embeds, _ in rows]
         embeds = torch.cat([torch.nn.functional.pad(e, (0, 0, n, 0)) for (e, _), n in zip(rows, pads, strict=True)])
@@ -193,12 +197,26 @@ class FrozenMLLM(Reader):
         """Raise UserError if context tokens cannot have their weights here."""
         config = self.decoder.config
         check_weighable(config)
-        types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-        if "sliding_attention" in types if types else window is not None:
+        if not attention.attends_fully(config):
+            kinds = ", ".join(sorted(set(attention.layer_types(config)) - {attention.FULL}))
             raise UserError(
                 f"{self.model.config.model_type}: labels and panel with context tokens are not made for decoders with "
-                "sliding windows yet; set compressor.sharp=0, or use evocomp.compress, which works with them"
+                f"sliding windows or the like ({kinds}) yet; set compressor.sharp=0, or use evocomp.compress, which "
+                "works with them"
             )
+
+    def check_takes_masks(self) -> None:
+        """Raise UserError unless the decoder computes what explicit attention masks say, as gradients by gates need."""
+        attention.check_masks(self.decoder.config)
+        if not self._takes_masks:
+            raise UserError(
+                f"{self.decoder.config.model_type}: this decoder does not follow an explicit attention mask; choose "
+                "another search.strategy than gradient_seeded"
+            )
+
+    @functools.cached_property
+    def _takes_masks(self) -> bool:
+        return TransformersBody(self.decoder, self.vocabulary.dtype).takes_masks
 
     def _stop_ids(self) -> list[int]:
         stop = self.model.generation_config.eos_token_id

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from transformers import LlamaModel, MistralModel, Qwen2_5_VLTextModel, Qwen2Model, Qwen2VLTextModel
 
 from evocomp.config.schema import ScorerConfig
-from evocomp.mllm.sequences import Past, Table, weighed
+from evocomp.mllm import attention
+from evocomp.mllm.agreement import same_states
+from evocomp.mllm.sequences import Packing, Past, Table, weighed
 
 Weights = tuple[Tensor, Tensor | None]
 
 PACKED_BYTES = 256 * 2**20
 """Decoders up to this size get a second copy of their weights, laid out for oneDNN: reordering them costs time."""
-
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""Largest distance from transformers' own pass, as a share of the states' norm; 5 % in shorter formats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +81,10 @@ class LlamaBody:
         return lambda rows: self.linear(rows, weights)
 
     def __call__(
-        self, table: Table, index: Tensor, read: Tensor, mask: Tensor | None = None, past: Past | None = None
+        self, table: Table, index: Tensor, read: Tensor, packing: Packing | None = None, past: Past | None = None
     ) -> Tensor:
         """See `Body`."""
-        hidden = self._run(table, index, read, mask, past)
+        hidden = self._run(table, index, read, packing, past)
         return F.rms_norm(hidden, hidden.shape[-1:], self.norm, self.eps)
 
     def prefix(self, table: Table, rows: Tensor) -> Past:
@@ -93,6 +92,11 @@ class LlamaBody:
         past: list[tuple[Tensor, Tensor]] = []
         self._run(table, rows[None], torch.tensor([len(rows) - 1], device=rows.device), None, None, past)
         return tuple(past)
+
+    @property
+    def packs(self) -> bool:
+        """See `Body`: in this pass every token sees what its mask says."""
+        return True
 
     def linear(self, rows: Tensor, weights: Weights) -> Tensor:
         """rows @ weight.T + bias."""
@@ -107,7 +111,7 @@ class LlamaBody:
         table: Table,
         index: Tensor,
         read: Tensor,
-        mask: Tensor | None,
+        packing: Packing | None,
         past: Past | None,
         made: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
@@ -119,7 +123,7 @@ class LlamaBody:
         here = known.angles.index_select(0, flat)
         hidden = known.embeds.index_select(0, flat)
         before = past[0][0].shape[2] if past else 0
-        seen = _seen(length, before, mask, index.device)
+        seen = _seen(length, before, packing, index.device)
         if table.log_size is not None:
             seen = weighed(seen, F.pad(table.log_size[index], (before, 0)), length, self.dtype)
         for number, layer in enumerate(self.layers):
@@ -250,10 +254,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     )
 
 
-def _seen(length: int, before: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
+def _seen(length: int, before: int, packing: Packing | None, device: torch.device) -> Tensor | None:
     """Keys that each query sees, bool [L, P + L]; None means plainly causal."""
-    if mask is not None or not before:
-        return mask
+    if packing is not None:
+        plain = torch.ones(packing.longest, packing.longest, dtype=torch.bool, device=device).tril()
+        return packing.mask(plain, before)
+    if not before:
+        return None
     return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
 
 
@@ -284,10 +291,9 @@ def fits(decoder: nn.Module) -> bool:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if multi_axis(decoder) and not hasattr(decoder.rotary_emb, "recomposition_frequencies"):
         return False  # older releases put the axes together in the attention, not in the rotary module
-    sliding = getattr(config, "sliding_window", None) if type(decoder) is MistralModel else None
-    if config.hidden_act != "silu" or rope not in ("default", "linear", "llama3") or sliding:
+    if config.hidden_act != "silu" or rope not in ("default", "linear", "llama3"):
         return False
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    if not attention.attends_fully(config):
         return False
     projections = [
         getattr(part, f"{name}_proj", None)
@@ -320,7 +326,6 @@ def agrees(ours: LlamaBody, theirs: nn.Module) -> bool:
         position_ids=table.positions[..., index],
         attention_mask=torch.ones_like(index),
         use_cache=False,
-    ).last_hidden_state.float()
-    given = ours(table, index, torch.arange(16, device=embeds.device)).float()
-    tolerance = 5e-2 if embeds.dtype != ours.dtype else TOLERANCE.get(ours.dtype, 5e-2)
-    return bool((given - expected).norm() <= tolerance * expected.norm())
+    ).last_hidden_state
+    given = ours(table, index, torch.arange(16, device=embeds.device))
+    return same_states(given, expected, ours.dtype, embeds.dtype)

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evocomp.log import UserError
 from evocomp.mllm import families
+from evocomp.mllm.agreement import same_states
+from evocomp.mllm.attention import FULL, layer_types, plain_masks
+from evocomp.mllm.layer_attention import has_projections, queries_and_keys
+from evocomp.mllm.mask_probe import short_windows
 
 TOWER_FIELDS = frozenset(
     {
@@ -183,12 +186,44 @@ def class_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
 
 
 def is_readable(model: nn.Module) -> bool:
-    """Whether the decoder has what `DecoderReading` needs: plain queries and keys, causal attention, no DeepStack."""
+    """Whether `DecoderReading` computes the attention of this decoder, checked on a short random sequence."""
     policy = families.policy(model)
-    layers = families.unwrap(model).get_decoder().layers
-    attentions = [getattr(layer, "self_attn", None) for layer in layers]
-    plain = all(hasattr(attention, name) for attention in attentions for name in ("q_proj", "k_proj"))
-    return plain and not policy.deepstack and not policy.blocks
+    decoder = families.unwrap(model).get_decoder()
+    if policy.deepstack or policy.blocks or not all(has_projections(layer) for layer in decoder.layers):
+        return False
+    try:
+        return _agrees(decoder)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, UserError):
+        return False
+
+
+@torch.no_grad()
+def _agrees(decoder: nn.Module) -> bool:
+    """Whether attention from `DecoderReading` times the values is what each layer's output projection really gets."""
+    weight = decoder.layers[0].self_attn.o_proj.weight
+    embeds = torch.randn(1, 12, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
+    everything = torch.arange(embeds.shape[1], device=weight.device)
+    caught: list[dict[str, Tensor]] = [{} for _ in decoder.layers]
+    hooks = []
+    for layer, own in zip(decoder.layers, caught, strict=True):
+        attention = layer.self_attn
+        hooks.append(attention.v_proj.register_forward_hook(lambda _, __, out, own=own: own.update(values=out)))
+        hooks.append(attention.o_proj.register_forward_pre_hook(lambda _, args, own=own: own.update(mixed=args[0])))
+    try:
+        with short_windows(decoder.config):
+            run = functools.partial(decoder.forward, inputs_embeds=embeds, use_cache=False)
+            reading = DecoderReading(decoder, run, stop=False)
+            for number, own in enumerate(caught):
+                probabilities = reading.attention(number, 0, everything, everything)
+                values = own["values"][0].unflatten(-1, (-1, decoder.layers[number].self_attn.head_dim)).transpose(0, 1)
+                values = values.repeat_interleave(len(probabilities) // len(values), dim=0).float()
+                mixed = (probabilities @ values).transpose(0, 1).flatten(1)
+                if not same_states(mixed, own["mixed"][0], weight.dtype):
+                    return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return True
 
 
 class LayerReading(NamedTuple):
@@ -214,6 +249,7 @@ class _Caught:
     def rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if threading.get_ident() == self._thread:
             self.values["rotary"] = kwargs["position_embeddings"]
+            self.values["positions"] = kwargs.get("position_ids")
 
     @torch.compiler.disable
     def output(self, name: str, module: nn.Module, args: tuple, output) -> None:
@@ -254,14 +290,12 @@ class DecoderReading:
     def _layer(self, number: int) -> LayerReading:
         if number not in self._caught:
             self._read_up_to(number if self._stop else len(self) - 1)
-        caught, attention = self._caught[number], self.layers[number].self_attn
-        rotated = []
-        for name in ("q", "k"):
-            x = caught[f"{name}_proj"].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            rotated.append(getattr(attention, f"{name}_norm")(x) if hasattr(attention, f"{name}_norm") else x)
+        caught, module = self._caught[number], self.layers[number].self_attn
         if caught["rotary"][0].ndim != 3:
             raise UserError("reading a decoder with M-RoPE needs a newer transformers; pip install -U transformers")
-        return LayerReading(*apply_rotary_pos_emb(*rotated, *caught["rotary"]), caught["output"])
+        query, key = (caught[f"{name}_proj"] for name in ("q", "k"))
+        rotated = queries_and_keys(module, query, key, caught["rotary"], caught["positions"])
+        return LayerReading(*rotated, caught["output"])
 
     def _read_up_to(self, last: int) -> None:
         hooks, found = [], [_Caught() for _ in range(last + 1)]
@@ -281,7 +315,7 @@ class DecoderReading:
         finally:
             for hook in hooks:
                 hook.remove()
-        if not all(caught.values.keys() == {"rotary", "q_proj", "k_proj", "output"} for caught in found):
+        if not all(caught.values.keys() >= {"rotary", "q_proj", "k_proj", "output"} for caught in found):
             raise UserError("the decoder ran without its hooks, so its attention cannot be read; do not compile it")
         self._caught |= {number: caught.values for number, caught in enumerate(found)}
 
@@ -290,7 +324,7 @@ class DecoderReading:
         return OnDemand(len(self), make)
 
     def attention(self, number: int, row: int, queries: Tensor, keys: Tensor) -> Tensor:
-        """Causal attention probabilities [H, q, k] in float32 of one prompt of the batch.
+        """Attention probabilities [H, q, k] in float32 of one prompt of the batch, within the layer's window if it has one.
 
         Args:
             queries, keys: indices into its sequence [q], [k]; the probabilities are over these keys.
@@ -299,7 +333,12 @@ class DecoderReading:
         query, key = read.queries[row][:, queries], read.keys[row][:, keys]
         key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
         scores = query.float() @ key.float().transpose(1, 2) * self.layers[number].self_attn.scaling
-        return scores.masked_fill(keys[None] > queries[:, None], -torch.inf).softmax(-1)
+        seen = keys[None] <= queries[:, None]
+        kind = layer_types(self.decoder.config)[number]
+        if kind != FULL:
+            length = read.keys.shape[2]
+            seen = seen & plain_masks(self.decoder.config, length, seen.device)[kind][queries][:, keys]
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
 class OnDemand(Mapping):

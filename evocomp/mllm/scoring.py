@@ -13,11 +13,22 @@ from torch import Tensor
 
 from evocomp.config.schema import ScorerConfig
 from evocomp.log import UserError
-from evocomp.mllm import llama_body
+from evocomp.mllm import attention, llama_body
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.llama_body import LlamaBody
-from evocomp.mllm.sequences import Body, Past, Table, crop, joined, padded, prompt_index, prompt_table, with_context
+from evocomp.mllm.sequences import (
+    Body,
+    Packing,
+    Past,
+    Table,
+    crop,
+    joined,
+    padded,
+    prompt_index,
+    prompt_table,
+    with_context,
+)
 from evocomp.mllm.transformers_body import TransformersBody
 
 LONG_PREFIX = 8
@@ -120,7 +131,8 @@ class AnswerLosses:
         """The same masks for all J questions about one picture: kept [Q, R] ascending -> [Q, J] float32.
 
         One forward a mask: [text before the picture, kept tokens, question 1, question 2, ...] in which every
-        question sees the prefix and itself only. Equal to separate scoring but for rounding.
+        question sees the prefix and itself only. Equal to separate scoring but for rounding. Decoders that cannot be
+        given such masks (see `Body.packs`) score the questions one after another.
 
         Raises:
             UserError: the prompts differ before the picture's end, so that they share no prefix.
@@ -130,6 +142,8 @@ class AnswerLosses:
             return self.candidates(first, kept)[:, None]
         if not shares_prefix(features):
             raise UserError("shared scoring needs prompts that agree up to the end of the picture")
+        if not self.body.packs:
+            return torch.stack([self.candidates(one, kept) for one in features], dim=1)
         end = first.picture_end
         tables = [prompt_table(one, self.mllm.embed) for one in features]
         # rows of the first prompt up to the picture's end, then what follows in each of the prompts
@@ -145,16 +159,14 @@ class AnswerLosses:
         tails = torch.arange(end, table.embeds.shape[0], device=kept.device)
         index = torch.cat([picture, tails.expand(len(kept), -1)], dim=1)
         length = picture.shape[1]
-        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(kept.device)
-        mask = torch.ones(index.shape[1], index.shape[1], dtype=torch.bool, device=kept.device).tril()
-        mask[length:, length:] &= owner[:, None] == owner[None, :]
+        packing = Packing.of(length, sizes, kept.device)
         counts = [len(one.answer_ids) for one in features]
         ends = length + torch.tensor(sizes).cumsum(0)
         read = torch.cat([stop - count + torch.arange(count) for stop, count in zip(ends, counts, strict=True)])
         targets = torch.cat([one.answer_ids for one in features]).expand(len(kept), -1)
         start, past = self._prefix(features, table)
         losses = self._losses(
-            table, index[:, start:], read.to(kept.device) - start, targets, mask=mask[start:], past=past
+            table, index[:, start:], read.to(kept.device) - start, targets, packing=packing, past=past
         )
         return torch.stack([part.mean(1) for part in losses.split(counts, dim=1)], dim=1)
 
@@ -190,19 +202,20 @@ class AnswerLosses:
         index: Tensor,
         read: Tensor,
         targets: Tensor,
-        mask: Tensor | None = None,
+        packing: Packing | None = None,
         past: Past | None = None,
     ) -> Tensor:
         """Cross-entropy [Q, A] of the targets at the read places."""
+        attention.check_rope(self.mllm.decoder.config, table.positions)
         self.sequences += len(index)
         self.tokens += index.numel()
         if not self.settings.answers_only:
             everywhere = torch.arange(index.shape[1], device=index.device)
-            logits = self.head(self.body(table, index, everywhere, mask, past))
+            logits = self.head(self.body(table, index, everywhere, packing, past))
             places = read.expand(len(index), -1)
             logits = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[2]))
         else:
-            logits = self.head(self.body(table, index, read, mask, past))
+            logits = self.head(self.body(table, index, read, packing, past))
         return F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
 
     def _prefix(self, features: Sequence[Features], table: Table) -> tuple[int, Past | None]:

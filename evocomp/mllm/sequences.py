@@ -30,18 +30,54 @@ class Table:
     log_size: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Several sequences packed into one, which begin with the same tokens and do not see one another.
+
+    Attributes:
+        part: which of the packed sequences each token belongs to [P + L]; -1: all of them.
+        index: index of each token within its own sequence [P + L]; attention windows count by it.
+    """
+
+    part: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, shared: int, sizes: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
+        """`shared` common tokens, then one sequence's own tokens after another's, so many of each."""
+        counts = torch.tensor([shared, *sizes])
+        part = torch.arange(-1, len(sizes)).repeat_interleave(counts)
+        own = [torch.arange(shared), *(shared + torch.arange(size) for size in sizes)]
+        return cls(part.to(device), torch.cat(own).to(device))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest of the packed sequences."""
+        return int(self.index.max()) + 1
+
+    def mask(self, plain: Tensor, start: int = 0) -> Tensor:
+        """Which keys the tokens from `start` on attend to, bool [P + L - start, P + L].
+
+        Args:
+            plain: the same of a sequence on its own, bool [n, n], n at least `longest`.
+        """
+        queries = self.part[start:, None]
+        together = (queries == self.part) | (self.part == -1)
+        return plain[self.index[start:]][:, self.index] & together
+
+
 class Body(Protocol):
     """A decoder without its head, run over sequences of a table's rows."""
 
     def __call__(
-        self, table: Table, index: Tensor, read: Tensor, mask: Tensor | None = None, past: Past | None = None
+        self, table: Table, index: Tensor, read: Tensor, packing: Packing | None = None, past: Past | None = None
     ) -> Tensor:
         """Last hidden states at the read places.
 
         Args:
             index: rows of each sequence [Q, L], after those of `past`.
             read: places in `index` that are asked for: [A] in all sequences, or [Q, A].
-            mask: which keys each query sees [L, P + L]; None: those before it and itself.
+            packing: of the tokens of `past` and `index`, if each row packs several sequences; see `packs`.
             past: what came before.
 
         Returns:
@@ -51,6 +87,11 @@ class Body(Protocol):
 
     def prefix(self, table: Table, rows: Tensor) -> Past | None:
         """Keys and values of the rows [P]; None if this decoder's cannot be shared."""
+        ...
+
+    @property
+    def packs(self) -> bool:
+        """Whether this decoder gives packed sequences the states that they have on their own."""
         ...
 
 

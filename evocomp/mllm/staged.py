@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evocomp.log import UserError
+from evocomp.mllm import attention
+from evocomp.mllm.agreement import same_states
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.layer_attention import causal_rows, has_projections, queries_and_keys, rotary, seen_rows
+from evocomp.mllm.mask_probe import short_windows
 
 
 class LayerCache:
@@ -85,36 +88,82 @@ class Running:
         )
 
 
+class _Entered(Exception):
+    """Carries the hidden states that the first layer reads out of the decoder's forward."""
+
+
 class LayerLoop:
     """Runs a frozen MLLM's decoder layer by layer, without gradients.
 
     Raises:
-        UserError: positions with several rows (M-RoPE), sliding windows, DeepStack, or layers without plain q
-            and k.
+        UserError: the decoder is none that this loop reproduces: positions with several rows (M-RoPE), DeepStack,
+            layers without plain projections, or states or attention that differ from the decoder's own forward on a
+            short random sequence.
     """
 
     def __init__(self, mllm: FrozenMLLM):
         self.mllm = mllm
         self.decoder = mllm.decoder
-        self.depth = len(self.decoder.layers)
+        self.config = mllm.decoder.config
         fault = self._fault()
         if fault:
             raise UserError(
-                f"{mllm.model.config.model_type}: {fault}; the layer loop is made for Llama-like decoders"
+                f"{mllm.model.config.model_type} ({self.config.model_type}): {fault}; the layer loop is made for "
+                "Llama-like decoders"
             )
 
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.decoder.layers)
+
     def _fault(self) -> str | None:
-        config = self.decoder.config
-        if getattr(config, "rope_parameters", None) and "mrope_section" in config.rope_parameters:
+        if "mrope_section" in (getattr(self.config, "rope_parameters", None) or {}):
             return "positions have several rows (M-RoPE)"
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            return "some layers attend to a sliding window"
-        if not all(
-            hasattr(layer.self_attn, "q_proj") and hasattr(layer, "input_layernorm") for layer in self._layers
-        ):
-            return "attention without q_proj and k_proj"
+        others = set(attention.layer_types(self.config)) - set(attention.MASKED_TYPES)
+        if others:
+            return f"layers of type {', '.join(sorted(others))}"
+        if not all(has_projections(layer) for layer in self._layers):
+            return "layers without input_layernorm, q_proj, k_proj, v_proj and o_proj"
         self.mllm.check_scorable()
-        return None
+        try:
+            with short_windows(self.config):
+                same = self._reproduces()
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            return f"its layers cannot be run one by one ({str(error).splitlines()[0]})"
+        return None if same else "its layers run one by one differ from its own forward"
+
+    @torch.no_grad()
+    def _reproduces(self) -> bool:
+        """Whether states and attention are those of the decoder's own forward, on a random sequence with a gap."""
+        weight = self._layers[0].self_attn.o_proj.weight
+        embeds = torch.randn(1, 16, self.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
+        positions = torch.cat([torch.arange(8), 10 + torch.arange(8)]).to(weight.device)
+        attention.check_rope(self.config, positions)
+        mixed: list[Tensor] = []  # what the output projection of each layer reads
+        handles = [
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: mixed.append(args[0]))
+            for layer in self._layers
+        ]
+        try:
+            expected = self.decoder(
+                inputs_embeds=embeds, attention_mask=torch.ones_like(positions)[None], position_ids=positions[None]
+            ).last_hidden_state[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        running = Running(0, self._entered(embeds), positions, 0, len(positions))
+        for theirs in mixed:
+            module, rows = self._layers[running.layer].self_attn, self._rows(running)
+            value = module.v_proj(rows)[0].unflatten(-1, (-1, module.head_dim)).transpose(0, 1)
+            weights = self.attention(running, len(positions)).to(value.dtype)
+            ours = weights @ value.repeat_interleave(len(weights) // len(value), dim=0)
+            if not same_states(ours.transpose(0, 1).flatten(1), theirs[0].reshape(len(positions), -1), weight.dtype):
+                return False
+            running = self.step(running)
+        return same_states(self.normed(running), expected, weight.dtype)
 
     @property
     def _layers(self) -> nn.ModuleList:
@@ -128,28 +177,49 @@ class LayerLoop:
             raise UserError("the layer loop is made for one image, its tokens an unbroken run without separators")
         everything = torch.arange(len(at), device=at.device)
         embeds, positions = self.mllm.assemble(features, features.visual[None], everything[None])
-        return Running(0, embeds[0], positions[0], int(at[0]), len(at))
+        return Running(0, self._entered(embeds), positions[0], int(at[0]), len(at))
+
+    def _entered(self, embeds: Tensor) -> Tensor:
+        """Hidden states [L, D] that the first layer reads for LLM inputs [1, L, D]: some decoders scale them."""
+
+        def leave(_: nn.Module, args: tuple, settings: dict) -> None:
+            raise _Entered(args[0] if args else settings["hidden_states"])
+
+        handle = self._layers[0].register_forward_pre_hook(leave, with_kwargs=True)
+        try:
+            self.decoder(inputs_embeds=embeds, use_cache=False)
+        except _Entered as entered:
+            return entered.args[0][0]
+        finally:
+            handle.remove()
+        raise AssertionError("the decoder did not run its first layer")
 
     @torch.no_grad()
     def step(self, running: Running) -> Running:
         """Through one layer."""
-        layer, hidden = self._layers[running.layer], running.hidden[None]
         cache = running.cache.copy()
-        output = layer(
-            hidden,
-            attention_mask=self._mask(len(running.hidden), hidden),
-            position_embeddings=self._rotary(hidden, running.positions),
-            past_key_values=cache,
-        )
-        output = output[0] if isinstance(output, tuple) else output
+        mask = self._mask(running.layer, len(running.hidden), len(running.hidden), running.hidden)
         return replace(
             running,
             layer=running.layer + 1,
-            hidden=output[0],
+            hidden=self._run(running.layer, running.hidden, running.positions, mask, cache),
             cache=cache,
             next_positions=(*running.next_positions, int(running.positions[-1]) + 1),
             previous=running,
         )
+
+    def _run(
+        self, number: int, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache
+    ) -> Tensor:
+        """One layer over hidden states [L, D] at positions [L]."""
+        output = self._layers[number](
+            hidden[None],
+            attention_mask=mask,
+            position_ids=positions[None],
+            position_embeddings=rotary(self.decoder, number, hidden[None], positions[None]),
+            past_key_values=cache,
+        )
+        return (output[0] if isinstance(output, tuple) else output)[0]
 
     def path(self, features: Features) -> list[Running]:
         """The prompt before each layer when nothing is dropped: entry i is before layer i, the last after
@@ -167,33 +237,23 @@ class LayerLoop:
             running = self.step(drop(running))
         return running
 
+    def _rows(self, running: Running) -> Tensor:
+        """What the next layer's projections read [1, L, D]."""
+        return self._layers[running.layer].input_layernorm(running.hidden[None])
+
     @torch.no_grad()
     def queries_and_keys(self, running: Running) -> tuple[Tensor, Tensor]:
         """Rotated queries [H, L, d] and keys [kv, L, d] that the next layer makes of its input."""
-        layer = self._layers[running.layer]
-        module, rows = layer.self_attn, layer.input_layernorm(running.hidden[None])
-        query, key = (
-            getattr(module, name)(rows).unflatten(-1, (-1, module.head_dim)) for name in ("q_proj", "k_proj")
-        )
-        query, key = (
-            (getattr(module, name)(x) if hasattr(module, name) else x).transpose(1, 2)
-            for name, x in (("q_norm", query), ("k_norm", key))
-        )
-        query, key = apply_rotary_pos_emb(query, key, *self._rotary(rows, running.positions))
+        module, rows, positions = self._layers[running.layer].self_attn, self._rows(running), running.positions[None]
+        embeddings = rotary(self.decoder, running.layer, rows, positions)
+        query, key = queries_and_keys(module, module.q_proj(rows), module.k_proj(rows), embeddings, positions)
         return query[0], key[0]
 
     def attention(self, running: Running, rows: int) -> Tensor:
         """Attention probabilities [H, rows, L] of the last `rows` queries in the next layer, float32."""
         query, key = self.queries_and_keys(running)
-        key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
-        scores = (
-            query[:, -rows:].float()
-            @ key.float().transpose(1, 2)
-            * self._layers[running.layer].self_attn.scaling
-        )
-        length = key.shape[1]
-        seen = torch.ones(rows, length, dtype=torch.bool, device=key.device).tril(length - rows)
-        return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        seen = seen_rows(self.config, running.layer, rows, key.shape[1], key.device)
+        return causal_rows(query, key, seen, self._layers[running.layer].self_attn.scaling)
 
     @torch.no_grad()
     def normed(self, running: Running) -> Tensor:
@@ -215,27 +275,20 @@ class LayerLoop:
             said.append(int(logits.argmax()))
             if said[-1] in stops or step == max_new_tokens - 1:
                 break
-            hidden = self.mllm.embed(torch.tensor([[said[-1]]], device=last.device))
-            for number, layer in enumerate(self._layers):
+            hidden = self._entered(self.mllm.embed(torch.tensor([[said[-1]]], device=last.device)))
+            for number in range(self.depth):
                 position = torch.tensor([running.next_positions[number] + step], device=last.device)
-                output = layer(
-                    hidden,
-                    attention_mask=None,
-                    position_embeddings=self._rotary(hidden, position),
-                    past_key_values=cache,
-                )
-                hidden = output[0] if isinstance(output, tuple) else output
-            last = hidden[0, -1]
+                mask = self._mask(number, 1, 1 + cache.held[number][0].shape[2], hidden)
+                hidden = self._run(number, hidden, position, mask, cache)
+            last = hidden[-1]
         return self.mllm.processor.tokenizer.decode(said, skip_special_tokens=True).strip(), first
 
-    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.decoder.rotary_emb(hidden, positions[None])
+    def _mask(self, number: int, rows: int, length: int, like: Tensor) -> Tensor | None:
+        """Mask [1, 1, rows, L] of the last tokens of a sequence in a layer; None where every token sees all keys.
 
-    def _mask(self, length: int, like: Tensor) -> Tensor | None:
-        """Causal mask [1, 1, L, L]; FlashAttention makes its own."""
-        if "flash" in (self.decoder.config._attn_implementation or ""):
+        FlashAttention makes its own.
+        """
+        if "flash" in (self.config._attn_implementation or ""):
             return None
-        blocked = torch.full(
-            (length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device
-        )
-        return blocked.triu(1)[None, None]
+        seen = seen_rows(self.config, number, rows, length, like.device)
+        return None if bool(seen.all()) else attention.additive(seen, like.dtype)[None, None]

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from evocomp.mllm.sequences import Past, Table, weighed
+from evocomp.log import UserError
+from evocomp.mllm import attention, mask_probe
+from evocomp.mllm.sequences import Packing, Past, Table, weighed
 
 
 class TransformersBody:
@@ -16,50 +18,80 @@ class TransformersBody:
     Args:
         decoder: `get_decoder()` of the MLLM.
         dtype: of its weights.
+
+    Attributes:
+        takes_masks: whether the decoder computes what explicit attention masks say.
     """
 
     def __init__(self, decoder: nn.Module, dtype: torch.dtype):
         self.decoder = decoder
         self.dtype = dtype
+        self.takes_masks = self._takes_masks()
 
     def __call__(
-        self, table: Table, index: Tensor, read: Tensor, mask: Tensor | None = None, past: Past | None = None
+        self, table: Table, index: Tensor, read: Tensor, packing: Packing | None = None, past: Past | None = None
     ) -> Tensor:
         """See `Body`."""
         before = past[0][0].shape[2] if past else 0
-        hidden = self._run(table, index, before, mask, self._cache(past, len(index)) if past else None)
+        hidden = self._run(table, index, before, packing, self._cache(past, len(index)) if past else None)
         if read.ndim == 1:
             return hidden[:, read]
         return hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))
 
     def prefix(self, table: Table, rows: Tensor) -> Past | None:
-        """See `Body`. None with sliding windows, whose caches forget."""
-        if "sliding_attention" in (getattr(self.decoder.config, "layer_types", None) or ()):
+        """See `Body`. None unless every layer attends to all that came before: other caches forget or mix tokens."""
+        if not attention.attends_fully(self.decoder.config):
             return None
         cache = DynamicCache(config=self.decoder.config)
         self._run(table, rows[None], 0, None, cache)
         return tuple((layer.keys, layer.values) for layer in cache.layers)
 
+    @property
+    def packs(self) -> bool:
+        """See `Body`."""
+        # Llama 4 scales queries by their index in the forward pass, which is another one in a packed sequence
+        return self.takes_masks and not getattr(self.decoder.config, "attn_temperature_tuning", False)
+
+    def _takes_masks(self) -> bool:
+        config = self.decoder.config
+        try:
+            attention.check_masks(config)
+        except UserError:
+            return False
+        return mask_probe.packs_as_apart(self, config, next(self.decoder.parameters()).device)
+
     def _run(
-        self, table: Table, index: Tensor, before: int, mask: Tensor | None, cache: DynamicCache | None
+        self, table: Table, index: Tensor, before: int, packing: Packing | None, cache: DynamicCache | None
     ) -> Tensor:
-        count, length = index.shape
+        length = index.shape[1]
         positions = table.positions[..., index]
         if positions.ndim == 3:  # M-RoPE: the text row tells the mask where sequences start; keep it dense
             positions[0] = torch.arange(before, before + length, device=index.device)
-        if table.log_size is not None:
-            seen = weighed(mask, pad(table.log_size[index], (before, 0)), length, self.dtype)
-        elif mask is None:
-            seen = torch.ones(count, before + length, dtype=torch.long, device=index.device)
-        else:
-            seen = mask.expand(count, 1, -1, -1)
         return self.decoder(
             inputs_embeds=table.embeds.to(self.dtype)[index],
-            attention_mask=seen,
+            attention_mask=self._mask(table, index, before, packing),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
+
+    def _mask(
+        self, table: Table, index: Tensor, before: int, packing: Packing | None
+    ) -> Tensor | dict[str, Tensor]:
+        """The decoder's `attention_mask`: all ones [Q, P + L], or prepared masks for packed or weighted tokens."""
+        count, length = index.shape
+        if table.log_size is not None:  # only without windows, see `FrozenMLLM.check_weighable`
+            return weighed(None, pad(table.log_size[index], (before, 0)), length, self.dtype)
+        if packing is None:
+            return torch.ones(count, before + length, dtype=torch.long, device=index.device)
+        config = self.decoder.config
+        masks = {}
+        for kind, plain in attention.plain_masks(config, packing.longest, index.device).items():
+            seen = packing.mask(plain, before)
+            if config._attn_implementation != "sdpa":  # eager attention adds its mask to the logits
+                seen = attention.additive(seen, self.dtype)
+            masks[kind] = seen.expand(count, 1, -1, -1)
+        return attention.decoder_masks(config, masks)
 
     def _cache(self, past: Past, count: int) -> DynamicCache:
         cache = DynamicCache(config=self.decoder.config)

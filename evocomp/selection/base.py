@@ -53,7 +53,7 @@ class SelectionInputs:
     clip_next_queries: Tensor | None = None
     """Query projections of the CLIP layer that follows [N+1, C]; PruMerge's."""
     clip_image_embeds: Tensor | None = None
-    """Patches in CLIP's joint image-text space [N, E]."""
+    """Patches in CLIP's joint image-text space [N, E]; no MLLM has them, see `CDPruner`."""
     clip_text_embeds: Tensor | None = None
     """Segments of the question in that space [M, E]."""
     llm_attention: PerLayer | None = None

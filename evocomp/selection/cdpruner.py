@@ -54,7 +54,12 @@ def cdpruner(tokens: Tensor, quality: Tensor, r: int) -> Tensor:
 
 @dataclass(frozen=True)
 class CDPruner(Selector):
-    """Diverse tokens weighted by relevance to the question; needs CLIP's text tower."""
+    """Diverse tokens weighted by relevance to the question, both in CLIP's joint space.
+
+    No MLLM carries CLIP's text tower and visual projection, which the authors load besides, so the panel does not have
+    this selector. Give `clip_image_embeds`, the visual projection of post_layernorm of the patches in the layer that
+    the projector reads, and `clip_text_embeds`, the text tower's output for the question cut into segments of 77.
+    """
 
     name = "cdpruner"
     needs = frozenset({"clip_image_embeds", "clip_text_embeds"})

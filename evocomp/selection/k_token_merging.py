@@ -1,19 +1,30 @@
 """K-Token Merging: a light learned encoder turns each K consecutive tokens into one (arXiv 2604.15153).
 
-Written from the paper's abstract (no code is public): there it shortens text prompts by up to 75 % for an
-LLM adapted with LoRA; here it merges visual tokens. Unlike the rest of this room it must be trained.
+After the authors' code (github.com/shsjxzh/K-Token-Merging, April 2026), which shortens text prompts for an LLM adapted
+with LoRA; here it merges visual tokens. Unlike the other selectors it must be trained.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WIDTHS = {1: 2.0, 2: 2.0, 3: 2.0}
+"""Width of the hidden layer by block size K, as a multiple of K * D."""
+
+WIDTH = 1.5
+"""The same for K from 4 on. The authors give no value above K = 4; there it is our choice."""
+
 
 class BlockMerger(nn.Module):
     """Each contiguous block of `block` tokens of width `hidden_size` -> one token.
 
-    merged = mean of the block + MLP(concatenated block). The MLP's last layer starts at zero, so training
-    starts from block means. A short last block is padded with zeros and averaged over its own tokens.
+    merged = mean of the block + MLP(concatenated block), with three linear layers and ReLU between them, of widths
+    K D -> 1.5 to 2 K D -> K D -> D, from PyTorch's default initialisation, as in the authors' code. A short last block,
+    which they do not have, is padded with zeros and averaged over its own tokens.
+
+    Args:
+        hidden_size: D.
+        block: K.
     """
 
     def __init__(self, hidden_size: int, block: int):
@@ -21,12 +32,10 @@ class BlockMerger(nn.Module):
         if block < 1:
             raise ValueError(f"block must be at least 1 token, not {block}")
         self.block = block
-        width = max(1, hidden_size // 4)
+        size, width = block * hidden_size, int(WIDTHS.get(block, WIDTH) * block) * hidden_size
         self.residual = nn.Sequential(
-            nn.Linear(block * hidden_size, width), nn.GELU(), nn.Linear(width, hidden_size)
+            nn.Linear(size, width), nn.ReLU(), nn.Linear(width, size), nn.ReLU(), nn.Linear(size, hidden_size)
         )
-        nn.init.zeros_(self.residual[-1].weight)
-        nn.init.zeros_(self.residual[-1].bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., N, D] -> [..., ceil(N / block), D]."""

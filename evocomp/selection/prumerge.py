@@ -32,10 +32,11 @@ def outlier_ratio(attention: Tensor) -> float:
 def plus_centres(attention: Tensor, ratio: float, adaptive: bool = True) -> Tensor:
     """PruMerge+ centres [K] as published: the top int(N * ratio) by attention [N], then patches of a grid.
 
-    Grid patches run from 0 with stride int(int(1 / ratio) / 3) up to, not including, N - 1, without those
-    already there. In the training variant (`adaptive` false) they run from int(step / 2) with stride step =
-    int(1 / ratio), and duplicates stay. Where the original fails we take stride 1 (ratio above 1/3) and, for
-    ratio 0, the stride of a single outlier.
+    Adaptive (`if_adaptive=True` in the authors' code, `ratio` from `outlier_ratio`): grid patches run from 0 with
+    stride int(int(1 / ratio) / 3) up to, not including, N - 1, without those already there. Otherwise
+    (`if_adaptive=False`, `ratio` given): they run from int(step / 2) with stride step = int(1 / ratio), and patches
+    that are centres already are repeated. Where the original fails we take stride 1 (ratio above 1/3), for ratio 0
+    the stride of a single outlier, and a grid of another length than the top.
     """
     n = len(attention)
     top = descending(attention)[: int(n * ratio)]
@@ -56,19 +57,26 @@ def plus_centres_exact(attention: Tensor, count: int) -> Tensor:
 def merge(features: Tensor, keys: Tensor, attention: Tensor, centres: Tensor) -> Tensor:
     """One row a centre and one for all the rest [K+1, C], from patch features and keys [N, C].
 
-    A centre becomes itself plus its 32 nearest other patches by cosine of keys (all of them when there are
-    fewer), each times its raw attention [N], not normalised. The last row sums the patches that are no
-    centre, times attention. Repeated centres, which only the training variant of PruMerge+ has, cost the
-    last row that many of the first such patches, as published.
+    A centre becomes itself plus its 32 nearest of a pool by cosine of keys (all of it when it is smaller), each times
+    its raw attention [N], not normalised. The pool holds the other centres and the patches that are no centre. The last
+    row sums the patches that are no centre, times attention.
+
+    Repeated centres (PruMerge+ with `if_adaptive=False`) are as in the authors' code: each has the other one in its
+    pool, and so many of the first patches that are no centre are in no pool and not in the last row.
+
+    Args:
+        centres: patch indices [K], repeated ones allowed.
     """
-    x, n = features.float(), len(features)
-    nearness = cosine(keys[centres], keys).scatter(1, centres[:, None], -torch.inf)
-    near = descending(nearness)[:, : min(NEIGHBOURS, n - 1)]
-    weights = torch.zeros_like(nearness).scatter(1, near, attention.float()[near])
+    x, n, count = features.float(), len(features), len(centres)
     free = torch.ones(n, dtype=torch.bool, device=x.device).index_fill(0, centres, False)
-    repeated = len(centres) - int((~free).sum())
+    repeated = count - int((~free).sum())
     rest = free.nonzero()[repeated:, 0]
-    rows = torch.cat([x[centres] + weights @ x, (attention.float()[rest] @ x[rest])[None]])
+    pool = torch.cat([centres, rest])
+    nearness = cosine(keys[centres], keys[pool])
+    nearness[:, :count].fill_diagonal_(-torch.inf)
+    near = descending(nearness)[:, : min(NEIGHBOURS, len(pool) - 1)]
+    weights = torch.zeros_like(nearness).scatter(1, near, attention.float()[pool[near]])
+    rows = torch.cat([x[centres] + weights @ x[pool], (attention.float()[rest] @ x[rest])[None]])
     return rows.to(features.dtype)
 
 
@@ -88,7 +96,8 @@ class PruMerge(Selector):
     source = "arXiv 2403.15388, github.com/42Shawn/LLaVA-PruMerge"
 
     adaptive: bool = False
-    """Let the image decide how many rows there are, as published; `keep` is then ignored."""
+    """Let the image decide how many rows there are, which is the authors' default; `keep` is then ignored. Otherwise
+    `keep` - 1 centres, which is theirs with `if_adaptive=False` and `reduction_ratio` = (`keep` - 1) / N."""
 
     def centres(self, attention: Tensor, keep: int) -> Tensor:
         """Patch numbers of the centres [K] in output order."""
@@ -112,7 +121,11 @@ class PruMerge(Selector):
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge with evenly spaced centres added: centres by attention, then by grid, then the extra row."""
+    """PruMerge with evenly spaced centres added: centres by attention, then by grid, then the extra row.
+
+    Adaptive, it is the authors' (`plus_centres`). For a fixed budget the division into attention and grid is ours
+    (`plus_centres_exact`): the authors' fixed rule repeats patches and is defined for few budgets only.
+    """
 
     name = "prumerge_plus"
 

@@ -3,7 +3,8 @@
     python -m evocomp.training.k_token_merging --run runs/nano
 
 trains one merger for each kept count of the run that divides the number of visual tokens, and puts it where
-`evocomp eval --run runs/nano --panel full` finds it. About a minute of one CPU core for each on nano.
+`evocomp eval --run runs/nano --panel full` finds it. The merger has about
+3 (K D)^2 parameters: with large blocks it is larger than a small LLM, and takes minutes of a CPU core on nano.
 """
 
 import argparse

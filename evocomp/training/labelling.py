@@ -62,16 +62,16 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
         "seed": config.seed,
     }
-    labeller = build_rounds(config, mllm, splits, None)  # first: settings that it refuses leave no store behind
-    labeller.store = _open_store(store_folder, fingerprint, config.labels.overwrite)
+    scorer, rounds = _scorer_and_rounds(config, mllm, splits)  # first: settings that it refuses leave no store behind
+    store, refreshed = _open_store(store_folder, fingerprint, config.labels.overwrite), None
     if config.labels.dir and follows_compressor(config.labels):
         path = os.path.abspath(folder)
         own = f"refreshed-{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-        labeller.refreshed = _open_store(store_folder / own, {**fingerprint, "run": path}, overwrite=True)
+        refreshed = _open_store(store_folder / own, {**fingerprint, "run": path}, overwrite=True)
     if is_rank_zero():
         tokens = len(mllm.features(splits.train[:1])[0].visual)
         say_disk_use(config, len(splits.train), tokens, store_folder)
-    return labeller
+    return Labeller(mllm, scorer, rounds, store, splits.train, refreshed)
 
 
 def follows_compressor(labels: LabelConfig) -> bool:
@@ -92,6 +92,10 @@ def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> L
 
 def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore | None) -> Labeller:
     """The labeller for the kind of label that the settings name."""
+    return Labeller(mllm, *_scorer_and_rounds(config, mllm, splits), store, splits.train)
+
+
+def _scorer_and_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> tuple[CandidateScorer, Rounds]:
     settings, ids = config.labels, [example.id for example in splits.train]
     dtype = None if settings.dtype == "model" else settings.dtype
     scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
@@ -120,4 +124,4 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     if settings.refresh == "on_policy":
         section = config.compressor
         rounds = OnPolicyRounds(rounds, ids, scorer, settings, config.seed, section.sharp, section.hedge)
-    return Labeller(mllm, scorer, rounds, store, splits.train)
+    return scorer, rounds

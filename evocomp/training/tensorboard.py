@@ -84,13 +84,12 @@ class TensorBoardPage:
         """Labels of the pictures, made as those of the training questions were, and as costly."""
         labeller = self.refresh.labeller
         known = {example.id: example for example in self.shown}
-        forwards = labeller.scorer.forwards  # looking is not what labels cost
 
         def encode(ids: Sequence[int]) -> list[Features]:
             return labeller.mllm.features([known[id] for id in ids])
 
-        made = {record["id"]: record for record in labeller.rounds.make(0, list(known), encode, {}, None)}
-        labeller.scorer.forwards = forwards
+        with labeller.scorer.uncounted():  # these are not the labels that training pays for
+            made = {record["id"]: record for record in labeller.rounds.make(0, list(known), encode, {}, None)}
         return [made[example.id] for example in self.shown]
 
     # ------------------------------------------------------------ every round

@@ -78,20 +78,68 @@ def test_another_best_mask_is_reported_with_its_loss(sample):
         label_search.same_best(sample, good, label_search.replace(good, kept=kept))
 
 
+def with_losses(monkeypatch, change):
+    """Our way of scoring gives `change(kept, losses)`."""
+    right = CandidateScorer.__call__
+
+    def changed(self, features, kept, flips=False):
+        return change(kept, right(self, features, kept, flips)).astype(np.float32)
+
+    monkeypatch.setattr(CandidateScorer, "__call__", changed)
+
+
+def noise(kept, size):
+    """Deterministic noise of each mask, up to `size` either way."""
+    return size * np.sin(kept.astype(float) @ np.arange(1, kept.shape[1] + 1) ** 2)
+
+
 def test_searches_that_end_elsewhere_are_counted(sample, monkeypatch):
     row = label_search.best_masks([sample], "cpu", **EFFORT)
     assert row["ratio"] == row["equal_loss"] == 1 and row["largest_difference"] == 0
-    right = label_search._search
+    assert row["largest_error"] <= 1e-5
+    # rounding of another size: other ties are broken, and the search ends elsewhere
+    with_losses(monkeypatch, lambda kept, losses: losses + noise(kept, 4e-6))
+    row = label_search.best_masks(nano_samples(2)[1:], "cpu", q=12, p=4, generations=3)
+    assert row["ratio"] == 0 and row["largest_difference"] > 0
+    assert 1e-6 < row["largest_error"] <= 1e-5 and 0 < row["largest_tie"] <= 2e-5
 
-    def worst(sample, strategy, score, generations, remember=True):
-        if score == sample.removed:
-            return right(sample, strategy, score, generations, remember)
-        found = right(sample, strategy, lambda kept: -score(kept), generations, remember)
-        return label_search.replace(found, loss=-found.loss)
 
-    monkeypatch.setattr(label_search, "_search", worst)
-    row = label_search.best_masks([sample], "cpu", **EFFORT)
-    assert row["ratio"] == row["equal_loss"] == 0 and row["largest_difference"] > 1e-3
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kept, losses: losses + noise(kept, 1e-3),
+        lambda kept, losses: -losses,
+        lambda kept, losses: np.where(losses == losses.min(), losses + 1e-3, losses),
+    ],
+    ids=["noise above the tolerance", "upside down", "one of them"],
+)
+def test_a_search_misled_by_more_than_ties_gets_no_row(sample, monkeypatch, change):
+    with_losses(monkeypatch, change)
+    with pytest.raises(AssertionError):
+        label_search.best_masks([sample], "cpu", **EFFORT)
+
+
+def test_searches_part_at_ties_only(sample):
+    """Of masks with known losses: where two ways may rank them otherwise, and where not."""
+    result = label_search._search(sample, label_search.Published(q=6, p=2), sample.removed, 1)
+
+    def scored(losses, order=(0, 1, 2)):
+        kept = result.scored_kept[list(order)]
+        return label_search.replace(result, scored_kept=kept, scored_losses=np.array(losses, np.float32))
+
+    true = scored([1.0, 1.00001, 2.0])
+    assert label_search.ranked_alike(true, true, torch.float32) == 0
+    tie = label_search.ranked_alike(true, scored([1.00001, 1.0, 5.0], (0, 1, 3)), torch.float32)
+    assert tie == pytest.approx(1e-5, rel=0.1)
+    with pytest.raises(AssertionError, match="rank all masks alike"):
+        label_search.ranked_alike(true, scored([1.0, 1.00001, 5.0], (0, 1, 3)), torch.float32)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        label_search.ranked_alike(true, scored([1.0, 1.1, 2.0]), torch.float32)
+    with pytest.raises(AssertionError, match="do not tie"):
+        monstrous = label_search.ERROR | {torch.float32: 1.0}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(label_search, "ERROR", monstrous)
+            label_search.ranked_alike(true, scored([2.5, 1.0, 2.0]), torch.float32)
 
 
 def test_labels_are_made_three_times_faster(sample):

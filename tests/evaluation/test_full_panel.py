@@ -37,7 +37,7 @@ def test_every_rival_has_a_row(run_folder):
     assert given == {"random_tokens+context", "cls_attention+context", "divprune+context"}
     assert methods == expected | set(FULL) | staged | given
     without = {row["method"] for row in rows if row["not_applicable"]}
-    assert without == {"cdpruner", "k_token_merging"}  # nano has no text tower; nothing was trained
+    assert without == {"k_token_merging"}  # nothing was trained
     inside = {row["method"] for row in rows if row["group"] == INSIDE_LLM}
     assert inside == staged
     for row in rows:
@@ -57,6 +57,8 @@ def test_a_panel_of_named_rivals(run_folder, tmp_path):
     assert {"divprune", "fastv", "random", "full"} < methods and not methods & {"tome", "fastv_inside"}
     with pytest.raises(UserError, match="'no_such' is none of basic, full, "):
         evaluate_run(run_folder, panel="divprune,no_such")
+    with pytest.raises(UserError, match="cdpruner.*no MLLM carries CLIP's text tower"):
+        evaluate_run(run_folder, panel="divprune,cdpruner")
 
 
 def test_only_a_report_on_the_same_is_replaced(run_folder, tmp_path):

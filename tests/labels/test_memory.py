@@ -30,21 +30,21 @@ def test_small_room_gives_the_same_losses_in_more_forwards(nano, encoded, monkey
     one = Room(nano, 4)
     monkeypatch.setattr(memory, "CPU_BYTES", 3 * (24 * one.token + one.logits))
     scorer, batches = CandidateScorer(nano), []
-    scorer.on_batch = lambda: batches.append(1)
-    np.testing.assert_allclose(scorer(encoded[0], kept), expected, atol=1e-5)
+    with scorer.after_each_batch(lambda: batches.append(1)):
+        np.testing.assert_allclose(scorer(encoded[0], kept), expected, atol=1e-5)
     assert len(batches) >= 3
     np.testing.assert_allclose(scorer.each(encoded[:2], each), expected_each, atol=1e-5)
     free = CandidateScorer(nano, settings=ScorerConfig(fit_memory=False))
     batches.clear()
-    free.on_batch = lambda: batches.append(1)
-    free(encoded[0], kept)
+    with free.after_each_batch(lambda: batches.append(1)):
+        free(encoded[0], kept)
     assert len(batches) == 1
 
 
 def test_one_at_a_time_when_batching_is_off(nano, encoded):
     scorer, batches = CandidateScorer(nano, settings=ScorerConfig(batched=False)), []
-    scorer.on_batch = lambda: batches.append(1)
-    np.testing.assert_allclose(scorer(encoded[0], masks(5)), CandidateScorer(nano)(encoded[0], masks(5)), atol=1e-5)
+    with scorer.after_each_batch(lambda: batches.append(1)):
+        np.testing.assert_allclose(scorer(encoded[0], masks(5)), CandidateScorer(nano)(encoded[0], masks(5)), atol=1e-5)
     assert len(batches) == 5
     # several samples with several masks each come one by one too
     each = np.stack([masks(2), masks(2)])

@@ -84,6 +84,25 @@ def test_records_hold_what_was_proposed_and_how_good_it_was():
         assert np.allclose(record["log_prob"], old, atol=1e-5)
 
 
+def test_a_chunk_is_made_by_its_arguments_alone():
+    """No matter what was called before it, if anything, and whatever stands beside it in the chunk."""
+    first = make(build()[0], 1, {})
+    for round, previous in ((1, {}), (2, first)):
+        rounds, _ = build()
+        expected = make(rounds, round, previous)
+        chunks = rounds.chunks(round, previous)
+        mixed = [chunks[0][0], chunks[-1][0], chunks[1][0]]
+        for ids in (*chunks, mixed):
+            alone, _ = build()
+            later, _ = build()
+            later.chunks(5, first)
+            for one in (alone, later):
+                for record in one.make(round, ids, encode, previous, scores):
+                    wanted = expected[record["id"]]
+                    assert all(np.array_equal(record[name], wanted[name]) for name in wanted)
+        assert drawn(expected), "some of them are proposals"
+
+
 def test_proposals_follow_the_scores():
     rounds, _ = build(samples_per_refresh=40)
     kept = np.concatenate([make(rounds, 1, {})[id]["draws"][:, :4].ravel() for id in (1, 2, 3, 4, 5, 6, 7, 8)])

@@ -141,14 +141,14 @@ def test_earlier_turns_break_sharing_only_if_they_differ(nano, questions):
 def test_what_is_spent_is_counted_and_said(nano, encoded):
     scorer = CandidateScorer(nano, batch=4, settings=ScorerConfig(own_pass=False, fit_memory=False))
     calls = []
-    scorer.on_batch = lambda: calls.append(scorer.forwards)
     rows = []
     hook = nano.decoder.register_forward_pre_hook(
         lambda _, __, kw: rows.append(tuple(kw["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     together = same_picture(encoded)[:5]
     try:
-        scorer(encoded[0], masks(10, 16))
+        with scorer.after_each_batch(lambda: calls.append(scorer.forwards)):
+            scorer(encoded[0], masks(10, 16))
         text = len(encoded[0].text_at)
         assert rows == [(n, text + 16) for n in (4, 4, 2)] and len(calls) == 3
         scorer.shared(together, masks(6, 16))
@@ -159,6 +159,32 @@ def test_what_is_spent_is_counted_and_said(nano, encoded):
     assert scorer.forwards == 10 + 6 * 5 and scorer.seconds > 0
     assert scorer.losses.sequences == sum(count for count, _ in rows) == 16
     assert scorer.losses.tokens == sum(count * length for count, length in rows)
+
+
+def test_nothing_is_counted_within_uncounted(nano, encoded):
+    """All counts: those that say what labels cost are read from several of them."""
+    scorer = CandidateScorer(nano)
+    scorer(encoded[0], masks(3, 16))
+
+    def counts():
+        return scorer.forwards, scorer.seconds, scorer.losses.sequences, scorer.losses.tokens
+
+    before = counts()
+    with pytest.raises(RuntimeError, match="on purpose"), scorer.uncounted():
+        scorer(encoded[0], masks(3, 16))
+        assert all(after > first for after, first in zip(counts(), before, strict=True))
+        raise RuntimeError("on purpose")
+    assert counts() == before and before[0] == 3
+
+
+def test_one_call_after_each_batch_at_a_time(nano, encoded):
+    scorer, calls = CandidateScorer(nano), []
+    with scorer.after_each_batch(lambda: calls.append(1)):
+        with pytest.raises(RuntimeError, match="already"), scorer.after_each_batch(print):
+            pass
+        scorer(encoded[0], masks(3, 16))
+    scorer(encoded[0], masks(3, 16))
+    assert len(calls) == 1, "over after the block, and not before"
 
 
 def test_our_own_pass_is_counted_alike(nano, encoded):

@@ -4,12 +4,32 @@ import torch
 from evocomp.selection.k_token_merging import BlockMerger
 
 
+def by_hand(merger: BlockMerger, block: torch.Tensor, k: int) -> torch.Tensor:
+    """Mean of a block [n, D], n up to K, plus the MLP of what it is when padded with zeros, in float64."""
+    weights = [parameter.double() for parameter in merger.parameters()]
+    x = torch.cat([block.double(), block.new_zeros(k - len(block), block.shape[1]).double()]).flatten()
+    x = (weights[0] @ x + weights[1]).clamp(min=0)
+    x = (weights[2] @ x + weights[3]).clamp(min=0)
+    return block.double().mean(0) + weights[4] @ x + weights[5]
+
+
 @pytest.mark.parametrize("n", [12, 13, 15, 1])
-def test_starts_as_the_mean_of_each_block(n, generator):
-    tokens = torch.randn(2, n, 8, generator=generator)
-    merged = BlockMerger(8, 4)(tokens)
-    want = torch.stack([tokens[:, i : i + 4].double().mean(1) for i in range(0, n, 4)], dim=1)
-    assert torch.allclose(merged.double(), want, atol=1e-6)
+def test_mean_of_each_block_and_three_layers_of_it(n, generator):
+    torch.manual_seed(0)
+    tokens, merger = torch.randn(2, n, 8, generator=generator), BlockMerger(8, 4)
+    want = torch.stack(
+        [torch.stack([by_hand(merger, one[i : i + 4], 4) for i in range(0, n, 4)]) for one in tokens]
+    )
+    assert torch.allclose(merger(tokens).double(), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(("block", "width"), [(2, 4), (3, 6), (4, 6), (9, 13)])
+def test_widths_of_the_published_code(block, width):
+    """Hidden layers of int(factor * K) * D and K * D, factor 2 up to K = 3 and 1.5 from 4 on; not started at zero."""
+    merger = BlockMerger(8, block)
+    shapes = [tuple(parameter.shape) for parameter in merger.parameters() if parameter.ndim == 2]
+    assert shapes == [(8 * width, 8 * block), (8 * block, 8 * width), (8, 8 * block)]
+    assert all(bool(parameter.abs().max() > 0) for parameter in merger.parameters())
 
 
 def test_positions_are_middles():

@@ -34,19 +34,24 @@ def test_published_fixed_budget(cases, expected, inputs144):
 
 
 def merge_by_hand(x, keys, attention, centres):
+    """Patch by patch, over a list of centres and a list of the others as the authors' code makes them."""
     x, keys, attention = x.double(), keys.double(), attention.double()
     keys = keys / keys.norm(dim=1, keepdim=True)
-    rows = []
-    for i in centres:
-        others = sorted((j for j in range(len(x)) if j != i), key=lambda j: -float(keys[i] @ keys[j]))[:32]
-        rows.append(x[i] + sum((attention[j] * x[j] for j in others), torch.zeros_like(x[0])))
     rest = [j for j in range(len(x)) if j not in centres]
     rest = rest[len(centres) - len(set(centres)) :]
+    rows = []
+    for place, i in enumerate(centres):
+        pool = centres[:place] + centres[place + 1 :] + rest
+        others = sorted(pool, key=lambda j: -float(keys[i] @ keys[j]))[:32]
+        rows.append(x[i] + sum((attention[j] * x[j] for j in others), torch.zeros_like(x[0])))
     rows.append(sum((attention[j] * x[j] for j in rest), torch.zeros_like(x[0])))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("n,centres", [(50, [3, 40, 7]), (20, [0, 19]), (1, [0]), (5, []), (40, [4, 2, 4])])
+@pytest.mark.parametrize(
+    "n,centres",
+    [(50, [3, 40, 7]), (20, [0, 19]), (1, [0]), (5, []), (40, [4, 2, 4]), (36, [4, 2, 4, 0, 2])],
+)
 def test_merging_by_hand(n, centres, generator):
     x, keys = torch.randn(n, 6, generator=generator), torch.randn(n, 6, generator=generator)
     attention = torch.rand(n, generator=generator).softmax(0)
@@ -115,3 +120,12 @@ def test_plus_adaptive_ignores_the_budget(inputs144):
     grid = [i for i in range(0, 143, 3) if i not in outliers]
     assert out.extra["centres"].tolist() == outliers + grid
     assert len(out.tokens) == len(out.positions) == len(outliers) + len(grid) + 1
+
+
+def test_a_repeated_centre_is_its_own_neighbour(generator):
+    """As in the authors' code with if_adaptive=False, in which the grid may hit a patch of high attention."""
+    x, keys = torch.eye(4), torch.randn(4, 6, generator=generator)
+    attention = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    rows = merge(x, keys, attention, torch.tensor([3, 3]))
+    assert torch.allclose(rows[0], torch.tensor([0.0, 0.2, 0.3, 1.4])) and torch.equal(rows[0], rows[1])
+    assert torch.allclose(rows[2], torch.tensor([0.0, 0.2, 0.3, 0.0]))  # the first of the others is lost

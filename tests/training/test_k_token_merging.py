@@ -26,11 +26,19 @@ def examples():
     return scene_examples(66, 0, 4, SceneSpec())[:32]
 
 
+def means_only(mllm: FrozenMLLM, block: int) -> KTokenMerger:
+    """A merger whose MLP says nothing."""
+    model = KTokenMerger(mllm, block)
+    for parameter in model.merger.residual[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+    return model
+
+
 @torch.no_grad()
 def test_blocks_of_one_are_the_frozen_model(mllm, examples):
-    """K = 1, LoRA and merger at their start: the identity, and the loss is transformers' own on answer and <eos>."""
+    """K = 1, LoRA at its start, no MLP: the identity, and the loss is transformers' own on answer and <eos>."""
     features = mllm.features(examples[:3])
-    model = KTokenMerger(mllm, 1)
+    model = means_only(mllm, 1)
     for one, loss in zip(features, model.losses(features), strict=True):
         end = torch.tensor([mllm.processor.tokenizer.eos_token_id])
         one = replace(one, answer_ids=torch.cat([one.answer_ids, end]))
@@ -40,9 +48,9 @@ def test_blocks_of_one_are_the_frozen_model(mllm, examples):
 
 
 @torch.no_grad()
-def test_untrained_blocks_are_means_at_the_middle_of_the_block(mllm, examples):
+def test_blocks_are_means_at_the_middle_of_the_block(mllm, examples):
     one = mllm.features(examples[:1])[0]
-    tokens, index = KTokenMerger(mllm, 9).merge(one)
+    tokens, index = means_only(mllm, 9).merge(one)
     torch.testing.assert_close(tokens, one.visual.unflatten(0, (16, 9)).mean(1))
     assert index.tolist() == list(range(4, 144, 9))
 
@@ -75,10 +83,14 @@ def test_checkpoints_hold_merger_and_lora_only(mllm):
 
 def test_rows(mllm, examples, tmp_path):
     panel = Panel(mllm, examples[:6], batch=4)
-    KTokenMerger(mllm, 144).save(tmp_path / "k_token_merging" / "1")
-    one, sixteen, five = k_token_outcomes(panel, tmp_path, [1, 16, 5])
+    folder = tmp_path / "k_token_merging" / "48"
+    KTokenMerger(mllm, 3).save(folder)
+    one, sixteen, five = k_token_outcomes(panel, tmp_path, [48, 16, 5])
     assert one.not_applicable is None and len(one.answers) == 6 and np.isfinite(one.correct).all()
     assert "not trained" in sixteen.not_applicable and "no equal blocks" in five.not_applicable
     other = FrozenMLLM(mllm.model, mllm.processor, "another")
     with pytest.raises(UserError, match="trained for model.name=nano"):
-        KTokenMerger.load(tmp_path / "k_token_merging" / "1", other)
+        KTokenMerger.load(folder, other)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"block": 3', '"block": 4'))
+    with pytest.raises(UserError, match="a merger of another form.*train again"):
+        KTokenMerger.load(folder, mllm)

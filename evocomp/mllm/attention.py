@@ -1,0 +1,135 @@
+"""Which keys each decoder layer attends to: the one place that knows attention types, taken from transformers.
+
+Everything that builds an attention mask for a decoder or depends on its attention type asks here.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+
+from evocomp.log import UserError
+
+FULL = "full_attention"
+
+MASKED_TYPES = (FULL, "sliding_attention", "chunked_attention")
+"""Attention types that are wholly described by a mask over token pairs."""
+
+LONG_ROPE = ("dynamic", "longrope")
+"""RoPE types whose frequencies change when the longest sequence of a forward pass exceeds a limit."""
+
+
+def layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Attention type of each decoder layer, a key of transformers' `LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING`.
+
+    Without `config.layer_types` all layers have one type, which follows from `sliding_window` and
+    `attention_chunk_size` as in `transformers.masking_utils.create_masks_for_generate`.
+
+    Args:
+        config: of the decoder, not of the whole MLLM.
+
+    >>> from transformers import LlamaConfig, MistralConfig
+    >>> layer_types(LlamaConfig(num_hidden_layers=2)), layer_types(MistralConfig(num_hidden_layers=1))
+    (('full_attention', 'full_attention'), ('sliding_attention',))
+    """
+    types = getattr(config, "layer_types", None)
+    if types:
+        return tuple(types[: config.num_hidden_layers])
+    if getattr(config, "sliding_window", None) is not None:
+        return ("sliding_attention",) * config.num_hidden_layers
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return ("chunked_attention",) * config.num_hidden_layers
+    return (FULL,) * config.num_hidden_layers
+
+
+def attends_fully(config: PreTrainedConfig) -> bool:
+    """Whether every layer attends to all tokens before and to the token itself, and to nothing else."""
+    return set(layer_types(config)) == {FULL} and getattr(config, "is_causal", True)
+
+
+def check_masks(config: PreTrainedConfig) -> None:
+    """Raise UserError unless this decoder computes what an explicit attention mask says, in every layer."""
+    others = sorted(set(layer_types(config)) - set(MASKED_TYPES))
+    name = config.model_type
+    if others:
+        raise UserError(f"{name}: layers of type {', '.join(others)} cannot be given an attention mask of token pairs")
+    if not getattr(config, "is_causal", True):
+        raise UserError(f"{name}: its attention is bidirectional; a causal decoder is required")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise UserError(
+            f"{name}: attention {config._attn_implementation} takes no explicit attention mask; load the model with "
+            "model.attention=sdpa"
+        )
+
+
+def plain_masks(config: PreTrainedConfig, length: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Which keys each token of one unpadded sequence attends to, by attention type: bool [L, L], made by transformers.
+
+    Args:
+        config: of the decoder; its layers must be of `MASKED_TYPES`, see `check_masks`.
+        length: L.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "sdpa"  # whose masks are bool
+    like = torch.empty(1, length, 1, device=device)
+    masks = {}
+    for kind in dict.fromkeys(layer_types(config)):
+        # with an explicit 2-D mask transformers never looks for packed sequences in the positions
+        mask = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
+            config=config,
+            inputs_embeds=like,
+            attention_mask=torch.ones(1, length, dtype=torch.bool, device=device),
+            past_key_values=None,
+            position_ids=None,
+        )
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        masks[kind] = causal if mask is None else mask[0, 0]
+    return masks
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to the attention logits: 0, or the lowest number where nothing is seen."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def decoder_masks(config: PreTrainedConfig, masks: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """Masks [B, 1, L, keys] by attention type, as `attention_mask` of the decoder's forward takes them."""
+    return dict(masks) if getattr(config, "layer_types", None) else next(iter(masks.values()))
+
+
+def check_rope(config: PreTrainedConfig, positions: Tensor) -> None:
+    """Raise UserError for positions at which RoPE depends on the other sequences of the forward pass.
+
+    Beyond their limit, dynamic RoPE and LongRoPE rotate all keys by the length of the longest sequence: cached keys
+    and batches of several lengths would silently get other losses than each sequence alone.
+
+    Args:
+        config: of the decoder.
+        positions: position ids of any shape, above 0 elements.
+    """
+    for rope in _rope_settings(config):
+        kind = rope.get("rope_type", "default")
+        if not any(name in kind for name in LONG_ROPE):
+            continue
+        limit = rope.get("original_max_position_embeddings") if kind == "longrope" else None
+        limit = limit or config.max_position_embeddings
+        if int(positions.max()) >= limit:
+            raise UserError(
+                f"{config.model_type}: {kind} RoPE depends on the longest sequence of a batch beyond {limit} tokens, "
+                f"and this prompt with its answer has positions up to {int(positions.max())}; use shorter prompts or "
+                "smaller images"
+            )
+
+
+def rope_by_type(config: PreTrainedConfig) -> bool:
+    """Whether each attention type has RoPE settings of its own."""
+    return any(isinstance(value, dict) for value in (getattr(config, "rope_parameters", None) or {}).values())
+
+
+def _rope_settings(config: PreTrainedConfig) -> list[dict]:
+    """RoPE settings, one or one for each attention type."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    return [one for one in settings.values() if isinstance(one, dict)] if rope_by_type(config) else [settings]
