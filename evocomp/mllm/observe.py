@@ -324,7 +324,7 @@ class DecoderReading:
         return OnDemand(len(self), make)
 
     def attention(self, number: int, row: int, queries: Tensor, keys: Tensor) -> Tensor:
-        """Attention probabilities [H, q, k] in float32 of one prompt of the batch, within the layer's window if it has one.
+        """Attention probabilities [H, q, k] in float32 of one prompt of the batch, within the layer's window.
 
         Args:
             queries, keys: indices into its sequence [q], [k]; the probabilities are over these keys.
