@@ -8,7 +8,9 @@ and `save_pretrained` work as before, and `handle.remove()` leaves nothing behin
 
 from torch import nn
 
+from evocomp.inference.calls import PromptLength
 from evocomp.inference.choose import Newline, Positions, Settings
+from evocomp.inference.compiled import without_compile
 from evocomp.inference.handle import Handle
 from evocomp.inference.selectors import picker_for
 from evocomp.log import UserError
@@ -23,6 +25,7 @@ def compress(
     positions: Positions | None = None,
     newline: Newline = "keep",
     restore_length: bool = False,
+    prompt_length: PromptLength | None = None,
 ) -> Handle:
     """Compress the visual tokens of a multimodal LLM from now on.
 
@@ -63,6 +66,7 @@ def compress(
             without `restore_length`, context tokens with an attention that takes no weights (use `sdpa` or `eager`),
             a 4-D attention mask, or one with too few columns, over a compressed cache.
     """
+    model = without_compile(model)
     families.check_supported(model)
     base = families.unwrap(model).base_model
     if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in base._forward_pre_hooks.values()):
@@ -72,4 +76,4 @@ def compress(
     attention = families.unwrap(model).get_decoder().config._attn_implementation
     if families.policy(model).blocks and attention == "flex_attention":
         raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")
-    return Handle(model, picker, *settings, restore_length)
+    return Handle(model, picker, *settings, restore_length, prompt_length)
