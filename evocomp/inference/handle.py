@@ -283,12 +283,13 @@ class Handle:
                     cache.evocomp_state = run.state
             hidden = run.add_deepstack(hidden, number)
             run.shorten_positions(kwargs)
-        kwargs["attention_mask"] = self._mask(run, number, hidden, cache)
+        kwargs["attention_mask"] = self._mask(run, number, hidden, cache, kwargs.get("attention_mask"))
         if number == len(self._decoder.layers) - 1:
             run.memo.clear()
         return (hidden, *args[1:]), kwargs
 
-    def _mask(self, run: Pass, number: int, hidden: Tensor, cache):
+    def _mask(self, run: Pass, number: int, hidden: Tensor, cache, whole):
+        """whole: the mask of the whole sequence that the decoder gives its layer."""
         config, sliding = self._decoder.config, is_sliding(self._decoder.config, number)
         if sliding in run.memo:
             return run.memo[sliding]
@@ -304,7 +305,9 @@ class Handle:
             )
         else:
             real = None if run.real is None else run.real.to(hidden.device)
-            mask = causal_mask(config, number, hidden, real, cache, always=run.state.log_size is not None)
+            # some attentions compute with the mask, and get one even where a causal mask could be left out
+            always = run.state.log_size is not None or (isinstance(whole, Tensor) and whole.ndim == 4)
+            mask = causal_mask(config, number, hidden, real, cache, always)
         if run.state.log_size is not None:
             # a sliding window's cache has forgotten the first keys
             first = 0 if cache is None else cache.get_mask_sizes(hidden.shape[1], number)[1]

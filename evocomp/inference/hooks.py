@@ -12,6 +12,7 @@ from evocomp.inference.calls import PromptLength
 from evocomp.inference.choose import Newline, Positions, Settings
 from evocomp.inference.compiled import without_compile
 from evocomp.inference.handle import Handle
+from evocomp.inference.masks import check_layers
 from evocomp.inference.selectors import picker_for
 from evocomp.log import UserError
 from evocomp.mllm import families
@@ -73,7 +74,9 @@ def compress(
         raise UserError("this model is compressed already; call remove() on its handle first")
     picker = picker_for(selector, model)
     settings = Settings.of(model, picker, keep, layer, positions, newline)
-    attention = families.unwrap(model).get_decoder().config._attn_implementation
+    decoder = without_compile(families.unwrap(model)).get_decoder()
+    check_layers(decoder)
+    attention = decoder.config._attn_implementation
     if families.policy(model).blocks and attention == "flex_attention":
         raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")
     return Handle(model, picker, *settings, restore_length, prompt_length)
