@@ -84,7 +84,10 @@ def prompt_lengths(calls: Calls, given: PromptLength | None, ids: Tensor, traini
 
 
 def _checked(given: PromptLength, batch: int, length: int) -> Tensor:
-    lengths = torch.as_tensor(given)
+    try:
+        lengths = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        lengths = torch.empty(0)  # fits nothing
     fits = lengths.dtype in (torch.int32, torch.int64) and lengths.shape in ((), (batch,))
     if not fits or bool((lengths < 1).any()) or bool((lengths > length).any()):
         raise UserError(

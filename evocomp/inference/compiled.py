@@ -5,13 +5,29 @@ with those of an earlier handle. So compiled code is dropped at both moments and
 compiler sees the hooks that there are. The hooks themselves run in Python, between the compiled parts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch._dynamo
 from torch import nn
 
-in_python = torch.compiler.disable(
-    reason="hooks of evocomp.compress run in Python; compile with fullgraph=False, or call remove() on the handle"
-)
+from evocomp.log import UserError
+
+REASON = "hooks of evocomp.compress run in Python; compile with fullgraph=False, or call remove() on the handle"
+
+in_python = torch.compiler.disable(reason=REASON)
+
+
+@contextmanager
+def no_full_graph() -> Iterator[None]:
+    """Turn the compiler's report that a hook cannot be part of its one graph into a `UserError`."""
+    try:
+        yield
+    except torch._dynamo.exc.Unsupported as error:
+        if REASON in str(error):
+            raise UserError(REASON) from None
+        raise
 
 
 def without_compile(module: nn.Module) -> nn.Module:

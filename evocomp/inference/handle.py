@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evocomp.inference.calls import Calls, Generation, PromptLength, check_whole, prompt_lengths
 from evocomp.inference.choose import Compression, Newline, Positions, check_keep, choose
-from evocomp.inference.compiled import drop_compiled_code, in_python, without_compile
+from evocomp.inference.compiled import drop_compiled_code, in_python, no_full_graph, without_compile
 from evocomp.inference.masks import causal_mask, gathered_mask, is_plain, is_sliding, padding_mask
 from evocomp.inference.selectors import Picker
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
@@ -124,7 +124,8 @@ class Handle:
         if not _tokens_in(kwargs.get("past_key_values")):
             self._record(None)
         try:
-            return generate(*args, **kwargs)
+            with no_full_graph():
+                return generate(*args, **kwargs)
         finally:
             self._calls.generation = outer
 
