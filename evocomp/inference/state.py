@@ -54,8 +54,8 @@ class Shortened:
     index [B,L]: see `short_index`; padding on the right stays, so that what comes after the last visual token lines
     up with the whole prompt; valid [B,L]: False at padding; all_real: whether `valid` is all True; full: length of
     the whole prompt; tail: how many of its last columns stay in every row; dropped [B]: tokens dropped per row;
-    next_position [...,B,1]: position of the first token after the prompt; owner [B,S]: the place of the token that speaks for each one, and log_size [B,L]: log of how many
-    each kept token speaks for; None if each speaks for itself
+    next_position [...,B,1]: position of the first token after the prompt; owner [B,S]: the place of the token that
+    speaks for each one, and log_size [B,L]: log of how many each kept token speaks for; None if each speaks for itself
     """
 
     index: Tensor
@@ -107,7 +107,7 @@ class Shortened:
         return whole
 
     def check_logits(self, keep: int | Tensor | None) -> None:
-        """Raise UserError if the rows of logits that `logits_to_keep` asks for are not the last ones of short logits."""
+        """Raise UserError if the rows of logits that `logits_to_keep` asks for are not the last of the short ones."""
         if isinstance(keep, Tensor) or (keep is not None and keep - 1 > self.tail):
             raise UserError(
                 "logits_to_keep asks for logits by their place in the whole prompt, dropped visual tokens included; "
@@ -210,7 +210,7 @@ class Pass:
         """Rotary embedding and position ids of one layer's keywords."""
         rotary = kwargs.get("position_embeddings")
         if not isinstance(rotary, tuple):
-            raise UserError("compress() cannot shorten the positions of this decoder; it supports (cos, sin) tables only")
+            raise UserError("compress() supports decoders whose positions are tables (cos, sin); use another model")
         if id(rotary[0]) not in self.memo:
             self.memo[id(rotary[0])] = tuple(take(part, self.state.index) for part in rotary)
         kwargs["position_embeddings"] = self.memo[id(rotary[0])]
