@@ -2,8 +2,9 @@
 
 Hooked are the multimodal model (it sees `input_ids`: where the images are), its decoder (it sees the merged
 embeddings: what the selector reads) and every decoder layer from `layer` on (there the sequence, its rotary
-embedding and its mask become short). No class is subclassed, no method replaced: `generate`, pipelines, PEFT
-and `save_pretrained` work as before, and `handle.remove()` leaves nothing behind.
+embedding and its mask become short). No class is changed: `generate`, pipelines, PEFT and `save_pretrained` work as
+before, and `handle.remove()` leaves nothing behind. The one method that is wrapped, on this model alone, is `generate`:
+it knows the whole prompt, where hooks see a draft after it, a chunk of it, or a prompt that grows without a cache.
 """
 
 from torch import nn
@@ -45,7 +46,8 @@ def compress(
 
     Args:
         model: any supported `...ForConditionalGeneration` (see `evocomp.mllm.families`), PEFT-wrapped or not.
-            One generation at a time: the state of a call lives on the handle.
+            It may be compiled with `torch.compile`, before or after: compiled code is dropped when hooks come and go,
+            and made again around them. `fullgraph=True` is refused.
         selector: a compressor, its folder or hub id, a function, or a baseline: see
             `evocomp.inference.selectors`.
         keep: visual tokens kept per image, a number or a share in (0, 1]. Images with fewer stay whole.
@@ -55,6 +57,13 @@ def compress(
             LLaVA-OneVision).
         restore_length: logits and hidden states (of every layer) of the original length, with zeros at dropped
             tokens, for callers that compute a loss or slice by the prompt's length.
+        prompt_length: columns of `input_ids` that are the prompt, for calls of the model that show an answer too; see
+            below.
+
+    The selector reads the prompt and never an answer or a draft of one. Where the prompt ends is known inside
+    `generate`; in other calls from `labels`, from `logits_to_keep=k` (k > 1: the last k - 1 tokens are the answer), or
+    from `prompt_length`, of the call (`model(..., prompt_length=n)`), the handle or this function. Without any of them
+    the whole input is the prompt, except in training mode, where that is refused.
 
     Of a compressor with context tokens (`config.sharp`) some of the kept tokens become means of dropped ones before
     `layer`, and are weighed in the attention from there on: `handle.last.sizes`.
@@ -63,9 +72,11 @@ def compress(
 
     Raises:
         UserError: unsupported family or transformers version, a second handle on the same model, a compressor
-            made for another hidden size, bad settings; and at call time: images over an old cache, labels
-            without `restore_length`, context tokens with an attention that takes no weights (use `sdpa` or `eager`),
-            a 4-D attention mask, or one with too few columns, over a compressed cache.
+            made for another hidden size, a decoder with other layers than attention, bad settings; and at call time:
+            images over an old cache, `labels` or a `logits_to_keep` that reaches back to the images without
+            `restore_length`, an unlabelled input in training mode, a prefill in chunks, context tokens with an
+            attention that takes no weights (use `sdpa` or `eager`), a 4-D attention mask, or one with too few columns,
+            over a compressed cache.
     """
     model = without_compile(model)
     families.check_supported(model)

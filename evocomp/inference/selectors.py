@@ -12,7 +12,7 @@ from;
 - an object with a `pick` method of the form above.
 
 `visual` holds the image's tokens as the LLM would see them, without newline separators. `text` holds the
-prompt's other embeddings (the whole template, without padding and without answer tokens given as `labels`).
+prompt's other embeddings (the whole template, without padding and without the answer; see `evocomp.compress`).
 """
 
 import math
