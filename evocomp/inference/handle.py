@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evocomp.inference.calls import Calls, Generation, PromptLength, check_whole, prompt_lengths
 from evocomp.inference.choose import Compression, Newline, Positions, check_keep, choose
 from evocomp.inference.compiled import drop_compiled_code, in_python, no_full_graph, without_compile
-from evocomp.inference.masks import causal_mask, gathered_mask, is_plain, is_sliding, padding_mask
+from evocomp.inference.masks import always_masks, causal_mask, gathered_mask, is_plain, is_sliding, padding_mask
 from evocomp.inference.selectors import Picker
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
 from evocomp.log import UserError, warn_once
@@ -50,6 +50,7 @@ class Handle:
         self.prompt_length = prompt_length
         self._policy = families.policy(self.model)
         self._base, self._decoder = self.model.base_model, self.model.get_decoder()
+        self._always_masks = always_masks(self._decoder)
         self._names = list(inspect.signature(type(without_compile(self._base)).forward).parameters)[1:]
         self._calls, self._latest = Calls(), None
         self._hooks = [
@@ -284,13 +285,12 @@ class Handle:
                     cache.evocomp_state = run.state
             hidden = run.add_deepstack(hidden, number)
             run.shorten_positions(kwargs)
-        kwargs["attention_mask"] = self._mask(run, number, hidden, cache, kwargs.get("attention_mask"))
+        kwargs["attention_mask"] = self._mask(run, number, hidden, cache)
         if number == len(self._decoder.layers) - 1:
             run.memo.clear()
         return (hidden, *args[1:]), kwargs
 
-    def _mask(self, run: Pass, number: int, hidden: Tensor, cache, whole):
-        """whole: the mask of the whole sequence that the decoder gives its layer."""
+    def _mask(self, run: Pass, number: int, hidden: Tensor, cache):
         config, sliding = self._decoder.config, is_sliding(self._decoder.config, number)
         if sliding in run.memo:
             return run.memo[sliding]
@@ -306,8 +306,7 @@ class Handle:
             )
         else:
             real = None if run.real is None else run.real.to(hidden.device)
-            # some attentions compute with the mask, and get one even where a causal mask could be left out
-            always = run.state.log_size is not None or (isinstance(whole, Tensor) and whole.ndim == 4)
+            always = self._always_masks or run.state.log_size is not None
             mask = causal_mask(config, number, hidden, real, cache, always)
         if run.state.log_size is not None:
             # a sliding window's cache has forgotten the first keys

@@ -1,6 +1,7 @@
 """Attention masks of the layers that run on the shortened sequence."""
 
 import inspect
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,18 @@ def check_layers(decoder: nn.Module) -> None:
             f"compress() supports layers of attention, whole or in a sliding window; those of "
             f"{type(without_compile(decoder)).__name__} have {', '.join(sorted(types | names))}: use another model"
         )
+
+
+def always_masks(decoder: nn.Module) -> bool:
+    """Whether a decoder's attention computes with its mask (Doge), and so gets one where others do without.
+
+    Nothing but the call in its source tells, which asks for a mask in any case.
+    """
+    try:
+        source = inspect.getsource(sys.modules[type(without_compile(decoder)).__module__])
+    except (OSError, TypeError, KeyError):
+        return False
+    return "allow_is_causal_skip=False" in source
 
 
 def padding_mask(attention_mask, length: int) -> Tensor | None:

@@ -83,8 +83,8 @@ def close(ours, theirs):
     "compiled",
     [
         every_layer,
-        wrapped_layers,
-        whole,
+        pytest.param(wrapped_layers, marks=pytest.mark.slow),
+        pytest.param(whole, marks=pytest.mark.slow),
         pytest.param(forward, marks=pytest.mark.slow),
         pytest.param(in_place, marks=pytest.mark.slow),
         pytest.param(decoder, marks=pytest.mark.slow),
@@ -134,6 +134,16 @@ def test_a_static_cache_that_is_compiled_by_default_decodes_as_a_dynamic_one(mod
     close(after.logits[-1], before.logits[-1])
 
 
+def test_the_compiled_wrapper_is_taken_for_the_model_in_it(model):
+    inputs = prompts("llava")
+    with compress(whole(model), jumble, keep=2) as handle:
+        assert handle.model is model
+        logits(model, inputs)  # not through the wrapper: nothing is compiled
+        assert handle.last.after == [2, 4]
+        with pytest.raises(UserError, match="compressed already"):
+            compress(model, jumble)
+
+
 def test_two_models_of_one_class_share_code_but_not_hooks(model):
     inputs, other = prompts("llava"), every_layer(copy.deepcopy(model))
     plain = logits(model, inputs)
@@ -154,12 +164,10 @@ def test_one_graph_for_all_is_refused(model):
 
 def test_last_is_none_where_layers_ran_without_hooks(model):
     inputs = prompts("llava")
-    with compress(model, jumble, keep=2) as handle:
+    with compress(model, jumble, keep=2, layer=1) as handle:
         logits(model, inputs)
         assert handle.last.after == [2, 4]
-        blocks = model.get_decoder().layers
-        blocks[0] = copy.deepcopy(blocks[1])  # with a copy of its hooks, which are of another layer
-        blocks[0]._forward_pre_hooks.clear()
+        model.get_decoder().layers[0]._forward_pre_hooks.clear()
         with pytest.raises(UserError, match="ran without the hooks"):
             logits(model, inputs)
         assert handle.last is None
