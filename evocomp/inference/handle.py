@@ -7,20 +7,30 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from evocomp.inference.calls import Calls, Generation, PromptLength, check_whole, prompt_lengths
 from evocomp.inference.choose import Compression, Newline, Positions, check_keep, choose
-from evocomp.inference.masks import causal_mask, gathered_mask, is_plain, is_sliding, padding_mask
+from evocomp.inference.compiled import drop_compiled_code, in_python, no_full_graph, without_compile
+from evocomp.inference.masks import always_masks, causal_mask, gathered_mask, is_plain, is_sliding, padding_mask
 from evocomp.inference.selectors import Picker
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
 from evocomp.mllm.context import add_log_size, check_weighable
 
+PASS = "evocomp_pass"  # the keyword with which the decoder's hook gives a `Pass` to the hooks of its layers
+
 
 class Handle:
     """Compression of one model, made by `compress`; ends with `remove()` or its `with` block.
 
     keep: tokens kept per image, a number or a share; may be set at any time
-    last: what the last prefill kept (`Compression`); None before the first and after prompts without images
+    prompt_length: columns of `input_ids` that are the prompt, one number or one for each row, where neither `generate`
+        nor `labels` nor `logits_to_keep` tell; may be set at any time, None: not given. The selector reads no token
+        after them. `model(..., prompt_length=n)` says it for one call.
+    last: what the last prefill of this thread kept (`Compression`), or of any thread if this one has made no call;
+        None before the first, after prompts without images and after a prefill that failed
+
+    Calls from several threads are independent of each other.
     """
 
     def __init__(
@@ -32,26 +42,29 @@ class Handle:
         positions: Positions,
         newline: Newline,
         restore_length: bool,
+        prompt_length: PromptLength | None,
     ):
-        self.model = families.unwrap(model)
+        self.model = without_compile(families.unwrap(model))
         self.picker, self.keep, self.layer = picker, keep, layer
         self.positions, self.newline, self.restore_length = positions, newline, restore_length
-        self.last: Compression | None = None
+        self.prompt_length = prompt_length
         self._policy = families.policy(self.model)
         self._base, self._decoder = self.model.base_model, self.model.get_decoder()
-        self._names = list(inspect.signature(type(self._base).forward).parameters)[1:]
-        self._labels: Tensor | None = None
-        self._pending: Prompt | Pass | None = None
-        self._active: Pass | None = None
-        self._choice: Choice | None = None
+        self._always_masks = always_masks(self._decoder)
+        self._names = list(inspect.signature(type(without_compile(self._base)).forward).parameters)[1:]
+        self._calls, self._latest = Calls(), None
         self._hooks = [
             module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self._places(model)
         ]
+        self._hooks.append(self._base.register_forward_hook(self._after_base))
         for module in {model, self.model, self._base}:
             # even after an error: the next call of the decoder may be the caller's own
             self._hooks.append(module.register_forward_hook(self._forget, always_call=True))
-        if restore_length:
-            self._hooks.append(self._decoder.register_forward_hook(self._after_decoder))
+        self._hooks.append(self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+        # `generate` alone knows the whole prompt: hooks see its parts, with drafts or a beginning of the answer
+        self._generate_before = vars(self.model).get("generate")
+        self.model.generate = self._generate
+        drop_compiled_code()
 
     def _places(self, model: nn.Module) -> Iterator[tuple[nn.Module, object]]:
         # PEFT calls the wrapped model's `forward` past its hooks: hook wrapper and wrapped
@@ -60,8 +73,7 @@ class Handle:
         yield self._base, self._before_base
         yield self._decoder, self._before_decoder
         for number, block in enumerate(self._decoder.layers):
-            if number >= self.layer:
-                yield block, partial(self._before_layer, number)
+            yield block, partial(self._before_layer, number)
 
     @property
     def keep(self) -> int | float:
@@ -71,11 +83,26 @@ class Handle:
     def keep(self, value: int | float) -> None:
         self._keep = check_keep(value)
 
+    @property
+    def last(self) -> Compression | None:
+        return self._calls.last if self._calls.known else self._latest
+
+    def _record(self, last: Compression | None) -> None:
+        self._calls.known, self._calls.last, self._latest = True, last, last
+
     def remove(self) -> None:
         """Undo `compress`: the model is as it was before. Calling it again does nothing."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._pending, self._active, self._choice = [], None, None, None
+        self._hooks = []
+        self._calls.forget()
+        if vars(self.model).get("generate") == self._generate:
+            del self.model.generate
+            if self._generate_before is not None:
+                self.model.generate = self._generate_before
+        drop_compiled_code()
 
     def __enter__(self) -> "Handle":
         return self
@@ -83,41 +110,68 @@ class Handle:
     def __exit__(self, *exception) -> None:
         self.remove()
 
+    # --- around `generate`: note where the prompt ends ---
+
+    def _generate(self, *args, **kwargs):
+        """The model's own `generate`."""
+        generate = self._generate_before or partial(type(self.model).generate, self.model)
+        if not self._hooks:  # removed, but somebody else has replaced `generate` since and calls this one
+            return generate(*args, **kwargs)
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        known = isinstance(ids, Tensor) and ids.ndim == 2
+        pictured = known and bool(families.visual_mask(self.model, ids).any())
+        outer = self._calls.generation
+        self._calls.generation = Generation(ids.shape[1] if known else None, pictured)
+        if not _tokens_in(kwargs.get("past_key_values")):
+            self._record(None)
+        try:
+            with no_full_graph():
+                return generate(*args, **kwargs)
+        finally:
+            self._calls.generation = outer
+
     # --- before the multimodal model: find the images ---
 
-    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._labels = kwargs.get("labels")
+    @in_python
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = dict(kwargs)
+        calls = self._calls
+        calls.labels, calls.logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep")
+        calls.prompt_length = kwargs.pop("prompt_length", calls.prompt_length)
+        return args, kwargs
 
+    @in_python
     def _before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        labels, self._labels, self._pending = self._labels, None, None
+        calls = self._calls
+        calls.pending = None
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-        seen = 0 if cache is None else int(cache.get_seq_length())
-        several = ids is not None and ids.shape[1] > 1
-        pictured = several and bool(families.visual_mask(self.model, ids).any())
+        seen = _tokens_in(cache)
         if seen:
-            self._pending = self._continuation(kwargs, seen, pictured)
+            calls.pending = self._continuation(kwargs, seen)
             return (), kwargs
+        self._record(None)
         if hasattr(cache, "evocomp_state"):
             del cache.evocomp_state  # of what the cache held before its reset
-        if pictured:
-            self._pending = self._find_images(kwargs, labels)
-        if self._pending is None:
-            self.last = None
-            if ids is None and kwargs.get("inputs_embeds") is not None:
-                warn_once("compress() finds images by input_ids; prompts given as embeddings stay whole")
+        if ids is not None:
+            check_whole(calls.generation, ids.shape[1])
+        if ids is not None and ids.shape[1] > 1 and bool(families.visual_mask(self.model, ids).any()):
+            calls.pending = self._find_images(kwargs, module.training)
+        elif ids is None and kwargs.get("inputs_embeds") is not None:
+            warn_once("compress() finds images by input_ids; prompts given as embeddings stay whole")
         return (), kwargs
 
-    def _find_images(self, kwargs: dict, labels: Tensor | None) -> Prompt | None:
+    def _find_images(self, kwargs: dict, training: bool) -> Prompt | None:
         encoded = kwargs.get("mm_encoder_outputs")
-        pixels = [name for name in ("pixel_values", "pixel_values_videos") if kwargs.get(name) is not None]
+        pixels = _pixels(kwargs)
         if not encoded and not pixels:
             return None  # placeholders without a picture are ordinary tokens
+        ids = kwargs["input_ids"]
+        lengths = prompt_lengths(self._calls, self.prompt_length, ids, training)
         if not encoded and self._policy.image == "entry":
             # the sizes of images are known once they are encoded; the model then takes the result as it is
             encoded = kwargs["mm_encoder_outputs"] = families.encode(self.model, kwargs)
             kwargs.update(dict.fromkeys(pixels))
-        ids = kwargs["input_ids"]
         numbers = families.image_numbers(self.model, ids, encoded if isinstance(encoded, Mapping) else {})
         mask = kwargs.get("attention_mask")
         real = padding_mask(mask, ids.shape[1])
@@ -126,56 +180,70 @@ class Handle:
         own = own and (self._policy.blocks is not None or not is_plain(mask, real, self._decoder.config))
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
         cached = kwargs.get("past_key_values") is not None
-        return Prompt(ids, numbers, real, labels, cached, mask if own else None)
+        return Prompt(ids, numbers, real, self._calls.labels, cached, mask if own else None, lengths)
 
-    def _continuation(self, kwargs: dict, seen: int, pictured: bool) -> Pass | None:
+    def _continuation(self, kwargs: dict, seen: int) -> Pass | None:
         """Decoding, or a further turn over a cache that holds `seen` tokens in layer 0."""
-        state: Shortened | None = getattr(kwargs["past_key_values"], "evocomp_state", None)
-        if state is not None:
-            ids = kwargs.get("input_ids")
-            new = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
-            past = seen - (state.index.shape[1] if self.layer == 0 else state.full)
-            if self.layer == 0:
-                state.continue_positions(kwargs, past, new, dense=self.positions == "dense")
-        if pictured:
-            raise UserError(
-                "a prompt with images must start with an empty cache; leave out past_key_values and give the "
-                "whole conversation again"
-            )
+        cache, ids = kwargs["past_key_values"], kwargs.get("input_ids")
+        if ids is not None and (_pixels(kwargs) or kwargs.get("mm_encoder_outputs")):
+            # without pixels a placeholder is an ordinary token, which a draft or an answer may repeat
+            if bool(families.visual_mask(self.model, ids).any()):
+                raise UserError(
+                    "a prompt with images must start with an empty cache; leave out past_key_values and give the "
+                    "whole conversation again"
+                )
+        state: Shortened | None = getattr(cache, "evocomp_state", None)
         if state is None:
             return None
+        new = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
+        past = seen - (state.index.shape[1] if self.layer == 0 else state.full)
+        if self.layer == 0:
+            state.continue_positions(kwargs, past, new, dense=self.positions == "dense")
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 4 and not kwargs["past_key_values"].is_compileable:
+        if isinstance(mask, Tensor) and mask.ndim == 4 and not cache.is_compileable:
             raise UserError("a 4-D attention_mask does not fit a compressed cache; give one of shape [batch, tokens]")
         return Pass.further(state, mask, seen, past, new)
 
+    @in_python
+    def _after_base(self, *call) -> None:
+        if self._calls.pending is not None:
+            self._record(None)
+            raise UserError(
+                "the decoder ran without the hooks of compress(), so nothing was dropped; call remove() on the handle, "
+                "and compress() again once the model is complete"
+            )
+
+    @in_python
     def _forget(self, *call) -> None:
-        self._labels, self._pending = None, None
+        self._calls.forget()
 
     # --- before the decoder: choose ---
 
+    @in_python
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        pending, self._pending, self._active = self._pending, None, None
-        if isinstance(pending, Prompt):
-            kwargs = dict(kwargs)
-            self._active = self._shorten(pending, kwargs)
-        elif pending is not None:
-            self._active = pending
+        pending, self._calls.pending = self._calls.pending, None
+        kwargs = dict(kwargs)
+        if pending is not None:
+            kwargs[PASS] = self._shorten(pending, kwargs) if isinstance(pending, Prompt) else pending
         return args, kwargs
 
     def _shorten(self, prompt: Prompt, kwargs: dict) -> Pass:
-        kept, owner = self._choose(prompt, kwargs)
+        kept, owner, record = self._choose(prompt, kwargs)
+        for merged in record.merged:
+            merged.write(kwargs)
         if owner is not None:
             check_weighable(self._decoder.config)
         state = Shortened.make(prompt, kept, owner)
-        if prompt.labels is not None and state.index.shape[1] != state.full and not self.restore_length:
-            raise UserError("labels need logits of the original length; use compress(restore_length=True)")
+        if state.index.shape[1] != state.full and not self.restore_length:
+            if prompt.labels is not None:
+                raise UserError("labels need logits of the original length; use compress(restore_length=True)")
+            state.check_logits(self._calls.logits_to_keep)
         if self.positions == "dense":
             ranks = (prompt.real & (kept | ~prompt.visual)).cumsum(1) - 1
             kwargs["position_ids"] = ranks.clamp(min=0) + self._policy.forward_offset
         if kwargs.get("position_ids") is not None:
             state.next_position = kwargs["position_ids"][..., -1:] + 1
-        run = Pass(state, prefill=True, real=None if state.all_real else state.valid)
+        run = Pass(state, prefill=True, real=None if state.all_real else state.valid, record=record)
         run.given_mask, run.windowed = prompt.mask, prompt.mask is None
         if prompt.mask is None and self._policy.blocks:
             mask = kwargs.get("attention_mask")
@@ -186,40 +254,39 @@ class Handle:
             run.take_over_deepstack(kwargs, self.layer)
         return run
 
-    def _choose(self, prompt: Prompt, kwargs: dict) -> tuple[Tensor, Tensor | None]:
-        embeds = kwargs["inputs_embeds"]
-        tokens, choice = embeds[prompt.visual].detach(), self._choice
-        known = None if choice is None else choice.for_next_step(prompt, tokens, self.keep)
-        if known is None:
-            *known, self.last = choose(
-                self.model,
-                self.picker,
-                self.keep,
-                self.newline,
-                embeds,
-                prompt.numbers,
-                prompt.text,
-                kwargs.get("position_ids"),
-            )
-            for merged in self.last.merged:
-                merged.write(kwargs)
-            length = prompt.ids.shape[1]
-            # a step's embeddings are new, so merged tokens are made anew
-            forget = prompt.cached or self.last.merged
-            self._choice = None if forget else Choice(prompt, length, tokens, self.keep, *known)
-        return known
+    def _choose(self, prompt: Prompt, kwargs: dict) -> tuple[Tensor, Tensor | None, Compression]:
+        embeds, generation = kwargs["inputs_embeds"], self._calls.generation
+        tokens = embeds[prompt.visual].detach()
+        if generation is not None and generation.choice is not None:
+            known = generation.choice.for_next_step(prompt, tokens, self.keep)
+            if known is not None:
+                return known
+        positions = kwargs.get("position_ids")
+        chosen = choose(
+            self.model, self.picker, self.keep, self.newline, embeds, prompt.numbers, prompt.text, positions
+        )
+        if generation is not None and generation.length is not None and not prompt.cached:
+            generation.choice = Choice.make(prompt, generation.length, tokens, self.keep, *chosen)
+        return chosen
 
     # --- before the layers: shorten ---
 
+    @in_python
     def _before_layer(self, number: int, module: nn.Module, args: tuple, kwargs: dict):
-        run = self._active
+        kwargs = dict(kwargs)
+        run = kwargs.pop(PASS, None)
         if run is None:
             return None
-        hidden, kwargs = args[0], dict(kwargs)
-        cache = kwargs.get("past_key_values")
+        hidden, cache = args[0], kwargs.get("past_key_values")
+        run.layers.add(number)
+        if number < self.layer:
+            return args, kwargs
         if run.prefill:
             if number == self.layer:
                 hidden = run.state.shorten(hidden)
+                if run.record is not None:  # not again where gradient checkpointing runs the layer a second time
+                    self._record(run.record)
+                    run.record = None
                 if cache is not None:
                     cache.evocomp_state = run.state
             hidden = run.add_deepstack(hidden, number)
@@ -245,7 +312,8 @@ class Handle:
             )
         else:
             real = None if run.real is None else run.real.to(hidden.device)
-            mask = causal_mask(config, number, hidden, real, cache, always=run.state.log_size is not None)
+            always = self._always_masks or run.state.log_size is not None
+            mask = causal_mask(config, number, hidden, real, cache, always)
         if run.state.log_size is not None:
             # a sliding window's cache has forgotten the first keys
             first = 0 if cache is None else cache.get_mask_sizes(hidden.shape[1], number)[1]
@@ -253,9 +321,18 @@ class Handle:
         run.memo[sliding] = mask
         return mask
 
-    def _after_decoder(self, module: nn.Module, args: tuple, output):
-        run = self._active
-        if run is None or not run.prefill:
+    @in_python
+    def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        run: Pass | None = kwargs.get(PASS)
+        if run is None:
+            return output
+        if len(run.layers) < min(len(self._decoder.layers), self._decoder.config.num_hidden_layers):
+            self._record(None)
+            raise UserError(
+                "some layers of the decoder ran without the hooks of compress(); call remove() on the handle, and "
+                "compress() again once the model is complete"
+            )
+        if not run.prefill or not self.restore_length:
             return output
         output.last_hidden_state = run.state.restored(output.last_hidden_state)
         if output.get("hidden_states") is not None:
@@ -266,3 +343,13 @@ class Handle:
                 for number, state in enumerate(output.hidden_states)
             )
         return output
+
+
+def _tokens_in(cache) -> int:
+    """Tokens that layer 0 of a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _pixels(kwargs: Mapping) -> list[str]:
+    """Names of the inputs with pixels."""
+    return [name for name in ("pixel_values", "pixel_values_videos") if kwargs.get(name) is not None]

@@ -2,14 +2,18 @@
 
 Hooked are the multimodal model (it sees `input_ids`: where the images are), its decoder (it sees the merged
 embeddings: what the selector reads) and every decoder layer from `layer` on (there the sequence, its rotary
-embedding and its mask become short). No class is subclassed, no method replaced: `generate`, pipelines, PEFT
-and `save_pretrained` work as before, and `handle.remove()` leaves nothing behind.
+embedding and its mask become short). No class is changed: `generate`, pipelines, PEFT and `save_pretrained` work as
+before, and `handle.remove()` leaves nothing behind. The one method that is wrapped, on this model alone, is `generate`:
+it knows the whole prompt, where hooks see a draft after it, a chunk of it, or a prompt that grows without a cache.
 """
 
 from torch import nn
 
+from evocomp.inference.calls import PromptLength
 from evocomp.inference.choose import Newline, Positions, Settings
+from evocomp.inference.compiled import without_compile
 from evocomp.inference.handle import Handle
+from evocomp.inference.masks import check_layers
 from evocomp.inference.selectors import picker_for, watched
 from evocomp.log import UserError
 from evocomp.mllm import families
@@ -24,6 +28,7 @@ def compress(
     newline: Newline = "keep",
     restore_length: bool = False,
     context: float | None = None,
+    prompt_length: PromptLength | None = None,
 ) -> Handle:
     """Compress the visual tokens of a multimodal LLM from now on.
 
@@ -41,7 +46,8 @@ def compress(
 
     Args:
         model: any supported `...ForConditionalGeneration` (see `evocomp.mllm.families`), PEFT-wrapped or not.
-            One generation at a time: the state of a call lives on the handle.
+            It may be compiled with `torch.compile`, before or after: compiled code is dropped when hooks come and go,
+            and made again around them. `fullgraph=True` is refused.
         selector: the name of a training-free selector (`evocomp.selection.SELECTORS`) or of a shipped compressor
             ("nano"), a compressor, its folder or hub id, or a function: see `evocomp.inference.selectors`.
         keep: visual tokens kept per image, a number or a share in (0, 1]. Images with fewer stay whole.
@@ -54,25 +60,37 @@ def compress(
         context: use context tokens: of R kept tokens R S / (R + S) are selected, and the others are means of dropped
             tokens, weighed in the attention by how many tokens each stands for (`handle.last.sizes`). `context` is S,
             a share of the image's tokens (below 1) or their number; 0: none. See `evocomp.mllm.context`.
+        prompt_length: columns of `input_ids` that are the prompt, for calls of the model that show an answer too; see
+            below.
+
+    The selector reads the prompt and never an answer or a draft of one. Where the prompt ends is known inside
+    `generate`; in other calls from `labels`, from `logits_to_keep=k` (k > 1: the last k - 1 tokens are the answer), or
+    from `prompt_length`, of the call (`model(..., prompt_length=n)`), the handle or this function. Without any of them
+    the whole input is the prompt, except in training mode, where that is refused.
 
     `keep`, `layer`, `positions` and `context` default to what the compressor was saved with, else to 192, 0, "original"
     and 0.
 
     Raises:
         UserError: unsupported family or transformers version, a second handle on the same model, a compressor
-            made for another hidden size, a selector that needs what the model lacks, bad settings; and at call time:
-            images over an old cache, labels without `restore_length`, context tokens with an attention that takes no
-            weights (use `sdpa` or `eager`), a 4-D attention mask, or one with too few columns, over a compressed cache.
+            made for another hidden size, a selector that needs what the model lacks, a decoder with other layers than
+            attention, bad settings; and at call time: images over an old cache, `labels` or a `logits_to_keep` that
+            reaches back to the images without `restore_length`, an unlabelled input in training mode, a prefill in
+            chunks, context tokens with an attention that takes no weights (use `sdpa` or `eager`), a 4-D attention mask,
+            or one with too few columns, over a compressed cache.
     """
+    model = without_compile(model)
     families.check_supported(model)
     base = families.unwrap(model).base_model
     if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in base._forward_pre_hooks.values()):
         raise UserError("this model is compressed already; call remove() on its handle first")
     picker = picker_for(selector, model, context)
     settings = Settings.of(model, picker, keep, layer, positions, newline)
-    attention = families.unwrap(model).get_decoder().config._attn_implementation
+    decoder = without_compile(families.unwrap(model)).get_decoder()
+    check_layers(decoder)
+    attention = decoder.config._attn_implementation
     if families.policy(model).blocks and attention == "flex_attention":
         raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")
-    handle = Handle(model, picker, *settings, restore_length)
+    handle = Handle(model, picker, *settings, restore_length, prompt_length)
     handle._hooks += watched(picker)
     return handle

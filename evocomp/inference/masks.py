@@ -1,10 +1,58 @@
 """Attention masks of the layers that run on the shortened sequence."""
 
+import inspect
+import sys
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from evocomp.inference.compiled import without_compile
+from evocomp.log import UserError
+
+ATTENTION = {"full_attention", "sliding_attention"}
+LAYER_INPUTS = {
+    "self",
+    "hidden_states",
+    "position_embeddings",
+    "attention_mask",
+    "position_ids",
+    "past_key_value",
+    "past_key_values",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+    "kwargs",
+}
+
+
+def check_layers(decoder: nn.Module) -> None:
+    """Raise UserError if a decoder's layers take other inputs along the sequence than `compress` shortens.
+
+    Such are convolutions and recurrent layers (their states would read padding), chunked attention (its chunks are
+    counted over the sequence) and queries that are scaled by a further input.
+    """
+    types = set(getattr(decoder.config, "layer_types", None) or ()) - ATTENTION
+    names = set(inspect.signature(type(without_compile(decoder.layers[0])).forward).parameters) - LAYER_INPUTS
+    if types or names:
+        raise UserError(
+            f"compress() supports layers of attention, whole or in a sliding window; those of "
+            f"{type(without_compile(decoder)).__name__} have {', '.join(sorted(types | names))}: use another model"
+        )
+
+
+def always_masks(decoder: nn.Module) -> bool:
+    """Whether a decoder's attention computes with its mask (Doge), and so gets one where others do without.
+
+    Nothing but the call in its source tells, which asks for a mask in any case.
+    """
+    try:
+        source = inspect.getsource(sys.modules[type(without_compile(decoder)).__module__])
+    except (OSError, TypeError, KeyError):
+        return False
+    return "allow_is_causal_skip=False" in source
 
 
 def padding_mask(attention_mask, length: int) -> Tensor | None:

@@ -11,7 +11,7 @@ a `Pick` per image; see `evocomp.inference.pick`. What may be given as a selecto
 - an object with a `pick` method of the form above.
 
 `visual` holds the image's tokens as the LLM would see them, without newline separators. `text` holds the
-prompt's other embeddings (the whole template, without padding and without answer tokens given as `labels`).
+prompt's other embeddings (the whole template, without padding and without the answer; see `evocomp.compress`).
 """
 
 import copy

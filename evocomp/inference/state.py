@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from evocomp.inference.choose import short_index, take
+from evocomp.inference.choose import Compression, short_index, take
 from evocomp.log import UserError
 
 
@@ -15,7 +15,8 @@ from evocomp.log import UserError
 class Prompt:
     """A prompt with images on its way to the decoder.
 
-    numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding; mask
+    numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding; lengths [B]:
+    columns of each row that are the prompt, None if no more is known than `labels` say; mask
     [B or 1,1 or heads,S,columns]: the caller's own attention mask, which holds for every layer, None if it has none
     """
 
@@ -25,6 +26,7 @@ class Prompt:
     labels: Tensor | None
     cached: bool
     mask: Tensor | None = None
+    lengths: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -33,25 +35,34 @@ class Prompt:
 
     @property
     def text(self) -> Tensor:
-        """bool [B,S]: what the selector may read. Answer tokens are hidden from it."""
+        """bool [B,S]: what the selector may read: the question, but not the answer and what follows the answer."""
         text = self.real & ~self.visual
-        return text if self.labels is None else text & (self.labels == -100)
+        column = torch.arange(text.shape[1], device=text.device)
+        if self.lengths is not None:
+            text = text & (column < self.lengths[:, None])
+        if self.labels is not None:
+            answer = (self.labels != -100).to(text.device)
+            after = (answer.cumsum(1) == answer.sum(1, keepdim=True)) & answer.any(1, keepdim=True)
+            text = text & ~answer & ~after
+        return text
 
 
 @dataclass
 class Shortened:
     """How a batch was shortened.
 
-    index, valid [B,L]: see `short_index`; all_real: whether `valid` is all True; full: length of the whole
-    prompt; dropped [B]: tokens dropped per row; next_position [...,B,1]: position of the first token after
-    the prompt; owner [B,S]: the place of the token that speaks for each one, and log_size [B,L]: log of how many
-    each kept token speaks for; None if each speaks for itself
+    index [B,L]: see `short_index`; padding on the right stays, so that what comes after the last visual token lines
+    up with the whole prompt; valid [B,L]: False at padding; all_real: whether `valid` is all True; full: length of
+    the whole prompt; tail: how many of its last columns stay in every row; dropped [B]: tokens dropped per row;
+    next_position [...,B,1]: position of the first token after the prompt; owner [B,S]: the place of the token that
+    speaks for each one, and log_size [B,L]: log of how many each kept token speaks for; None if each speaks for itself
     """
 
     index: Tensor
     valid: Tensor
     all_real: bool
     full: int
+    tail: int
     dropped: Tensor
     next_position: Tensor
     owner: Tensor | None = None
@@ -62,12 +73,16 @@ class Shortened:
         """kept bool [B,S]: visual tokens that stay. Positions are those of a prompt without gaps or
         padding."""
         stays = prompt.real & (kept | ~prompt.visual)
-        index, valid = short_index(stays)
+        on_the_right = (prompt.real.flip(1).cumsum(1).flip(1) == 0) & prompt.real.any(1, keepdim=True)
+        index, valid = short_index(stays | on_the_right)
+        valid = valid & prompt.real.gather(1, index)
+        dropped_column = (~(stays | on_the_right)).any(0).nonzero()
         return cls(
             index=index,
             valid=valid,
             all_real=bool(valid.all()),
             full=stays.shape[1],
+            tail=stays.shape[1] - 1 - int(dropped_column.max()) if len(dropped_column) else stays.shape[1],
             dropped=(prompt.real & prompt.visual & ~kept).sum(1),
             next_position=torch.full((len(stays), 1), stays.shape[1], device=stays.device),
             owner=owner,
@@ -84,17 +99,20 @@ class Shortened:
         total = whole.float().index_put((row, owner[row, place]), whole[row, place].float(), accumulate=True)
         return take((total / sizes_of(owner)[..., None]).to(whole.dtype), self.index)
 
-    @property
-    def dense_positions(self) -> Tensor:
-        """0, 1, ... over the kept tokens, [B,L]."""
-        return (self.valid.cumsum(1) - 1).clamp(min=0)
-
     def restored(self, short: Tensor) -> Tensor:
         """Hidden states [B,L,D] at their places in the whole prompt, zeros at dropped tokens. -> [B,S,D]"""
         whole = short.new_zeros(len(short), self.full, short.shape[-1])
         row, place = self.valid.to(short.device).nonzero(as_tuple=True)
         whole[row, self.index.to(short.device)[row, place]] = short[row, place]
         return whole
+
+    def check_logits(self, keep: int | Tensor | None) -> None:
+        """Raise UserError if the rows of logits that `logits_to_keep` asks for are not the last of the short ones."""
+        if isinstance(keep, Tensor) or (keep is not None and keep - 1 > self.tail):
+            raise UserError(
+                "logits_to_keep asks for logits by their place in the whole prompt, dropped visual tokens included; "
+                "use compress(restore_length=True)"
+            )
 
     def continue_positions(self, kwargs: dict, past: int, new: int, dense: bool) -> None:
         """Give `new` tokens their positions, `past` tokens after the prompt: layer 0's cache is short.
@@ -125,41 +143,49 @@ def sizes_of(owner: Tensor) -> Tensor:
 class Pass:
     """One run through the decoder.
 
-    real [B,keys]: keys that are not padding, None if all are; given_mask [B or 1,1 or heads,S,columns]: the mask of the
+    real [B,keys]: keys that are not padding, None if all are; record: what a prefill keeps; layers: those that have
+    run; given_mask [B or 1,1 or heads,S,columns]: the mask of the
     whole prompt if it says more than that; windowed: whether sliding layers narrow it
     """
 
     state: Shortened
     prefill: bool
     real: Tensor | None
+    record: Compression | None = None
     given_mask: Tensor | None = None
     windowed: bool = True
     deepstack: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     memo: dict = field(default_factory=dict)
+    layers: set[int] = field(default_factory=set)
 
     @classmethod
     def further(cls, state: Shortened, attention_mask: Any, seen: int, past: int, new: int) -> "Pass":
-        """A run over `new` tokens that come `past` tokens after the prompt.
+        """A run over `new` tokens that come `past` tokens after the prompt; before its end where `past` is negative, if
+        a draft that was given with the prompt has been cropped off the cache.
 
         attention_mask: if [B,keys], of all tokens of the conversation, or, without padding, of the `seen` ones that
-        layer 0's cache holds and the new ones. Raises UserError if it has fewer keys.
+        layer 0's cache holds and the new ones. Raises UserError if it has fewer keys, or if the cache was cropped
+        before the last image's end.
         """
-        later = past + new
+        if past < -state.tail:
+            raise UserError("the cache was cropped by more than what follows the images; start with an empty cache")
+        whole, prompt = state.full + past + new, state.full + min(past, 0)
+        valid = state.valid[:, : state.valid.shape[1] + min(past, 0)]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             mask, keys = attention_mask.bool().to(state.valid.device), attention_mask.shape[1]
-            if keys == seen + new < state.full + later and state.all_real:
+            if keys == seen + new < whole and state.all_real:
                 return cls(state, prefill=False, real=mask)
-            if keys < state.full + later:
+            if keys < whole:
                 raise UserError(
-                    f"attention_mask has {keys} columns but the conversation {state.full + later} tokens; give one "
+                    f"attention_mask has {keys} columns but the conversation {whole} tokens; give one "
                     "column for each, those of dropped tokens included"
                 )
-            tail = mask[:, state.full : state.full + later]
+            tail = mask[:, prompt:whole]
         elif state.all_real:
             return cls(state, prefill=False, real=None)
         else:
-            tail = state.valid.new_ones(len(state.valid), later)
-        return cls(state, prefill=False, real=torch.cat([state.valid, tail], dim=1))
+            tail = state.valid.new_ones(len(state.valid), whole - prompt)
+        return cls(state, prefill=False, real=torch.cat([valid, tail], dim=1))
 
     def take_over_deepstack(self, kwargs: dict, layer: int) -> None:
         """Features that the decoder would add after layer i >= `layer` are kept, short, for layer i + 1."""
@@ -182,36 +208,55 @@ class Pass:
 
     def shorten_positions(self, kwargs: dict) -> None:
         """Rotary embedding and position ids of one layer's keywords."""
-        rotary = kwargs["position_embeddings"]
+        rotary = kwargs.get("position_embeddings")
+        if not isinstance(rotary, tuple):
+            raise UserError("compress() supports decoders whose positions are tables (cos, sin); use another model")
         if id(rotary[0]) not in self.memo:
             self.memo[id(rotary[0])] = tuple(take(part, self.state.index) for part in rotary)
         kwargs["position_embeddings"] = self.memo[id(rotary[0])]
         if kwargs.get("position_ids") is not None:
-            # rotation is done: these only tell flash attention where packed sequences start, so no gaps
-            kwargs["position_ids"] = self.state.dense_positions
+            # some decoders scale their queries by the position: the kept tokens have the positions that they had
+            kwargs["position_ids"] = take(kwargs["position_ids"][..., None], self.state.index)[..., 0]
 
 
 @dataclass
 class Choice:
-    """The choice for a prompt that grows without a cache: generation must not choose anew at every step."""
+    """The choice for a prompt that grows without a cache: generation must not choose anew at every step.
 
-    prompt: Prompt
-    length: int
+    ids, kept, owner [B,prompt]: of the prompt alone; tokens: its visual tokens; record: what was kept
+    """
+
+    ids: Tensor
     tokens: Tensor
     keep: int | float
     kept: Tensor
     owner: Tensor | None
+    record: Compression
+
+    @classmethod
+    def make(
+        cls,
+        prompt: Prompt,
+        length: int,
+        tokens: Tensor,
+        keep: int | float,
+        kept: Tensor,
+        owner: Tensor | None,
+        record: Compression,
+    ) -> "Choice":
+        """Of the first `length` columns of `prompt`."""
+        owner = None if owner is None else owner[:, :length]
+        return cls(prompt.ids[:, :length], tokens, keep, kept[:, :length], owner, record)
 
     def for_next_step(
         self, prompt: Prompt, tokens: Tensor, keep: int | float
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """`kept` and `owner` [B,S] for `prompt`, if it is the same prompt with one more generated token; else None."""
-        start, (batch, length) = self.prompt.ids.shape[1], prompt.ids.shape
-        if prompt.cached or length != self.length + 1 or keep != self.keep or batch != len(self.prompt.ids):
+    ) -> tuple[Tensor, Tensor | None, Compression] | None:
+        """`kept` and `owner` [B,S] for `prompt`, and the record, if it starts with the same prompt; else None."""
+        start, (batch, length) = self.ids.shape[1], prompt.ids.shape
+        if keep != self.keep or batch != len(self.ids) or length < start:
             return None
-        if not torch.equal(self.prompt.ids, prompt.ids[:, :start]) or not torch.equal(self.tokens, tokens):
+        if not torch.equal(self.ids, prompt.ids[:, :start]) or not torch.equal(self.tokens, tokens):
             return None
-        self.length = length
         new = torch.arange(start, length, device=self.kept.device).expand(batch, -1)
         owner = None if self.owner is None else torch.cat([self.owner, new], dim=1)
-        return pad(self.kept, (0, length - start), value=False), owner
+        return pad(self.kept, (0, length - start), value=False), owner, self.record

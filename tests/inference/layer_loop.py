@@ -76,7 +76,7 @@ def attends(model, ids: Tensor, index: Tensor, prompt: int, layer: int) -> Tenso
     if blocks == "prefix":  # reaches beyond the window
         return visible & near | (index[:, None] < prompt) & (index[None, :] < prompt)
     if blocks == "image":  # stays within the window
-        is_image = ids == IMAGE
+        is_image = (ids == IMAGE) & (torch.arange(len(ids)) < prompt)
         run = (is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:-1]).cumsum(0)
         block = torch.where(is_image, run, -1)[index]
         visible |= (block[:, None] == block[None, :]) & (block[:, None] >= 0)
@@ -110,6 +110,7 @@ def logits(model, row: Row, prompt: int, stays: Tensor, layer: int, speaks: list
             hidden,
             attention_mask=mask[None, None],
             position_embeddings=llm.rotary_emb(hidden, positions, *extra),
+            position_ids=row.positions[..., index][None] if row.positions.ndim == 1 else None,
         )
         if number < len(row.deepstack):
             added = row.deepstack[number]

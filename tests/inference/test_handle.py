@@ -517,11 +517,12 @@ def test_peft_wrapped_models(llava, inputs, layer):
     labels, before = inputs["input_ids"].masked_fill(torch.arange(47) < 44, -100), hooks(wrapped)
     with compress(wrapped, jumble, keep=4, layer=layer) as handle:
         ours = answer(wrapped, inputs)  # the adapter adds zeros, in another order of sums
+        assert handle.last.after == [4, 8]
         with pytest.raises(UserError, match="compressed already"):
             compress(wrapped.get_base_model(), jumble)
         with pytest.raises(UserError, match="restore_length"):
             wrapped(**inputs, labels=labels)
-    assert handle.last.after == [4, 8]
+        assert handle.last is None  # the refused call dropped nothing
     for a, b in zip(plain.logits, ours.logits, strict=True):
         assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert hooks(wrapped) == before

@@ -1,0 +1,106 @@
+"""What a handle knows about the call that is running, and where the prompt of that call ends."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evocomp.inference.choose import Compression
+from evocomp.inference.state import Choice, Pass, Prompt
+from evocomp.log import UserError
+
+PromptLength = int | Sequence[int] | Tensor
+
+
+@dataclass
+class Generation:
+    """One call of `generate`.
+
+    length: columns of the `input_ids` that it was given, which are the prompt; None if it was given embeddings
+    pictured: whether they contain image placeholders
+    choice: what was chosen, for the later steps of a generation without a cache
+    """
+
+    length: int | None
+    pictured: bool
+    choice: Choice | None = None
+
+
+class Calls(threading.local):
+    """The state of the running call, one for each thread.
+
+    labels, logits_to_keep, prompt_length: what the multimodal model was given
+    pending: from the hook of the base model to the hook of the decoder
+    generation: the call of `generate` around it, None for a direct call
+    known, last: whether this thread has called the model, and what its last prefill kept
+    """
+
+    labels: Tensor | None = None
+    logits_to_keep: int | Tensor | None = None
+    prompt_length: PromptLength | None = None
+    pending: Prompt | Pass | None = None
+    generation: Generation | None = None
+    known: bool = False
+    last: Compression | None = None
+
+    def forget(self) -> None:
+        """The call of the multimodal model is over."""
+        self.labels = self.logits_to_keep = self.prompt_length = self.pending = None
+
+    def __deepcopy__(self, memo) -> "Calls":
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+def prompt_lengths(calls: Calls, given: PromptLength | None, ids: Tensor, training: bool) -> Tensor | None:
+    """How many columns of ids [B,S] are the prompt, for each row [B]; None: all, or all that `labels` leave.
+
+    The first of these that is there says it: `prompt_length` of the call or of the handle (`given`), the input of
+    `generate`, `labels`, `logits_to_keep` (k rows of logits start at the last token of the prompt).
+
+    Raises UserError in training mode if there is none, and if a prompt length does not fit.
+    """
+    batch, length = ids.shape
+    given = given if calls.prompt_length is None else calls.prompt_length
+    if given is not None:
+        return _checked(given, batch, length).to(ids.device)
+    if calls.generation is not None and calls.generation.length is not None:
+        return torch.full((batch,), min(calls.generation.length, length), device=ids.device)
+    if calls.labels is not None:
+        return None
+    keep = calls.logits_to_keep
+    if isinstance(keep, int) and keep > 1:
+        return torch.full((batch,), max(length - keep + 1, 0), device=ids.device)
+    if training:
+        raise UserError(
+            "compress() cannot tell the prompt from the answer, and the selector must not read the answer; give the "
+            "model labels, logits_to_keep or prompt_length=, or set handle.prompt_length"
+        )
+    return None
+
+
+def _checked(given: PromptLength, batch: int, length: int) -> Tensor:
+    try:
+        lengths = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        lengths = torch.empty(0)  # fits nothing
+    fits = lengths.dtype in (torch.int32, torch.int64) and lengths.shape in ((), (batch,))
+    if not fits or bool((lengths < 1).any()) or bool((lengths > length).any()):
+        raise UserError(
+            f"prompt_length={given!r} does not fit input_ids of shape {[batch, length]}; give the number of columns "
+            "before the answer, one for all rows or one for each"
+        )
+    return lengths.expand(batch)
+
+
+def check_whole(generation: Generation | None, length: int) -> None:
+    """Raise UserError if `generate` hands over only the first `length` tokens of a prompt with images."""
+    if generation is not None and generation.pictured and length < generation.length:
+        raise UserError(
+            f"prefill_chunk_size={length} splits a prompt of {generation.length} tokens, and the selector must read "
+            "all of it; leave out prefill_chunk_size"
+        )
