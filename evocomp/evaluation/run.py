@@ -23,7 +23,7 @@ from evocomp.evaluation.tables import terminal
 from evocomp.inference import card
 from evocomp.inference.selectors import weights_of
 from evocomp.log import UserError, logger
-from evocomp.mllm.features import grid_of
+from evocomp.mllm.features import first_image
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection import selector
 from evocomp.viz import SheetItem, kept_sheet
@@ -94,6 +94,7 @@ def evaluate_run(
     if not is_own:
         check_place(out, judged)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+    mllm.max_bad = config.data.max_bad
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=progress())
@@ -286,11 +287,12 @@ def draw_sheet(
     for number, own in enumerate(list(by_picture.values())[:count]):
         i = own[number % len(own)]  # another place each time, so that all kinds of question come up
         asked = judge.asked[i]
+        lit, grid = first_image(asked.features, shown[i].alone.cpu().numpy())
         items.append(
             SheetItem(
                 image=picture(asked.example),
-                kept=shown[i].alone.cpu().numpy(),
-                grid=grid_of(asked.features),
+                kept=lit,
+                grid=grid,
                 question=asked.example.prompt,
                 full_answer=full[i],
                 answer=ours[i],

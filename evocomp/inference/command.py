@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from evocomp.data.images import read_image
 from evocomp.distributed import set_threads
 from evocomp.inference.choose import check_keep
 from evocomp.inference.generate import TimedAnswer, timed_generate
@@ -29,9 +30,9 @@ def answer_from_command_line(
     """Print the answer, tokens before and after, and where the time went; see the verb's help."""
     check_keep(keep)  # before anything is loaded
     try:
-        picture = Image.open(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"--image={image} does not decode: {error}") from None
+        picture = read_image(image)
+    except UserError as error:
+        raise UserError(f"--image: {error}") from None
     if save is not None and save.exists():
         raise UserError(f"--save={save} exists; give another name")
     if save is not None and Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:

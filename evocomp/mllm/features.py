@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class Features:
         separators: rows [M, D] between the visual tokens that are no picture content (LLaVA-NeXT's and OneVision's
             `image_newline`): the LLM reads them whatever is chosen, as behind `evocomp.compress`. None: no such row.
         separators_at: where they stand in the prompt [M], ascending.
+        counts: of several images the visual tokens of each, in their order, with sum N; empty for one image.
     """
 
     id: int
@@ -33,6 +35,7 @@ class Features:
     answer_ids: Tensor
     separators: Tensor | None = None
     separators_at: Tensor | None = None
+    counts: tuple[int, ...] = ()
 
     @property
     def text_at(self) -> Tensor:
@@ -79,7 +82,17 @@ def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def grid_of(features: Features) -> tuple[int, int]:
-    """(rows, columns) of the visual tokens: square where their number is, else one row."""
+    """(rows, columns) of the visual tokens: square where their number is, else one row; one row for several images."""
     count = len(features.visual)
+    return (1, count) if features.counts else _square(count)
+
+
+def first_image(features: Features, kept: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Those of the kept tokens [R] that lie in the first image, and its grid: what a drawing of that image shows."""
+    count = features.counts[0] if features.counts else len(features.visual)
+    return kept[kept < count], _square(count)
+
+
+def _square(count: int) -> tuple[int, int]:
     side = round(count**0.5)
     return (side, side) if side * side == count else (1, count)

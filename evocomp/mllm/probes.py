@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from evocomp.data.example import Example
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.reader import picture_key
+from evocomp.mllm.reader import PictureKey, picture_key
 
 _VISION = {
     "clip_hidden",
@@ -36,7 +36,7 @@ class Probes:
 
     def __init__(self, mllm: FrozenMLLM):
         self.mllm = mllm
-        self._vision: tuple[str, dict[str, Any]] = ("", {})
+        self._vision: tuple[PictureKey, dict[str, Any]] = ("", {})
         self._llm: tuple[int, dict[str, Any]] = (-1, {})
 
     @torch.no_grad()
@@ -58,7 +58,9 @@ class Probes:
         return {name: value for name, value in found.items() if name in needs}
 
     def _look(self, example: Example) -> dict[str, Any]:
-        """A CLIP-like tower with a class token that LLaVA's projector reads; {} for any other."""
+        """A CLIP-like tower with a class token that LLaVA's projector reads; {} for any other, or several images."""
+        if example.further_images:
+            return {}
         tower = getattr(self.mllm.model.base_model, "vision_tower", None)
         config = self.mllm.model.config
         layers = getattr(getattr(tower, "encoder", getattr(tower, "vision_model", None)), "layers", None)

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def run(config: RunConfig) -> bool:
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     use_feature_cache(config, mllm, splits)
-    check_kept(config, mllm, splits.train[0])
+    check_kept(config, mllm, splits.train)
     labeller = build_labeller(config, mllm, splits, folder)
     labelled = config.labels.labelled_at_first(len(splits.train))
     data = LabelledQuestions(
@@ -147,8 +148,11 @@ def load_mllm(config: RunConfig) -> FrozenMLLM:
     if device == "cuda":
         device = f"cuda:{distributed.local_rank()}"
     if config.model.shard != 1:
-        return load_sharded(config.model, device)
-    return FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+        mllm = load_sharded(config.model, device)
+    else:
+        mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+    mllm.max_bad = config.data.max_bad
+    return mllm
 
 
 def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
@@ -246,9 +250,12 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
     return dict(settings)
 
 
-def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
-    """Kept counts must be possible for the pictures at hand."""
-    available = len(mllm.features([example])[0].visual)
+def check_kept(config: RunConfig, mllm: FrozenMLLM, examples: Sequence[Example]) -> None:
+    """Kept counts must be possible for the images at hand, of which the first that decodes is looked at."""
+    first = mllm.readable(examples, most=1)
+    if not first:
+        raise UserError(f"data.source={config.data.source}: no image of a training question decodes; mend the data")
+    available = len(first[0][1].visual)
     too_many = [count for count in config.eval.kept if count > available]
     if too_many:
         raise UserError(
