@@ -27,7 +27,7 @@ def named_images(record: dict[str, Any]) -> list[Any]:
     """
     for key in _OTHER_MEDIA:
         if record.get(key):
-            raise Fault(f"has a {key.removesuffix('s')}, which is not supported; only images are")
+            raise Fault(f"has `{key}`, which is not supported; only images are")
     given = [_as_list(record.get(key)) for key in ("image", "images")]
     if given[0] and given[1] and given[0] != given[1]:
         raise Fault("has both `image` and `images`, and they differ")

@@ -82,7 +82,8 @@ def _has_media(content: Any) -> bool:
         return bool(MARK.search(content) or _OTHER_MEDIA.search(content))
     parts = content if isinstance(content, list) else [content]
     kinds = [part.get("type", "") for part in parts if isinstance(part, dict)]
-    return any(str(kind).startswith(("image", "input_image", "video", "audio")) for kind in kinds) or any(
+    media = ("image", "input_image", "video", "input_video", "audio", "input_audio")
+    return any(str(kind).startswith(media) for kind in kinds) or any(
         _has_media(part) for part in parts if isinstance(part, str)
     )
 

@@ -249,7 +249,12 @@ class Panel:
         for start in range(0, len(self.asked), self.batch):
             part = self.asked[start : start + self.batch]
             prompts = [(asked.features, *compressed(start + i, asked)) for i, asked in enumerate(part)]
-            texts, _ = self.mllm.answer(prompts, self.max_new_tokens)
+            texts, logits = self.mllm.answer(prompts, self.max_new_tokens)
+            if bool(logits.isnan().any()):
+                raise UserError(
+                    f"the logits of {self.mllm.name} are not finite ({method} at {kept} tokens); its number format "
+                    "overflows or its weights are damaged: try model.dtype=float32"
+                )
             answers.extend(texts)
         scores = [score_answer(asked.example, text) for asked, text in zip(self.asked, answers, strict=True)]
         return Outcome(method, kept, np.array(scores), answers, group=group)

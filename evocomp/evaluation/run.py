@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from evocomp import distributed
+from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
@@ -25,6 +26,7 @@ from evocomp.inference.selectors import weights_of
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import first_image
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
 from evocomp.selection import selector
 from evocomp.viz import SheetItem, kept_sheet
 
@@ -95,6 +97,7 @@ def evaluate_run(
         check_place(out, judged)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
     mllm.max_bad = config.data.max_bad
+    warn_of_unknown_words(mllm.processor.tokenizer, texts_of(examples), config.model.name)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=progress())
@@ -130,10 +133,12 @@ def questions_apart(judge: Panel, kinds: Sequence[str]) -> dict[str, np.ndarray]
 
 
 def read_compressor(run_dir: Path) -> EvoCompCompressor:
-    """The compressor of a run, for judging. Raises `UserError` for weights that cannot be read."""
+    """The compressor of a run, for judging. Raises `UserError` for weights that cannot be read or are not finite."""
     folder = run_dir / "compressor"
     with weights_of(folder):
-        return EvoCompCompressor.from_pretrained(folder).eval()
+        compressor = EvoCompCompressor.from_pretrained(folder).eval()
+    check_finite_weights(compressor, f"the compressor in {folder}", "train it again with a smaller optim.lr")
+    return compressor
 
 
 def progress(seconds: float = 10) -> Callable[[str], None]:

@@ -231,7 +231,8 @@ def terminal(report: "Report") -> str:
         f"accuracy (% of uncompressed); {report.questions:,} questions, {report.pictures:,} pictures; "
         f"95 % intervals are up to +-{max(half):.3f} wide, differences are surer: see report.md"
     )
-    return "\n".join(lines)
+    warning = few_images(report)
+    return "\n".join(lines if warning is None else [*lines, warning])
 
 
 def _sections(report: "Report", rows: list[Row], cells) -> list[tuple[str, list[list[Cell]]]]:

@@ -13,6 +13,7 @@ from evocomp.inference.hooks import compress
 from evocomp.inference.selectors import check_is_compressor
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.unknown_words import warn_of_unknown_words
 from evocomp.viz import light_up
 
 
@@ -43,6 +44,7 @@ def answer_from_command_line(
     token, templated = getattr(mllm.processor, "image_token", None), getattr(mllm.processor, "chat_template", None)
     if token and prompt.count(token) > (0 if templated else 1):  # without a template the user may place the picture
         raise UserError(f"--prompt has {token} in it, which stands for the picture; leave it out, it is put there")
+    warn_of_unknown_words(mllm.processor.tokenizer, [prompt], model)
     full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None
     with compress(mllm.model, compressor, keep=keep, layer=layer) as handle:
         ours = _timed(mllm, picture, prompt, handle, max_new_tokens)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import evocomp
 from evocomp import distributed
+from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.lora import add_lora, merge_lora, save_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
@@ -26,6 +27,7 @@ from evocomp.inference import card
 from evocomp.labels.labeller import Interrupted
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
 from evocomp.training.average import AverageFromEpoch
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
@@ -67,6 +69,9 @@ def run(config: RunConfig) -> bool:
     L.seed_everything(config.seed, workers=True, verbose=False)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
+    if is_rank_zero():
+        everything = [*splits.train, *splits.val, *splits.test]
+        warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
     check_kept(config, mllm, splits.train)
     labeller = build_labeller(config, mllm, splits, folder)
@@ -105,6 +110,7 @@ def run(config: RunConfig) -> bool:
         if trainer.received_sigterm or trainer.interrupted:
             raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
         finished, spent = whole(module), {"labelled": labelled, **cost.summary()}
+        check_finite_weights(finished, f"the compressor of {folder}", "give a smaller optim.lr and another --run_dir")
         if trainer.is_global_zero:
             save_compressor(finished.compressor, config, folder)
             write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
@@ -133,6 +139,9 @@ def label_only(config: RunConfig) -> None:
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
+    if is_rank_zero():
+        everything = [*splits.train, *splits.val, *splits.test]
+        warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
     folder = Path(config.run_dir)
     labeller = build_labeller(config, mllm, splits, folder)
