@@ -175,6 +175,8 @@ def _examples(
     if not sources and not speaks_of_image(_turns_of(record)):
         return None
     turns = read_turns(_turns_of(record))
+    if len(turns) < len(_turns_of(record)):
+        left_out.setdefault("a system turn", []).append(name)
     if turns and turns[0].role == ASSISTANT:  # LLaVA's own code skips it too
         left_out.setdefault("an answer before the first question", []).append(name)
         turns = turns[1:]

@@ -77,7 +77,7 @@ class ImageFolder:
 
 
 def _as_list(given: Any) -> list[Any]:
-    if given is None or given == "" or given == []:
+    if given is None or given == "" or given == [] or given != given:  # NaN, as pandas writes it for nothing
         return []
     items = given if isinstance(given, list) else [given]
     if any(isinstance(item, list) for item in items):

@@ -238,8 +238,10 @@ class Labeller:
             try:
                 return self._make(round, ids, previous, scores, progress, report)
             except BrokenImage:
+                kept = self._readable(ids)
                 vars(progress).update(vars(before))
-                ids = self._readable(ids)
+                progress.total -= len(ids) - len(kept)
+                ids = kept
 
     def _readable(self, ids: Sequence[int]) -> list[int]:
         """Those whose images decode; at least one less."""

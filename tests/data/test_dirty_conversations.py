@@ -197,6 +197,12 @@ def test_an_answer_before_the_first_question_is_skipped_as_in_llava(folder):
     assert reading.left_out == {"an answer before the first question": ["record r7"]}
 
 
+def test_system_turns_are_left_to_the_model_and_counted(folder):
+    turns = [{"from": "system", "value": None}, *ASKED]
+    (example,), reading = read(folder, {"id": "r7", "image": "a.png", "conversations": turns})
+    assert (example.prompt, example.history) == (CAT[0], ()) and reading.left_out == {"a system turn": ["record r7"]}
+
+
 def test_an_image_that_comes_in_a_later_turn(folder):
     turns = said("hello", "hi", "<image>\nwhat is it", "a cat", "what color", "black")
     (second, third), reading = read(folder, {"id": "r7", "image": "a.png", "conversations": turns})
@@ -308,6 +314,8 @@ def test_missing_images(folder, name):
 
 def test_text_only_records_may_say_anything(folder):
     turns = said("image of <video> in HTML?", "<image> <|x|>", "r", "b", "s")
+    for nothing in (None, "", [], float("nan")):
+        assert read(folder, {"image": nothing, "conversations": said("q", "a")})[1].text_only == 1
     for text in (said("image", "a"), [{"from": "tool", "value": "q"}], said("q", None), turns[1:]):
         examples, reading = read(folder, {"conversations": text})
         assert examples == [] and reading.text_only == 1 and reading.bad == []

@@ -299,7 +299,9 @@ def test_questions_about_broken_images_have_no_label_and_all_others_theirs(label
     nano._pictures.clear()
     nano._left_out.clear()
     about = [record["id"] for record in records if record["image"] == bad]
-    left = labeller("left", *settings).ensure(0)
+    progress = []
+    left = labeller("left", *settings).ensure(0, report=lambda p: progress.append((p.done, p.total)))
+    assert progress[-1] == (len(left), len(left))
     assert len(whole) == len(records) and len(left) == len(whole) - len(about)
     for id, record in left.items():
         for name, value in record.items():
