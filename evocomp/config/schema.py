@@ -27,7 +27,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "scenes"
-    """`scenes` (drawn on the fly), or a JSON file of LLaVA conversations, or a folder that holds data.json."""
+    """`scenes` (drawn on the fly), or LLaVA conversations: a JSON or JSON Lines file, or a folder with data.json."""
     image_folder: str | None = None
     """Where the JSON's pictures lie; default: the folder of the JSON file."""
     max_samples: int = 600
@@ -54,7 +54,8 @@ class DataConfig:
     test_seed: int = 303
     """Scenes: seed of the test pictures."""
     max_bad: int = 10
-    """Records with a missing or broken picture that are skipped before the run gives up."""
+    """Faulty records (a missing image, a video, ...) that are skipped before the run gives up; and as many whose image
+    does not decode, which is found when the model reads it."""
 
     def __post_init__(self):
         at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")

@@ -1,9 +1,10 @@
-"""LLaVA's conversation format: a JSON list of records and a folder of pictures.
+"""LLaVA's conversation format: a list of records (JSON, or JSON Lines) and a folder of images.
 
     [{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\ncolor of circle"},
                                                      {"from": "gpt", "value": "red"}, ...]}, ...]
 
-Each answered turn becomes one `Example` with the earlier turns as its history.
+Each answered turn becomes one `Example` with the earlier turns as its history. No image is opened here: one that does
+not decode is found when the model reads it, see `evocomp.mllm.reader`.
 """
 
 import json
@@ -15,71 +16,65 @@ from typing import Any
 from PIL import Image
 
 from evocomp.data.example import Example, stable_id
+from evocomp.data.image_files import ImageFolder, named_images
+from evocomp.data.json_records import read_records
 from evocomp.data.scenes import SceneSpec, scene_examples
+from evocomp.data.turns import ASSISTANT, USER, Fault, Mark, Turn, read_turns, speaks_of_image
 from evocomp.log import UserError, logger
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_TURNS = ("conversations", "messages")
 
 
 @dataclass
 class Reading:
-    """What came of a file: the examples, and how many records were left out and why."""
+    """What came of a file.
+
+    Attributes:
+        examples: the questions.
+        text_only: records without an image, which are left out.
+        bad: "record NAME: what is wrong" of each record that is left out as faulty.
+        left_out: why single turns are left out, with the names of their records.
+    """
 
     examples: list[Example] = field(default_factory=list)
     text_only: int = 0
     bad: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_conversations(source: str | Path, image_folder: str | Path | None = None, max_bad: int = 10) -> Reading:
-    """Read a LLaVA-format JSON file, or a folder that holds `data.json`.
+    """Read a file in LLaVA's format, or a folder that holds `data.json` or `data.jsonl`.
 
-    Text-only records are counted and left out. A missing or broken picture is reported with its record's id and
-    left out, until there are more than `max_bad` of them.
+    Text-only records are counted and left out. A record with a fault (a missing image, a video, two answers in a row,
+    another number of image marks than of images, ...) is reported with its id and left out, until there are more than
+    `max_bad` of them.
 
     Raises:
-        UserError: no such file, broken JSON (with file and line), a record without conversations, too many bad
-            pictures, nothing left.
+        UserError: no such file, broken JSON (with file and line), a record without conversations, too many faulty
+            records, nothing left.
     """
-    path = Path(source)
-    path = path / "data.json" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"data.source={source}: no such file or folder (a folder must hold data.json)")
-    records = _parse(path)
+    path = _file(Path(source), source)
+    records = read_records(path, lambda content: isinstance(content, dict) and _turns_of(content) is not None)
     folder = Path(image_folder) if image_folder else path.parent
     if not folder.is_dir():
         raise UserError(f"data.image_folder={folder}: no such folder")
-    reading = Reading()
-    checked: dict[Path, str | None] = {}
+    reading, images = Reading(), ImageFolder(folder)
     seen: set[int] = set()
     for number, record in enumerate(records):
-        if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-            raise UserError(f"{path}: record {number} has no list `conversations`")
-        if not all(isinstance(turn, dict) for turn in record["conversations"]):
-            raise UserError(f"{path}: record {number} has a turn that is not {{from, value}}")
-        name = record.get("image")
-        if not name:
-            reading.text_only += 1
+        _check_form(path, number, record)
+        try:
+            examples = _examples(record, _name(record, number), images, reading.left_out)
+        except Fault as fault:
+            _leave_out(reading, f"{_name(record, number)}: {fault}", path, max_bad)
             continue
-        picture = folder / str(name)
-        if picture not in checked:
-            checked[picture] = _fault(picture)
-        if checked[picture]:
-            reading.bad.append(f"record {record.get('id', number)}: {checked[picture]}")
-            logger.warning("left out %s", reading.bad[-1])
-            if len(reading.bad) > max_bad:
-                raise UserError(
-                    f"{path}: more than data.max_bad={max_bad} records have a missing or broken picture "
-                    f"(last: {reading.bad[-1]}); mend the data or raise data.max_bad"
-                )
-            continue
-        for example in _turns(record, picture, str(name)):
+        reading.text_only += examples is None
+        for example in examples or ():
             if example.id not in seen:  # a record that stands there twice is labelled once
                 seen.add(example.id)
                 reading.examples.append(example)
-    if reading.text_only:
-        logger.info("%s: %d text-only records left out", path, reading.text_only)
+    _say(path, reading)
     if not reading.examples:
-        raise UserError(f"{path}: no usable question about a picture in {len(records)} records")
+        raise UserError(f"{path}: no usable question about a picture in {len(records)} records{_reasons(reading)}")
     return reading
 
 
@@ -113,48 +108,148 @@ def write_scenes(
     return len(records)
 
 
-def _parse(path: Path) -> list[Any]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if not isinstance(records, list):
-        raise UserError(f"{path}: must be a list of records, as LLaVA's files are")
-    return records
+def _file(path: Path, source: str | Path) -> Path:
+    """The file of a source, which may be a folder."""
+    if path.is_dir():
+        found = [path / name for name in ("data.json", "data.jsonl") if (path / name).is_file()]
+        path = found[0] if found else path / "data.json"
+    if not path.is_file():
+        raise UserError(
+            f"data.source={source}: no such file or folder (a folder must hold data.json or data.jsonl)"
+        )
+    return path
 
 
-def _fault(picture: Path) -> str | None:
-    if not picture.is_file():
-        return f"picture {picture} is missing"
-    try:
-        with Image.open(picture) as image:
-            image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"picture {picture} does not decode ({error})"
-    return None
+def _turns_of(record: dict[str, Any]) -> Any:
+    return next((record[key] for key in _TURNS if record.get(key) is not None), None)
 
 
-def _turns(record: dict, picture: Path, image_id: str) -> Iterator[Example]:
+def _name(record: dict[str, Any], number: int) -> str:
+    """What a record is called in messages: its id, or its number where it has none."""
+    name = record.get("id")
+    text = str(number if name is None or name == "" else name)
+    return f"record {' '.join(text.split())[:80]}"
+
+
+def _check_form(path: Path, number: int, record: Any) -> None:
+    """Raise UserError for what is no record at all: then the file is of another kind."""
+    if not isinstance(record, dict) or not isinstance(_turns_of(record), list):
+        raise UserError(f"{path}: record {number} has no list `conversations` (or `messages`)")
+    if not all(isinstance(turn, dict) for turn in _turns_of(record)):
+        raise UserError(f"{path}: record {number} has a turn that is not {{from, value}}")
+
+
+def _leave_out(reading: Reading, fault: str, path: Path, max_bad: int) -> None:
+    reading.bad.append(fault)
+    logger.warning("left out %s", fault)
+    if len(reading.bad) > max_bad:
+        raise UserError(
+            f"{path}: more than data.max_bad={max_bad} records have a missing image or another fault "
+            f"(last: {fault}); mend the data or raise data.max_bad"
+        )
+
+
+def _say(path: Path, reading: Reading) -> None:
+    if reading.text_only:
+        logger.info("%s: %d text-only records left out", path, reading.text_only)
+    for reason, names in reading.left_out.items():
+        logger.info("%s: %d turns left out (%s), first of %s", path, len(names), reason, names[0])
+
+
+def _reasons(reading: Reading) -> str:
+    """Why there is no question."""
+    reasons = [f"{reading.text_only} text-only"] if reading.text_only else []
+    reasons += [f"left out {fault}" for fault in reading.bad[:1]]
+    reasons += [f"{len(names)} turns left out ({reason})" for reason, names in reading.left_out.items()]
+    return f" ({'; '.join(reasons)})" if reasons else ""
+
+
+# ------------------------------------------------------------ one record
+
+
+def _examples(
+    record: dict[str, Any], name: str, images: ImageFolder, left_out: dict[str, list[str]]
+) -> list[Example] | None:
+    """The questions of a record; None if it has no image. Raises Fault."""
+    sources = named_images(record)
+    if not sources and not speaks_of_image(_turns_of(record)):
+        return None
+    turns = read_turns(_turns_of(record))
+    if len(turns) < len(_turns_of(record)):
+        left_out.setdefault("a system turn", []).append(name)
+    if turns and turns[0].role == ASSISTANT:  # LLaVA's own code skips it too
+        left_out.setdefault("an answer before the first question", []).append(name)
+        turns = turns[1:]
+    questions = [turn for turn in turns if turn.role == USER]
+    marks = [(turn, at, mark) for turn, question in enumerate(questions) for at, mark in question.marks]
+    sources = _sources(sources, [mark for _, _, mark in marks])
+    found = [images.find(source) for source in sources]
+    places = [(turn, at) for turn, at, _ in marks] or [(0, 0)] * len(found)
+    return list(_answered(record, name, turns, found, places, left_out))
+
+
+def _sources(named: list[Any], marks: list[Mark]) -> list[Any]:
+    """What the images of a record are called, one for each mark. Raises Fault if names and marks do not fit."""
+    own = [mark.source for mark in marks if mark.source is not None]
+    if own and len(own) < len(marks):
+        raise Fault("has image marks of which some name a file and some do not")
+    if own and named and own != named:
+        raise Fault("names other images in its turns than in `image`")
+    sources = own or named
+    if not sources:
+        raise Fault("has an image mark (<image>) but names no image")
+    if marks and len(marks) != len(sources):
+        raise Fault(f"has {_count(len(marks), 'image mark')} (<image>) for {_count(len(sources), 'image')}")
+    return sources
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _answered(
+    record: dict[str, Any],
+    name: str,
+    turns: list[Turn],
+    found: list[tuple[str, str]],
+    places: list[tuple[int, int]],
+    left_out: dict[str, list[str]],
+) -> Iterator[Example]:
+    """Each answered question that comes after an image.
+
+    Args:
+        found: path and name of each image.
+        places: for each, the question and the character in it before which it stands.
+    """
     history: list[tuple[str, str]] = []
-    question = None
-    for turn in record["conversations"]:
-        role = _ROLES.get(turn.get("from") or turn.get("role"))
-        text = str(turn.get("value", turn.get("content", ""))).replace("<image>", "").strip()
-        if role == "user":
-            question = text
-        elif role == "assistant" and question is not None:
-            if text:
-                yield Example(
-                    # with the words: LLaVA's mixture names several records after one COCO picture
-                    id=stable_id("conversation", record.get("id", ""), image_id, len(history), question, text),
-                    image=str(picture),
-                    image_id=image_id,
-                    prompt=question,
-                    answer=text,
-                    kind=str(record.get("kind", "")),
-                    history=tuple(history),
-                )
-            history.append((question, text))
-            question = None
+    for question, answer in zip(turns[::2], turns[1::2], strict=False):
+        turn = len(history)
+        seen = [number for number, (place, _) in enumerate(places) if place <= turn]
+        if not seen:
+            left_out.setdefault("before the first image", []).append(name)
+        elif question.is_null:
+            left_out.setdefault("the question is null", []).append(name)
+        elif not answer.text:
+            left_out.setdefault("no answer", []).append(name)
+        else:
+            paths, names = zip(*(found[number] for number in seen), strict=True)
+            # one image goes before its question wherever the mark stands in it, as in LLaVA's own code
+            placed = tuple(places[number] if len(found) > 1 else (places[number][0], 0) for number in seen)
+            image_id = " + ".join(names)
+            yield Example(
+                # with the words: LLaVA's mixture names several records after one COCO picture
+                id=stable_id("conversation", record.get("id", ""), image_id, turn, question.text, answer.text),
+                image=paths[0],
+                image_id=image_id,
+                prompt=question.text,
+                answer=answer.text,
+                kind=str(record.get("kind") or ""),
+                history=tuple(history),
+                extra={"record": name},
+                further_images=paths[1:],
+                image_ids=names if len(names) > 1 else (),
+                placed=placed if any(place != (0, 0) for place in placed) else (),
+            )
+        history.append((question.text, answer.text))
+    if len(turns) % 2 or not turns:
+        left_out.setdefault("no answer", []).append(name)

@@ -1,6 +1,7 @@
-"""The unit of work: one question about one picture, with the answer that the MLLM should give."""
+"""The unit of work: one question about one image or several, with the answer that the MLLM should give."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,18 +20,22 @@ def stable_id(*parts: Any) -> int:
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one picture.
+    """One question about one image, or about several.
 
     Attributes:
         id: stable 63-bit integer; labels, priorities and random streams are keyed by it.
-        image: path of the picture, or its pixels [height, width, 3] uint8.
-        image_id: examples with the same value ask about the same picture.
+        image: the image, or the first of several: a path, a `data:` URI, or pixels [height, width, 3] uint8.
+        image_id: examples with the same value ask about the same image, or the same images in the same order.
         prompt: the question of this turn.
         answer: the gold answer of this turn.
         kind: the question's type; accuracies are reported by it.
         history: earlier (question, answer) turns of the conversation.
         choices: the answers a multiple-choice question offers, else empty.
-        extra: what a task needs besides (other accepted answers, target object, ...).
+        extra: what a task needs besides (other accepted answers, target object, the record's name, ...).
+        further_images: the images after the first.
+        image_ids: of several images the name of each; empty for one image, whose name is `image_id`.
+        placed: for each image the turn (0 = the first question) and the character of that turn's question before
+            which it stands; empty: all of them before the first question.
     """
 
     id: int
@@ -42,3 +47,47 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()
     choices: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    further_images: tuple[str | np.ndarray, ...] = ()
+    image_ids: tuple[str, ...] = ()
+    placed: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def images(self) -> tuple[str | np.ndarray, ...]:
+        """All images, in the order in which they stand in the conversation."""
+        return (self.image, *self.further_images)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each image."""
+        return self.image_ids or (self.image_id,)
+
+    @property
+    def record(self) -> str:
+        """What the example is called in messages: its record in the user's file where it is known, else its id."""
+        return str(self.extra.get("record", f"example {self.id}"))
+
+
+def image_groups(examples: Iterable[Example]) -> dict[str, str]:
+    """Name of each image -> name of its group: images that a question is about together are in one group.
+
+    Questions about different groups have no image in common. An image that comes alone is a group of its own name.
+
+    >>> pair = Example(1, "a.png", "a + b", "?", "yes", further_images=("b.png",), image_ids=("a", "b"))
+    >>> image_groups([pair, Example(2, "b.png", "b", "?", "no"), Example(3, "c.png", "c", "?", "no")])
+    {'a': 'a', 'b': 'a', 'c': 'c'}
+    """
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        parent.setdefault(name, name)
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for example in examples:
+        first = root(example.names[0])
+        for other in example.names[1:]:
+            first, second = sorted((first, root(other)))
+            parent[second] = first
+    return {name: root(name) for name in parent}

@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from evocomp.config.schema import DataConfig
 from evocomp.data.benchmarks import read_task, split_source
 from evocomp.data.conversations import read_conversations
-from evocomp.data.example import Example, stable_id
+from evocomp.data.example import Example, image_groups, stable_id
+from evocomp.data.images import size_on_disk
 from evocomp.data.scenes import SPECS, scene_examples
 from evocomp.log import UserError, logger
 
@@ -75,18 +73,12 @@ def digest(examples: Sequence[Example]) -> str:
     total = hashlib.sha256()
     for example in examples:
         total.update(json.dumps([example.id, example.prompt, example.answer, example.history]).encode())
+        if example.placed:
+            total.update(json.dumps(example.placed).encode())
     for example in examples[:: max(1, len(examples) // 1000)]:
-        total.update(json.dumps(_size(example.image)).encode())
+        for image in example.images:
+            total.update(json.dumps(size_on_disk(image)).encode())
     return total.hexdigest()[:16]
-
-
-def _size(image: str | np.ndarray) -> int | list[int] | None:
-    if not isinstance(image, str):
-        return list(image.shape[:2])
-    try:
-        return os.path.getsize(image)
-    except OSError:  # whoever opens it says so
-        return None
 
 
 def drawn(data: DataConfig, seed: int, count: int, per_image: int = 0) -> list[Example]:
@@ -123,17 +115,21 @@ def _some(examples: list[Example], count: int, source: str) -> list[Example]:
 
 
 def _hold_out(examples: list[Example], wanted: int, share: int, name: str) -> tuple[list, list]:
-    """Take pictures, in the order of their hashes, until `wanted` questions or 1/`share` of the pictures are out."""
-    pictures = sorted({example.image_id for example in examples}, key=lambda image: stable_id(name, image))
+    """Take images, in the order of their hashes, until `wanted` questions or 1/`share` of the images are out.
+
+    Images that one question is about go together.
+    """
+    group = image_groups(examples)
+    groups = sorted(set(group.values()), key=lambda one: stable_id(name, one))
     counts: dict[str, int] = {}
     for example in examples:
-        counts[example.image_id] = counts.get(example.image_id, 0) + 1
+        counts[group[example.names[0]]] = counts.get(group[example.names[0]], 0) + 1
     out: set[str] = set()
     questions = 0
-    for picture in pictures[: max(1, len(pictures) // share) if len(pictures) > 1 else 0]:
+    for one in groups[: max(1, len(groups) // share) if len(groups) > 1 else 0]:
         if questions >= wanted:
             break
-        out.add(picture)
-        questions += counts[picture]
-    taken = [example for example in examples if example.image_id in out][:wanted]
-    return taken, [example for example in examples if example.image_id not in out]
+        out.add(one)
+        questions += counts[one]
+    taken = [example for example in examples if group[example.names[0]] in out][:wanted]
+    return taken, [example for example in examples if group[example.names[0]] not in out]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.compressor.model import EvoCompCompressor
-from evocomp.data.example import Example
+from evocomp.data.example import Example, image_groups
+from evocomp.data.images import as_array
 from evocomp.data.scoring import score_answer
 from evocomp.evaluation.outcome import REFERENCE, WITH_CONTEXT, Outcome, Questions
 from evocomp.log import UserError
@@ -18,7 +19,7 @@ from evocomp.mllm.context import Shown, shown, split
 from evocomp.mllm.features import Features, grid_of, pad_right
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.probes import Probes
-from evocomp.mllm.reader import as_array, picture_key
+from evocomp.mllm.reader import PictureKey, picture_key
 from evocomp.selection.base import NotApplicable, SelectionInputs, Selector
 from evocomp.selection.downsample import downsample
 
@@ -69,15 +70,18 @@ class Panel:
         self.batch = batch
         self.max_new_tokens = max_new_tokens
         self.report = report
-        self.asked = [Asked(e, f) for e, f in zip(examples, mllm.features(examples), strict=True)]
+        self.asked = [Asked(example, features) for example, features in mllm.readable(examples)]
+        if not self.asked:
+            raise UserError("no question is left to judge on: no image decodes; mend the data")
         self.probes = Probes(mllm)
 
     @property
     def questions(self) -> Questions:
         """What every outcome answers."""
         examples = [asked.example for asked in self.asked]
+        group = image_groups(examples)
         return Questions(
-            images=[e.image_id for e in examples],
+            images=[group[e.names[0]] for e in examples],
             kinds=[e.kind or "all" for e in examples],
             gold=[e.answer for e in examples],
             prompts=[e.prompt for e in examples],
@@ -110,7 +114,7 @@ class Panel:
             start = alike.index(i) + len(alike) // 2
             for step in range(len(alike)):
                 candidate = self.asked[alike[(start + step) % len(alike)]]
-                if candidate.example.image_id != asked.example.image_id:
+                if not set(candidate.example.names) & set(asked.example.names):
                     return _everything(candidate.features)
             alone.append(i)
             return _everything(asked.features)
@@ -151,7 +155,7 @@ class Panel:
         self.report(f"selecting with {len(methods)} methods")
         chosen: dict[tuple[int, int], list[Shown]] = {}
         reasons: dict[int, str] = {}
-        known: dict[tuple[int, int], tuple[str, Shown]] = {}
+        known: dict[tuple[int, int], tuple[PictureKey, Shown]] = {}
         for asked in self.asked:
             for number, rival in enumerate(methods):
                 if number in reasons:
@@ -265,7 +269,12 @@ class Panel:
         for start in range(0, len(self.asked), self.batch):
             part = self.asked[start : start + self.batch]
             prompts = [(asked.features, *compressed(start + i, asked)) for i, asked in enumerate(part)]
-            texts, _ = self.mllm.answer(prompts, self.max_new_tokens)
+            texts, logits = self.mllm.answer(prompts, self.max_new_tokens)
+            if bool(logits.isnan().any()):
+                raise UserError(
+                    f"the logits of {self.mllm.name} are not finite ({method} at {kept} tokens); its number format "
+                    "overflows or its weights are damaged: try model.dtype=float32"
+                )
             answers.extend(texts)
         scores = [score_answer(asked.example, text) for asked, text in zip(self.asked, answers, strict=True)]
         return Outcome(method, kept, np.array(scores), answers, group=group)
@@ -287,7 +296,7 @@ def _not_applicable(method: str, kept: int, reason: str) -> Outcome:
 
 
 def picture(example: Example) -> np.ndarray:
-    """The example's picture as pixels, small enough for a sheet."""
+    """The example's image, or its first one, as pixels [height, width, 3] small enough for a sheet."""
     pixels = as_array(example.image)
     longest = max(pixels.shape[:2])
     if longest <= 448:

@@ -11,7 +11,8 @@ loyalty                               share of questions answered as the uncompr
 hard, hard_n                          accuracy on the questions that need detail, and their number: right with
                                       all tokens, wrong with image downsampling to the same budget
 difference_vs_evocomp, _low, _high    this method minus EvoComp at the same budget, per question
-p_vs_evocomp, mcnemar_vs_evocomp      two-sided p of it: paired bootstrap over pictures; McNemar's, exact
+p_vs_evocomp, mcnemar_vs_evocomp      two-sided p of it, over images: paired bootstrap, with few images the exact
+                                      sign-flip test; McNemar's, exact
 difference_vs_full, _low, _high       this method minus the uncompressed model; `p_vs_full` as above
 by_kind                               accuracy by type of question
 kept_average                          visual tokens averaged over the LLM's layers
@@ -144,7 +145,7 @@ class _Panel:
         return row
 
     def _difference(self, other: str, key: tuple[str, int], other_key: tuple[str, int]) -> Row:
-        gap = (self.runs[key].mean - self.runs[other_key].mean).mean()
+        gap = self.runs[key].mean - self.runs[other_key].mean
         found = self.bootstrap.difference_of(gap, self.drawn[key] - self.drawn[other_key])
         name = f"difference_vs_{other}"
         return {

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from evocomp import distributed
+from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
@@ -23,8 +24,9 @@ from evocomp.evaluation.tables import terminal
 from evocomp.inference import card
 from evocomp.inference.names import weights_of
 from evocomp.log import UserError, logger
-from evocomp.mllm.features import grid_of
+from evocomp.mllm.features import first_image
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
 from evocomp.selection import selector, selector_for_depth
 from evocomp.viz import SheetItem, kept_sheet
 
@@ -93,6 +95,8 @@ def evaluate_run(
     if not is_own:
         check_place(out, judged)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
+    mllm.max_bad = config.data.max_bad
+    warn_of_unknown_words(mllm.processor.tokenizer, texts_of(examples), config.model.name)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
     judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=progress())
@@ -128,10 +132,12 @@ def questions_apart(judge: Panel, kinds: Sequence[str]) -> dict[str, np.ndarray]
 
 
 def read_compressor(run_dir: Path) -> EvoCompCompressor:
-    """The compressor of a run, for judging. Raises `UserError` for weights that cannot be read."""
+    """The compressor of a run, for judging. Raises `UserError` for weights that cannot be read or are not finite."""
     folder = run_dir / "compressor"
     with weights_of(folder):
-        return EvoCompCompressor.from_pretrained(folder).eval()
+        compressor = EvoCompCompressor.from_pretrained(folder).eval()
+    check_finite_weights(compressor, f"the compressor in {folder}", "train it again with a smaller optim.lr")
+    return compressor
 
 
 def progress(seconds: float = 10) -> Callable[[str], None]:
@@ -289,11 +295,12 @@ def draw_sheet(
     for number, own in enumerate(list(by_picture.values())[:count]):
         i = own[number % len(own)]  # another place each time, so that all kinds of question come up
         asked = judge.asked[i]
+        lit, grid = first_image(asked.features, shown[i].alone.cpu().numpy())
         items.append(
             SheetItem(
                 image=picture(asked.example),
-                kept=shown[i].alone.cpu().numpy(),
-                grid=grid_of(asked.features),
+                kept=lit,
+                grid=grid,
                 question=asked.example.prompt,
                 full_answer=full[i],
                 answer=ours[i],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from evocomp.evaluation.outcome import AFTER_LLM, BEFORE_LLM, REFERENCE
 from evocomp.evaluation.rows import Row
+from evocomp.evaluation.statistics import EXACT_UP_TO, TOO_FEW
 
 if TYPE_CHECKING:
     from evocomp.evaluation.report import Report
@@ -121,8 +122,7 @@ def how_made(report: "Report") -> str:
         f"interval: the pictures were drawn again {report.resamples:,} times with replacement, all questions "
         f"of a picture together because they stand or fall together, and the interval spans the middle 95 % "
         f"of what was found. Differences are taken question by question on the same draws, so they are surer "
-        f"than two overlapping intervals suggest. p is two-sided and not corrected for the number of "
-        f"comparisons.\n\n"
+        f"than two overlapping intervals suggest. {_of_p(report)}\n\n"
         f'"Kept" counts visual tokens at the LLM\'s door; where a method drops or merges tokens later, their '
         f"average over the LLM's layers stands in the notes. Kept above chance is (accuracy - accuracy "
         f"without the picture) / (uncompressed - accuracy without the picture). Hard questions are those "
@@ -130,9 +130,26 @@ def how_made(report: "Report") -> str:
     )
 
 
+def _of_p(report: "Report") -> str:
+    exact = f"exact: the share of all ways to swap the two methods image by image ({report.pictures} images)"
+    how = f", {exact}," if report.pictures <= EXACT_UP_TO else ""
+    return f"p is two-sided{how} and not corrected for the number of comparisons."
+
+
+def few_images(report: "Report") -> str | None:
+    """A warning that there are too few images for intervals; None if there are enough."""
+    if report.pictures >= TOO_FEW:
+        return None
+    return (
+        f"Only {report.pictures} image{'s' * (report.pictures != 1)} judged: the intervals mean nothing, and no "
+        f"two-sided p can be below {2 / 2**report.pictures:.2g}. Judge on at least {TOO_FEW} images (--questions)."
+    )
+
+
 def notes(report: "Report") -> list[str]:
-    """One line a method that has something to say, then remarks on the whole."""
-    lines = []
+    """A warning if there are too few images, one line a method that has something to say, then remarks on the whole."""
+    warning = few_images(report)
+    lines = [] if warning is None else [warning]
     for method, rows in _by_method(report.rows).items():
         said = list(dict.fromkeys(row["note"] for row in rows if row["note"]))
         uneven = [
@@ -214,7 +231,8 @@ def terminal(report: "Report") -> str:
         f"accuracy (% of uncompressed); {report.questions:,} questions, {report.pictures:,} pictures; "
         f"95 % intervals are up to +-{max(half):.3f} wide, differences are surer: see report.md"
     )
-    return "\n".join(lines)
+    warning = few_images(report)
+    return "\n".join(lines if warning is None else [*lines, warning])
 
 
 def _sections(report: "Report", rows: list[Row], cells) -> list[tuple[str, list[list[Cell]]]]:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from evocomp.data.images import read_image
 from evocomp.distributed import set_threads
 from evocomp.inference.choose import check_keep
 from evocomp.inference.generate import TimedAnswer, timed_generate
@@ -13,6 +14,7 @@ from evocomp.inference.names import check_name
 from evocomp.inference.selectors import check_context
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.mllm.unknown_words import warn_of_unknown_words
 from evocomp.viz import light_up
 
 
@@ -34,9 +36,9 @@ def answer_from_command_line(
     """
     check_keep(keep)  # before anything is loaded
     try:
-        picture = Image.open(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"--image={image} does not decode: {error}") from None
+        picture = read_image(image)
+    except UserError as error:
+        raise UserError(f"--image: {error}") from None
     if save is not None and save.exists():
         raise UserError(f"--save={save} exists; give another name")
     if save is not None and Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
@@ -48,6 +50,7 @@ def answer_from_command_line(
     token, templated = getattr(mllm.processor, "image_token", None), getattr(mllm.processor, "chat_template", None)
     if token and prompt.count(token) > (0 if templated else 1):  # without a template the user may place the picture
         raise UserError(f"--prompt has {token} in it, which stands for the picture; leave it out, it is put there")
+    warn_of_unknown_words(mllm.processor.tokenizer, [prompt], model)
     full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None
     with compress(mllm.model, compressor, keep=keep, layer=layer, context=context) as handle:
         ours = _timed(mllm, picture, prompt, handle, max_new_tokens)

@@ -76,8 +76,8 @@ def compress(
             made for another hidden size, a selector that needs what the model lacks, a decoder with other layers than
             attention, bad settings; and at call time: images over an old cache, `labels` or a `logits_to_keep` that
             reaches back to the images without `restore_length`, an unlabelled input in training mode, a prefill in
-            chunks, context tokens with an attention that takes no weights (use `sdpa` or `eager`), a 4-D attention mask,
-            or one with too few columns, over a compressed cache.
+            chunks, context tokens with an attention that takes no weights (use `sdpa` or `eager`), a 4-D attention
+            mask, or one with too few columns, over a compressed cache.
     """
     model = without_compile(model)
     families.check_supported(model)

@@ -56,8 +56,11 @@ class HardLabels:
         previous: dict[int, Record],
         scores: Scores | None,
     ) -> Iterator[Record]:
-        """Round 0: groups, first population, L generations. Later: further generations."""
-        encoded = encode(ids)
+        """Round 0: groups, first population, L generations. Later: further generations.
+
+        A sample that the round before has left out, its image being broken, stays out.
+        """
+        encoded = encode([id for id in ids if round == 0 or id in previous])
         if round == 0:
             yield from map(self._first, encoded)
             return

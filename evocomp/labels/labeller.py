@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from evocomp.data.example import Example
+from evocomp.data.images import BrokenImage
 from evocomp.distributed import StopRequest, WorkQueue, broadcast, gather, local_rank, rank
-from evocomp.labels.records import Record
+from evocomp.labels.records import Record, check_finite
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
-from evocomp.log import UserError
+from evocomp.log import UserError, logger
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 
@@ -133,7 +134,7 @@ class Labeller:
             UserError: the round before, from which this one is made, is not there and cannot be made again.
         """
         store = self.store_of(round)
-        if not all(gather(store.committed(round))):  # a node's own disk may lack what another's holds
+        if not all(gather(self._is_complete(store, round))):  # a node's own disk may lack what another's holds
             before = self.store_of(round - 1)
             if round > 1 and not any(gather(before.committed(round - 1))):
                 raise UserError(
@@ -143,6 +144,25 @@ class Labeller:
             previous = before.read(round - 1) if round else {}
             self._fill(store, round, previous, scores, report)
         return store.read(round)
+
+    def _is_complete(self, store: LabelStore, round: int) -> bool:
+        """Whether the store's round is committed, and with as many chunks as it has."""
+        if not store.committed(round):
+            return False
+        before = self.store_of(round - 1)
+        if round and not before.committed(round - 1):
+            return True  # what says how many it must have is gone
+        expected = len(self.rounds.chunks(round, before.read(round - 1) if round else {}))
+        listed = len(store.chunks(round))
+        if listed < expected:
+            logger.warning(
+                "round %d of label store %s is committed with %d of %d chunks; the others are made now",
+                round,
+                store.path,
+                listed,
+                expected,
+            )
+        return listed >= expected
 
     def store_of(self, round: int) -> LabelStore:
         """Where a round lies."""
@@ -159,7 +179,8 @@ class Labeller:
         queue = WorkQueue(f"round-{round}", lambda chunk: store.has(round, chunk), self.mllm.shard_group)
         with StopRequest() as request, self.scorer.after_each_batch(lambda: self._look(queue, request)):
             for chunk in queue(todo):
-                records = self._make(round, chunks[chunk], previous, scores, progress, report)
+                records = self._make_readable(round, chunks[chunk], previous, scores, progress, report)
+                check_finite(records)
                 if self.mllm.shard_group.leads:
                     store.write(round, chunk, records)
         self.waited = queue.waited
@@ -195,6 +216,29 @@ class Labeller:
                 time.sleep(1.0)
             store.commit(round, range(count))
         queue.wait_for(lambda: store.committed(round))
+
+    def _make_readable(self, round, ids, previous, scores, progress, report) -> list[Record]:
+        """The records of a chunk, without those of questions whose images do not decode.
+
+        A chunk's images are all read before anything is scored, so beginning again costs little; and what is broken is
+        so for every process, so the chunk's bytes stay those that any other would make.
+        """
+        while True:
+            before = replace(progress)
+            try:
+                return self._make(round, ids, previous, scores, progress, report)
+            except BrokenImage:
+                kept = self._readable(ids)
+                vars(progress).update(vars(before))
+                progress.total -= len(ids) - len(kept)
+                ids = kept
+
+    def _readable(self, ids: Sequence[int]) -> list[int]:
+        """Those whose images decode; at least one less."""
+        kept = [example.id for example, _ in self.mllm.readable(self.examples[id] for id in ids)]
+        if len(kept) == len(ids):
+            raise UserError("an image decoded at one time and not at another: the disk or the network is failing")
+        return kept
 
     def _make(self, round, ids, previous, scores, progress, report) -> list[Record]:
         started, before = time.perf_counter(), self.scorer.forwards

@@ -170,7 +170,12 @@ class OnPolicyRounds:
         return np.argsort(-(logits[None] + noise), axis=1, kind="stable")[:, :size]
 
     def _priority(self, id: int, round: int, previous: dict[int, Record]) -> float:
-        """Spread of the sample's last proposals; the first time nothing is known."""
+        """Spread of the sample's last proposals; the first time nothing is known.
+
+        A sample that the round before has left out, its image being broken, is drawn by no more than the odds of all.
+        """
+        if round > 1 and id not in previous:
+            return 0.0
         return CAP if round <= 1 else min(CAP, float(previous[id]["spread"]))
 
     def _carried(self, id: int, spread: float) -> Record:

@@ -1,5 +1,6 @@
 """Label records as safetensors bytes: no pickle, mapped by name, the same bytes for the same records."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,24 @@ def tensors_of(content: bytes, path: Path) -> dict[str, np.ndarray]:
         return safetensors.numpy.load(content)
     except SafetensorError as error:
         raise UserError(f"label chunk {path} is broken or cut short ({error}); {ANEW}") from None
+
+
+MAY_BE_UNKNOWN = ("best_loss", "first_best", "first_mean", "losses")
+"""Fields that are NaN in labels that were drawn and never scored (`labels.target=random`)."""
+
+
+def check_finite(records: Sequence[Record]) -> None:
+    """Raise UserError for a record with a number that is not finite: it would make the compressor NaN."""
+    for record in records:
+        scored = record.get("evaluations", 1) != 0
+        for name, value in record.items():
+            numbers = np.asarray(value)
+            if numbers.dtype.kind != "f" or np.isfinite(numbers).all() or (name in MAY_BE_UNKNOWN and not scored):
+                continue
+            raise UserError(
+                f"the label of sample {record['id']} is not finite ({name}); the model's losses overflow or it is "
+                "damaged: try model.dtype=float32 and labels.dtype=model"
+            )
 
 
 def kept_by(record: Record, tokens: int, keep: int) -> np.ndarray:

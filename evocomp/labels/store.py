@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from evocomp.files import is_full, sweep, write_whole
-from evocomp.labels.records import ANEW, Record, decode, encode, tensors_of
+from evocomp.labels.records import ANEW, Record, check_finite, decode, encode, tensors_of
 from evocomp.log import UserError, logger, warn_once
 
 SCHEMA = 1
@@ -122,7 +122,12 @@ class LabelStore:
         content = _content(path)
         if str(chunk) in hashes and hashes[str(chunk)] != _sha256(content):
             raise UserError(f"label chunk {path} is not what was committed; {ANEW}")
-        return decode(content, path)
+        records = decode(content, path)
+        try:
+            check_finite(records)
+        except UserError as error:
+            raise UserError(f"label chunk {path}: {error}; or {ANEW}") from None
+        return records
 
     # -- rounds
 
@@ -144,10 +149,14 @@ class LabelStore:
         self._replace(self._folder(round) / "COMMIT.json", _json({"chunks": hashes}))
 
     def committed(self, round: int) -> bool:
-        """Whether the round is complete; no longer if somebody deleted one of its chunks."""
+        """Whether the round is complete: chunks are listed from 0 without a gap, and all of them are stored.
+
+        No longer if somebody deleted one of its chunks. How many it must have, the labeller knows.
+        """
         if not (self._folder(round) / "COMMIT.json").exists():
             return False
-        return not self.missing(round, map(int, self._hashes(round)))
+        listed = sorted(map(int, self._hashes(round)))
+        return listed == list(range(len(listed))) and not self.missing(round, listed)
 
     def rounds(self) -> list[int]:
         """The complete rounds, ascending."""

@@ -62,7 +62,7 @@ class FeatureCache:
                 return families.encode(self.model, inputs)
         with self._listening_to_tower() as heard:
             encoded = families.encode(self.model, inputs)
-        if self._writes:
+        if self._writes and len(heard) == 1:  # a tower that runs once for each of several images has no one output
             self._write(path, heard[0])
         return encoded
 

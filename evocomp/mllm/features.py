@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class Features:
             `image_newline`): the LLM reads them whatever is chosen, as behind `evocomp.compress`. None: no such row.
         separators_at: where they stand in the prompt [M], ascending.
         priority: the visual tokens in the order of a training-free score, best first [N], where one was asked for.
+        counts: of several images the visual tokens of each, in their order, with sum N; empty for one image.
     """
 
     id: int
@@ -35,6 +37,7 @@ class Features:
     separators: Tensor | None = None
     separators_at: Tensor | None = None
     priority: Tensor | None = None
+    counts: tuple[int, ...] = ()
 
     @property
     def text_at(self) -> Tensor:
@@ -81,8 +84,15 @@ def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def grid_of(features: Features) -> tuple[int, int]:
-    """(rows, columns) of the visual tokens: square where their number is, else one row."""
-    return square_grid(len(features.visual))
+    """(rows, columns) of the visual tokens: square where their number is, else one row; one row for several images."""
+    count = len(features.visual)
+    return (1, count) if features.counts else square_grid(count)
+
+
+def first_image(features: Features, kept: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Those of the kept tokens [R] that lie in the first image, and its grid: what a drawing of that image shows."""
+    count = features.counts[0] if features.counts else len(features.visual)
+    return kept[kept < count], square_grid(count)
 
 
 def square_grid(count: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from evocomp.mllm.observe import (
     is_readable,
     selector_order,
 )
-from evocomp.mllm.reader import picture_key
+from evocomp.mllm.reader import PictureKey, picture_key
 
 
 class Probes:
@@ -27,7 +27,7 @@ class Probes:
 
     def __init__(self, mllm: FrozenMLLM):
         self.mllm = mllm
-        self._vision: tuple[str, dict[str, Any]] = ("", {})
+        self._vision: tuple[PictureKey, dict[str, Any]] = ("", {})
         self._llm: tuple[int, dict[str, Any]] = (-1, {})
 
     @torch.no_grad()
@@ -49,8 +49,8 @@ class Probes:
         return {name: value for name, value in found.items() if name in needs}
 
     def _look(self, example: Example) -> dict[str, Any]:
-        """A CLIP-like tower with a class token that LLaVA's projector reads; {} for any other."""
-        clip = ClipTower.of(self.mllm.model)
+        """A CLIP-like tower with a class token that LLaVA's projector reads; {} for any other, or several images."""
+        clip = None if example.further_images else ClipTower.of(self.mllm.model)
         if clip is None:
             return {}
         with TowerObserver(clip) as observer:

@@ -1,21 +1,26 @@
 """From examples to features: what the processor, the tower and the projector of a frozen MLLM make of them."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from evocomp.data.example import Example
-from evocomp.log import UserError
+from evocomp.data.images import BrokenImage, as_array, is_base64, read_image
+from evocomp.log import UserError, logger
 from evocomp.mllm import families
 from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.features import Features
 from evocomp.mllm.observe import ClipTower, TowerObserver
 from evocomp.selection.priority import priority_order
+
+__all__ = ["PictureKey", "Reader", "as_array", "picture_key"]
+
+PictureKey = str | tuple[str, ...]
+"""What an image, or several images of a question together, are remembered by."""
 
 _PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
 
@@ -32,6 +37,7 @@ class Reader:
     Attributes:
         cache: where the tower's features lie on disk, if anywhere.
         priority_by: name of the order that features carry as `priority`; empty: none. See `evocomp.selection.priority`.
+        max_bad: records with an image that does not decode that are left out before `leave_out` gives up.
     """
 
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
@@ -42,10 +48,12 @@ class Reader:
         self.cache: FeatureCache | None = None
         self.priority_by = ""
         self.cache_bytes = cache_bytes
+        self.max_bad = 10
+        self._left_out: set[str] = set()
         self._bytes = 0
-        self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._pictures: OrderedDict[PictureKey, tuple[Tensor, Tensor, tuple[int, ...]]] = OrderedDict()
         self._prompts: dict[int, tuple[tuple, Features]] = {}
-        self._priorities: dict[tuple[str, str], Tensor] = {}
+        self._priorities: dict[tuple[PictureKey, str], Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +80,8 @@ class Reader:
         never depend, not even in the last bit, on what was encoded beside it.
 
         Raises:
-            UserError: an answer without tokens, or a processor without a chat template.
+            BrokenImage: an image does not decode.
+            UserError: an image cannot be read, an answer without tokens, or a processor without a chat template.
         """
         encoded = [self._features(example) for example in examples]
         if not self.priority_by:
@@ -91,7 +100,7 @@ class Reader:
         if key not in self._priorities:
             attention = None
             clip = ClipTower.of(self.model) if name == "cls_attention" else None
-            if clip is not None:
+            if clip is not None and not example.further_images:
                 with TowerObserver(clip) as observer:
                     self.encode_resized(example, None)
                     attention = observer.record.fields(0)["cls_attention"]
@@ -99,56 +108,104 @@ class Reader:
             self._priorities[key] = order.to(torch.int32)  # half the memory
         return self._priorities[key].long()
 
+    def readable(self, examples: Iterable[Example], most: int | None = None) -> list[tuple[Example, Features]]:
+        """Examples with their features, without those whose images do not decode; see `leave_out`.
+
+        Args:
+            most: stop after so many.
+        """
+        found: list[tuple[Example, Features]] = []
+        for example in examples:
+            try:
+                found.extend(zip([example], self.features([example]), strict=True))
+            except BrokenImage as error:
+                self.leave_out(example, error)
+            if most is not None and len(found) >= most:
+                break
+        return found
+
+    def leave_out(self, example: Example, error: BrokenImage) -> None:
+        """Report an example whose image does not decode, once for its record.
+
+        Every process finds the same examples broken, so all of them leave out the same ones.
+
+        Raises:
+            UserError: in more than `max_bad` records.
+        """
+        if example.record in self._left_out:
+            return
+        self._left_out.add(example.record)
+        logger.warning("left out %s", error)
+        if len(self._left_out) > self.max_bad:
+            raise UserError(
+                f"more than data.max_bad={self.max_bad} records have an image that does not decode "
+                f"(last: {error}); mend the data or raise data.max_bad"
+            ) from None
+
     def _process(self, example: Example) -> dict[str, Tensor]:
         if getattr(self.processor, "chat_template", None) is None:
             raise UserError(f"the processor of {self.name} has no chat template; add chat_template.jinja to its folder")
         text = self.processor.apply_chat_template(_messages(example), add_generation_prompt=True, tokenize=False)
         bos = getattr(self.processor.tokenizer, "bos_token", None)
-        picture = example.image
-        image = Image.open(picture) if isinstance(picture, str) else Image.fromarray(picture)
+        images = [_read(example, number) for number in range(len(example.images))]
         try:
             inputs = self.processor(
                 text=[text],
-                images=[image.convert("RGB")],
+                images=images,
                 return_tensors="pt",
                 # as transformers itself does: templates that write the start mark must not get a second one
                 add_special_tokens=not (bos and text.startswith(bos)),
             )
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
-            what = f"example {example.id} ({example.prompt!r})"
+            what = f"{example.record} ({example.prompt!r})"
             raise UserError(f"{what}: {self.name}'s processor refuses it: {reason}") from None
         return inputs.to(self.device)
 
-    def _picture(self, key: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The picture's rows [N + M, D] and which of them are separators [N + M]; remembered while there is room."""
+    def _picture(self, key: PictureKey, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """The images' rows [N + M, D], which of them are separators [N + M], and how many of the others belong to each
+        image; remembered while there is room."""
         if key in self._pictures:
             self._pictures.move_to_end(key)
             return self._pictures[key]
         inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(self.vocabulary.dtype)}
         encoded = self.cache.encode(inputs) if self.cache else families.encode(self.model, inputs)
         rows = families.visual_tokens(self.model, inputs["input_ids"], encoded)
-        self._pictures[key] = (rows, families.newline_rows(self.model, rows))
+        is_separator = families.newline_rows(self.model, rows)
+        self._pictures[key] = (rows, is_separator, self._counts(key, inputs, encoded, is_separator))
         self._bytes += rows.numel() * rows.element_size()
         while self._bytes > self.cache_bytes and len(self._pictures) > 1:
-            _, (old, _) = self._pictures.popitem(last=False)
+            _, (old, _, _) = self._pictures.popitem(last=False)
             self._bytes -= old.numel() * old.element_size()
         return self._pictures[key]
 
+    def _counts(self, key: PictureKey, inputs: dict, encoded: dict, is_separator: Tensor) -> tuple[int, ...]:
+        """Visual tokens of each image, without separators; empty for one image."""
+        if isinstance(key, str):
+            return ()
+        numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)
+        counts = numbers[numbers >= 0][~is_separator].bincount().tolist()
+        if len(counts) != len(key):
+            raise UserError(
+                f"{self.model.config.model_type}: the processor made {len(counts)} images of {len(key)}; give this "
+                "model questions about one image"
+            )
+        return tuple(counts)
+
     def _features(self, example: Example) -> Features:
-        key, asked = picture_key(example), (example.prompt, example.answer, example.history)
+        key, asked = picture_key(example), (example.prompt, example.answer, example.history, example.placed)
         known = self._prompts.get(example.id)
         if known is not None and known[0] == asked and key in self._pictures:
-            return _with_picture(known[1], *self._picture(key, {}))
+            return _with_picture(known[1], *self._picture(key, {})[:2])
         inputs = self._process(example)
-        rows, is_separator = self._picture(key, inputs)
+        rows, is_separator, counts = self._picture(key, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:
-            raise UserError(f"the answer {example.answer!r} of example {example.id} has no token; leave it out")
+            raise UserError(f"the answer {example.answer!r} of {example.record} has no token; leave it out")
         at = families.visual_mask(self.model, inputs["input_ids"])[0].nonzero()[:, 0]
         if len(at) != len(rows):
             raise UserError(
-                f"example {example.id}: {len(at)} placeholders in the prompt, {len(rows)} visual tokens; "
+                f"{example.record}: {len(at)} placeholders in the prompt, {len(rows)} visual tokens; "
                 "does its text hold an image token?"
             )
         positions = families.position_ids(self.model, inputs)
@@ -161,6 +218,7 @@ class Reader:
             positions=positions[..., 0, :],
             answer_ids=answer.to(self.device),
             separators_at=at[is_separator] if is_separator.any() else None,
+            counts=counts,
         )
         if len(self._prompts) >= _PROMPTS:
             self._prompts.clear()
@@ -177,15 +235,18 @@ class Reader:
     def encode_resized(self, example: Example, size: tuple[int, int] | None) -> Tensor:
         """Visual tokens [n, D] of the picture at another size (height, width) [pixels]; None = the processor's own.
 
-        Position embeddings are interpolated. Raises `UserError` if the tower cannot take other sizes.
+        Position embeddings are interpolated. Raises `UserError` if the tower cannot take other sizes, or there are
+        several images.
         """
         settings = {}
+        if example.further_images:
+            raise UserError("some questions are about several images, which are not resized or probed one by one yet")
         if size is not None:
             if self.model.config.model_type != "llava":
                 raise UserError(f"{self.model.config.model_type}: pictures of other sizes are made for LLaVA only yet")
             # from the size that the model was made for, so that only resolution is lost
             settings = {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
-        image = Image.fromarray(as_array(example.image))
+        image = _read(example, 0)
         pixels = self.processor.image_processor(image, return_tensors="pt", **settings)["pixel_values"]
         output = self.model.base_model.get_image_features(
             pixel_values=pixels.to(self.device, self.vocabulary.dtype),
@@ -203,26 +264,45 @@ def _with_picture(features: Features, rows: Tensor, is_separator: Tensor) -> Fea
 
 
 def _messages(example: Example) -> list[dict]:
-    """The conversation up to this turn; the picture goes with its first question."""
+    """The conversation up to this turn; each image stands where `example.placed` says."""
     questions = [question for question, _ in example.history] + [example.prompt]
+    placed = example.placed or ((0, 0),) * len(example.images)
     messages = []
     for number, question in enumerate(questions):
-        content = [{"type": "image"}] if number == 0 else []
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        content = _content(question, [at for turn, at in placed if turn == number])
+        messages.append({"role": "user", "content": content})
         if number < len(example.history):
             answer = example.history[number][1]
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
 
-def picture_key(example: Example) -> str:
+def _content(question: str, images_at: Sequence[int]) -> list[dict]:
+    """A question as texts and images, with an image before each of these characters."""
+    content: list[dict] = []
+    start = 0
+    for at in images_at:
+        if at > start:
+            content.append({"type": "text", "text": question[start:at]})
+        content.append({"type": "image"})
+        start = at
+    if start < len(question) or not question:
+        content.append({"type": "text", "text": question[start:]})
+    return content
+
+
+def _read(example: Example, number: int) -> Image.Image:
+    """One of the example's images; errors name its record."""
+    try:
+        return read_image(example.images[number])
+    except UserError as error:
+        raise type(error)(f"{example.record}: {error}") from None
+
+
+def picture_key(example: Example) -> PictureKey:
     """What a picture is remembered by: its file, for pictures of one name may lie in several folders."""
-    return example.image if isinstance(example.image, str) else example.image_id
-
-
-def as_array(image: str | np.ndarray) -> np.ndarray:
-    """The picture as pixels [height, width, 3] uint8."""
-    if isinstance(image, np.ndarray):
-        return image
-    with Image.open(image) as opened:
-        return np.asarray(opened.convert("RGB"))
+    keys = tuple(
+        image if isinstance(image, str) and not is_base64(image) else name
+        for image, name in zip(example.images, example.names, strict=True)
+    )
+    return keys if example.further_images else keys[0]

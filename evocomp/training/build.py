@@ -4,6 +4,7 @@ import difflib
 import inspect
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import evocomp
 from evocomp import distributed
+from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.lora import add_lora, merge_lora, save_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
@@ -26,6 +28,7 @@ from evocomp.labels.labeller import Interrupted
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.observe import ClipTower
+from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
 from evocomp.training.average import AverageFromEpoch
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
@@ -67,8 +70,11 @@ def run(config: RunConfig) -> bool:
     L.seed_everything(config.seed, workers=True, verbose=False)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
+    if is_rank_zero():
+        everything = [*splits.train, *splits.val, *splits.test]
+        warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
-    check_kept(config, mllm, splits.train[0])
+    check_kept(config, mllm, splits.train)
     labeller = build_labeller(config, mllm, splits, folder)
     labelled = config.labels.labelled_at_first(len(splits.train))
     data = LabelledQuestions(
@@ -105,6 +111,7 @@ def run(config: RunConfig) -> bool:
         if trainer.received_sigterm or trainer.interrupted:
             raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
         finished, spent = whole(module), {"labelled": labelled, **cost.summary()}
+        check_finite_weights(finished, f"the compressor of {folder}", "give a smaller optim.lr and another --run_dir")
         if trainer.is_global_zero:
             save_compressor(finished.compressor, config, folder)
             write_json(folder / DONE, {"steps": trainer.global_step, "epochs": trainer.current_epoch, "cost": spent})
@@ -133,6 +140,9 @@ def label_only(config: RunConfig) -> None:
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
+    if is_rank_zero():
+        everything = [*splits.train, *splits.val, *splits.test]
+        warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
     folder = Path(config.run_dir)
     labeller = build_labeller(config, mllm, splits, folder)
@@ -153,6 +163,7 @@ def load_mllm(config: RunConfig) -> FrozenMLLM:
         mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
     if config.compressor.hedge:
         mllm.priority_by = hedge_by(config, mllm)
+    mllm.max_bad = config.data.max_bad
     return mllm
 
 
@@ -260,9 +271,12 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
     return dict(settings)
 
 
-def check_kept(config: RunConfig, mllm: FrozenMLLM, example: Example) -> None:
-    """Kept counts must be possible for the pictures at hand."""
-    available = len(mllm.features([example])[0].visual)
+def check_kept(config: RunConfig, mllm: FrozenMLLM, examples: Sequence[Example]) -> None:
+    """Kept counts must be possible for the images at hand, of which the first that decodes is looked at."""
+    first = mllm.readable(examples, most=1)
+    if not first:
+        raise UserError(f"data.source={config.data.source}: no image of a training question decodes; mend the data")
+    available = len(first[0][1].visual)
     too_many = [count for count in config.eval.kept if count > available]
     if too_many:
         raise UserError(

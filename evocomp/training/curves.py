@@ -83,15 +83,15 @@ class Curves(L.Callback):
 
     def _measure_references(self, trainer: L.Trainer, module: CompressorModule) -> dict[str, float]:
         """Accuracy on the selection split with tokens drawn evenly, at each kept count, and with all of them."""
-        every = max(len(one.visual) for one in self.monitor.mllm.features(self.monitor.examples[:1]))
+        first = self.monitor.mllm.readable(self.monitor.examples, most=1)
+        every = max((len(features.visual) for _, features in first), default=1)
         counts = [*self.monitor.kept, every]
-        group = self.monitor.mllm.shard_group
-        mine = self.monitor.examples[group.index :: group.count]
+        mine = self.monitor.mine
         right = self.monitor.right_answers(mine, at_random, counts)
         total = torch.tensor([*right, len(mine)], dtype=torch.float64)
         if trainer.world_size > 1:
             total = trainer.strategy.reduce(total.to(module.device), reduce_op="sum").cpu()
-        shares = (total[:-1] / total[-1]).tolist()
+        shares = (total[:-1] / total[-1].clamp(min=1)).tolist()
         names = [*(f"val/random_{count}" for count in self.monitor.kept), "val/full"]
         return dict(zip(names, shares, strict=True))
 

@@ -34,7 +34,7 @@ def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> No
 
     def reserve() -> None:
         examples = [*splits.train, *splits.val]
-        mllm.features(examples[:1])
+        mllm.readable(examples, most=1)
         pictures = len({picture_key(example) for example in examples})
         mllm.cache.reserve(pictures, shutil.disk_usage(mllm.cache.folder).free)
 
@@ -69,8 +69,8 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         own = f"refreshed-{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
         refreshed = _open_store(store_folder / own, {**fingerprint, "run": path}, overwrite=True)
     if is_rank_zero():
-        tokens = len(mllm.features(splits.train[:1])[0].visual)
-        say_disk_use(config, len(splits.train), tokens, store_folder)
+        first = mllm.readable(splits.train, most=1)
+        say_disk_use(config, len(splits.train), len(first[0][1].visual) if first else 0, store_folder)
     return Labeller(mllm, scorer, rounds, store, splits.train, refreshed)
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evocomp.compressor.finite import has_finite_weights
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import LossConfig, OptimConfig
+from evocomp.log import UserError
 from evocomp.losses import build_loss, policy_loss
 from evocomp.training.batch import CompressorInput, TrainBatch
 from evocomp.training.optim import build_optimizer, schedule
@@ -65,6 +67,23 @@ class CompressorModule(L.LightningModule):
         for name, value in parts.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=size)
         return parts["loss"]
+
+    def on_train_epoch_end(self) -> None:
+        """Stop a training that has diverged before a checkpoint of it is written.
+
+        Raises:
+            UserError: weights or the last loss are not finite, in any process.
+        """
+        loss = self.trainer.callback_metrics.get("train/loss")
+        healthy = has_finite_weights(self.compressor) and (loss is None or bool(torch.isfinite(loss)))
+        broken = torch.tensor(float(not healthy), device=self.device)
+        if self.trainer.world_size > 1:
+            broken = self.trainer.strategy.reduce(broken, reduce_op="sum")
+        if broken > 0:
+            raise UserError(
+                f"training has diverged in epoch {self.trainer.current_epoch} (weights or loss are not finite); give a "
+                f"smaller optim.lr than {self.optim_config.lr:g} and another --run_dir; nothing of this epoch is saved"
+            )
 
     def _policy(self, logits: Tensor, batch: TrainBatch, valid: Tensor | None) -> dict[str, Tensor]:
         """Mean over the batch of the clipped policy loss; each mask size is a tensor of its own."""

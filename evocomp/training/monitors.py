@@ -1,5 +1,6 @@
 """What is watched while a compressor trains: accuracy on the selection split at each kept count."""
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -53,19 +54,27 @@ class SelectionAccuracy(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not self.examples or not self.is_due(trainer):
             return
-        # ranks (or those that hold the MLLM together) take every world-th question and sum up
-        mine = self.examples[self.mllm.shard_group.index :: self.mllm.shard_group.count]
+        mine = self.mine
         right = torch.tensor(self.count_right(whole(module), mine), dtype=torch.float64)
         asked = torch.tensor(float(len(mine)), dtype=torch.float64)
         if trainer.world_size > 1:
             right = trainer.strategy.reduce(right.to(module.device), reduce_op="sum").cpu()
             asked = trainer.strategy.reduce(asked.to(module.device), reduce_op="sum").cpu()
-        shares = (right / asked).tolist()
+        shares = (right / asked.clamp(min=1)).tolist()
         for count, share in zip(self.kept, shares, strict=True):
             module.log(f"val/accuracy_{count}", share, rank_zero_only=False, sync_dist=False)
         module.log("val/accuracy", float(np.mean(shares)), prog_bar=True, sync_dist=False)
         listed = "  ".join(f"{count}: {share:.3f}" for count, share in zip(self.kept, shares, strict=True))
         logger.info("epoch %d  selection accuracy by kept tokens  %s", trainer.current_epoch, listed)
+
+    @functools.cached_property
+    def mine(self) -> list[Example]:
+        """This process's share of the questions, without those whose images do not decode.
+
+        Ranks (or those that hold the MLLM together) take every world-th question and sum up.
+        """
+        share = self.examples[self.mllm.shard_group.index :: self.mllm.shard_group.count]
+        return [example for example, _ in self.mllm.readable(share)]
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Whether the epoch that now ends is one to measure after."""

@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
+from evocomp.data.images import as_array
 from evocomp.data.scoring import score_answer
 from evocomp.labels.records import Record, kept_by
-from evocomp.mllm.features import Features, grid_of
-from evocomp.mllm.reader import as_array
+from evocomp.mllm.features import Features, first_image
 from evocomp.training.batch import compressor_input, has_label
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
@@ -47,7 +47,7 @@ class TensorBoardPage:
         self.monitor = monitor
         self.watched = watched
         self.keep = sorted(monitor.kept)[len(monitor.kept) // 2]
-        self.shown = varied(monitor.examples, pictures)
+        self.shown = [example for example, _ in monitor.mllm.readable(varied(monitor.examples), pictures)]
         self.labels: list[Record] = []
 
     @classmethod
@@ -166,12 +166,13 @@ class TensorBoardPage:
         for number, (example, one, record, row, shown, answer) in enumerate(rows):
             verdict = "right" if score_answer(example, answer) >= 0.5 else "wrong"
             chosen = np.flatnonzero(kept_by(record, len(row), self.keep))
+            lit, grid = first_image(one, shown.alone.cpu().numpy())
             picture = four_panels(
                 as_array(example.image),
-                grid_of(one),
-                chosen,
-                row,
-                shown.alone.tolist(),
+                grid,
+                first_image(one, chosen)[0],
+                row[: grid[0] * grid[1]],
+                lit,
                 f"{example.prompt}: {example.answer}",
                 (
                     f"{len(row)} tokens",
@@ -235,8 +236,8 @@ def chosen(settings: dict[str, Any]) -> dict[str, Any]:
     return found | {"max_epochs": flat["trainer.max_epochs"]} if "trainer.max_epochs" in flat else found
 
 
-def varied(examples: Sequence[Example], count: int) -> list[Example]:
-    """Questions about `count` pictures, the i-th question of the i-th picture: all kinds come up."""
+def varied(examples: Sequence[Example], count: int | None = None) -> list[Example]:
+    """Questions about `count` images, or all, the i-th question of the i-th image: all kinds come up."""
     by_picture: dict[str, list[Example]] = {}
     for example in examples:
         by_picture.setdefault(example.image_id, []).append(example)

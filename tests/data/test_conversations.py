@@ -1,6 +1,5 @@
 """LLaVA's format: what is read, what is left out, and how mistakes are told."""
 
-import io
 import json
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import pytest
 from PIL import Image
 
 from evocomp.data.conversations import read_conversations, write_scenes
+from evocomp.data.images import as_array
 from evocomp.data.scenes import scene_examples
 from evocomp.log import UserError
-from evocomp.mllm.reader import as_array
 
 
 def turns(*texts: str, first: str = "<image>\n") -> list[dict]:
@@ -76,35 +75,25 @@ def test_text_only_records_are_left_out_and_counted(folder, caplog):
     assert "4 text-only records left out" in caplog.text
 
 
-def noise_png() -> bytes:
-    stored = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(stored, "PNG")
-    return stored.getvalue()
-
-
-def broken(folder, kinds: list[str]) -> list[dict]:
-    """Records whose pictures cannot be used, and one good one."""
-    here = folder([])
-    (here / "cut.png").write_bytes(noise_png()[:300])
-    (here / "text.png").write_text("no picture")
-    (here / "empty.png").write_bytes(b"")
-    records = [{"id": f"r-{kind}", "image": f"{kind}.png", "conversations": turns("q", "a")} for kind in kinds]
+def missing(folder, names: list[str]) -> list[dict]:
+    """Records whose images are missing, and one good one."""
+    records = [{"id": f"r-{name}", "image": f"{name}.png", "conversations": turns("q", "a")} for name in names]
     return [*records, {"id": "good", "image": "a.png", "conversations": turns("q", "a")}]
 
 
-def test_missing_and_broken_pictures_are_named_and_left_out(folder, caplog):
-    reading = read_conversations(folder(broken(folder, ["gone", "cut", "text", "empty"])), max_bad=4)
+def test_missing_images_are_named_and_left_out(folder, caplog):
+    """What does not decode is found when the model reads it: see tests/mllm/test_reader.py."""
+    reading = read_conversations(folder(missing(folder, ["gone", "lost"])), max_bad=2)
     assert [e.image_id for e in reading.examples] == ["a.png"]
-    assert len(reading.bad) == 4
-    for kind, line in zip(["gone", "cut", "text", "empty"], reading.bad, strict=True):
-        assert line.startswith(f"record r-{kind}: picture ") and line in caplog.text
-        assert ("is missing" if kind == "gone" else "does not decode") in line
+    assert len(reading.bad) == 2
+    for name, line in zip(["gone", "lost"], reading.bad, strict=True):
+        assert line.startswith(f"record r-{name}: image ") and line.endswith("is missing") and line in caplog.text
 
 
-def test_more_bad_pictures_than_allowed_are_fatal(folder):
-    source = folder(broken(folder, ["gone", "cut", "text"]))
+def test_more_bad_images_than_allowed_are_fatal(folder):
+    source = folder(missing(folder, ["gone", "lost", "away"]))
     assert len(read_conversations(source, max_bad=3).examples) == 1
-    with pytest.raises(UserError, match=r"more than data.max_bad=2 .*record r-text.*raise data.max_bad"):
+    with pytest.raises(UserError, match=r"more than data.max_bad=2 .*record r-away.*raise data.max_bad"):
         read_conversations(source, max_bad=2)
 
 

@@ -123,3 +123,11 @@ def test_the_digest_sees_other_pictures_of_the_same_names(tmp_path):
             path.write_bytes(content)
         digests.append(digest([Example(1, str(path), "x.png", "what", "red")]))
     assert digests[0] == digests[2] and len(set(digests)) == 3
+
+
+def test_the_digest_sees_every_image_and_where_it_stands(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"another"), ("c", b"the third")):
+        (tmp_path / name).write_bytes(content)
+    one = Example(1, str(tmp_path / "a"), "a + b", "what", "red", further_images=(str(tmp_path / "b"),))
+    others = [replace(one, further_images=(str(tmp_path / "c"),)), replace(one, placed=((0, 0), (0, 2)))]
+    assert len({digest([example]) for example in (one, *others)}) == 3

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evocomp.evaluation import report as report_module
+from evocomp.evaluation.page import page
 from evocomp.evaluation.report import (
     AFTER_LLM,
     BEFORE_LLM,
@@ -22,7 +23,7 @@ from evocomp.evaluation.report import (
     write_report,
 )
 from evocomp.evaluation.statistics import ImageBootstrap, mcnemar
-from evocomp.evaluation.tables import markdown, terminal
+from evocomp.evaluation.tables import how_made, markdown, terminal
 
 PROMISED = {
     "method",
@@ -302,3 +303,14 @@ def test_a_model_that_answers_nothing_rightly_has_a_report_too(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "<table" in text
     assert "Accuracy against tokens kept" not in text
+
+
+def test_too_few_images_are_told_in_every_form():
+    few, enough = (make_report(*panel(pictures=count), resamples=50) for count in (7, 12))
+    for text in (terminal(few), markdown(few), page(few)):
+        assert "Only 7 images judged: the intervals mean nothing" in text and "0.016" in text
+    for text in (terminal(enough), markdown(enough), page(enough)):
+        assert "mean nothing" not in text
+    assert min(row["p_vs_evocomp"] for row in few.rows if row["p_vs_evocomp"] is not None) >= 2 / 2**7
+    assert "swap the two methods image by image (7 images)" in how_made(few)
+    assert "swap" not in how_made(make_report(*panel(pictures=40), resamples=50))

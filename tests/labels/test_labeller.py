@@ -1,5 +1,6 @@
 """Rounds of a store: the same bytes however they were made, and a crash costs the chunk in work."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import pytest
 
 from evocomp import cli
 from evocomp.config.load import load
+from evocomp.data.conversations import write_scenes
 from evocomp.data.splits import load_splits
 from evocomp.labels.labeller import Interrupted, LabelProgress, cut
 from evocomp.labels.store import LabelStore
+from evocomp.log import UserError
 from evocomp.training.labelling import build_labeller
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -272,3 +275,83 @@ def test_other_weights_are_another_model(labeller, nano, tmp_path):
     config = load([], TINY)
     with pytest.raises(UserError, match="was made by weights="):
         build_labeller(config, FrozenMLLM(model, nano.processor, "nano"), load_splits(config.data), tmp_path / "one")
+
+
+# ------------------------------------------------------------ what must not count as done
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    """Nine records about six images in LLaVA's format."""
+    write_scenes(tmp_path / "data", seed=5, count=6)
+    records = json.loads((tmp_path / "data" / "data.json").read_text())
+    some = [record for number, record in enumerate(records) if number % 4 == 0][:12]
+    (tmp_path / "data" / "data.json").write_text(json.dumps(some))
+    return tmp_path / "data", some
+
+
+def test_questions_about_broken_images_have_no_label_and_all_others_theirs(labeller, own_data, nano, caplog):
+    folder, records = own_data
+    settings = [f"data.source={folder}"]
+    whole = labeller("whole", *settings).ensure(0)
+    bad = records[4]["image"]
+    (folder / bad).write_bytes((folder / bad).read_bytes()[:-40])
+    nano._pictures.clear()
+    nano._left_out.clear()
+    about = [record["id"] for record in records if record["image"] == bad]
+    progress = []
+    left = labeller("left", *settings).ensure(0, report=lambda p: progress.append((p.done, p.total)))
+    assert progress[-1] == (len(left), len(left))
+    assert len(whole) == len(records) and len(left) == len(whole) - len(about)
+    for id, record in left.items():
+        for name, value in record.items():
+            assert np.array_equal(value, whole[id][name], equal_nan=True), name
+    assert [m for m in caplog.messages if m.startswith("left out")] == [
+        m for id in about for m in caplog.messages if m.startswith(f"left out record {id}: image ")
+    ]
+    nano._pictures.clear()
+    nano._left_out.clear()
+    again = labeller("again", *settings)
+    assert again.ensure(0).keys() == left.keys()
+    assert digest(again.store.path) == digest(labeller("left", *settings).store.path)
+    nano._left_out.clear()
+
+
+def test_a_commit_that_lists_fewer_chunks_is_not_believed(labeller):
+    one = labeller("one")
+    records, before = one.ensure(0), digest(one.store.path)
+    path = one.store.path / "round-0000" / "COMMIT.json"
+    commit = json.loads(path.read_text())
+    for kept in (["0", "1"], []):
+        path.write_text(json.dumps({"chunks": {key: commit["chunks"][key] for key in kept}}))
+        (one.store.path / "round-0000" / "chunk-000003.safetensors").unlink()
+        assert labeller("one").ensure(0).keys() == records.keys()
+        assert digest(one.store.path) == before and json.loads(path.read_text()) == commit
+    path.write_text(json.dumps({"chunks": {key: commit["chunks"][key] for key in ("0", "2", "3")}}))
+    assert not one.store.committed(0), "a gap"
+
+
+def test_labels_that_are_no_numbers_are_not_stored(labeller, monkeypatch):
+    one = labeller("one")
+    make = one.rounds.make
+
+    def broken(*arguments):
+        for record in make(*arguments):
+            yield {**record, "best_loss": np.float32("nan")}
+
+    monkeypatch.setattr(one.rounds, "make", broken)
+    with pytest.raises(UserError, match=r"label of sample \d+ is not finite \(best_loss\)"):
+        one.ensure(0)
+    assert not one.store.committed(0) and one.store.stored(0) == []
+
+
+def test_stored_labels_that_are_no_numbers_are_not_read(tmp_path):
+    store = LabelStore.open(tmp_path / "s", {})
+    store.write(0, 0, [{"id": 5, "credits": np.array([0.1, np.inf], np.float16)}])
+    store.commit(0, [0])
+    with pytest.raises(UserError, match=r"chunk-000000.safetensors: .*sample 5 .*credits.*delete this file"):
+        store.read(0)
+    drawn = {"id": 6, "losses": np.full(1, np.nan, np.float32), "evaluations": np.int32(0)}
+    store.write(1, 0, [drawn])
+    store.commit(1, [0])
+    assert 6 in store.read(1), "random labels have no losses"

@@ -1,6 +1,7 @@
 """The main job end to end on a handful of questions: what it leaves behind, and that it goes on where it was."""
 
 import json
+import shutil
 
 import lightning as L
 import numpy as np
@@ -237,3 +238,55 @@ def test_loader_workers_never_see_a_stale_label(tmp_path):
     seen = Seen()
     fit(tmp_path / "workers", seen, workers=2)
     assert [round for _, round in seen.batches] == [0] * 6 + [1] * 6
+
+
+def test_own_data_with_broken_images_several_images_and_unknown_words(tmp_path, capsys):
+    """In all three splits, through labels, a refresh, curves and the report."""
+    write_scenes(tmp_path / "data", seed=8, count=16)
+    path = tmp_path / "data" / "data.json"
+    records = [record for number, record in enumerate(json.loads(path.read_text())) if number % 4 == 0]
+    splits = load_splits(load([], [*QUICK, f"data.source={tmp_path / 'data'}", "data.max_samples=0"]).data)
+    broken = {part[0].image_id for part in (splits.train, splits.val, splits.test)}
+    whole = [name for name in sorted({example.image_id for example in splits.train}) if name not in broken]
+    asked = {"from": "human", "value": "<image> or <image> has the zebra"}
+    bad = {record["id"] for record in records if record["image"] in broken}
+    records.insert(0, {"id": "two", "image": whole[:2], "conversations": [asked, {"from": "gpt", "value": "red"}]})
+    path.write_text(json.dumps(records))
+    for name in broken:
+        (tmp_path / "data" / name).write_bytes(b"no image")
+    settings = [f"--{word}" for word in [*QUICK, *PLUS, "data.max_bad=40", f"data.source={tmp_path / 'data'}"]]
+    assert main(["train", *settings, f"--run_dir={tmp_path / 'run'}"]) == 0
+    said = capsys.readouterr().err
+    assert "nano does not know 3 words, and reads the same unknown token for each: or has zebra" in said
+    named = {line.split(":")[0].split()[-1] for line in said.splitlines() if line.startswith("left out record ")}
+    assert named and named <= bad and said.count("left out record ") == len(named)
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())
+    splits = load_splits(load([tmp_path / "run" / "config.yaml"]).data)
+    usable = [example for example in splits.test if example.image_id not in broken]
+    assert len(splits.train[0].images) == 2 and splits.train[0].id in LabelStore(tmp_path / "run" / "labels").read(0)
+    assert {row["n"] for row in rows if row["n"]} == {len(usable)}
+    settings[settings.index("--data.max_bad=40")] = "--data.max_bad=0"
+    assert main(["label", *settings, f"--run_dir={tmp_path / 'other'}"]) == 2
+    assert "more than data.max_bad=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", [".inf", "1e30"])
+def test_a_training_that_diverges_is_no_finished_run(tmp_path, capsys, rate):
+    settings = [f"--{word}" for word in [*QUICK, f"optim.lr={rate}", f"run_dir={tmp_path / 'run'}"]]
+    assert main(["train", *settings]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "training has diverged in epoch 0" in line and "optim.lr" in line
+    for name in ("compressor", "trained.json", "report.md", "checkpoints/last.ckpt"):
+        assert not (tmp_path / "run" / name).exists(), name
+
+
+def test_a_compressor_that_is_no_numbers_is_not_judged(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    weights = EvoCompCompressor.from_pretrained(tmp_path / "run" / "compressor")
+    with torch.no_grad():
+        next(weights.parameters()).view(-1)[0] = torch.nan
+    weights.save_pretrained(tmp_path / "run" / "compressor")
+    (tmp_path / "run" / "report.md").unlink()
+    assert main(["eval", "--run", str(tmp_path / "run")]) == 2
+    assert "has weights that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "report.md").exists()

@@ -16,10 +16,10 @@ from evocomp.data.benchmarks.files import (
     find,
     find_all,
     letters,
-    read_json,
     read_table,
 )
 from evocomp.data.example import Example, stable_id
+from evocomp.data.json_records import read_json
 from evocomp.log import logger
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."

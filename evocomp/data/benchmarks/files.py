@@ -4,12 +4,12 @@ import base64
 import binascii
 import csv
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from evocomp.data.json_records import read_lines
 from evocomp.log import UserError
 
 
@@ -31,34 +31,10 @@ def find_all(folder: Path, *patterns: str) -> list[Path]:
     raise UserError(f"{folder}: holds no file {' or '.join(patterns)}")
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON Lines: a record a line. POPE's files are such although they are called .json."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: not valid JSON ({error.msg}); one record a line is expected"
-            ) from None
-    return records
-
-
 def read_tsv(path: Path) -> list[dict[str, Any]]:
     """Tab-separated rows with a header; empty cells, and pandas' `nan`, are None."""
     csv.field_size_limit(2**31 - 1)  # pictures stand in the cells
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     if not rows or len(rows[0]) < 2:
         raise UserError(f"{path}: no tab-separated rows with a header")

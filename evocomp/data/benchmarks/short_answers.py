@@ -3,8 +3,9 @@
 from collections import Counter
 from pathlib import Path
 
-from evocomp.data.benchmarks.files import PictureFolder, find, find_all, read_json, read_lines
+from evocomp.data.benchmarks.files import PictureFolder, find, find_all
 from evocomp.data.example import Example, stable_id
+from evocomp.data.json_records import read_json, read_lines
 
 SHORT = "\nAnswer the question using a single word or phrase."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT

@@ -1,0 +1,49 @@
+"""Words that a tokenizer does not know: nano has 54, and reads every other one as the same unknown token."""
+
+from collections.abc import Iterable, Sequence
+
+from evocomp.data.example import Example
+from evocomp.log import logger
+
+_SHOWN = 20
+_NEVER_SEEN = "\u2603\ua66e\u10fb"  # whoever has a token for each byte has tokens for these
+
+
+def unknown_words(tokenizer, texts: Iterable[str]) -> list[str]:
+    """Words between blanks that become the unknown token, in the order in which they first come.
+
+    Empty for tokenizers without such a token, and for those that fall back to bytes.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown not in _ids(tokenizer, _NEVER_SEEN):
+        return []
+    words = dict.fromkeys(word for text in texts for word in text.split())
+    return [word for word in words if unknown in _ids(tokenizer, word)]
+
+
+def warn_of_unknown_words(tokenizer, texts: Iterable[str], name: str) -> None:
+    """One warning that lists the words that the model `name` does not know; none if it knows them all."""
+    words = unknown_words(tokenizer, texts)
+    if words:
+        more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+        logger.warning(
+            "%s does not know %d %s, and reads the same unknown token for each: %s%s",
+            name,
+            len(words),
+            "word" if len(words) == 1 else "words",
+            " ".join(words[:_SHOWN]),
+            more,
+        )
+
+
+def texts_of(examples: Sequence[Example]) -> Iterable[str]:
+    """All that is said about the images of some examples: questions, answers, earlier turns."""
+    for example in examples:
+        yield example.prompt
+        yield example.answer
+        for turn in example.history:
+            yield from turn
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
