@@ -62,9 +62,7 @@ def _tell(scene: Scene) -> _Story:
     groups = np.where(reach.min(0) < 1.05, reach.argmin(0), background)
     masks = [np.array([rng.choice(np.flatnonzero(groups == g)) for g in np.unique(groups)]) for _ in range(2)]
     centres = [int(row.argmin()) for row in reach]
-    masks.append(
-        np.array(centres + [rng.choice(np.flatnonzero(groups == g)) for g in set(background.tolist())])
-    )
+    masks.append(np.array(centres + [rng.choice(np.flatnonzero(groups == g)) for g in set(background.tolist())]))
     asked = np.array([2.2 if i == question.target else 1.0 for i in range(len(scene.objects))])
     scores = (asked[:, None] * np.exp(-0.9 * reach**2)).max(0) + 0.04 * rng.random(_SIDE**2)
     return _Story(scene.image, question.text, question.answer, groups, masks, scores)
@@ -93,9 +91,7 @@ def _labels_lane(ax: Axes, story: _Story) -> None:
     _arrow(ax, (42, middle), (47, middle))
     _arrow(ax, (93, middle), (100, middle))
     _arrow(ax, (85, middle + 11.4), (51, middle + 11.4), bend=0.17, color=ACCENT)
-    ax.text(
-        68, middle + 15.6, "keep the best, cross, mutate", ha="center", va="center", fontsize=12, color=ACCENT
-    )
+    ax.text(68, middle + 15.6, "keep the best, cross, mutate", ha="center", va="center", fontsize=12, color=ACCENT)
 
 
 def _compressor_lane(ax: Axes, story: _Story, kept: int) -> None:
@@ -144,9 +140,7 @@ def _lane(ax: Axes, bottom: float, height: float, color: str, title: str, rest: 
     ax.text(_WIDE - 3.6, bottom + height - 2.6, rest, ha="right", va="center", fontsize=12, color=SOFT)
 
 
-def _picture(
-    ax: Axes, pixels, x: float, y: float, side: float, cells=None, color=PAPER, line: float = 1.0
-) -> None:
+def _picture(ax: Axes, pixels, x: float, y: float, side: float, cells=None, color=PAPER, line: float = 1.0) -> None:
     """A picture with lines between tokens whose `cells` [N] differ."""
     # the noise of a scene is most of the file: steps of eight are not seen and make it a sixth smaller
     pixels = np.minimum(255, (pixels.astype(int) + 4) // 8 * 8).astype(np.uint8)
@@ -176,17 +170,13 @@ def _heat(story: _Story) -> np.ndarray:
     return np.rint(0.3 * grey + 0.7 * wash).astype(np.uint8)
 
 
-def _box(
-    ax: Axes, x: float, y: float, wide: float, high: float, name: str, sign=None, rest: str = ""
-) -> None:
+def _box(ax: Axes, x: float, y: float, wide: float, high: float, name: str, sign=None, rest: str = "") -> None:
     style = "round,pad=0,rounding_size=1.2"
     color = COLORS[0] if sign else ACCENT
     ax.add_patch(FancyBboxPatch((x, y), wide, high, boxstyle=style, fc=PAPER, ec=color, lw=1.8, zorder=3))
     centre, lift = y + high / 2, -1.4 if sign else 2.6
     if sign:
-        ax.text(
-            x + wide / 2, centre + 3.6, sign, ha="center", va="center", fontsize=20, color=color, zorder=4
-        )
+        ax.text(x + wide / 2, centre + 3.6, sign, ha="center", va="center", fontsize=20, color=color, zorder=4)
     ax.text(x + wide / 2, centre + lift, name, ha="center", va="center", fontsize=14, weight="bold", zorder=4)
     ax.text(
         x + wide / 2,
@@ -211,6 +201,4 @@ def _under(ax: Axes, x: float, y: float, text: str) -> None:
 
 def _arrow(ax: Axes, start, stop, color: str = INK, bend: float = 0.0) -> None:
     style = {"arrowstyle": "-|>,head_length=6,head_width=3.4", "shrinkA": 0, "shrinkB": 0, "lw": 1.8}
-    ax.add_patch(
-        FancyArrowPatch(start, stop, connectionstyle=f"arc3,rad={bend}", color=color, zorder=2, **style)
-    )
+    ax.add_patch(FancyArrowPatch(start, stop, connectionstyle=f"arc3,rad={bend}", color=color, zorder=2, **style))

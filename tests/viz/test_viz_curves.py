@@ -55,7 +55,7 @@ def test_retention_curve_draws_percent_of_uncompressed():
     levels = [round(line.get_ydata()[0], 6) for line in ax.lines if line.get_linestyle() == ":"]
     assert sorted(levels) == [25, 100]
     names = {text.get_text() for text in ax.texts}
-    assert names == {"full", "no image", "random", "EvoComp", "FastV"}
+    assert names == {"uncompressed", "no image", "random tokens", "EvoComp", "FastV"}
     band = next(c for c in ax.collections if isinstance(c, PolyCollection)).get_paths()[0].get_extents()
     assert (band.y0, band.y1) == pytest.approx((100 * 0.70 / 0.8, 100 * 0.78 / 0.8))
     assert ax.get_xlim()[0] > ax.get_xlim()[1]  # fewer tokens to the right
