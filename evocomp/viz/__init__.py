@@ -2,7 +2,6 @@
 
 from evocomp.viz.curves import accuracy_against_latency, retention_curve, search_trace
 from evocomp.viz.density import fitness_spread, gradient_density
-from evocomp.viz.method import method_figure
 from evocomp.viz.names import display_name
 from evocomp.viz.panels import four_panels, heat
 from evocomp.viz.sheet import SheetItem, kept_sheet
@@ -22,7 +21,6 @@ __all__ = [
     "kept_sheet",
     "kept_tokens",
     "light_up",
-    "method_figure",
     "retention_curve",
     "save_png",
     "search_trace",

@@ -8,14 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.collections import PolyCollection
-from PIL import Image
 from scipy.optimize import isotonic_regression
 
 from evocomp.viz import (
     accuracy_against_latency,
-    method_figure,
     retention_curve,
-    save_png,
     search_trace,
     to_svg,
 )
@@ -106,13 +103,6 @@ def test_svg_is_the_same_every_time_and_well_formed():
     first = to_svg(retention_curve(ROWS))
     assert first == to_svg(retention_curve(ROWS))
     assert ElementTree.fromstring(first).tag.endswith("svg")
-
-
-def test_method_figure_is_small_enough_for_a_readme_and_repeatable(tmp_path):
-    one = save_png(method_figure(), tmp_path / "one.png")
-    two = save_png(method_figure(), tmp_path / "two.png")
-    assert one.read_bytes() == two.read_bytes() and one.stat().st_size < 300_000
-    assert Image.open(one).size == (1800, 1095)
 
 
 def test_nothing_of_the_users_matplotlib_is_touched():
