@@ -8,7 +8,7 @@ import numpy as np
 REFERENCE = "references"
 BEFORE_LLM = "reduce the tokens before the LLM"
 WITH_CONTEXT = "reduce the tokens before the LLM, with context tokens"
-AFTER_LLM = "select by the LLM's attention, after a pass over all tokens"
+AFTER_LLM = "select after a pass of all tokens through the LLM"
 INSIDE_LLM = "enter the LLM with all tokens; drop some between layers"
 GROUPS = (REFERENCE, WITH_CONTEXT, BEFORE_LLM, AFTER_LLM, INSIDE_LLM)
 """Headings of the tables, in this order; a group that is not listed comes last."""

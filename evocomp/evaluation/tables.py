@@ -14,7 +14,7 @@ NOTHING = "-"
 
 
 class Cell(NamedTuple):
-    """`detail` is an interval or a reason: smaller, or shown on hover."""
+    """`detail` is an interval, printed smaller, in lines of its own, or shown on hover."""
 
     text: str
     detail: str = ""
@@ -214,7 +214,7 @@ def _lead(row: Row | None, other: str, sign: int) -> Cell:
     ends = sorted(100 * sign * row[f"{name}_{end}"] for end in ("low", "high"))
     p = row[f"p_vs_{other}"]
     # adding zero turns -0.0 into 0.0
-    interval = f"{ends[0] + 0.0:+.1f} to {ends[1] + 0.0:+.1f}, " + ("p < 0.001" if p < 0.001 else f"p = {p:.3f}")
+    interval = f"{ends[0] + 0.0:+.1f} to {ends[1] + 0.0:+.1f},\n" + ("p < 0.001" if p < 0.001 else f"p = {p:.3f}")
     return Cell(f"{100 * sign * row[name] + 0.0:+.1f}", interval, p < 0.05)
 
 

@@ -1,4 +1,4 @@
-"""Lightning's TensorBoard logger with baselines as runs of their own, so that every chart tells them apart by colour."""
+"""Lightning's TensorBoard logger with baselines as runs of their own, which charts show in colours of their own."""
 
 from collections.abc import Mapping
 from typing import Any
