@@ -17,6 +17,21 @@ Point = tuple[int, float]
 """(optimizer step, value)."""
 
 
+def find_path(path: str | Path) -> Path:
+    """The path itself if it exists, else the same relative path from the nearest parent of the working directory.
+
+    Notebooks run in the folder that they are in; with this, `runs/nano` is also found from `notebooks/`.
+
+    Raises:
+        UserError: it exists in none of them.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / path).exists():
+            return folder / path
+    raise UserError(f"{path} is neither in {here} nor in a folder above it; give the full path, or train it first")
+
+
 def read_curves(run_dir: str | Path) -> dict[str, list[Point]]:
     """Every scalar that a run logged, by name, in the order of steps; from TensorBoard's event files or the CSV file.
 
