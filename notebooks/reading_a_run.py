@@ -54,7 +54,7 @@ for ax, (name, points) in zip(axes, losses.items(), strict=True):
     ax.plot(*zip(*points, strict=True), marker=".")
     ax.set_title(name, loc="left", fontsize=10)
     ax.grid(alpha=0.3)
-axes[-1].set_xlabel("optimizer step")
+_ = axes[-1].set_xlabel("optimizer step")
 # %% [markdown]
 # ## Labels
 #

@@ -27,8 +27,8 @@ image, grid = examples[0].image, grid_of(panel.asked[0].features)
 # %% [markdown]
 # ## One image, six questions
 #
-# The compressor reads the question, so it keeps other patches for other questions. Bright patches are selected tokens;
-# patches of medium brightness are context tokens, each the mean of several dropped tokens.
+# The compressor reads the question and, once it is well trained, keeps other patches for other questions. Bright patches
+# are selected tokens; patches of medium brightness are context tokens, each the mean of several dropped tokens.
 
 # %%
 kept = panel.compressor_tokens(compressor, KEEP)
@@ -37,8 +37,7 @@ titles = [f"{e.prompt}\n{a} (correct: {e.answer})" for e, a in zip(examples, ans
 kept_row([light_up(image, one.alone, grid, context=one.merged) for one in kept], titles)
 
 # %% [markdown]
-# How much the selections of two questions have in common. A compressor that ignores the question selects the same
-# tokens for all of them (100 %); a text-aware one selects fewer common tokens.
+# How much the selections of two questions have in common: 100 % means that the question makes no difference.
 
 # %%
 sets = [set(one.alone.tolist()) for one in kept]

@@ -55,7 +55,8 @@ def read_curves(run_dir: str | Path) -> dict[str, list[Point]]:
     curves: dict[str, dict[int, float]] = {}
     folders = {path.parent for path in events}
     for path in events:
-        prefix = f"{path.parent.name}/" if path.parent.parent in folders else ""
+        own = path.parent.with_name("compressor")
+        prefix = f"{path.parent.name}/" if own in folders - {path.parent} else ""
         # 0 = every value: the default keeps a sample of long curves
         reader = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 1, "images": 1, "histograms": 1})
         reader.Reload()

@@ -214,7 +214,7 @@ def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
     """Where curves go."""
     match config.logger:
         case "tensorboard":
-            return [RunLogger(folder, name="tensorboard", version="")]
+            return [RunLogger(folder)]
         case "csv":
             return [CSVLogger(folder, name="curves", version="")]
         case "wandb":

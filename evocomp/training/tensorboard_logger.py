@@ -1,6 +1,7 @@
 """Lightning's TensorBoard logger with baselines as runs of their own, which charts show in colours of their own."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -8,19 +9,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-BASELINES = ("random", "uncompressed")
+OWN, BASELINES = "compressor", ("random", "uncompressed")
 
 
 class RunLogger(TensorBoardLogger):
-    """Writes a metric `BASELINE/TAG` as `TAG` of a run BASELINE in a folder below that of the run itself.
+    """Writes to FOLDER/tensorboard/compressor, and a metric `BASELINE/TAG` as `TAG` to FOLDER/tensorboard/BASELINE.
 
     TensorBoard colours curves by run, so the two curves of `accuracy/kept_16` and `random/accuracy/kept_16` share a
     chart and differ in colour. Lightning's own metric `epoch` is left out, and the table of hyperparameters refers to
     the curves of its metrics in place of writing a first value of 0 for each.
     """
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, default_hp_metric=False, **options)
+    def __init__(self, folder: str | Path):
+        super().__init__(folder, name="tensorboard", version=OWN, default_hp_metric=False)
         self._baselines: dict[str, SummaryWriter] = {}
 
     @rank_zero_only
@@ -59,5 +60,5 @@ class RunLogger(TensorBoardLogger):
 
     def _writer(self, run: str) -> SummaryWriter:
         if run not in self._baselines:
-            self._baselines[run] = SummaryWriter(f"{self.log_dir}/{run}")
+            self._baselines[run] = SummaryWriter(f"{self.root_dir}/{run}")
         return self._baselines[run]

@@ -7,9 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from evocomp.viz.tokens import light_up, patch_of_pixel
 
-# TensorBoard scales images to a width of about 350 pixels: at twice that, text of this size stays sharp and readable
+# TensorBoard scales images to a width of about 350 pixels without interpolation: text must be large and bold
 PANEL = 352  # pixels along a panel's longer side
-GAP, LINE, FONT = 12, 42, 30
+GAP, LINE, FONT = 12, 44, 32
 _INK, _PAPER = (31, 36, 48), (255, 255, 255)
 
 
@@ -57,12 +57,12 @@ def four_panels(
     width, height = (max(1, round(side * scale)) for side in (image.shape[1], image.shape[0]))
     sheet = Image.new("RGB", (2 * width + 3 * GAP, 2 * (height + LINE) + LINE + 2 * GAP), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT)
-    draw.text((GAP, 1), _fit(headline, font, 2 * width), fill=_INK, font=font)
+    draw.text((GAP, 1), _fit(headline, font, 2 * width), fill=_INK, font=font, stroke_width=1)
     for number, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
         left = GAP + number % 2 * (width + GAP)
         top = LINE + GAP + number // 2 * (height + LINE)
         sheet.paste(Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST), (left, top))
-        draw.text((left, top + height + 1), _fit(caption, font, width), fill=_INK, font=font)
+        draw.text((left, top + height + 1), _fit(caption, font, width), fill=_INK, font=font, stroke_width=1)
     return np.asarray(sheet)
 
 

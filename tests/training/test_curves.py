@@ -19,7 +19,7 @@ from evocomp.training.build import run
 from evocomp.training.cost import Spent
 from evocomp.training.curves import Curves
 from evocomp.training.tensorboard import TensorBoardPage, layout, varied
-from evocomp.training.tensorboard_logger import BASELINES
+from evocomp.training.tensorboard_logger import BASELINES, OWN
 
 SMALL = {
     "recipe": "published",
@@ -75,7 +75,7 @@ def plus(tmp_path_factory):
 
 
 def test_the_page_has_pictures_histograms_curves_and_a_layout(hard):
-    tags = events(hard[0] / "tensorboard").Tags()
+    tags = events(hard[0] / "tensorboard" / OWN).Tags()
     assert {f"examples/{i}" for i in range(8)} | {"tokens/gradient_density"} == set(tags["images"])
     expected = {"labels/groups", "labels/best_loss_of_each", "tokens/p", "tokens/gradient_norm"}
     assert expected == set(tags["histograms"])
@@ -85,7 +85,7 @@ def test_the_page_has_pictures_histograms_curves_and_a_layout(hard):
 
 
 def test_credits_and_proposals_have_a_page_too(plus):
-    reader = events(plus[0] / "tensorboard")
+    reader = events(plus[0] / "tensorboard" / OWN)
     tags = reader.Tags()
     assert {f"examples/{i}" for i in range(8)} == set(tags["images"])
     assert {"labels/credits", "labels/advantages", "labels/spread_of_each", "tokens/p"} <= set(tags["histograms"])
@@ -120,10 +120,10 @@ def test_baselines_are_runs_of_their_own_with_the_tags_of_the_compressor(hard):
     """TensorBoard colours by run: three curves in the chart of a tag, three colours."""
     own, *others = (
         {name for name in events(path).Tags()["scalars"] if name.startswith("accuracy/")}
-        for path in (hard[0] / "tensorboard", *(hard[0] / "tensorboard" / name for name in BASELINES))
+        for path in (hard[0] / "tensorboard" / name for name in (OWN, *BASELINES))
     )
     assert own == {"accuracy/mean", "accuracy/kept_32", "accuracy/kept_8"} and others == [own, own]
-    groups = {name.split("/")[0] for name in events(hard[0] / "tensorboard").Tags()["scalars"]}
+    groups = {name.split("/")[0] for name in events(hard[0] / "tensorboard" / OWN).Tags()["scalars"]}
     assert groups == {"accuracy", "labels", "learning_rate", "time", "train"} and min(groups) == "accuracy"
 
 
@@ -160,7 +160,7 @@ def test_pictures_cost_no_labels_and_speed_counts_what_was_scored(hard):
 
 def test_the_table_of_hyperparameters_shows_the_last_value_of_real_curves(hard):
     """No curve begins at a 0 that was never measured: the table names curves of the run."""
-    reader = events(hard[0] / "tensorboard")
+    reader = events(hard[0] / "tensorboard" / OWN)
     content = reader.PluginTagToContent("hparams")["_hparams_/experiment"]
     experiment = hparams_metadata.parse_experiment_plugin_data(content)
     named = {info.name.tag for info in experiment.metric_infos}
