@@ -84,7 +84,8 @@ for number, image_tokens in enumerate(images):
 # %%
 ids = nearest_words(images[0], table)[0]
 real_groups = Groups.from_ids(ids.numpy())
-named = {group: texts["texts"][word] for group, word in zip(real_groups.of.tolist(), ids.tolist(), strict=True)}
+names = [text if text.isascii() else "?" for text in texts["texts"]]  # the font of the figure has no other glyphs
+named = {group: names[word] for group, word in zip(real_groups.of.tolist(), ids.tolist(), strict=True)}
 groups_over_image(np.full((224, 224, 3), 255, np.uint8), real_groups.of, (14, 14), named)
 
 # %% [markdown]

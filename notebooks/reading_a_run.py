@@ -64,9 +64,8 @@ _ = axes[-1].set_xlabel("optimizer step")
 
 # %%
 labels = pd.DataFrame(label_summaries(read_labels(RUN))).drop(columns="id")
-labels[labels["round"] == 0].drop(columns="round").dropna(axis=1, how="all").describe().loc[
-    ["mean", "std", "min", "max"]
-].round(3)
+first = labels[labels["round"] == 0].drop(columns="round").dropna(axis=1, how="all")
+first.agg(["mean", "std", "min", "max"]).T.round(3)
 
 # %% [markdown]
 # The later rounds. With the recipe `plus`, a round proposes masks for some of the questions only: `proposals` is 0 for

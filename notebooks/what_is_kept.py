@@ -27,8 +27,8 @@ image, grid = examples[0].image, grid_of(panel.asked[0].features)
 # %% [markdown]
 # ## One image, six questions
 #
-# The compressor reads the question and, once it is well trained, keeps other patches for other questions. Bright patches
-# are selected tokens; patches of medium brightness are context tokens, each the mean of several dropped tokens.
+# The compressor reads the question and, once it is well trained, keeps other patches for other questions. Bright
+# patches are selected tokens; patches of medium brightness are context tokens, each the mean of several dropped ones.
 
 # %%
 kept = panel.compressor_tokens(compressor, KEEP)
