@@ -152,7 +152,7 @@ def _work(pipe: Connection, place: dict[str, str], number: int, device: str, sam
     torch.set_num_threads(1)
     if device == "cpu":
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
-    with distributed.joined():
+    with distributed.process_group():
         _label(pipe, f"cuda:{number}" if device == "cuda" else "cpu", samples, search)
 
 

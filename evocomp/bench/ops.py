@@ -10,7 +10,15 @@ from torch import Tensor
 
 from evocomp.bench.timing import Clock, compare, compare_all, each, host_waits, peak_memory
 from evocomp.mllm.sizes import number_format, shape_named
-from evocomp.ops import cosine_separation, ghm_bce, score_separation, top_r_compact, vocabulary_argmax
+from evocomp.ops import (
+    context_clusters,
+    cosine_separation,
+    ghm_bce,
+    score_separation,
+    top_r_compact,
+    vocabulary_argmax,
+)
+from evocomp.ops.context_clusters import reference as clusters_reference
 from evocomp.ops.dispatch import choose, triton_installed
 
 Row = dict[str, Any]
@@ -35,7 +43,8 @@ SHAPES = {
 
 
 def run(device: str = "cpu", repeats: int | None = None, shapes: list[Shape] | None = None) -> Iterator[Row]:
-    """All rows for the device ("cpu" or "cuda"): separation, head, grouping (time and memory), GHM, compaction.
+    """All rows for the device ("cpu" or "cuda"): separation, head, grouping (time and memory), GHM, compaction,
+    context clusters.
 
     Each row holds baseline, ours, times, "ratio" (above 1: ours is faster or smaller), device and versions. On GPUs
     states are bfloat16, and short ops have a second row in which only the GPU's time counts ("queued").
@@ -45,7 +54,7 @@ def run(device: str = "cpu", repeats: int | None = None, shapes: list[Shape] | N
     """
     kind = torch.device(device).type
     repeats = repeats or (20 if kind == "cuda" else 5)
-    benches = (bench_head, bench_ghm, bench_compaction, bench_separation, bench_grouping)
+    benches = (bench_head, bench_ghm, bench_compaction, bench_clusters, bench_separation, bench_grouping)
     works = [partial(bench, shape, device, repeats) for shape in shapes or SHAPES[kind] for bench in benches]
     return each(works)
 
@@ -286,3 +295,32 @@ def bench_compaction(shape: Shape, device: str, repeats: int) -> Rows:
         counts = {"baseline_waits": waits[0], "ours_waits": waits[1], "ratio": waits[0] / max(1, waits[1])}
         rows.append(kept | {"bench": "top-r compaction, waits of the host"} | counts)
     return rows
+
+
+def bench_clusters(shape: Shape, device: str, repeats: int) -> Rows:
+    """Clusters for the context tokens of one image, R kept in all and S = N / 4, against one row per centre."""
+    generator = torch.Generator(device).manual_seed(0)
+    visual = torch.randn(1, shape.N, shape.D, generator=generator, device=device).to(number_format(device))
+    kept = shape.N * 2 // 9
+    count = kept - round(kept * shape.N / 4 / (kept + shape.N / 4))
+    selected = torch.randperm(shape.N, generator=generator, device=device)[None, None, : kept - count]
+
+    def rows() -> tuple[Tensor, Tensor]:
+        centres, assignment = clusters_reference.context_clusters(visual[0], selected[0], count)
+        return centres[None], assignment[None]
+
+    def covered(baseline: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor]) -> None:
+        """Rounding decides between nearly equal centres: both choices must cover the tokens equally well."""
+        for centres, assignment in (baseline, ours):
+            assert torch.equal(assignment.gather(-1, centres), centres), "a centre is assigned to another one"
+        unit = F.normalize(visual[0].double(), dim=-1)
+        one, other = (float((unit * unit[assignment[0, 0]]).sum(-1).mean()) for _, assignment in (baseline, ours))
+        assert abs(one - other) <= 1e-3, f"mean cosine to the centre {one:.5f} and {other:.5f}"
+
+    sizes = f"B=1 N={shape.N} D={shape.D} R={kept} C={count}"
+    ours = (_ours(visual, "all steps at once"), lambda: context_clusters(visual, selected, count))
+    one = ("one row per centre", rows)
+    return [
+        compare(f"context clusters{suffix}", sizes, one, ours, covered, device, min(repeats, 5), clock)
+        for suffix, clock in _clocks(device)
+    ]

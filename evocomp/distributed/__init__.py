@@ -1,6 +1,6 @@
-"""Who am I in this job, and which piece of work is mine next. Everything here also works in one process."""
+"""Ranks, process groups and the work queue of a job. Everything also works in a single process."""
 
-from evocomp.distributed.board import joined
+from evocomp.distributed.heartbeat import process_group
 from evocomp.distributed.job import (
     StopRequest,
     broadcast,
@@ -14,20 +14,20 @@ from evocomp.distributed.job import (
     world_size,
 )
 from evocomp.distributed.queue import WorkQueue, in_turn
-from evocomp.distributed.team import Team
+from evocomp.distributed.shard_group import ShardGroup
 
 __all__ = [
+    "ShardGroup",
     "StopRequest",
-    "Team",
     "WorkQueue",
     "broadcast",
     "from_rank_0",
     "gather",
     "in_turn",
-    "joined",
     "launched_by_torchrun",
     "local_rank",
     "local_size",
+    "process_group",
     "rank",
     "set_threads",
     "world_size",

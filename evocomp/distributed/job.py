@@ -1,4 +1,4 @@
-"""The job and this process's place in it; what all of its processes tell one another; requests to stop."""
+"""Rank and size of the job, exchange of values between its processes, and requests to stop."""
 
 import os
 import signal
@@ -12,33 +12,33 @@ from evocomp.log import UserError
 
 
 def rank() -> int:
-    """This process's number in the job."""
+    """Index of this process in the job."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Processes in the job."""
+    """Number of processes in the job."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """This process's number on its node."""
+    """Index of this process on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_size() -> int:
-    """Processes of the job on this node."""
+    """Number of processes of the job on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_by_torchrun() else 1
 
 
 def launched_by_torchrun() -> bool:
-    """Whether a launcher has set the variables of a job of several processes."""
+    """Whether a launcher set the environment variables of a job with several processes."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and "MASTER_ADDR" in os.environ and "RANK" in os.environ
 
 
 def join() -> None:
-    """Meet the other processes, if a launcher started several; Lightning then goes on with the same group.
+    """Initialise the process group if a launcher started several processes; Lightning uses the same group.
 
     Raises:
         UserError: more processes than GPUs on this node.
@@ -48,8 +48,8 @@ def join() -> None:
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank()} of this node has no GPU of its own, there are {torch.cuda.device_count()}: "
-                "start one process a GPU (PROCESSES=gpu)"
+                f"process {local_rank()} of this node has no GPU, the node has {torch.cuda.device_count()}: "
+                "start one process per GPU (PROCESSES=gpu)"
             )
         torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -76,7 +76,7 @@ def gather(value) -> list[Any]:
 
 
 def from_rank_0(look: Callable[[], Any]) -> Any:
-    """What `look` gives on rank 0, where alone it is called, on every rank; a user error of its is raised by all."""
+    """Call `look` on rank 0 only and return its result on every rank; a `UserError` is raised on every rank."""
     answer: Any = None
     if rank() == 0:
         try:
@@ -90,12 +90,12 @@ def from_rank_0(look: Callable[[], Any]) -> Any:
 
 
 def _object_device() -> torch.device | None:
-    """Where objects travel: over gloo if the group has it."""
+    """Device for exchanged objects: the CPU if the group has gloo."""
     return torch.device("cpu") if "gloo" in dist.get_backend_config() else None
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of torch; 0 = all cores if they are idle (two threads on a busy machine are slower than one)."""
+    """Set torch's CPU threads; 0: the idle cores, at most four (more threads than idle cores are slow)."""
     if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
         cores = os.cpu_count() or 1
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
@@ -105,12 +105,12 @@ def set_threads(threads: int) -> None:
 
 
 class StopRequest:
-    """Notes SIGTERM instead of dying of it, so that the piece of work in hand can be finished.
+    """Context that records SIGTERM instead of exiting, so that the work in progress can be finished.
 
-    One inside another knows what the outer one has noted.
+    A nested context starts with the request that the outer one recorded.
 
     Args:
-        chain: also do what was done at SIGTERM before.
+        chain: also call the previous handler of SIGTERM.
     """
 
     _active: list["StopRequest"] = []
@@ -130,7 +130,7 @@ class StopRequest:
         self._active.append(self)
         try:
             self._previous = signal.signal(signal.SIGTERM, note)
-        except ValueError:  # not the main thread: whoever owns it handles signals
+        except ValueError:  # not the main thread, which alone may set handlers
             self._previous = None
         return self
 

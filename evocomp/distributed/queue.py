@@ -1,4 +1,4 @@
-"""Work handed out by a counter in a store of the project's own."""
+"""A work queue for the processes of a job: a counter in a TCPStore of its own."""
 
 import itertools
 import time
@@ -7,59 +7,58 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from evocomp.distributed import board
+from evocomp.distributed import heartbeat
 from evocomp.distributed.job import local_rank, rank, world_size
-from evocomp.distributed.team import Team
+from evocomp.distributed.shard_group import ShardGroup
 from evocomp.log import UserError, logger
 
-_numbers = itertools.count()  # of the queues and turns of this job: none may find an earlier one's keys
+_numbers = itertools.count()  # numbers of the queues and turns of this job, so that their keys differ
 _END = -1
 
 
 class WorkQueue:
-    """Hands out chunks of work to the processes of a job: each to one of them, costliest first.
+    """Assigns each chunk of work to one process of the job, in the given order (most expensive first).
 
-    Ranks claim chunks with a counter in a TCPStore of the project's own and wait in that store, never in a
-    collective: a collective that is pending while one rank works longer than the process group's timeout kills
-    the job. A rank whose heartbeat stops is named, and its chunk is handed out again. Where several processes hold
-    the model together, their leader takes a chunk for all of them.
+    Ranks claim chunks with a counter in a TCPStore and wait in that store, never in a collective: a collective that is
+    pending for longer than the process group's timeout kills the job. The chunk of a rank whose heartbeat stops is
+    assigned again. Where several processes hold the model together, their leader claims chunks for all of them.
 
     Args:
-        name: the same on all ranks, which make their queues in the same order.
-        finished: tells whether a chunk's result is there already (in the store of labels), by whomever made.
-        team: the processes that work on a chunk together.
+        name: equal on all ranks, which must create their queues in the same order.
+        finished: whether the result of a chunk is already in the label store, whichever rank made it.
+        shard_group: the processes that work on one chunk together.
     """
 
-    def __init__(self, name: str, finished: Callable[[int], bool], team: Team | None = None):
+    def __init__(self, name: str, finished: Callable[[int], bool], shard_group: ShardGroup | None = None):
         self.name = name
         self.finished = finished
-        self.team = team or Team()
+        self.shard_group = shard_group or ShardGroup()
         self.waited = 0.0
-        self._board = board.job_board() if world_size() > 1 else None
-        self._keys = self._board.keys(f"queue/{next(_numbers)}/{name}") if self._board else None
+        self._heartbeats = heartbeat.heartbeat_store() if world_size() > 1 else None
+        self._keys = self._heartbeats.keys(f"queue/{next(_numbers)}/{name}") if self._heartbeats else None
 
     def __call__(self, chunks: Sequence[int]) -> Iterator[int]:
-        """The chunks that this process is to work on; ends when all chunks of the job are finished."""
+        """Yield the chunks for this process; return when all chunks of the job are finished."""
         if self._keys is None:
             yield from chunks
             return
-        with reaching_rank_0(), self._board.at_work():
-            if not self.team.leads:
+        with reaching_rank_0(), self._heartbeats.working():
+            if not self.shard_group.leads:
                 yield from self._followed()
                 return
             for number, chunk in enumerate(itertools.chain(self._claimed(chunks), self._take_over(chunks), [_END])):
-                if self.team.size > 1:
-                    self._keys.set(self._order(number), str(chunk))
+                if self.shard_group.size > 1:
+                    self._keys.set(self._announced(number), str(chunk))
                 if chunk != _END:
                     yield chunk
 
     def beat(self) -> None:
-        """Say that work goes on; called between candidate batches."""
-        if self._board is not None:
-            self._board.beat()
+        """Report progress; call it between candidate batches."""
+        if self._heartbeats is not None:
+            self._heartbeats.beat()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait for what rank 0 brings about; UserError if rank 0 is gone and it is not so."""
+        """Wait until rank 0 has made the condition true; raise `UserError` if rank 0 is gone before."""
         while not condition():
             try:
                 if self._keys is not None:
@@ -73,21 +72,23 @@ class WorkQueue:
         while (claim := self._keys.add("next", 1) - 1) < len(chunks):
             yield from self._work_on(chunks[claim])
 
-    def _order(self, number: int) -> str:
-        """Key under which the leader says what its team does as its so manyth piece of work."""
-        return f"team/{self.team.index}/{number}"
+    def _announced(self, number: int) -> str:
+        """Key of the group leader's number-th announced chunk."""
+        return f"group/{self.shard_group.index}/{number}"
 
     def _followed(self) -> Iterator[int]:
-        """The chunks that the leader takes; between them the leader may wait for hours, so this is no collective."""
+        """The chunks that the leader announces; no collective, because the leader may wait for hours between them."""
         for number in itertools.count():
             started = time.monotonic()
-            while not self._keys.check([self._order(number)]):
+            while not self._keys.check([self._announced(number)]):
                 self.beat()
-                if self.team.leader in self._board.gone():
-                    raise UserError(f"rank {self.team.leader}, which leads rank {rank()}'s shard group, has stopped")
+                if self.shard_group.leader in self._heartbeats.gone():
+                    raise UserError(
+                        f"rank {self.shard_group.leader}, which leads the shard group of rank {rank()}, has stopped"
+                    )
                 time.sleep(0.05)
             self.waited += time.monotonic() - started
-            chunk = int(self._keys.get(self._order(number)))
+            chunk = int(self._keys.get(self._announced(number)))
             if chunk == _END:
                 return
             yield chunk
@@ -95,34 +96,34 @@ class WorkQueue:
     def _work_on(self, chunk: int) -> Iterator[int]:
         self._keys.set(f"owner/{chunk}", str(rank()))
         yield chunk
-        self._keys.set(f"done/{chunk}", "1")  # the caller has come back for more: the chunk is stored
+        self._keys.set(f"done/{chunk}", "1")  # the caller asks for the next chunk once this one is stored
 
     def _take_over(self, chunks: Sequence[int]) -> Iterator[int]:
-        """Wait for the others' chunks; take those of ranks that have died."""
+        """Wait for the chunks of other ranks; claim those of dead ranks."""
         started = time.monotonic()
         remaining = list(chunks)
         while remaining := self._unfinished(remaining):
             self.beat()
-            gone = self._board.gone()
+            gone = self._heartbeats.gone()
             for chunk in remaining:
                 known = self._keys.check([f"owner/{chunk}"])
                 owner = int(self._keys.get(f"owner/{chunk}")) if known else -1
-                # claimed, but by nobody who lived to say so: all chunks are claimed when one comes here
-                ownerless = owner == -1 and time.monotonic() - started > board.DEAD_AFTER_SECONDS
+                # claimed by a rank that died before it could record itself: all chunks are claimed at this point
+                ownerless = owner == -1 and time.monotonic() - started > heartbeat.DEAD_AFTER_SECONDS
                 if not ownerless and (owner not in gone or owner == rank()):
                     continue
-                if self.finished(chunk):  # it died between storing the chunk and saying so
+                if self.finished(chunk):  # the rank died between storing the chunk and recording it
                     self._keys.set(f"done/{chunk}", "1")
-                # the first to say so takes it; written twice it would be the same bytes
+                # the first rank to add claims the chunk; written twice it would have the same bytes
                 elif self._keys.add(f"takeover/{chunk}/{owner}", 1) == 1:
                     logger.error("rank %d takes over chunk %d of rank %d", rank(), chunk, owner)
                     yield from self._work_on(chunk)
-            # short rounds are not made longer, long ones not disturbed
+            # poll often at first, so that short rounds are not delayed, and rarely later
             time.sleep(min(0.1, 0.05 * (time.monotonic() - started) + 0.002))
         self.waited += time.monotonic() - started
 
     def _unfinished(self, chunks: list[int]) -> list[int]:
-        """Those not done, in a number of questions that grows with their number and not with that of all chunks."""
+        """The chunks that are not done, found by bisection: few queries where few chunks are missing."""
         if not chunks or self._keys.check([f"done/{chunk}" for chunk in chunks]):
             return []
         if len(chunks) == 1:
@@ -133,15 +134,15 @@ class WorkQueue:
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """One process of a node after another; all leave together.
+    """Run the body in one process of a node after another; all processes leave the context together.
 
-    They wait in the store, for the turns of a node may take longer than collectives may.
+    Processes wait in the store and not in a collective, whose timeout may be shorter than the turns of a node.
     """
     if world_size() == 1:
         yield
         return
-    job = board.job_board()
-    keys = job.keys(f"turn/{next(_numbers)}")
+    heartbeats = heartbeat.heartbeat_store()
+    keys = heartbeats.keys(f"turn/{next(_numbers)}")
 
     def wait_for(ranks: Iterable[int]) -> None:
         others = [str(other) for other in ranks]
@@ -153,12 +154,12 @@ def in_turn() -> Iterator[None]:
         try:
             yield
         finally:
-            keys.set(str(rank()), "done")  # or failed: what ails this process will be told by the others too
+            keys.set(str(rank()), "done")  # or failed: the other processes will fail in the same way
         wait_for(range(world_size()))
 
 
 class reaching_rank_0:
-    """Errors of the store become one line: its host is gone."""
+    """Context that turns errors of the store into a `UserError`: its host is gone."""
 
     def __enter__(self) -> None:
         pass
@@ -170,6 +171,6 @@ class reaching_rank_0:
 
 def _lost_rank_0() -> UserError:
     return UserError(
-        f"rank {rank()} has lost rank 0, which hosts the label queue; finished chunks are stored, start the same "
-        "command again"
+        f"rank {rank()} lost the connection to rank 0, which hosts the label queue; finished chunks are stored, "
+        "run the same command again"
     )

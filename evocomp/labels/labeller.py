@@ -157,11 +157,11 @@ class Labeller:
         shared = _is_shared(store)
         progress = LabelProgress(round, sum(len(ids) for ids in chunks))
         progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
-        queue = WorkQueue(f"round-{round}", lambda chunk: store.has(round, chunk), self.mllm.team)
+        queue = WorkQueue(f"round-{round}", lambda chunk: store.has(round, chunk), self.mllm.shard_group)
         with StopRequest() as request, self._between_batches(queue, request):
             for chunk in queue(todo):
                 records = self._make(round, chunks[chunk], previous, scores, progress, report)
-                if self.mllm.team.leads:
+                if self.mllm.shard_group.leads:
                     store.write(round, chunk, records)
         self.waited = queue.waited
         if not shared:
@@ -183,11 +183,11 @@ class Labeller:
 
     @contextmanager
     def _between_batches(self, queue: WorkQueue, request: StopRequest) -> Iterator[None]:
-        """After each candidate batch: say that work goes on, and stop if that was asked for (of any of the team)."""
+        """After each candidate batch: say that work goes on, and stop if that was asked for (of any of the group)."""
 
         def look() -> None:
             queue.beat()
-            if any(self.mllm.team.gather(request.asked)):
+            if any(self.mllm.shard_group.gather(request.asked)):
                 raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
 
         self.scorer.on_batch = look

@@ -38,15 +38,15 @@ class CandidateScorer:
         self, mllm: FrozenMLLM, batch: int = 64, dtype: str | None = None, settings: ScorerConfig | None = None
     ):
         self.mllm = mllm
-        self.team = mllm.team
+        self.shard_group = mllm.shard_group
         self.settings = settings or ScorerConfig()
-        if self.team.size > 1:
+        if self.shard_group.size > 1:
             # savings that run more forwards for some masks than for others
             self.settings = replace(self.settings, shared_prefix="never", prefix_reuse="never")
         self.losses = AnswerLosses(mllm, getattr(torch, dtype) if dtype else None, self.settings)
         self.batch = batch
         self.room = Room(mllm, self.losses.dtype.itemsize)
-        self.room.budget = min(self.team.gather(self.room.budget))
+        self.room.budget = min(self.shard_group.gather(self.room.budget))
         self.forwards = 0
         self.seconds = 0.0
         self.on_batch: Callable[[], None] = lambda: None
@@ -100,7 +100,7 @@ class CandidateScorer:
 
         Counted as the three forwards over all tokens that a forward with its backward costs.
         """
-        if self.team.size > 1:
+        if self.shard_group.size > 1:
             raise UserError("search.strategy=gradient_seeded needs gradients of the model, which must not be sharded")
         started = time.perf_counter()
         gradient = gate_gradient(self.mllm, features, torch.from_numpy(gate)).float().cpu().numpy()
@@ -149,7 +149,7 @@ class CandidateScorer:
         """
         started = time.perf_counter()
         indices = torch.from_numpy(np.ascontiguousarray(kept, dtype=np.int64)).to(self.mllm.device)
-        if self.team.size > 1:
+        if self.shard_group.size > 1:
             size = max(1, self._at_once(tokens, answers) // sequences)
             result = self._among_members(indices, score, size, questions)
         else:
@@ -175,17 +175,17 @@ class CandidateScorer:
         return torch.cat(losses).float().cpu().numpy()
 
     def _among_members(self, indices: Tensor, score: Score, size: int, questions: int) -> np.ndarray:
-        """The same parts, but each member of the team scores its share of them, and all run equally many forwards."""
+        """The same parts; each member of the shard group scores a share, in equally many forward passes."""
         starts = range(0, len(indices), size)
         mine: dict[int, np.ndarray] = {}
-        for turn in range(0, len(starts), self.team.size):
+        for turn in range(0, len(starts), self.shard_group.size):
             # a member without a part of its own helps the others to their weights by scoring the last one again
-            start = starts[min(turn + self.team.member, len(starts) - 1)]
+            start = starts[min(turn + self.shard_group.member, len(starts) - 1)]
             some = slice(start, min(start + size, len(indices)))
             losses = score(some, indices[some]).float().cpu().numpy()
-            if turn + self.team.member < len(starts):
+            if turn + self.shard_group.member < len(starts):
                 mine[start] = losses
                 self.forwards += len(losses) * questions
             self.on_batch()
-        parts = {start: losses for part in self.team.gather(mine) for start, losses in part.items()}
+        parts = {start: losses for part in self.shard_group.gather(mine) for start, losses in part.items()}
         return np.concatenate([parts[start] for start in starts])

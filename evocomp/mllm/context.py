@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from evocomp.log import UserError
+from evocomp.ops import context_clusters
 
 
 class Shown(NamedTuple):
@@ -63,8 +64,7 @@ def split(keep: int, total: int, sharp: float) -> tuple[int, int]:
 def owners(visual: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Which token speaks for which, for several masks of one picture.
 
-    The first centre is the most typical of the dropped tokens, each further one the least like the centres so far
-    (farthest point); a dropped token goes to the centre that it is most like, by cosine.
+    Centres by farthest-point sampling on cosines, see `evocomp.ops.context_clusters`.
 
     Args:
         visual: [N, D].
@@ -74,22 +74,8 @@ def owners(visual: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         Centres [K, C] ascending, and the owner [K, N] of each token: a centre, or the token itself if selected.
     """
-    masks, total = len(kept), len(visual)
-    unit = F.normalize(visual.float(), dim=-1)
-    selected = torch.zeros(masks, total, dtype=torch.bool, device=visual.device).scatter_(1, kept, True)
-    typical = (~selected).float() @ unit @ unit.T
-    centre = typical.masked_fill(selected, -torch.inf).argmax(1)
-    # likeness to the nearest centre; infinite at tokens that cannot become one
-    nearest = torch.full_like(typical, -torch.inf).masked_fill(selected, torch.inf)
-    found = []
-    for _ in range(count):
-        found.append(centre)
-        nearest = torch.maximum(nearest, unit[centre] @ unit.T).scatter_(1, centre[:, None], torch.inf)
-        centre = nearest.argmin(1)
-    centres = torch.stack(found, dim=1).sort(dim=1).values
-    owner = centres.gather(1, (unit @ unit[centres].mT).argmax(-1))
-    everything = torch.arange(total, device=visual.device).expand(masks, -1)
-    return centres, torch.where(selected, everything, owner).scatter_(1, centres, centres)
+    centres, assignment = context_clusters(visual[None], kept[None], count)
+    return centres[0], assignment[0]
 
 
 def means(visual: Tensor, centres: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from evocomp.distributed import Team
+from evocomp.distributed import ShardGroup
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.context import Shown, add_log_size, check_weighable
@@ -35,12 +35,12 @@ class FrozenMLLM(Reader):
     (torch.Size([144, 96]), 1)
 
     Attributes:
-        team: the processes that hold the decoder's layers together, if it is sharded.
+        group: the processes that hold the decoder's layers together, if it is sharded.
     """
 
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
         super().__init__(model, processor, name, cache_bytes)
-        self.team = Team()
+        self.shard_group = ShardGroup()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
 

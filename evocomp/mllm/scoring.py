@@ -42,7 +42,7 @@ class AnswerLosses:
 
     def __init__(self, mllm: FrozenMLLM, dtype: torch.dtype | None = None, settings: ScorerConfig | None = None):
         mllm.check_scorable()
-        if mllm.team.size > 1 and dtype not in (None, mllm.vocabulary.dtype):
+        if mllm.shard_group.size > 1 and dtype not in (None, mllm.vocabulary.dtype):
             raise UserError("a sharded model scores in its own number format: give labels.dtype=model")
         self.mllm = mllm
         self.settings = settings or ScorerConfig()

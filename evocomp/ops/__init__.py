@@ -3,6 +3,7 @@
 Import the functions from here: ``from evocomp.ops import top_r_compact``.
 """
 
+from evocomp.ops.context_clusters import context_clusters
 from evocomp.ops.ghm_bce import ghm_bce, ghm_histogram
 from evocomp.ops.score_separation import cosine_separation, score_separation
 from evocomp.ops.top_r_compact import Compacted, top_r_compact
@@ -10,6 +11,7 @@ from evocomp.ops.vocabulary_argmax import vocabulary_argmax
 
 __all__ = [
     "Compacted",
+    "context_clusters",
     "cosine_separation",
     "ghm_bce",
     "ghm_histogram",

@@ -46,7 +46,7 @@ DEFAULT_EPOCHS = 6
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its own tips are not news of this run
 
 
-@distributed.joined()
+@distributed.process_group()
 def run(config: RunConfig) -> bool:
     """Label and train as the settings say, into `config.run_dir`; goes on where an earlier call stopped.
 
@@ -127,7 +127,7 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
             raise KeyboardInterrupt from None  # of which Lightning makes an exit that says nothing
 
 
-@distributed.joined()
+@distributed.process_group()
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
     distributed.set_threads(config.threads)

@@ -84,8 +84,8 @@ class Curves(L.Callback):
         """Accuracy on the selection split with random tokens and with all tokens, at each kept count and their mean."""
         every = max(len(one.visual) for one in self.monitor.mllm.features(self.monitor.examples[:1]))
         counts = [*self.monitor.kept, every]
-        team = self.monitor.mllm.team
-        mine = self.monitor.examples[team.index :: team.count]
+        group = self.monitor.mllm.shard_group
+        mine = self.monitor.examples[group.index :: group.count]
         right = self.monitor.right_answers(mine, at_random, counts)
         total = torch.tensor([*right, len(mine)], dtype=torch.float64)
         if trainer.world_size > 1:

@@ -97,13 +97,13 @@ def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: Lab
     scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
     at_random = settings.target == "credit" and settings.credit_masks_from == "random"
     masks = settings.credit_masks if at_random else config.search.population
-    if mllm.team.size > 1 and settings.batch * (mllm.team.size - 1) >= masks:
+    if mllm.shard_group.size > 1 and settings.batch * (mllm.shard_group.size - 1) >= masks:
         logger.warning(
             "labels.batch=%d leaves some of the %d processes that share the model without masks to score: "
             "give --labels.batch=%d",
             settings.batch,
-            mllm.team.size,
-            math.ceil(masks / mllm.team.size),
+            mllm.shard_group.size,
+            math.ceil(masks / mllm.shard_group.size),
         )
     rounds: Rounds
     probabilities = config.loss.name != "listwise"

@@ -54,7 +54,7 @@ class SelectionAccuracy(L.Callback):
         if not self.examples or not self.is_due(trainer):
             return
         # ranks (or those that hold the MLLM together) take every world-th question and sum up
-        mine = self.examples[self.mllm.team.index :: self.mllm.team.count]
+        mine = self.examples[self.mllm.shard_group.index :: self.mllm.shard_group.count]
         right = torch.tensor(self.count_right(whole(module), mine), dtype=torch.float64)
         asked = torch.tensor(float(len(mine)), dtype=torch.float64)
         if trainer.world_size > 1:

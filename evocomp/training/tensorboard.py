@@ -71,7 +71,7 @@ class TensorBoardPage:
     ) -> "TensorBoardPage | None":
         """The page of this run; None for another logger, for other ranks than 0, and for a sharded MLLM, which cannot
         be run by rank 0 alone."""
-        if not trainer.is_global_zero or monitor.mllm.team.size > 1:
+        if not trainer.is_global_zero or monitor.mllm.shard_group.size > 1:
             return None
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):

@@ -17,12 +17,16 @@ def short_samples(monkeypatch):
 def test_every_op_has_a_row_with_its_ratio():
     rows = list(run(repeats=1, shapes=[TINY]))
     expected = {"cosine separation": 2, "head and separation": 2, "grouping": 2, "GHM-C": 1, "top-r compaction": 1}
+    expected["context clusters"] = 1
     assert Counter(row["bench"].split(",")[0] for row in rows) == expected
     for row in rows:
         assert row["ratio"] > 0 and row["torch"] == torch.__version__ and "reference" in row["ours"]
 
 
-@pytest.mark.parametrize("name", ["cosine_separation", "score_separation", "ghm_bce", "vocabulary_argmax"])
+OPS = ["cosine_separation", "score_separation", "ghm_bce", "vocabulary_argmax", "context_clusters"]
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_a_wrong_op_gets_no_row(name, monkeypatch):
     right = getattr(ops, name)
 

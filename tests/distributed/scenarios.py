@@ -91,13 +91,13 @@ def label(
     One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
     """
     if not patient:
-        distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.3, 8.0
+        distributed.heartbeat.HEARTBEAT_SECONDS, distributed.heartbeat.DEAD_AFTER_SECONDS = 0.3, 8.0
     if own_disks:
         os.environ["LOCAL_RANK"] = "0"
         folder = f"{folder}/{rank()}"
     if rank() == signal_rank:
         before_batch(2, send_self(number, folder, chunks))
-    named = watch_for("has not been heard of")
+    named = watch_for("sent no heartbeat")
     if static:
         distributed.WorkQueue.__call__ = lambda self, chunks: iter(chunks[rank() :: distributed.world_size()])
     made: list[int] = []
@@ -115,14 +115,14 @@ def label(
     return result | named
 
 
-@distributed.joined()
+@distributed.process_group()
 def uneven(work: float):
     """A chunk that takes longer than collectives may and than a deadly silence; then the same before a barrier."""
     from datetime import timedelta
 
     import torch.distributed as dist
 
-    distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.2, work / 3
+    distributed.heartbeat.HEARTBEAT_SECONDS, distributed.heartbeat.DEAD_AFTER_SECONDS = 0.2, work / 3
     queue, done = distributed.WorkQueue("uneven", lambda chunk: False), []
     dist.barrier()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=work / 2), dist.group.WORLD)
@@ -141,21 +141,21 @@ def uneven(work: float):
     return {"done": everyone, "barrier": barrier, "waited": queue.waited}
 
 
-@distributed.joined()
+@distributed.process_group()
 def between_rounds(size: int, training: float, hangs: bool):
-    """Two rounds with a time between them in which nothing is labelled, of teams of `size`; what each rank got.
+    """Two rounds with a time between them in which nothing is labelled, of shard groups of `size`; what each rank got.
 
     Limits are short: 1.5 s without a candidate batch is a hang. hangs: rank 1 does so in round 1.
     """
-    board = distributed.board
-    board.HEARTBEAT_SECONDS, board.DEAD_AFTER_SECONDS, board.STALLED_AFTER_SECONDS = 0.2, 1.0, 1.5
-    team, done = distributed.Team.form(size), []
+    heartbeat = distributed.heartbeat
+    heartbeat.HEARTBEAT_SECONDS, heartbeat.DEAD_AFTER_SECONDS, heartbeat.STALLED_AFTER_SECONDS = 0.2, 1.0, 1.5
+    group, done = distributed.ShardGroup.form(size), []
     for round in range(2):
         if round:
             time.sleep(training)
             distributed.gather(None)
-            time.sleep(0.1 * team.leads)  # followers are the first to look
-        queue = distributed.WorkQueue(f"round-{round}", lambda chunk: False, team)
+            time.sleep(0.1 * group.leads)  # followers are the first to look
+        queue = distributed.WorkQueue(f"round-{round}", lambda chunk: False, group)
         done.append([])
         for chunk in queue([0, 1]):
             done[-1].append(chunk)
@@ -246,7 +246,7 @@ def train(
     return {"code": code, "steps": spy.steps, "left": distributed.world_size() == 1}
 
 
-@distributed.joined()
+@distributed.process_group()
 def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):
     """On-policy rounds 1.. from scores that are the same in every process; the digests of all rounds.
 
@@ -254,7 +254,7 @@ def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):
     """
     from evocomp.training import build
 
-    distributed.board.HEARTBEAT_SECONDS, distributed.board.DEAD_AFTER_SECONDS = 0.3, 8.0
+    distributed.heartbeat.HEARTBEAT_SECONDS, distributed.heartbeat.DEAD_AFTER_SECONDS = 0.3, 8.0
     plus = ["recipe=plus", "labels.credit_masks=4", "labels.samples_per_refresh=8", "labels.proposals=8"]
     config = cli._config([f"run_dir={folder}", *TINY, *plus, "labels.flat=0.001"])
     splits, mllm = build.load_splits(config.data), build.load_mllm(config)

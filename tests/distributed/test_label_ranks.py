@@ -95,7 +95,7 @@ def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["model.shard=3"], "make no groups of 3"),
+        (["model.shard=3"], "no multiples of 3"),
         (["model.shard=2", "model.name=nowhere"], "model.name=nowhere does not load"),
         (["model.shard=2", "labels.dtype=bfloat16"], "give labels.dtype=model"),
         (["model.shard=2", "search.strategy=gradient_seeded"], "needs gradients"),
@@ -140,20 +140,20 @@ def test_work_longer_than_the_timeout_of_collectives_kills_nobody(ranks):
     assert sorted(first + second) == [0, 1, 2, 3] and [0] in (first, second)
     assert max(result["waited"] for result in job.results) > 6  # in the queue, as long as that took
     assert job.results[0]["barrier"] == "failed"  # a collective would not have borne it
-    assert "not been heard of" not in job.outputs[0]
+    assert "sent no heartbeat" not in job.outputs[0]
 
 
 def test_an_epoch_longer_than_the_limit_of_a_hang_is_not_one(ranks):
     """Heartbeats go on while nothing is labelled: a follower that comes before its leader finds it alive."""
     job = ranks(2, "between_rounds", size=2, training=4.0, hangs=False).succeeded()
     assert [result["done"] for result in job.results] == [[[0, 1], [0, 1]]] * 2
-    assert not any("not been heard of" in output for output in job.outputs)
+    assert not any("sent no heartbeat" in output for output in job.outputs)
 
 
 def test_a_rank_that_hangs_in_a_round_is_named_and_its_chunk_taken_over(ranks):
     job = ranks(2, "between_rounds", size=1, training=0.0, hangs=True).succeeded()
     assert sorted(job.results[0]["done"][1]) == [0, 1] and len(job.results[1]["done"][1]) == 1
-    assert "rank 1 has not been heard of" in job.outputs[0]
+    assert "rank 1 sent no heartbeat" in job.outputs[0]
     assert "rank 0 takes over chunk" in job.outputs[0]
 
 
@@ -161,7 +161,7 @@ def test_a_dead_rank_is_named_and_its_chunk_taken_over(ranks, alone, tmp_path):
     job = ranks(3, "label", folder=str(tmp_path / "labels"), signal_rank=1)
     assert job.codes == [0, -signal.SIGKILL, 0], job.outputs
     assert job.results[0]["digest"] == alone
-    assert "rank 1 has not been heard of for 8 s" in job.outputs[0]
+    assert "rank 1 sent no heartbeat for 8 s" in job.outputs[0]
     assert any("takes over chunk" in output and "of rank 1" in output for output in job.outputs)
 
 
@@ -169,7 +169,7 @@ def test_a_dead_rank_is_named_and_its_chunk_taken_over(ranks, alone, tmp_path):
 def test_a_rank_that_dies_is_named_within_a_minute(ranks, tmp_path):
     """With the heartbeat that jobs have; the tests above are less patient."""
     job = ranks(2, "label", folder=str(tmp_path / "labels"), signal_rank=1, patient=True)
-    assert job.codes == [0, -signal.SIGKILL] and "rank 1 has not been heard of for 45 s" in job.outputs[0]
+    assert job.codes == [0, -signal.SIGKILL] and "rank 1 sent no heartbeat for 45 s" in job.outputs[0]
     died = float((tmp_path / "labels-died").read_text())
     assert 40 < job.results[0]["named"] - died < 60
 

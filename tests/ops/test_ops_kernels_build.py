@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from evocomp.ops.context_clusters import triton as clusters  # noqa: E402
 from evocomp.ops.ghm_bce import triton as ghm  # noqa: E402
 from evocomp.ops.score_separation import triton as separation  # noqa: E402
 from evocomp.ops.top_r_compact import triton as top_r  # noqa: E402
@@ -125,7 +126,12 @@ def launch_gather(dtype):
     top_r.gather_embeddings(embeddings, torch.zeros(2, 32, dtype=torch.long))
 
 
+def launch_clusters(dtype):
+    clusters.context_clusters(torch.zeros(1, 2880, 64, dtype=dtype), torch.arange(339)[None, None], 301)
+
+
 KERNELS = [
+    (clusters, "_clusters_kernel", launch_clusters),
     (vocabulary, "_argmax_kernel", launch_vocabulary),
     (ghm, "_histogram_kernel", launch_histogram),
     (ghm, "_loss_kernel", launch_loss),

@@ -1,4 +1,4 @@
-"""The job's store with every rank's heartbeat: who lives, and who has signed off."""
+"""Heartbeats of all ranks in a store of the job: which ranks are alive, which have exited."""
 
 import atexit
 import os
@@ -16,19 +16,19 @@ from evocomp.log import UserError, logger
 HEARTBEAT_SECONDS = 5.0
 DEAD_AFTER_SECONDS = 45.0
 STALLED_AFTER_SECONDS = 1800.0
-"""A process at work on the queue that has not finished a candidate batch for so long stops its heartbeat: it hangs."""
+"""A rank that works on the queue and finishes no candidate batch for this long counts as hung: its heartbeat stops."""
 
 
-class Board:
-    """The job's store with every rank's heartbeat; rank 0 hosts it and judges who is dead.
+class HeartbeatStore:
+    """Store with a heartbeat counter per rank; rank 0 hosts it and decides which ranks are dead.
 
-    Heartbeats are counters: clocks of different nodes are never compared. They come from a thread with a connection
-    of its own, so a long forward is not taken for death.
+    Heartbeats are counters, so that clocks of different nodes are never compared. A thread with its own connection
+    sends them, so that a long forward pass does not look like a dead rank.
     """
 
     def __init__(self, host: str, port: int):
         self.me, self.world = rank(), world_size()
-        self._worked_at: float | None = None  # at work on the queue: when it last got on
+        self._worked_at: float | None = None  # time of the last `beat`; None outside `working`
         self._address = (host, port)
         self._store = self._connect()
         self._stop = threading.Event()
@@ -42,8 +42,8 @@ class Board:
         return dist.PrefixStore(prefix, self._store)
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """While this lasts, a process that does not `beat` hangs; training and measuring take what they take."""
+    def working(self) -> Iterator[None]:
+        """Context of work on the queue, in which a rank that does not call `beat` counts as hung."""
         self._worked_at = time.monotonic()
         try:
             yield
@@ -51,16 +51,16 @@ class Board:
             self._worked_at = None
 
     def beat(self) -> None:
-        """Say that work goes on."""
+        """Report progress."""
         if self._worked_at is not None:
             self._worked_at = time.monotonic()
 
     def gone(self) -> set[int]:
-        """Ranks that have signed off or that rank 0 holds for dead: what they have not finished, they never will."""
+        """Ranks that exited or are presumed dead; their chunks must be reassigned."""
         return {int(other) for other in self._store.get("gone").decode().split(",") if other}
 
     def leave(self) -> None:
-        """Sign off; rank 0 waits a while for the others, whose last question its store must answer."""
+        """Report the exit of this rank; rank 0 waits up to 10 s for the others, which may still query its store."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -82,7 +82,7 @@ class Board:
             raise UserError(f"rank {self.me} cannot reach the label queue at {self._address}: {error}") from None
 
     def _pulse(self) -> None:
-        """The thread: beat, and on rank 0 listen."""
+        """Heartbeat thread; on rank 0 it also looks for silent ranks."""
         own, ticks = self._connect(), 0
         try:
             while not self._stop.is_set():
@@ -95,10 +95,10 @@ class Board:
                 self._stop.wait(HEARTBEAT_SECONDS)
             own.set(f"left/{self.me}", "1")
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError):
-            return  # rank 0 is gone; whoever needs the store will say so
+            return  # rank 0 is gone; the next use of the store raises the error
 
     def _listen(self, own: dist.TCPStore) -> set[int]:
-        """Name the ranks that have fallen silent; returns them and those that have signed off."""
+        """Log ranks whose heartbeat stopped or resumed; return the silent and the exited ranks."""
         now, silent, left = time.monotonic(), set(), set()
         beats = own.multi_get([f"heartbeat/{k}" for k in range(self.world)])
         for other, beat in enumerate(beats):
@@ -109,21 +109,21 @@ class Board:
             elif now - self._seen[other][1] > DEAD_AFTER_SECONDS:
                 silent.add(other)
         for other in sorted(silent - self._named):
-            logger.error("rank %d has not been heard of for %.0f s", other, DEAD_AFTER_SECONDS)
+            logger.error("rank %d sent no heartbeat for %.0f s", other, DEAD_AFTER_SECONDS)
         for other in sorted(self._named - silent):
-            logger.error("rank %d is heard of again", other)
+            logger.error("rank %d sends heartbeats again", other)
         self._named = silent
         return silent | left
 
 
-_board: Board | None = None
+_heartbeats: HeartbeatStore | None = None
 _server: dist.TCPStore | None = None
 
 
-def job_board() -> Board:
-    """One store for the life of the job, on a free port of rank 0's host."""
-    global _board, _server
-    if _board is None:
+def heartbeat_store() -> HeartbeatStore:
+    """The store of this job, made at the first call on a free port of rank 0's host."""
+    global _heartbeats, _server
+    if _heartbeats is None:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         if rank() == 0:
             _server = dist.TCPStore(host, 0, None, True, wait_for_workers=False)
@@ -131,25 +131,24 @@ def job_board() -> Board:
             for other in range(world_size()):
                 _server.set(f"heartbeat/{other}", "")
         port = broadcast(_server.port if rank() == 0 else None)
-        _board = Board(host, port)
-    return _board
+        _heartbeats = HeartbeatStore(host, port)
+    return _heartbeats
 
 
 def leave() -> None:
-    """Part from the others at the end of a job; rank 0 goes last, for it hosts the queue."""
-    if _board is not None:
-        _board.leave()
+    """Report the exit of this rank and destroy the process group; rank 0 exits last because it hosts the queue."""
+    if _heartbeats is not None:
+        _heartbeats.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Meet the other processes for the time of a job, and part from them also where it is refused or interrupted.
+def process_group() -> Iterator[None]:
+    """Initialise the process group; destroy it on success and on a `UserError`.
 
-    A process that ends with its group open may abort, and a launcher then kills the others with it. Of errors that
-    are nobody's to put right (anything but `UserError`) a process dies as it is: the others must not take it for gone
-    by agreement.
+    A process that exits with an open group may abort, and the launcher then kills the other processes. Other exceptions
+    leave the group open, so that the other ranks see a crash and not an orderly exit.
 
     Raises:
         UserError: more processes than GPUs on this node.

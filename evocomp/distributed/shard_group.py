@@ -1,4 +1,4 @@
-"""Processes that hold one frozen model together, where it does not fit one device."""
+"""Groups of processes that hold one frozen model together because it does not fit one device."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,33 +12,33 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Team:
-    """`size` neighbouring ranks that run the model's forwards together; of one process, if not told otherwise.
+class ShardGroup:
+    """`size` consecutive ranks that run forward passes of the model together; by default a single process.
 
-    A forward of one member gathers weights from all, so all must run equally many. Members therefore do the same
-    work with the same random numbers, and share out only the batches of masks that are scored.
+    A forward pass of one member gathers weights from all of them, so all must run equally many. Members do the same
+    work with the same random numbers and divide only the batches of scored masks among themselves.
 
     Attributes:
-        group: the process group of the members; None for a team of one.
+        group: torch process group of the members; None for a single process.
     """
 
     size: int = 1
     group: Any = None
 
     @classmethod
-    def form(cls, size: int) -> "Team":
-        """Split the job into teams of `size` processes, 0 = all of a node; every rank of the job calls this.
+    def form(cls, size: int) -> "ShardGroup":
+        """Split the job into groups of `size` processes, 0 for all of a node; every rank must call this.
 
         Raises:
-            UserError: the job or its nodes cannot be split so.
+            UserError: the number of processes in the job or on a node is no multiple of `size`.
         """
         size = size or local_size()
         if size == 1:
             return cls()
         if world_size() % size or local_size() % size:
             raise UserError(
-                f"model.shard={size}: {world_size()} processes, {local_size()} on this node, make no groups of {size}; "
-                "start that many with experiments/launch/, or choose a divisor"
+                f"model.shard={size}: the job has {world_size()} processes, {local_size()} of them on this node, no "
+                f"multiples of {size}; start such a number with experiments/launch/, or choose a divisor"
             )
         starts = range(0, world_size(), size)
         groups = [dist.new_group(list(range(start, start + size))) for start in starts]
@@ -46,22 +46,22 @@ class Team:
 
     @property
     def index(self) -> int:
-        """Which of the job's teams this is."""
+        """Index of this group in the job."""
         return rank() // self.size
 
     @property
     def count(self) -> int:
-        """Teams in the job."""
+        """Number of groups in the job."""
         return world_size() // self.size
 
     @property
     def member(self) -> int:
-        """This process's number in the team."""
+        """Index of this process in the group."""
         return rank() % self.size
 
     @property
     def leader(self) -> int:
-        """Rank of the member that takes work and writes results for all."""
+        """Rank of the member that claims chunks and writes results for the group."""
         return rank() - self.member
 
     @property
@@ -70,10 +70,10 @@ class Team:
         return self.member == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every member's `value`, by member, on every member.
+        """The `value` of every member, in member order, on every member.
 
         Raises:
-            UserError: a member is gone.
+            UserError: a member has exited.
         """
         if self.size == 1:
             return [value]
@@ -82,7 +82,7 @@ class Team:
             dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:
             raise UserError(
-                f"rank {rank()} has lost a process of its shard group: {str(error).splitlines()[0]}; finished chunks "
-                "are stored, start the same command again"
+                f"rank {rank()} lost a process of its shard group: {str(error).splitlines()[0]}; "
+                "finished chunks are stored, run the same command again"
             ) from None
         return values

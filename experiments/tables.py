@@ -1,0 +1,177 @@
+"""Write the tables of RESULTS.md from the rows in results/.
+
+A table stands between the comments `<!-- table NAME -->` and `<!-- end -->`; the text around it stays. A test checks that
+the file agrees with the rows.
+
+    python experiments/tables.py
+"""
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "RESULTS.md"
+
+Group = tuple[str, dict[str, str]]
+"""Heading of a group of rows, and the printed name of each method in it."""
+
+NANO: list[Group] = [
+    ("references", {"full": "all 144 tokens", "wrong_image": "image of another scene", "no_image": "no image"}),
+    (
+        "select or merge before the LLM",
+        {
+            "divprune": "DivPrune",
+            "cls_attention": "CLS attention (= HiRED on one image)",
+            "vispruner": "VisPruner",
+            "visionzip": "VisionZip",
+            "prumerge": "PruMerge",
+            "prumerge_plus": "PruMerge+",
+            "tome": "ToMe",
+            "uniform_stride": "uniform stride",
+            "random": "random",
+            "average_pool": "average pooling",
+            "downsampling": "downsampled image",
+            "evocomp_published": "EvoComp, recipe `published`",
+        },
+    ),
+    (
+        "select before the LLM, with context tokens",
+        {
+            "evocomp": "EvoComp, recipe `plus`",
+            "cls_attention+context": "CLS attention",
+            "divprune+context": "DivPrune",
+            "uniform_stride+context": "uniform stride",
+            "random_tokens+context": "random",
+        },
+    ),
+    (
+        "select before the LLM by attention scores of an extra LLM pass over all tokens",
+        {"pyramiddrop": "PyramidDrop", "dart": "DART", "fastv": "FastV", "sparsevlm": "SparseVLM"},
+    ),
+    (
+        "enter the LLM with all 144 tokens; drop some between layers",
+        {
+            "pyramiddrop_inside": "PyramidDrop",
+            "dart_inside": "DART",
+            "fastv_inside": "FastV",
+            "sparsevlm_inside": "SparseVLM",
+        },
+    ),
+]
+
+NANO576: list[Group] = [
+    ("references", {"full": "all 576 tokens", "wrong_image": "image of another scene"}),
+    (
+        "select or merge before the LLM",
+        {
+            "divprune": "DivPrune",
+            "cls_attention": "CLS attention",
+            "visionzip": "VisionZip",
+            "dart": "DART (after an extra LLM pass)",
+            "tome": "ToMe",
+            "uniform_stride": "uniform stride",
+            "random_tokens": "random",
+            "average_pool": "average pooling",
+            "published": "EvoComp, recipe `published`",
+            "dropping": "EvoComp, recipe `plus` without context tokens",
+        },
+    ),
+    (
+        "with context tokens",
+        {"plus": "EvoComp, recipe `plus`", "cls_attention+context": "CLS attention", "divprune+context": "DivPrune"},
+    ),
+]
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """Rows of results/NAME.csv."""
+    with (HERE / "results" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def accuracies(rows: Sequence[dict[str, str]], key: str, column: str = "accuracy") -> dict[str, dict[int, float]]:
+    """{method: {kept: value}} of the rows that have a value; of several seeds the first."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row[column]:
+            found.setdefault(row[key], {}).setdefault(int(row["kept"]), float(row[column]))
+    return found
+
+
+def grouped(groups: Sequence[Group], values: dict[str, dict[int, float]], counts: Sequence[int]) -> list[str]:
+    """Lines of a table with one block per group; the highest printed value of a block is bold, ties alike."""
+    lines = ["| | " + " | ".join(f"{count} kept" for count in counts) + " |", "| --- |" + " ---: |" * len(counts)]
+    for heading, names in groups:
+        lines.append(f"| *{heading}* |" + " |" * len(counts))
+        present = {label: values[name] for name, label in names.items() if name in values}
+        printed = {label: [_shown(row, count) for count in counts] for label, row in present.items()}
+        best = [max((row[i] for row in printed.values()), default="") for i in range(len(counts))]
+        for label, row in printed.items():
+            if heading == "references":
+                lines.append(f"| {label} | {next(f'{v:.3f}' for v in present[label].values())} |" + " |" * (len(counts) - 1))
+            else:
+                cells = [f"**{cell}**" if cell == top else cell for cell, top in zip(row, best, strict=True)]
+                lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _shown(row: dict[int, float], count: int) -> str:
+    return f"{row[count]:.3f}" if count in row else ""
+
+
+def nano() -> list[str]:
+    return grouped(NANO, accuracies(read("panel_full_nano"), "method"), (48, 32, 16, 8, 4))
+
+
+def relation() -> list[str]:
+    return grouped(NANO, accuracies(read("panel_full_nano"), "method", "relation"), (48, 32, 16, 8, 4))
+
+
+def nano576() -> list[str]:
+    return grouped(NANO576, accuracies(read("panel_nano576"), "name"), (192, 128, 64, 32, 16, 8))
+
+
+def seeds() -> list[str]:
+    """Ablations with several seeds: range over the seeds, in percent of the uncompressed model."""
+    names = {
+        "plus": "`plus`",
+        "dropping": "`plus` without context tokens, smaller pool, no probes",
+        "bce_only": "published labels, cross-entropy only",
+        "bce_cs": "published labels, cross-entropy + separation",
+        "focal_cs": "published labels, focal loss + separation",
+        "random_bce": "random labels, cross-entropy only",
+        "no_text_bce": "published labels, cross-entropy only, no text input",
+        "ghm_exact": "published, GHM-C by the paper's window",
+        "ghm_only": "published without separation",
+        "published": "published: GHM-C (ten bins) + separation",
+        "no_text": "published without text input",
+        "random_labels": "published with random labels",
+    }
+    rows, counts = read("panel_nano"), (48, 32, 16, 8, 4)
+    lines = ["| three seeds each | " + " | ".join(f"{c} kept" for c in counts) + " |", "| --- |" + " ---: |" * len(counts)]
+    for name, label in names.items():
+        cells = []
+        for count in counts:
+            values = [100 * float(r["relative"]) for r in rows if r["name"] == name and int(r["kept"]) == count]
+            low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+            cells.append(low if low == high else f"{low} to {high}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"nano": nano, "relation": relation, "nano576": nano576, "seeds": seeds}
+
+
+def filled(text: str) -> str:
+    """The text with every table made anew."""
+
+    def table(match: re.Match) -> str:
+        return "\n".join([match[1], *TABLES[match[2]](), match[3]])
+
+    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", table, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    RESULTS.write_text(filled(RESULTS.read_text()))
