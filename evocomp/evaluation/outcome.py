@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 REFERENCE = "references"
-BEFORE_LLM = "reduce the tokens before the LLM"
-WITH_CONTEXT = "reduce the tokens before the LLM, with context tokens"
-AFTER_LLM = "select after a pass of all tokens through the LLM"
+BEFORE_LLM = "select or merge before the LLM"
+WITH_CONTEXT = "select before the LLM, with context tokens"
+AFTER_LLM = "select before the LLM, after an extra LLM pass over all tokens"
 INSIDE_LLM = "enter the LLM with all tokens; drop some between layers"
 GROUPS = (REFERENCE, WITH_CONTEXT, BEFORE_LLM, AFTER_LLM, INSIDE_LLM)
 """Headings of the tables, in this order; a group that is not listed comes last."""

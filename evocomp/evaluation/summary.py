@@ -62,7 +62,7 @@ def _ranking(report: Report, budgets: Sequence[int]) -> list[str]:
     found = []
     if ahead:
         found.append(
-            f"It is better than every other method that reduces the tokens before the LLM at {_listed(ahead)} kept "
+            f"It is better than every other method that selects or merges tokens before the LLM at {_listed(ahead)} kept "
             f"tokens (paired p < {LEVEL} against each)."
         )
     if level:
@@ -76,7 +76,7 @@ def _ranking(report: Report, budgets: Sequence[int]) -> list[str]:
     after = {b: better for b, rows in after.items() if (better := [row for row in rows if _sign(row) > 0])}
     if after:
         found.append(
-            f"Of the methods whose LLM processes more tokens, {_names(after)} "
+            f"Of the methods for which the LLM processes more tokens, {_names(after)} "
             f"{'are' if len(_methods(after)) > 1 else 'is'} better at {_listed(list(after))} kept tokens."
         )
     return found

@@ -107,7 +107,7 @@ def measures_table(report: Report) -> Table:
     caption = (
         "Tokens per layer: visual tokens averaged over the layers of the LLM. Accuracy above no image: (accuracy - "
         "accuracy without the image) / (uncompressed - accuracy without the image). Hard questions: correct when "
-        "uncompressed, wrong with image downsampling to at most as many tokens."
+        "uncompressed, wrong with the downsampled image of at most as many tokens."
     )
     groups = _groups(report, _detail_rows(report), cells)
     return Table(f"Further measures at {report.detail} kept tokens", header, groups, caption)
@@ -131,7 +131,7 @@ def case_tables(report: Report) -> list[Table]:
     name = display_name(report.roles.ours)
     titles = {
         True: f"Correct when uncompressed, wrong with {name} at {report.detail} kept tokens",
-        False: f"Wrong with image downsampling, correct with {name} at {report.detail} kept tokens",
+        False: f"Wrong with the downsampled image, correct with {name} at {report.detail} kept tokens",
     }
     header = ["image", "type", "question", "correct answer"]
     header += [display_name(role) for role in ("full", "evocomp", "downsampling")]

@@ -6,7 +6,7 @@ _NAMES = {
     "full": "uncompressed",
     "no_image": "no image",
     "wrong_image": "another image",
-    "downsampling": "image downsampling",
+    "downsampling": "downsampled image",
     "random": "random tokens",
     "random_tokens": "random tokens",
     "average_pool": "average pooling",

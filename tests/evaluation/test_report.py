@@ -322,7 +322,7 @@ def test_too_little_data_is_a_warning_in_the_place_of_a_ranking(images, warned, 
 
 def test_terminal_table_is_aligned():
     text = terminal(make_report(*panel(7), resamples=20))
-    rows = [line for line in text.splitlines() if line.startswith(("EvoComp", "FastV", "image downsampling"))]
+    rows = [line for line in text.splitlines() if line.startswith(("EvoComp", "FastV", "downsampled image"))]
     assert len(rows) == 3 and len({len(line) for line in rows}) == 1
     assert text.splitlines()[0].endswith("  4 kept") and max(map(len, text.splitlines()[:-2])) < 100
 
