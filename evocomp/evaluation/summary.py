@@ -62,8 +62,8 @@ def _ranking(report: Report, budgets: Sequence[int]) -> list[str]:
     found = []
     if ahead:
         found.append(
-            f"It is better than every other method that selects or merges tokens before the LLM at {_listed(ahead)} kept "
-            f"tokens (paired p < {LEVEL} against each)."
+            f"It is better than every other method that selects or merges tokens before the LLM at {_listed(ahead)} "
+            f"kept tokens (paired p < {LEVEL} against each)."
         )
     if level:
         found.append(
