@@ -72,8 +72,8 @@ first.agg(["mean", "std", "min", "max"]).T.round(3)
 # the others.
 
 # %%
-later = labels[labels["round"] > 0].dropna(axis=1, how="all")
-later.groupby("round").mean(numeric_only=True).round(3)
+later = labels[labels["round"] > 0].groupby("round").mean(numeric_only=True)
+later.dropna(axis=1, how="all").round(3)
 
 # %% [markdown]
 # ## The report
