@@ -1,14 +1,16 @@
 # %% [markdown]
-# # Groups and search: where the labels come from
+# # Groups and search: the labels of the published recipe
 #
-# Visual tokens whose nearest word is the same form a group; a mask keeps one token of each group; an evolutionary
-# search finds the mask with which the frozen MLLM answers best (EvoComp, arXiv 2604.17087, section 3).
+# Visual tokens that are nearest to the same word of the LLM's vocabulary form a group. A mask keeps one token of each
+# group, and an evolutionary search finds the mask with the lowest answer loss of the frozen MLLM (EvoComp,
+# arXiv 2604.17087, section 3). The recipe `plus` does without groups and search: it scores random masks.
+#
+# Needs no trained run. `EVOCOMP_QUESTIONS` and `EVOCOMP_GENERATIONS` set how much is searched.
 
 # %%
 # %matplotlib inline
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 import evocomp
 from evocomp.config.schema import SearchConfig
 from evocomp.data.scenes import scene_examples
-from evocomp.evaluation.reading import agreement
+from evocomp.evaluation.reading import agreement, find_path
 from evocomp.grouping.groups import Groups
 from evocomp.grouping.vocabulary import nearest_words
 from evocomp.labels.scorer import CandidateScorer
@@ -35,58 +37,61 @@ features = mllm.features(examples)
 grid = grid_of(features[0])
 
 # %% [markdown]
-# ## Groups over the picture, with their nearest words
+# ## Groups of one image, with their nearest words
 #
-# Uncentred cosine puts most of the background into a few groups; objects fall apart into many small ones. The number
-# of groups G, and with it the number of tokens a label keeps, follows from the picture.
+# Most of the background falls into a few large groups, objects into many small ones. The number of groups, and with it
+# the number of tokens that a label keeps, depends on the image.
 
 # %%
 words = [nearest_words(one.visual, mllm.vocabulary)[0].numpy() for one in features]
 groups = [Groups.from_ids(ids) for ids in words]
 tokenizer = mllm.processor.tokenizer
 names = dict(zip(groups[0].of.tolist(), tokenizer.convert_ids_to_tokens(words[0].tolist()), strict=True))
-print("groups in each picture:", [g.count for g in groups])
+print("number of groups in each image:", [g.count for g in groups])
 groups_over_image(examples[0].image, groups[0].of, grid, names)
 
 # %% [markdown]
-# ## The same on a real vocabulary
+# ## The same with a real vocabulary
 #
-# Nano has 54 words, SmolLM2 49,152. Four scenes of named pictures, 196 tokens each, seen by an EfficientNet through a
-# closed-form projector onto SmolLM2's word embeddings (`experiments/real`; here 2,048 of the rows, from the test
-# fixture, so that nothing has to be installed). Left: what the tokens are nearest to with no word left out, as
-# published. Rows that were never trained all point one way, and tokens that resemble no word fall on them: hubs.
+# The nano MLLM has 54 words, SmolLM2 has 49,152 tokens. Here: four scenes of named objects, 196 visual tokens each,
+# encoded by an EfficientNet and projected onto SmolLM2's input embeddings (see `experiments/real`; 2,048 rows of the
+# embeddings are part of the repository). With all rows allowed, as published, many visual tokens are nearest to rows
+# that were never trained: those rows are nearly equal and act as hubs. Each line below leaves more rows out.
 
 # %%
-fixture = Path(evocomp.__file__).parents[1] / "tests" / "real" / "data"
+fixture = find_path("experiments/real/vocabulary")
 real, texts = load_file(fixture / "vocabulary.safetensors"), json.loads((fixture / "vocabulary.json").read_text())
-pictures = real["features"].float() @ real["weight"].float() + real["bias"].float()
+images = real["features"].float() @ real["weight"].float() + real["bias"].float()
 table, shown = real["table"].float(), texts["words"]
-masks = {"none left out": None, "reserved": real["special"], "never trained": real["trained"]}
-masks["no plain word"] = real["words"]
+masks = {"all rows": None, "no reserved rows": real["special"], "trained rows": real["trained"]}
+masks["plain words"] = real["words"]
 for name, mask in masks.items():
-    nearest = [nearest_words(picture, table, mask)[0] for picture in pictures]
+    nearest = [nearest_words(image_tokens, table, mask)[0] for image_tokens in images]
     hubs = np.mean([(~real["trained"][ids]).float().mean().item() for ids in nearest])
     groups_of = [Groups.from_ids(ids.numpy()).count for ids in nearest]
-    print(f"{name:>14}: {groups_of} groups a picture, {100 * hubs:.1f} % of the tokens on hubs")
-for number, picture in enumerate(pictures):
+    print(f"{name:>16}: {groups_of} groups per image, {100 * hubs:.1f} % of the tokens in groups of untrained rows")
+for number, image_tokens in enumerate(images):
     there = [shown[i] for i in real["shown"][number].unique().tolist() if i >= 0]
     lines = []
     for mask in (None, real["words"]):
-        ids, times = nearest_words(picture, table, mask)[0].unique(return_counts=True)
+        ids, times = nearest_words(image_tokens, table, mask)[0].unique(return_counts=True)
         lines.append([texts["texts"][ids[i]] for i in times.argsort(descending=True)[:8]])
-    print(f"\nshown: {', '.join(there)}\n  all rows    {lines[0]}\n  plain words {lines[1]}")
+    print(f"\nobjects: {', '.join(there)}\n  all rows    {lines[0]}\n  plain words {lines[1]}")
 
 # %% [markdown]
-# Groups of the first scene's tokens over its grid, no word left out (the picture itself is not part of the fixture).
+# Groups of the first scene on its grid of tokens, with all rows allowed (the image itself is not in the repository).
 
 # %%
-ids = nearest_words(pictures[0], table)[0]
+ids = nearest_words(images[0], table)[0]
 real_groups = Groups.from_ids(ids.numpy())
-named = {group: texts["texts"][word] for group, word in zip(real_groups.of.tolist(), ids.tolist(), strict=True)}
+names = [text if text.isascii() else "?" for text in texts["texts"]]  # the font of the figure has no other glyphs
+named = {group: names[word] for group, word in zip(real_groups.of.tolist(), ids.tolist(), strict=True)}
 groups_over_image(np.full((224, 224, 3), 255, np.uint8), real_groups.of, (14, 14), named)
 
 # %% [markdown]
-# ## The search, generation by generation
+# ## The search
+#
+# Answer loss by generation: lowest and mean loss of the population, and lowest loss so far.
 
 # %%
 scorer = CandidateScorer(mllm)
@@ -95,29 +100,30 @@ results = [
     run(strategy, one_groups, lambda kept, one=one: scorer(one, kept), stream(0, one.id, 0), GENERATIONS)
     for one, one_groups in zip(features, groups, strict=True)
 ]
-print(f"{scorer.forwards} masks scored; {sum(r.saved for r in results)} candidates had been scored before")
+known = sum(result.saved for result in results)
+print(f"{scorer.forwards} masks scored, {known} candidates were known from an earlier generation")
 search_trace(np.stack([result.trace for result in results]))
 
 # %% [markdown]
-# ## How flat is the fitness?
+# ## How much better is the best mask?
 #
-# Every mask that was scored, by how much worse than the question's best it is. Where many masks are as good as the
-# best, the exact label is chance, and the agreement below says more than any single mask.
+# For every question, the share of scored masks whose loss is at most so much above the best. Where many masks are as
+# good as the best one, which of them becomes the label is chance.
 
 # %%
 losses = [result.scored_losses for result in results]
 near = np.mean([np.mean(one < one.min() + 0.05) for one in losses])
-print(f"{100 * near:.0f} % of the masks scored lie within 0.05 nats of their question's best")
+print(f"{100 * near:.0f} % of the scored masks are within 0.05 nats of the best mask of their question")
 fitness_spread(losses)
 
 # %% [markdown]
-# ## Which tokens do the masks agree on?
+# ## Tokens that most masks keep
 #
-# Share of the last population's masks that keep each token, as ranks; and the best mask.
+# Share of the masks of the last population that keep each token, as ranks from blue to orange. Outlined: the best mask.
 
 # %%
 records = [{"groups": g.of, "population": r.population} for g, r in zip(groups, results, strict=True)]
 share = agreement(records[:1], len(groups[0].of))
-print(examples[0].prompt, "->", examples[0].answer)
-print("kept by at least 9 of 10 masks:", np.flatnonzero(share >= 0.9).tolist())
+print(f"question: {examples[0].prompt}; correct answer: {examples[0].answer}")
+print("tokens that at least 90 % of the masks keep:", np.flatnonzero(share >= 0.9).tolist())
 kept_tokens(heat(examples[0].image, share, grid), results[0].kept, grid)

@@ -1,78 +1,107 @@
 # %% [markdown]
-# # Reading a run: curves, labels and the table as data frames
+# # Reading a run: curves, labels and the report as data frames
 #
-# Needs a trained run: `evocomp train --config experiments/nano.yaml`, or `EVOCOMP_RUN`.
+# Works with a run of either recipe. Train one with `evocomp train --config experiments/nano.yaml`, or set the
+# environment variable `EVOCOMP_RUN` to the folder of a run.
 
 # %%
 # %matplotlib inline
 import json
 import os
-from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
-from evocomp.evaluation.reading import label_summaries, read_curves, read_labels, read_rows
-from evocomp.viz import retention_curve
+from evocomp.evaluation.reading import find_path, label_summaries, read_curves, read_labels, read_rows
+from evocomp.viz import display_name, retention_curve
 
-RUN = Path(os.environ.get("EVOCOMP_RUN", "runs/nano"))
+RUN = find_path(os.environ.get("EVOCOMP_RUN", "runs/nano"))
+print(RUN)
 
 # %% [markdown]
-# ## Curves
+# ## Accuracy during training
 #
-# Every scalar of the event files (or of the CSV file, where the run had `logger=csv`).
+# `read_curves` returns every scalar that the run logged, with any logger: name -> list of (step, value). Here: the
+# accuracy on the selection split with 48, 32, ... tokens kept by the compressor.
 
 # %%
 curves = read_curves(RUN)
-frame = pd.DataFrame(
-    [(name, step, value) for name, points in curves.items() for step, value in points],
-    columns=["name", "step", "value"],
-)
-wide = frame.pivot_table(index="step", columns="name", values="value")
-sorted(curves)
-
-# %%
-accuracy = wide.filter(regex=r"^val/(accuracy|random)_\d+$|^val/full$").dropna(how="all")
+counts = sorted((int(name.split("_")[-1]) for name in curves if name.startswith("accuracy/kept_")), reverse=True)
+names = {f"{count} kept": f"accuracy/kept_{count}" for count in counts}
+accuracy = pd.DataFrame({title: dict(curves[name]) for title, name in names.items()}).rename_axis("step")
 accuracy.round(3)
 
-# %%
-wide.filter(regex="^train/").dropna(how="all").plot(subplots=True, figsize=(8, 6), grid=True);
+# %% [markdown]
+# The last measurement beside as many random tokens, and beside all tokens (uncompressed).
 
+# %%
+last = {
+    source: [curves[prefix + name][-1][1] for name in names.values()]
+    for source, prefix in {"compressor": "", "random tokens": "random/", "uncompressed": "uncompressed/"}.items()
+}
+pd.DataFrame(last, index=list(names)).round(3)
+
+# %% [markdown]
+# ## Losses
+#
+# Each on axes of its own: their scales differ. With the recipe `plus`, the listwise loss is that of the first epochs
+# and the policy loss that of the on-policy rounds after them.
+
+# %%
+losses = {name: points for name, points in curves.items() if name.startswith("train/")}
+figure, axes = plt.subplots(len(losses), figsize=(8, 1.7 * len(losses)), sharex=True, layout="constrained")
+for ax, (name, points) in zip(axes, losses.items(), strict=True):
+    ax.plot(*zip(*points, strict=True), marker=".")
+    ax.set_title(name, loc="left", fontsize=10)
+    ax.grid(alpha=0.3)
+_ = axes[-1].set_xlabel("optimizer step")
 # %% [markdown]
 # ## Labels
 #
-# How good the searched masks are beside the first population and beside all tokens, and whether later rounds still
-# find better ones. The store keeps round 0 and the newest rounds.
+# One row per question and round. Round 0 is labelled before training, the later rounds during it; of those the store
+# keeps the newest. Losses are answer losses of the frozen MLLM in nats: `best_loss` of the best mask of a question,
+# `first_mean` of its first masks on average, `spread` their standard deviation.
 
 # %%
-labels = pd.DataFrame(label_summaries(read_labels(RUN)))
-labels.drop(columns="id").groupby("round").mean(numeric_only=True).round(4)
-
-# %%
-labels[labels["round"] == 0].filter(["groups", "full_loss", "first_best", "best_loss", "distinct"]).describe().round(3)
+labels = pd.DataFrame(label_summaries(read_labels(RUN))).drop(columns="id")
+first = labels[labels["round"] == 0].drop(columns="round").dropna(axis=1, how="all")
+first.agg(["mean", "std", "min", "max"]).T.round(3)
 
 # %% [markdown]
-# ## The table
+# The later rounds. With the recipe `plus`, a round proposes masks for some of the questions only: `proposals` is 0 for
+# the others.
+
+# %%
+later = labels[labels["round"] > 0].groupby("round").mean(numeric_only=True)
+later.dropna(axis=1, how="all").round(3)
+
+# %% [markdown]
+# ## The report
 #
-# Accuracy with its interval; one row a method and budget. Ablations are runs of their own: read several runs and
-# join their rows.
+# `read_rows` returns a dict for each method and number of kept tokens. To compare several runs, read the rows of each
+# and join them.
 
 # %%
 rows = read_rows(RUN)
-table = pd.DataFrame(rows)
-table = table[table["accuracy"].notna()]
-table.pivot_table(index="method", columns="kept", values="accuracy", sort=False).round(3)
+table = pd.DataFrame([row for row in rows if row["accuracy"] is not None])
+table["method"] = table["method"].map(display_name)
+compressed = table[table["kept"].isin(counts)]
+compressed.pivot_table(index="method", columns="kept", values="accuracy", sort=False)[counts].round(3)
+
+# %%
+table[~table["kept"].isin(counts)].set_index("method")[["kept", "accuracy", "low", "high"]].round(3)
 
 # %%
 retention_curve(rows)
 
 # %% [markdown]
-# ## Where the time went
+# ## Cost
 #
-# Labels first, as always: the frozen MLLM scores every candidate mask.
+# Of the first labels (`labelling`), of the labels of later rounds (`refresh`) and of training the compressor.
+# `forwards` counts the masks that the frozen MLLM scored.
 
 # %%
-spent = wide.filter(regex="^time/").dropna(how="all").iloc[-1]  # running totals
-pd.DataFrame({"seconds": spent.round(1), "share": (spent / spent.sum()).round(3)})
-
-# %%
-json.loads((RUN / "trained.json").read_text())
+cost = json.loads((RUN / "trained.json").read_text())["cost"]
+spent = pd.DataFrame({purpose: numbers for purpose, numbers in cost.items() if isinstance(numbers, dict)}).T
+spent["share of the time"] = spent["seconds"] / spent["seconds"].sum()
+spent.round(2)

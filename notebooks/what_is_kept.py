@@ -1,7 +1,7 @@
 # %% [markdown]
-# # What is kept: one picture, several questions, several methods
+# # Which tokens are kept: one image, several questions, several methods
 #
-# Needs a trained run: `evocomp train --config experiments/nano.yaml`, or `EVOCOMP_RUN`.
+# Needs a trained run: `evocomp train --config experiments/nano.yaml`, or the environment variable `EVOCOMP_RUN`.
 
 # %%
 # %matplotlib inline
@@ -10,11 +10,12 @@ import os
 import evocomp
 from evocomp.data.scenes import scene_examples
 from evocomp.evaluation.panel import Panel, Rival
+from evocomp.evaluation.reading import find_path
 from evocomp.mllm.features import grid_of
 from evocomp.selection import selector
-from evocomp.viz import kept_row, light_up
+from evocomp.viz import display_name, kept_row, light_up
 
-RUN = os.environ.get("EVOCOMP_RUN", "runs/nano")
+RUN = find_path(os.environ.get("EVOCOMP_RUN", "runs/nano"))
 KEEP = 16
 
 mllm = evocomp.FrozenMLLM.load("nano")
@@ -24,40 +25,47 @@ panel = Panel(mllm, examples)
 image, grid = examples[0].image, grid_of(panel.asked[0].features)
 
 # %% [markdown]
-# ## The same picture, different questions
+# ## One image, six questions
 #
-# A compressor that reads the question keeps other patches for other questions. One that has not learned enough keeps
-# about the same for all of them: look at how much the sets overlap before believing a picture.
+# The compressor reads the question and, once it is well trained, keeps other patches for other questions. Bright
+# patches are selected tokens; patches of medium brightness are context tokens, each the mean of several dropped ones.
 
 # %%
-kept = [shown.alone for shown in panel.compressor_tokens(compressor, KEEP)]
+kept = panel.compressor_tokens(compressor, KEEP)
 answers = panel.compressor(compressor, KEEP).answers
-titles = [f"{e.prompt}\n{a} (gold: {e.answer})" for e, a in zip(examples, answers, strict=True)]
-kept_row([light_up(image, one, grid) for one in kept], titles)
-
-# %%
-sets = [set(one.tolist()) for one in kept]
-pairs = [len(a & b) / len(a) for i, a in enumerate(sets) for b in sets[:i]]
-print(f"two questions about this picture share {100 * sum(pairs) / len(pairs):.0f} % of their kept tokens")
+titles = [f"{e.prompt}\n{a} (correct: {e.answer})" for e, a in zip(examples, answers, strict=True)]
+kept_row([light_up(image, one.alone, grid, context=one.merged) for one in kept], titles)
 
 # %% [markdown]
-# ## Rivals side by side
+# How much the selections of two questions have in common: 100 % means that the question makes no difference.
+
+# %%
+sets = [set(one.alone.tolist()) for one in kept]
+pairs = [len(a & b) / len(a) for i, a in enumerate(sets) for b in sets[:i]]
+print(f"two questions about this image share {100 * sum(pairs) / len(pairs):.0f} % of their selected tokens on average")
+
+# %% [markdown]
+# ## Training-free methods beside it
 #
-# Training-free methods, each with the same number of tokens. Methods that merge tokens have no picture of kept ones
-# and are left out. Methods that read the LLM's attention have run the LLM on all tokens first.
+# Each keeps the same number of tokens, for the first question. Methods that merge all their tokens are left out.
+# FastV reads the attention of the LLM, which has to process all tokens first.
 
 # %%
 names = ("random_tokens", "uniform_stride", "divprune", "cls_attention", "vispruner", "fastv")
-rivals = {name: panel.chosen(Rival(selector(name), name), KEEP)[0] for name in names}
-titles = ["evocomp", *(f"{name}{' (reads the LLM)' if selector(name).needs_llm else ''}" for name in names)]
-kept_row([light_up(image, one, grid) for one in (kept[0], *rivals.values())], titles)
+selected = {name: panel.chosen(Rival(selector(name), name), KEEP)[0] for name in names}
+titles = [f"EvoComp: {examples[0].prompt}"]
+titles += [display_name(name) + " (needs the LLM)" * selector(name).needs_llm for name in names]
+pictures = [light_up(image, kept[0].alone, grid, context=kept[0].merged)]
+kept_row([*pictures, *(light_up(image, tokens, grid) for tokens in selected.values())], titles)
 
 # %% [markdown]
-# ## And do they answer rightly?
+# ## Correct answers
 #
-# Six questions prove nothing; `evocomp eval --run RUN --panel full` asks 1,500.
+# Six questions are only an illustration; `evocomp eval --run RUN --panel full` compares all methods on all test
+# questions.
 
 # %%
 outcomes = panel.selectors([Rival(selector(name), name) for name in names], [KEEP])
 for outcome in (panel.compressor(compressor, KEEP), *outcomes):
-    print(f"{outcome.method:16s} {int(outcome.correct.sum())} of {len(outcome.correct)} right")
+    correct = int(outcome.correct.sum())
+    print(f"{display_name(outcome.method):16s} {correct} of {len(outcome.correct)} answers correct")

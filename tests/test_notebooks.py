@@ -39,15 +39,19 @@ def small_run(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_runs(source, small_run, tmp_path, monkeypatch):
+    # as a user has them: notebooks in a folder beside the runs, and a relative path
+    for folder in (small_run, ROOT / "experiments"):
+        (tmp_path / folder.name).symlink_to(folder)
     for name, value in {
-        "EVOCOMP_RUN": str(small_run),
+        "EVOCOMP_RUN": small_run.name,
         "EVOCOMP_QUESTIONS": "3",
         "EVOCOMP_GENERATIONS": "3",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }.items():
         monkeypatch.setenv(name, value)
-    notebook = tmp_path / f"{source.stem}.ipynb"
+    notebook = tmp_path / "notebooks" / f"{source.stem}.ipynb"
+    notebook.parent.mkdir()
     _run("jupytext", "--set-kernel", "python3", "--to", "ipynb", "--output", str(notebook), str(source))
     # its own pytest: this one's options and markers are not for notebooks
     words = ("--nbmake", "--nbmake-timeout=300", "-q", "-p", "no:cacheprovider", "-c", "/dev/null")

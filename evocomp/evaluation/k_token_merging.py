@@ -11,7 +11,7 @@ from evocomp.evaluation.outcome import Outcome
 from evocomp.evaluation.panel import Panel
 from evocomp.inference.k_token_merging import KTokenMerger
 
-ADAPTED = "adapts the LLM"
+ADAPTED = "adapt the weights of the LLM"
 NAME = "k_token_merging"
 
 

@@ -1,36 +1,39 @@
-"""What the panel hands in: an outcome per method, budget and seed, and the questions that all answer."""
+"""Input of a report: an outcome per method, kept count and seed, and the questions that all of them answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-REFERENCE = "reference and floors"
-BEFORE_LLM = "needs nothing from the LLM"
-WITH_CONTEXT = "others with our context tokens"
-AFTER_LLM = "ran the LLM on all tokens first"
+REFERENCE = "references"
+BEFORE_LLM = "select or merge before the LLM"
+WITH_CONTEXT = "select before the LLM, with context tokens"
+AFTER_LLM = "select before the LLM, after an extra LLM pass over all tokens"
+INSIDE_LLM = "enter the LLM with all tokens; drop some between layers"
+GROUPS = (REFERENCE, WITH_CONTEXT, BEFORE_LLM, AFTER_LLM, INSIDE_LLM)
+"""Headings of the tables, in this order; a group that is not listed comes last."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method did at one budget; handed in once per seed, seeds are averaged question by question."""
+    """Answers of one method at one kept count with one seed; seeds are averaged question by question."""
 
     method: str
     kept: int
-    """Visual tokens at the LLM's door (R); for image downsampling the budget that it had to fit in."""
+    """Number of visual tokens that enter the LLM (R); for image downsampling, the most that may."""
     correct: np.ndarray
-    """Right or wrong [n], or scores between 0 and 1."""
+    """Scores [n] between 0 (wrong) and 1 (correct)."""
     answers: Sequence[str] = ()
-    """What was answered [n]; empty if answers were only scored."""
+    """Answers [n]; empty if only their scores are known."""
     kept_average: float | None = None
     """Visual tokens averaged over the LLM's layers; None = `kept`."""
     needs_llm: bool = False
-    """Whether the LLM ran on all tokens before the method could choose."""
+    """Whether the LLM has to process all visual tokens before the method can select."""
     group: str = ""
-    """Heading of the table that it stands under; empty = by `needs_llm`."""
+    """Heading in the tables; empty: `BEFORE_LLM`, or `AFTER_LLM` if `needs_llm`."""
     note: str = ""
     not_applicable: str | None = None
-    """Why the method cannot run on this model; `correct` is then ignored."""
+    """Why the method cannot run on this model; `correct` is ignored then."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Questions:
     """The n questions that every outcome answers, in the same order."""
 
     images: Sequence[str]
-    """Which picture each asks about [n]; questions of a picture are resampled together."""
+    """Image id of each question [n]; questions about one image are resampled together."""
     kinds: Sequence[str]
     gold: Sequence[str]
     prompts: Sequence[str] = ()
@@ -49,7 +52,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which method plays which part in the comparisons."""
+    """Names of the methods that the others are compared with."""
 
     ours: str = "evocomp"
     full: str = "full"

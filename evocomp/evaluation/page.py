@@ -1,87 +1,112 @@
-"""report.html: one file that needs nothing else, for people who want to look."""
+"""report.json, report.md and report.html on disk; the last two from one list of blocks by jinja2 templates."""
 
 import base64
-import html
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from evocomp.evaluation.tables import all_tables, how_made, label, notes, table_html
+import jinja2
+
+from evocomp.evaluation.report import Report
+from evocomp.evaluation.summary import how_made, judged, notes, verdict, warnings
+from evocomp.evaluation.tables import case_tables, kinds_table, lead_table, main_table, measures_table
 from evocomp.viz import retention_curve, to_svg
-
-if TYPE_CHECKING:
-    from evocomp.evaluation.report import Case, Report
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2430; background: #fff; margin: 2rem auto;
-       padding: 0 1rem; max-width: 76rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #1f2430; } tbody td { border-bottom: 1px solid #e4e7ee; }
-tr.group td { background: #f3f5f9; color: #4a5266; font-style: italic; }
-table.cases td, table.cases th { text-align: left; }
-img, svg { max-width: 100%; height: auto; }
-p, li { max-width: 60rem; }
-"""
+from evocomp.viz.names import display_name
 
 
-def page(report: "Report", sheet: bytes | None = None) -> str:
-    """The whole page; `sheet` is a PNG of pictures with their kept tokens."""
-    first, *rest = all_tables(report)
-    parts = [
-        f"<h1>{html.escape(report.title)}</h1>",
-        f"<h2>{html.escape(first.title)}</h2>",
-        table_html(first),
-    ]
-    parts += [f"<p>{html.escape(text)}</p>" for text in how_made(report).split("\n\n")]
-    parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes(report)) + "</ul>")
-    if any(row["relative"] is not None for row in report.rows):  # else the model answers nothing rightly
-        parts += ["<h2>Accuracy against tokens kept</h2>", to_svg(retention_curve(report.rows))]
-    for table in rest:
-        parts += [f"<h2>{html.escape(table.title)}</h2>", table_html(table)]
+@dataclass(frozen=True)
+class Block:
+    """One part of the report. `kind`: warning, paragraph, list, chart, images or table; `content` is what it shows."""
+
+    kind: str
+    content: Any
+    title: str = ""
+
+
+def write_report(report: Report, folder: str | Path, sheet: str | Path | None = None) -> dict[str, Path]:
+    """Write report.json, report.md and report.html; each replaces an older one in one step.
+
+    Args:
+        folder: made if it is not there.
+        sheet: PNG of images with their kept tokens; embedded in report.html, linked in report.md.
+
+    Returns:
+        The paths by suffix.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = build_blocks(report, None if sheet is None else Path(sheet))
+    texts = {
+        "json": json.dumps(report.rows, indent=1, allow_nan=False) + "\n",
+        "md": markdown(report, blocks, folder),
+        "html": page(report, blocks),
+    }
+    paths = {suffix: folder / f"report.{suffix}" for suffix in texts}
+    for suffix, text in texts.items():
+        _replace(paths[suffix], text)
+    return paths
+
+
+def build_blocks(report: Report, sheet: Path | None = None) -> list[Block]:
+    """The report in the order of reading: verdict, chart, images, tables, how the numbers are made."""
+    blocks = [Block("warning", text) for text in warnings(report)]
+    blocks += [Block("verdict", " ".join(verdict(report)))]
+    if any(row["relative"] is not None for row in report.rows):  # else the uncompressed accuracy is 0
+        blocks += [Block("chart", retention_curve(report.rows, report.roles.ours), "Accuracy against kept tokens")]
     if sheet is not None:
-        data = base64.b64encode(sheet).decode("ascii")
-        parts += [
-            "<h2>What is kept</h2>",
-            f'<img alt="pictures, kept tokens lit" src="data:image/png;base64,{data}">',
-        ]
-    lost, won = (
-        _cases(report, [case for case in report.cases if case.lost == which]) for which in (True, False)
+        blocks += [Block("images", sheet, f"Tokens that {display_name(report.roles.ours)} keeps")]
+    tables = [main_table(report), lead_table(report), measures_table(report), kinds_table(report)]
+    blocks += [Block("table", table, table.title) for table in [*tables, *case_tables(report)] if table is not None]
+    paragraphs = how_made(report)
+    blocks += [Block("paragraph", text, "How the numbers are made" * (i == 0)) for i, text in enumerate(paragraphs)]
+    listed = notes(report)
+    return blocks + [Block("list", listed, "Notes")] * bool(listed)
+
+
+def page(report: Report, blocks: list[Block]) -> str:
+    """report.html: one file that needs no other."""
+    environment = _environment(autoescape=True)
+    environment.filters["svg"] = to_svg
+    environment.filters["data_url"] = _data_url
+    template = environment.get_template("report.html.jinja")
+    return template.render(report=report, subject=judged(report), blocks=blocks)
+
+
+def markdown(report: Report, blocks: list[Block], folder: Path = Path()) -> str:
+    """report.md; `folder` is where it lies, to which the path of the images is relative."""
+    environment = _environment(finalize=escape_markdown)
+    environment.filters["relative"] = lambda path: os.path.relpath(path, folder)
+    template = environment.get_template("report.md.jinja")
+    return template.render(report=report, subject=judged(report), blocks=blocks).strip() + "\n"
+
+
+def escape_markdown(value: object) -> str:
+    """Text that Markdown shows as it is: one line, no markup, no HTML, no column of a table.
+
+    >>> print(escape_markdown("a|b <i>*c*_d_"))
+    a\\|b \\<i\\>\\*c\\*\\_d\\_
+    """
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", " ".join(str(value).split()))
+
+
+def _environment(**options) -> jinja2.Environment:
+    loader = jinja2.PackageLoader("evocomp.evaluation")
+    return jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
     )
-    name = html.escape(label(report.roles.ours))
-    if lost:
-        parts += [f"<h2>Lost by compression: {name}, {report.detail} kept</h2>", lost]
-    if won:
-        parts += [f"<h2>Wrong on a smaller picture, right with {name}, {report.detail} kept</h2>", won]
-    head = f'<meta charset="utf-8"><title>{html.escape(report.title)}</title><style>{_STYLE}</style>'
-    head += '<meta name="viewport" content="width=device-width">'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}</head><body>\n'
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
 
 
-def _cases(report: "Report", cases: list["Case"]) -> str:
-    if not cases:
-        return ""
+def _data_url(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
-    def line(tag: str, texts: Iterable[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
 
-    names = [
-        "picture",
-        "type",
-        "question",
-        "right answer",
-        "uncompressed",
-        label(report.roles.ours),
-        "downsampled",
-    ]
-    body = "".join(
-        line("td", (c.image, c.kind, c.prompt, c.gold, c.full, c.ours, c.downsampled)) for c in cases
-    )
-    table = f"<thead>{line('th', names)}</thead><tbody>{body}</tbody>"
-    return f'<div class="wide"><table class="cases">{table}</table></div>'
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -228,7 +228,8 @@ class Panel:
     def compressor(self, compressor: EvoCompCompressor, kept: int, name: str = "evocomp") -> Outcome:
         """A trained compressor: its top r tokens, some of which may be context tokens."""
         rows = self.compressor_tokens(compressor, kept)
-        return self._outcome(name, kept, lambda i, asked: rows[i])
+        group = WITH_CONTEXT if compressor.config.sharp else ""
+        return self._outcome(name, kept, lambda i, asked: rows[i], group)
 
     @torch.no_grad()
     def compressor_tokens(self, compressor: EvoCompCompressor, kept: int) -> list[Shown]:

@@ -1,4 +1,4 @@
-"""A finished or running run as plain lists and dicts: its curves and its labels, ready for data frames."""
+"""Curves, labels and rows of a finished or running run as plain lists and dicts, ready for data frames."""
 
 import csv
 import json
@@ -17,16 +17,32 @@ Point = tuple[int, float]
 """(optimizer step, value)."""
 
 
+def find_path(path: str | Path) -> Path:
+    """The path itself if it exists, else the same relative path from the nearest parent of the working directory.
+
+    Notebooks run in the folder that they are in; with this, `runs/nano` is also found from `notebooks/`.
+
+    Raises:
+        UserError: it exists in none of them.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / path).exists():
+            return folder / path
+    raise UserError(f"{path} is neither in {here} nor in a folder above it; give the full path, or train it first")
+
+
 def read_curves(run_dir: str | Path) -> dict[str, list[Point]]:
     """Every scalar that a run logged, by name, in the order of steps; from TensorBoard's event files or the CSV file.
 
     A run that was stopped and resumed has several event files, whose curves are joined; where a step was run twice
-    the later value counts.
+    the later value counts. The names of baselines, which TensorBoard has as runs of their own, begin with theirs:
+    `random/accuracy/kept_16`.
 
-        frame = pandas.DataFrame(read_curves("runs/nano")["val/accuracy_16"], columns=["step", "accuracy"])
+        frame = pandas.DataFrame(read_curves("runs/nano")["accuracy/kept_16"], columns=["step", "accuracy"])
 
     Args:
-        run_dir: what `evocomp train` wrote, or any folder with event files.
+        run_dir: the folder of a run, or any folder with event files.
 
     Raises:
         UserError: there are no curves in the folder.
@@ -37,13 +53,16 @@ def read_curves(run_dir: str | Path) -> dict[str, list[Point]]:
     if not events and not tables:
         raise UserError(f"{folder} holds no curves; give the folder of a run with logger=tensorboard or logger=csv")
     curves: dict[str, dict[int, float]] = {}
+    folders = {path.parent for path in events}
     for path in events:
+        own = path.parent.with_name("compressor")
+        prefix = f"{path.parent.name}/" if own in folders - {path.parent} else ""
         # 0 = every value: the default keeps a sample of long curves
         reader = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 1, "images": 1, "histograms": 1})
         reader.Reload()
         for name in reader.Tags()["scalars"]:
             points = {event.step: float(event.value) for event in reader.Scalars(name)}
-            curves.setdefault(name, {}).update(points)
+            curves.setdefault(prefix + name, {}).update(points)
     for path in tables:
         for name, points in _csv_curves(path).items():
             curves.setdefault(name, {}).update(points)

@@ -1,35 +1,18 @@
-"""The panel's report: what is in it, and report.json, report.md and report.html on disk."""
+"""What a report holds; `evocomp.evaluation.page` writes it."""
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from evocomp.evaluation.outcome import AFTER_LLM, BEFORE_LLM, REFERENCE, Outcome, Questions, Roles
+from evocomp.evaluation.outcome import Outcome, Questions, Roles
 from evocomp.evaluation.rows import Row, join_seeds, only, summarise
 from evocomp.evaluation.statistics import compression_hard
-
-__all__ = [
-    "AFTER_LLM",
-    "BEFORE_LLM",
-    "REFERENCE",
-    "Case",
-    "Outcome",
-    "Questions",
-    "Report",
-    "Roles",
-    "make_report",
-    "summarise",
-    "write_report",
-]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question on which compression made the difference, for the reader to look at."""
+    """One question whose answer compression changed, as an example for the reader."""
 
     image: str
     kind: str
@@ -39,12 +22,19 @@ class Case:
     ours: str
     downsampled: str
     lost: bool
-    """True: the uncompressed model is right and ours wrong. False: downsampling is wrong and ours right."""
+    """True: correct when uncompressed, wrong with ours. False: wrong with downsampling, correct with ours."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the files show. `detail` is the budget at which methods are looked at more closely."""
+    """Everything that the files show.
+
+    Attributes:
+        budgets: kept counts, the columns of the tables.
+        detail: the kept count of the tables that show one only.
+        subject: what was judged (run, model, recipe), for the head of the page.
+        remarks: the last notes.
+    """
 
     rows: list[Row]
     questions: int
@@ -55,7 +45,8 @@ class Report:
     kind_counts: dict[str, int]
     cases: list[Case] = field(default_factory=list)
     roles: Roles = Roles()
-    title: str = "What is left after compression"
+    title: str = "Accuracy with fewer visual tokens"
+    subject: str = ""
     remarks: Sequence[str] = ()
 
 
@@ -68,9 +59,10 @@ def make_report(
     seed: int = 0,
     detail: int | None = None,
     title: str = Report.title,
+    subject: str = "",
     remarks: Sequence[str] = (),
 ) -> Report:
-    """Rows and all that goes with them. `detail`: budget of the closer look; None = the middle one."""
+    """The report on these outcomes; see `Report`. detail: None for the middle kept count."""
     rows = summarise(outcomes, questions, roles, resamples, seed)
     budgets = _budgets(rows, roles)
     detail = budgets[len(budgets) // 2] if detail is None else detail
@@ -86,51 +78,20 @@ def make_report(
         cases=_cases(join_seeds(outcomes, questions), questions, roles, detail),
         roles=roles,
         title=title,
+        subject=subject,
         remarks=tuple(remarks),
     )
 
 
-def write_report(report: Report, folder: str | Path, sheet: str | Path | None = None) -> dict[str, Path]:
-    """Write report.json, report.md and report.html; each replaces its predecessor in one step.
-
-    `sheet` is a PNG that goes into the page. Returns the paths by suffix. The text for the terminal comes
-    from `tables.terminal(report)`.
-    """
-    # these draw and format; a run that only wants rows need not load matplotlib
-    from evocomp.evaluation.page import page
-    from evocomp.evaluation.tables import markdown
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "json": json.dumps(report.rows, indent=1, allow_nan=False) + "\n",
-        "md": markdown(report),
-        "html": page(report, Path(sheet).read_bytes() if sheet else None),
-    }
-    paths = {suffix: folder / f"report.{suffix}" for suffix in texts}
-    for suffix, text in texts.items():
-        _replace(paths[suffix], text)
-    return paths
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _budgets(rows: list[Row], roles: Roles) -> tuple[int, ...]:
-    """The table's columns: budgets of ours, or of everything that has one, most tokens first."""
+    """The kept counts of ours, or of all methods if ours is not there, most tokens first."""
     ours = {row["kept"] for row in rows if row["method"] == roles.ours}
     several = {row["kept"] for row in rows if row["method"] not in (roles.full, roles.floor)}
     return tuple(sorted(ours or several or {row["kept"] for row in rows}, reverse=True))
 
 
 def _cases(runs, questions: Questions, roles: Roles, detail: int, most: int = 12) -> list[Case]:
-    """Up to `most` questions that ours lost and `most` that it won against downsampling, spread evenly."""
+    """Up to `most` questions of each kind of `Case`, evenly spaced over those that there are."""
     full, ours = only(runs, roles.full), runs.get((roles.ours, detail))
     small = runs.get((roles.downsampled, detail))
     if ours is None or ours.first.not_applicable is not None or not (full.answers and ours.answers):

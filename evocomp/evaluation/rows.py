@@ -1,20 +1,20 @@
-"""Outcomes to rows: every number of the report, with its interval, beside what it must be compared with.
+"""Outcomes to rows: every number of the report with its interval and its comparisons.
 
-A row is a plain dict, one per method and budget; `report.json` is the list of them. All shares are fractions.
+A row is a plain dict, one per method and kept count; `report.json` is the list of them. All shares are fractions.
 
 ====================================  ======================================================================
-method, kept, group, note, needs_llm  as handed in; `kept` counts visual tokens at the LLM's door
-accuracy, low, high, n                mean score over n questions with its interval (pictures resampled)
+method, kept, group, note, needs_llm  see `Outcome`; `kept` is the number of visual tokens that enter the LLM
+accuracy, low, high, n                mean score over n questions with its interval (images resampled)
 relative                              accuracy / accuracy of the uncompressed model
 retention_above_chance                (accuracy - no image) / (uncompressed - no image)
 loyalty                               share of questions answered as the uncompressed model answers them
 hard, hard_n                          accuracy on the questions that need detail, and their number: right with
-                                      all tokens, wrong with image downsampling to the same budget
-difference_vs_evocomp, _low, _high    this method minus EvoComp at the same budget, per question
-p_vs_evocomp, mcnemar_vs_evocomp      two-sided p of it, over images: paired bootstrap, with few images the exact
-                                      sign-flip test; McNemar's, exact
+                                      all tokens, wrong with image downsampling to the same kept count
+difference_vs_evocomp, _low, _high    this method minus EvoComp at the same kept count, per question
+p_vs_evocomp, mcnemar_vs_evocomp      two-sided p of it, paired over images (bootstrap; for few images the exact
+                                      sign-flip test); McNemar's, exact
 difference_vs_full, _low, _high       this method minus the uncompressed model; `p_vs_full` as above
-by_kind                               accuracy by type of question
+by_kind                               accuracy by question type
 kept_average                          visual tokens averaged over the LLM's layers
 seeds, seed_std                       runs that were averaged, and the spread of their accuracies
 not_applicable                        why there is no number (then all numbers are None), else None
@@ -42,13 +42,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A method at a budget, its seeds joined."""
+    """A method at a kept count, its seeds joined."""
 
     first: Outcome
     scores: np.ndarray
     """[seeds, n]"""
     answers: list[Sequence[str]]
-    """[n] for each seed that has them."""
+    """[n] of each seed whose answers are known."""
 
     @property
     def mean(self) -> np.ndarray:
@@ -65,14 +65,14 @@ def summarise(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[Row]:
-    """One row per method and budget, in the order in which they first come.
+    """One row per method and kept count, in the order of the outcomes.
 
     Raises:
-        ValueError: the uncompressed model is missing, or an outcome has not one score a question.
+        ValueError: the uncompressed model is missing, or an outcome does not have one score per question.
     """
     runs = join_seeds(outcomes, questions)
     if only(runs, roles.full) is None:
-        raise ValueError(f"no outcome called {roles.full!r}: nothing to be relative to")
+        raise ValueError(f"no outcome called {roles.full!r}: no accuracy to be relative to")
     bootstrap = ImageBootstrap(questions.images, resamples, seed)
     scored = [key for key, run in runs.items() if run.first.not_applicable is None]
     drawn = bootstrap.means(np.stack([runs[key].mean for key in scored], axis=1))
@@ -81,7 +81,7 @@ def summarise(
 
 
 def join_seeds(outcomes: Sequence[Outcome], questions: Questions) -> Runs:
-    """Outcomes by (method, kept); those of the same method and budget are its seeds."""
+    """Outcomes by (method, kept); several of the same method and kept count are its seeds."""
     together: dict[tuple[str, int], list[Outcome]] = {}
     for outcome in outcomes:
         together.setdefault((outcome.method, outcome.kept), []).append(outcome)
@@ -92,21 +92,21 @@ def join_seeds(outcomes: Sequence[Outcome], questions: Questions) -> Runs:
             runs[key] = Run(seeds[0], np.empty((0, n)), [])
             continue
         if any(np.shape(seed.correct) != (n,) or len(seed.answers) not in (0, n) for seed in seeds):
-            raise ValueError(f"{key[0]} at {key[1]} kept: give one score and one answer a question")
+            raise ValueError(f"{key[0]} at {key[1]} kept: expected one score and one answer per question")
         scores = np.stack([np.asarray(outcome.correct, dtype=np.float64) for outcome in seeds])
         runs[key] = Run(seeds[0], scores, [outcome.answers for outcome in seeds if len(outcome.answers)])
     return runs
 
 
 def only(runs: Runs, method: str) -> Run | None:
-    """The run of a method that has no budget to vary; the largest, should it have several."""
+    """The run of a method that has one kept count; the one with most tokens if there are several."""
     found = [run for (name, _), run in runs.items() if name == method and len(run.scores)]
     return max(found, key=lambda run: run.first.kept, default=None)
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """All runs with the resampled means of each [resamples], ready to be compared."""
+    """All runs with the resampled means of each [resamples]."""
 
     runs: Runs
     drawn: dict[tuple[str, int], np.ndarray]
@@ -126,9 +126,7 @@ class _Panel:
             "n": len(self.questions),
             "relative": interval.mean / whole if whole > 0 else None,
             "by_kind": _by_kind(run.mean, self.questions.kinds),
-            "kept_average": float(
-                run.first.kept if run.first.kept_average is None else run.first.kept_average
-            ),
+            "kept_average": float(run.first.kept if run.first.kept_average is None else run.first.kept_average),
             "seeds": seeds.seeds,
             "seed_std": seeds.std,
         }
@@ -157,7 +155,7 @@ class _Panel:
 
     @staticmethod
     def _mcnemar(run: Run, ours: Run) -> Row:
-        """Only for answers that are right or wrong, not for averages over seeds or fractional scores."""
+        """For scores of 0 and 1 only: None for averages over seeds and for fractional scores."""
         binary = np.isin(np.concatenate([run.mean, ours.mean]), (0.0, 1.0)).all()
         return {"mcnemar_vs_evocomp": mcnemar(run.mean, ours.mean) if binary else None}
 

@@ -17,10 +17,11 @@ from evocomp.config.schema import RunConfig
 from evocomp.data.splits import digest, test_questions
 from evocomp.evaluation.k_token_merging import k_token_outcomes
 from evocomp.evaluation.outcome import Outcome, Questions
+from evocomp.evaluation.page import write_report
 from evocomp.evaluation.panel import Panel, Rival, picture
-from evocomp.evaluation.report import make_report, write_report
+from evocomp.evaluation.report import make_report
 from evocomp.evaluation.staged import staged_outcomes
-from evocomp.evaluation.tables import terminal
+from evocomp.evaluation.terminal import terminal
 from evocomp.inference import card
 from evocomp.inference.names import weights_of
 from evocomp.log import UserError, logger
@@ -29,6 +30,7 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
 from evocomp.selection import selector, selector_for_depth
 from evocomp.viz import SheetItem, kept_sheet
+from evocomp.viz.names import display_name
 
 BASIC = ("uniform_stride", "average_pool")
 FULL = (
@@ -105,7 +107,8 @@ def evaluate_run(
         outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
     apart = questions_apart(judge, config.eval.apart)
     main = ~np.logical_or.reduce([*apart.values(), np.zeros(len(judge.questions), dtype=bool)])
-    settings = {"resamples": config.eval.resamples, "seed": config.seed, "remarks": remarks}
+    subject = f"run {run_dir} · model {config.model.name} · recipe {config.recipe}"
+    settings = {"resamples": config.eval.resamples, "seed": config.seed, "subject": subject, "remarks": remarks}
     report = make_report(*part(outcomes, judge.questions, main), **settings)
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
@@ -118,9 +121,10 @@ def evaluate_run(
         card.save(compressor, run_dir / "compressor", panel=[{c: row[c] for c in columns} for row in report.rows])
     print(terminal(report))
     for kind, own in apart.items():
-        special = make_report(*part(outcomes, judge.questions, own), title=f"{kind}, reported apart", **settings)
+        title = f"Accuracy with fewer visual tokens: {kind} questions"
+        special = make_report(*part(outcomes, judge.questions, own), title=title, **settings)
         write_report(special, out / kind)
-        print(f"\n{kind}, reported apart\n{terminal(special)}")
+        print(f"\n{kind} questions, reported separately\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
 
@@ -209,20 +213,20 @@ def siblings(
 ) -> tuple[dict[str, EvoCompCompressor], list[str]]:
     """Compressors of `eval.beside`, and a remark on each that is not there; named by their recipes."""
     found: dict[str, EvoCompCompressor] = {}
-    remarks = [f"evocomp is this run: recipe {config.recipe}, {run_dir}{_cost(run_dir)}."]
+    remarks = [f"EvoComp is this run: recipe {config.recipe}, {run_dir}{_cost(run_dir)}."]
     for place in config.eval.beside:
         folder = Path(place)
         if not (folder / "compressor" / "config.json").is_file():
-            remarks.append(f"{folder} would stand beside it, but has not been trained yet.")
+            remarks.append(f"{folder} (setting eval.beside) has not been trained yet and is not compared.")
             continue
         other = read_compressor(folder).to(own.device)
         if other.config.hidden_size != own.config.hidden_size:
-            remarks.append(f"{folder} is for another model and is left out.")
+            remarks.append(f"{folder} (setting eval.beside) is for another model and is not compared.")
             continue
         name = f"evocomp_{other.config.metadata.get('recipe', folder.name)}"
         name = name if name not in found else f"evocomp_{folder.name}"
         found[name] = other
-        remarks.append(f"{name} is {folder}{_cost(folder)}.")
+        remarks.append(f"{display_name(name)} is {folder}{_cost(folder)}.")
     return found, remarks
 
 
@@ -282,24 +286,25 @@ def middle(kept: Sequence[int]) -> int:
 def draw_sheet(
     judge: Panel, outcomes: Sequence[Outcome], compressor: EvoCompCompressor, count: int, kept: int, path: Path
 ) -> None:
-    """A sheet of pictures with the kept tokens lit, the question and both answers under each."""
+    """A sheet of images with the kept tokens highlighted, the question and both answers under each."""
     answers = {(o.method, o.kept): o.answers for o in outcomes if o.not_applicable is None}
     full = next(o.answers for o in outcomes if o.method == "full")
     ours = answers["evocomp", kept]
     shown = judge.compressor_tokens(compressor, kept)
-    # one question of each picture, as far as the pictures last
+    # one question about each image
     by_picture: dict[str, list[int]] = {}
     for i, asked in enumerate(judge.asked):
         by_picture.setdefault(asked.example.image_id, []).append(i)
     items = []
     for number, own in enumerate(list(by_picture.values())[:count]):
-        i = own[number % len(own)]  # another place each time, so that all kinds of question come up
+        i = own[number % len(own)]  # a different one each time, so that all question types appear
         asked = judge.asked[i]
         lit, grid = first_image(asked.features, shown[i].alone.cpu().numpy())
         items.append(
             SheetItem(
                 image=picture(asked.example),
                 kept=lit,
+                context=first_image(asked.features, shown[i].merged.cpu().numpy())[0],
                 grid=grid,
                 question=asked.example.prompt,
                 full_answer=full[i],

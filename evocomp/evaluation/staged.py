@@ -1,7 +1,7 @@
 """In-LLM methods as published: tokens drop out between the layers of the frozen LLM, not before it.
 
 In the table a method stands twice: under its own name it selects before the LLM, with scores of an LLM that
-has read all tokens (an upper reference); as `..._inside` it runs here, with all tokens at the LLM's door.
+has read all tokens (an upper reference); as `..._inside` it runs here, and all tokens enter the LLM.
 Budgets are met as the authors meet them: FastV and DART keep that many after their one drop; SparseVLM takes
 its published lists, PyramidDrop a layer average. Both of these are made for 32 layers: in an LLM too shallow
 for their drop layers a layer average means little, and the budget is what the last drop keeps. What the LLM
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evocomp.data.scoring import score_answer
-from evocomp.evaluation.outcome import Outcome
+from evocomp.evaluation.outcome import INSIDE_LLM, Outcome
 from evocomp.evaluation.panel import Panel
 from evocomp.log import UserError
 from evocomp.mllm.staged import LayerLoop, Running
@@ -27,7 +27,6 @@ from evocomp.selection.fastv import FastV
 from evocomp.selection.pyramiddrop import EARLY_LAYERS, PyramidDrop, pyramiddrop_stages_for_average
 from evocomp.selection.schedule import Stage, layer_average
 
-INSIDE_LLM = "drops tokens inside the LLM (all of them at its door)"
 PUBLISHED_DEPTH = 32
 
 

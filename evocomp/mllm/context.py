@@ -34,6 +34,11 @@ class Shown(NamedTuple):
         """Places of the tokens that stand for themselves only: the selected ones."""
         return self.places if self.log_size is None else self.places[self.log_size == 0]
 
+    @property
+    def merged(self) -> Tensor:
+        """Indices of the context tokens that stand for several tokens each."""
+        return self.places[:0] if self.log_size is None else self.places[self.log_size > 0]
+
 
 def split(keep: int, total: int, sharp: float) -> tuple[int, int]:
     """How many of `keep` tokens are selected, and how many are context.

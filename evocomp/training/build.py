@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import evocomp
@@ -42,6 +42,7 @@ from evocomp.training.refresh_labels import RefreshLabels
 from evocomp.training.shards import load_sharded
 from evocomp.training.stop import NoteStop, StopCleanly
 from evocomp.training.strategy import job_size, whole, with_strategy
+from evocomp.training.tensorboard_logger import RunLogger
 
 DEFAULT_EPOCHS = 6
 
@@ -238,7 +239,7 @@ def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
     """Where curves go."""
     match config.logger:
         case "tensorboard":
-            return [TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)]
+            return [RunLogger(folder)]
         case "csv":
             return [CSVLogger(folder, name="curves", version="")]
         case "wandb":

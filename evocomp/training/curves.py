@@ -1,7 +1,7 @@
-"""What a run shows while it trains, beside losses and accuracy: where labels and time go, and what the tokens do.
+"""Curves of a run beside losses and accuracy: baselines, speed of labelling, time.
 
-Numbers go to every logger; histograms, pictures, the layout and the hyperparameter table to TensorBoard alone
-(`training.tensorboard`), and nothing is computed for a logger that is not there.
+Numbers go to every logger; histograms, images, the layout and the table of hyperparameters to TensorBoard only
+(`evocomp.training.tensorboard`). Nothing is computed for a logger that is not there.
 """
 
 import time
@@ -19,25 +19,24 @@ from evocomp.training.tensorboard import TensorBoardPage
 
 
 class Curves(L.Callback):
-    """Comes after `RefreshLabels` and `SelectionAccuracy` in the list of callbacks, whose results it shows.
+    """Comes after `RefreshLabels` and `SelectionAccuracy` in the list of callbacks because it logs their results.
 
     Logged in every logger:
 
     - `train/gradient_norm`: of all trained weights, before clipping.
-    - `labels/...` once a round: `mean_loss` of the last population, `per_second` and `forwards_per_second` of the
-      whole job, `share_saved` (candidates that had been scored before), `wait_seconds_K` of rank K and `skew_seconds`
-      between the ranks that waited most and least.
-    - `val/random_R` and `val/full` beside each `val/accuracy_R`: what as many tokens drawn evenly, and all of them,
-      give on the same questions. Measured once, drawn as level lines.
-    - `time/...`: seconds so far that went to labelling, refreshes, training, and measuring (which starts anew where a
-      run is resumed).
+    - `labels/...` once per round: `mean_loss` of the last population, `per_second` and `forwards_per_second` of the
+      whole job, `share_saved` (share of candidates that had been scored before), `wait_seconds_K` of rank K and
+      `skew_seconds`, the difference between the longest and the shortest wait.
+    - `random/accuracy/kept_R` and `uncompressed/accuracy/kept_R` beside each `accuracy/kept_R`: the accuracy on the
+      same questions with R random tokens and with all tokens. Measured once, logged as constants.
+    - `time/...`: seconds so far of labelling, refreshes, training and measuring (the last since the latest start).
 
     Args:
-        refresh, monitor: the run's own.
+        refresh, monitor: callbacks of the same trainer.
         settings: of the run, for the table of hyperparameters.
-        pictures: questions of the selection split that are shown whenever accuracy is measured, always the same,
-            each about another picture.
-        watched: labelled questions whose tokens make the histograms.
+        pictures: number of questions of the selection split that are shown whenever accuracy is measured, always the
+            same ones, each about a different image.
+        watched: number of labelled questions whose tokens are in the histograms.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Curves(L.Callback):
     # ------------------------------------------------------------ start and end
 
     def on_fit_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
-        self._before = self._label_cost()  # a resumed run has spent something already
+        self._before = self._label_cost()  # not 0 in a resumed run
 
     def on_train_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:
@@ -79,10 +78,10 @@ class Curves(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if self.page is not None:
-            self.page.close({name: float(value) for name, value in trainer.callback_metrics.items()})
+            self.page.close()
 
     def _measure_references(self, trainer: L.Trainer, module: CompressorModule) -> dict[str, float]:
-        """Accuracy on the selection split with tokens drawn evenly, at each kept count, and with all of them."""
+        """Accuracy on the selection split with random tokens and with all tokens, at each kept count and their mean."""
         first = self.monitor.mllm.readable(self.monitor.examples, most=1)
         every = max((len(features.visual) for _, features in first), default=1)
         counts = [*self.monitor.kept, every]
@@ -92,8 +91,11 @@ class Curves(L.Callback):
         if trainer.world_size > 1:
             total = trainer.strategy.reduce(total.to(module.device), reduce_op="sum").cpu()
         shares = (total[:-1] / total[-1].clamp(min=1)).tolist()
-        names = [*(f"val/random_{count}" for count in self.monitor.kept), "val/full"]
-        return dict(zip(names, shares, strict=True))
+        *random, full = shares
+        found = {}
+        for count, share in zip(self.monitor.kept, random, strict=True):
+            found |= {f"random/accuracy/kept_{count}": share, f"uncompressed/accuracy/kept_{count}": full}
+        return found | {"random/accuracy/mean": float(np.mean(random)), "uncompressed/accuracy/mean": full}
 
     # ------------------------------------------------------------ every step
 
@@ -126,15 +128,15 @@ class Curves(L.Callback):
         self._log(trainer, times)
 
     def _show_epoch(self, trainer: L.Trainer, module: CompressorModule) -> None:
-        """What goes beside an accuracy that has just been measured."""
-        scoring = whole(module)  # every rank has a part in this, though rank 0 alone draws
+        """Log and draw what belongs to an accuracy that has just been measured."""
+        scoring = whole(module)  # a collective operation: every rank calls it, though only rank 0 draws
         if self.page is not None:
             self.page.show_epoch(scoring, trainer.global_step)
         for name, value in self.references.items():
             module.log(name, value)
 
     def _label_speed(self, module: CompressorModule) -> dict[str, float]:
-        """Speed of the round that has just been made, over all ranks; nothing if it lay in the store."""
+        """Speed of the round that has just been labelled, over all ranks; empty if it was read from the store."""
         labeller, records = self.refresh.labeller, self.refresh.data.records
         now, before = self._label_cost(), self._before
         self._before = now
@@ -156,7 +158,7 @@ class Curves(L.Callback):
         return metrics
 
     def _label_cost(self) -> tuple[float, float]:
-        """Masks scored by this process, and the seconds that this took, in all rounds so far."""
+        """Number of masks scored by this process in all rounds so far, and the seconds that this took."""
         shares = [self.refresh.cost.spent[purpose] for purpose in ("labelling", "refresh")]
         return float(sum(share.forwards for share in shares)), sum(share.seconds for share in shares)
 

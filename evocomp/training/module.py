@@ -116,7 +116,8 @@ class CompressorModule(L.LightningModule):
         an_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         factor = schedule(self.optim_config, total, self.refresh_start * an_epoch)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        how = {"scheduler": scheduler, "interval": "step", "name": "learning_rate"}
+        return {"optimizer": optimizer, "lr_scheduler": how}
 
     @torch.no_grad()
     def score(self, inputs: CompressorInput, budgets: Sequence[float] | None = None) -> list[np.ndarray]:

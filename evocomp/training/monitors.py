@@ -28,7 +28,7 @@ Selection = Callable[[Sequence[Features]], Choose]
 class SelectionAccuracy(L.Callback):
     """After every epoch: share of the selection questions that the frozen MLLM answers rightly when it sees the
     compressor's top r tokens, for each r, by the questions' own rules of scoring as in the report. Logged as
-    `val/accuracy_R`; `val/accuracy` is their mean.
+    `accuracy/kept_R`; `accuracy/mean` is their mean.
 
     Args:
         every: epochs between measurements; the last epoch is always measured, whatever ends the run.
@@ -62,8 +62,8 @@ class SelectionAccuracy(L.Callback):
             asked = trainer.strategy.reduce(asked.to(module.device), reduce_op="sum").cpu()
         shares = (right / asked.clamp(min=1)).tolist()
         for count, share in zip(self.kept, shares, strict=True):
-            module.log(f"val/accuracy_{count}", share, rank_zero_only=False, sync_dist=False)
-        module.log("val/accuracy", float(np.mean(shares)), prog_bar=True, sync_dist=False)
+            module.log(f"accuracy/kept_{count}", share, rank_zero_only=False, sync_dist=False)
+        module.log("accuracy/mean", float(np.mean(shares)), prog_bar=True, sync_dist=False)
         listed = "  ".join(f"{count}: {share:.3f}" for count, share in zip(self.kept, shares, strict=True))
         logger.info("epoch %d  selection accuracy by kept tokens  %s", trainer.current_epoch, listed)
 

@@ -1,5 +1,7 @@
-"""The TensorBoard page of a run: a layout whose first category tells the story, pictures, histograms, and the table
-of hyperparameters. Written by rank 0; a run with another logger never comes here."""
+"""The TensorBoard page of a run: layout of the custom scalars, images, histograms and the table of hyperparameters.
+
+Written by rank 0, and only for a run whose logger is TensorBoard.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +9,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
@@ -19,33 +20,47 @@ from evocomp.training.batch import compressor_input, has_label
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.refresh_labels import RefreshLabels
+from evocomp.training.tensorboard_logger import RunLogger
 from evocomp.viz import four_panels, gradient_density
 
 MANY = 4096
-"""Records that a histogram of labels looks at, at most: enough for its shape, and quick with a million of them."""
+"""Largest number of records in a histogram of labels: enough for its shape, and quick with a million of them."""
 
 SHOWN = """
 recipe seed model.name data.source data.max_samples grouping.method grouping.centre grouping.count search.strategy
 search.population search.generations labels.target labels.refresh labels.passes compressor.init compressor.use_text
 compressor.budget_input loss.name loss.alpha optim.name optim.lr optim.batch_size optim.ema
 """.split()
-"""Settings in the table of hyperparameters: what experiments change. config.yaml has them all."""
+"""Settings in the table of hyperparameters: those that experiments change. config.yaml has all of them."""
 
-# losses whose logits are independent probabilities; the others rank tokens within a sample
+# losses whose logits are independent probabilities; with the others, logits rank the tokens of a sample
 _PROBABILITIES = ("ghm", "focal", "bce")
 
 
 class TensorBoardPage:
-    """See `of`. Tags stand in `layout` and in the methods that write them."""
+    """Made by `of`. The tags are in `layout` and in the methods that write them.
+
+    Args:
+        epochs, ranks: of the run.
+    """
 
     def __init__(
-        self, logger: TensorBoardLogger, refresh: RefreshLabels, monitor: SelectionAccuracy, pictures: int, watched: int
+        self,
+        logger: RunLogger,
+        refresh: RefreshLabels,
+        monitor: SelectionAccuracy,
+        pictures: int,
+        watched: int,
+        epochs: int,
+        ranks: int = 1,
     ):
         self.logger = logger
         self.writer = logger.experiment
         self.refresh = refresh
         self.monitor = monitor
         self.watched = watched
+        self.epochs = epochs
+        self.ranks = ranks
         self.keep = sorted(monitor.kept)[len(monitor.kept) // 2]
         self.shown = [example for example, _ in monitor.mllm.readable(varied(monitor.examples), pictures)]
         self.labels: list[Record] = []
@@ -54,34 +69,31 @@ class TensorBoardPage:
     def of(
         cls, trainer: L.Trainer, refresh: RefreshLabels, monitor: SelectionAccuracy, pictures: int, watched: int
     ) -> "TensorBoardPage | None":
-        """The page of this run, if it has one and this process writes it; a sharded MLLM answers to all or nobody."""
+        """The page of this run; None for another logger, for other ranks than 0, and for a sharded MLLM, which cannot
+        be run by rank 0 alone."""
         if not trainer.is_global_zero or monitor.mllm.shard_group.size > 1:
             return None
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                return cls(logger, refresh, monitor, pictures, watched)
+            if isinstance(logger, RunLogger):
+                return cls(logger, refresh, monitor, pictures, watched, trainer.max_epochs, trainer.world_size)
         return None
 
     # ------------------------------------------------------------ start and end
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Layout, hyperparameters, and the labels of the pictures, which stay those of the first round."""
-        self.writer.add_custom_scalars(layout(self.monitor.kept))
-        self.logger.log_hyperparams(chosen(settings), dict.fromkeys(self._final_names().values(), 0.0))
+        """Layout, hyperparameters, and the labels of the images, which stay those of the first round."""
+        kept = self.monitor.kept
+        self.writer.add_custom_scalars(layout(kept, settings, self.epochs, self.ranks))
+        names = ["accuracy/mean", *(f"accuracy/kept_{count}" for count in kept), "train/loss"]
+        self.logger.log_table(chosen(settings), names)
         self.labels = self._label_pictures()
 
-    def close(self, metrics: dict[str, float]) -> None:
-        """The last numbers into the table of hyperparameters."""
-        final = {to: metrics[name] for name, to in self._final_names().items() if name in metrics}
-        self.logger.log_metrics(final, step=1)  # the table shows the last step, and each name began at 0
+    def close(self) -> None:
+        """Everything on disk."""
         self.logger.save()
 
-    def _final_names(self) -> dict[str, str]:
-        names = ["val/accuracy", *(f"val/accuracy_{count}" for count in self.monitor.kept), "train/loss"]
-        return {name: f"final/{name.split('/')[1]}" for name in names}
-
     def _label_pictures(self) -> list[Record]:
-        """Labels of the pictures, made as those of the training questions were, and as costly."""
+        """Labels of the images, made in the same way and at the same cost as those of the training questions."""
         labeller = self.refresh.labeller
         known = {example.id: example for example in self.shown}
 
@@ -95,7 +107,7 @@ class TensorBoardPage:
     # ------------------------------------------------------------ every round
 
     def show_round(self, step: int) -> None:
-        """Histograms of the labels: groups a picture, and what the masks reach."""
+        """Histograms of the labels: groups per image, losses, credits and advantages."""
         records = self.refresh.data.records
         some = [records[id] for id in sorted(records)[:MANY]]
         if "groups" in some[0]:
@@ -110,20 +122,20 @@ class TensorBoardPage:
 
     def _histogram(self, tag: str, values: Sequence[float] | np.ndarray, step: int, bins: Any = "tensorflow") -> None:
         values = np.asarray(values, dtype=np.float64)
-        values = values[np.isfinite(values)]  # random labels have no loss
+        values = values[np.isfinite(values)]  # random labels have no losses
         if values.size:
             self.writer.add_histogram(tag, values, step, bins=bins)
 
     # ------------------------------------------------------------ every epoch
 
     def show_epoch(self, module: CompressorModule, step: int) -> None:
-        """What the compressor now makes of the watched questions and of the pictures."""
+        """Histograms of the watched questions and images of the shown ones, with the compressor as it is now."""
         self._show_tokens(module, step)
         if self.shown:
             self._show_pictures(module, step)
 
     def _show_tokens(self, module: CompressorModule, step: int) -> None:
-        """Histograms of p and of GHM's gradient norm, and how well p finds the tokens that labels keep."""
+        """Histograms of p and of GHM's gradient norm, and precision and recall of the tokens that the labels keep."""
         data = self.refresh.data
         ids = sorted(data.records)[: self.watched]
         if not ids:
@@ -144,7 +156,7 @@ class TensorBoardPage:
     def _precision_recall(
         self, tag: str, records: Sequence[Record], scores: Sequence[np.ndarray], absolute: bool, step: int
     ) -> None:
-        """Precision against recall of the labels' tokens; where scores only rank, by rank within the sample."""
+        """Precision against recall of the labels' tokens, by p, or by rank within the sample for a ranking loss."""
         pairs = [(r, s) for r, s in zip(records, scores, strict=True) if has_label(r)]
         if not pairs:
             return
@@ -164,7 +176,7 @@ class TensorBoardPage:
         answers, _ = mllm.answer(prompts, self.monitor.max_new_tokens)
         rows = zip(self.shown, features, self.labels, scores, kept, answers, strict=True)
         for number, (example, one, record, row, shown, answer) in enumerate(rows):
-            verdict = "right" if score_answer(example, answer) >= 0.5 else "wrong"
+            verdict = "correct" if score_answer(example, answer) >= 0.5 else "wrong"
             chosen = np.flatnonzero(kept_by(record, len(row), self.keep))
             lit, grid = first_image(one, shown.alone.cpu().numpy())
             picture = four_panels(
@@ -175,52 +187,97 @@ class TensorBoardPage:
                 lit,
                 f"{example.prompt}: {example.answer}",
                 (
-                    f"{len(row)} tokens",
-                    f"label: {len(chosen)}",
-                    "prediction (rank)",
-                    f"kept {len(shown.places)}: {answer} ({verdict})",
+                    f"image, {len(row)} tokens",
+                    f"label, {len(chosen)} tokens",
+                    "scores (rank)",
+                    f"{len(shown.places)} kept: {answer}, {verdict}",
                 ),
+                first_image(one, shown.merged.cpu().numpy())[0].tolist(),
             )
-            self.writer.add_image(f"pictures/{number}", picture, step, dataformats="HWC")
+            self.writer.add_image(f"examples/{number}", picture, step, dataformats="HWC")
         absolute = module.loss_config.name.startswith(_PROBABILITIES)
         self._precision_recall("retention/selection_questions", self.labels, scores, absolute, step)
 
 
-def layout(kept: Sequence[int]) -> dict[str, dict[str, list]]:
-    """Charts of the Custom Scalars tab: category -> title -> [kind, tags]. The first category is the story."""
-    story = {
-        f"right answers at {count} tokens: compressor, random, full": [
-            "Multiline",
-            [f"val/accuracy_{count}$", f"val/random_{count}$", "val/full$"],
-        ]
-        for count in sorted(kept)
+def layout(
+    kept: Sequence[int], settings: dict[str, Any], epochs: int, ranks: int = 1
+) -> dict[str, dict[str, list]]:
+    """Charts of the Custom Scalars tab: category -> title -> [kind, tags].
+
+    The curves of one run share one colour, so a chart has one tag, and only those charts that the run fills are there.
+
+    Args:
+        settings: of the run, as in config.yaml.
+        epochs: of the run.
+        ranks: number of processes.
+    """
+    accuracy = {"mean over kept counts": "accuracy/mean"}
+    accuracy |= {f"{count} kept tokens": f"accuracy/kept_{count}" for count in sorted(kept)}
+    categories = {
+        "1 Accuracy on the selection split: compressor, random tokens, uncompressed": accuracy,
+        "2 Training loss": _loss_charts(settings, epochs),
+        "3 Labels by round": _label_charts(settings),
+        "4 Optimization and time": {
+            "gradient norm before clipping": "train/gradient_norm",
+            "learning rate": "learning_rate.*",
+            "seconds of refreshing labels": "time/refresh_seconds",
+            "seconds of training": "time/training_seconds",
+            "seconds of measuring accuracy": "time/measuring_seconds",
+        },
     }
-    story = {
-        "right answers by kept tokens, and full": ["Multiline", [*(f"val/accuracy_{c}$" for c in kept), "val/full$"]],
-        "losses": ["Multiline", [r"train/(loss|ghm|focal|bce|listwise|policy|separation)$"]],
-        "label search: first, mean, best, all tokens": [
-            "Multiline",
-            ["labels/first_mean$", "labels/first_best$", "labels/mean_loss$", "labels/best_loss$", "labels/full_loss$"],
-        ],
-        **story,
-    }
+    if ranks > 1:
+        categories["5 Ranks"] = {
+            "seconds that each rank waited": r"labels/wait_seconds_\d+",
+            "longest minus shortest wait [s]": "labels/skew_seconds",
+        }
+    if not _refreshes(settings, epochs):
+        del categories["3 Labels by round"]
+        del categories["4 Optimization and time"]["seconds of refreshing labels"]
     return {
-        "1 The story": story,
-        "2 Labels by round": {
-            "gain since the last round [nats]": ["Multiline", ["labels/gain$"]],
-            "share of labels changed, and of forwards saved": [
-                "Multiline",
-                ["labels/share_changed$", "labels/share_saved$", "labels/share_usable$"],
-            ],
-            "labels a second": ["Multiline", ["labels/per_second$"]],
-            "seconds that each rank waited": ["Multiline", [r"labels/wait_seconds_\d+$", "labels/skew_seconds$"]],
-        },
-        "3 Optimisation": {
-            "gradient norm": ["Multiline", ["train/gradient_norm$"]],
-            "learning rate": ["Multiline", ["lr-"]],
-            "seconds so far": ["Multiline", ["time/"]],
-        },
+        name: {title: ["Multiline", [f"^{tag}$"]] for title, tag in charts.items()}
+        for name, charts in categories.items()
     }
+
+
+def _refreshes(settings: dict[str, Any], epochs: int) -> bool:
+    """Whether the run labels again after its first epoch; a curve by round has a single point otherwise."""
+    labels = settings["labels"]
+    return labels["refresh"] != "none" and labels["refresh_start"] < epochs
+
+
+_TERMS = {"ghm": "GHM-C", "focal": "focal loss", "bce": "binary cross-entropy", "listwise": "listwise loss of credits"}
+
+
+def _loss_charts(settings: dict[str, Any], epochs: int) -> dict[str, str]:
+    """A chart for each term of the loss."""
+    name = settings["loss"]["name"]
+    term = name.removesuffix("_cs")
+    charts = {_TERMS[term]: f"train/{term}"}
+    if term != name:
+        charts |= {"cosine separation": "train/separation", "sum of the loss": "train/loss"}
+    if settings["labels"]["refresh"] == "on_policy" and _refreshes(settings, epochs):
+        charts |= {
+            "policy loss (on-policy rounds)": "train/policy",
+            "share of clipped policy ratios": "train/clipped",
+        }
+    return charts
+
+
+def _label_charts(settings: dict[str, Any]) -> dict[str, str]:
+    """Charts with a point for each round of labels."""
+    speed = {"labels per second": "labels/per_second"}
+    if settings["labels"]["refresh"] == "on_policy":
+        return {
+            "spread of the answer losses of a question's masks [nats]": "labels/spread",
+            "share of questions whose masks differ in loss": "labels/share_usable",
+        } | speed
+    return {
+        "answer loss of the labels [nats]": "labels/best_loss",
+        "mean answer loss of the last population [nats]": "labels/mean_loss",
+        "decrease of the labels' answer loss since the last round [nats]": "labels/gain",
+        "share of labels that changed": "labels/share_changed",
+        "share of candidates that had been scored before": "labels/share_saved",
+    } | speed
 
 
 def chosen(settings: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +294,7 @@ def chosen(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def varied(examples: Sequence[Example], count: int | None = None) -> list[Example]:
-    """Questions about `count` images, or all, the i-th question of the i-th image: all kinds come up."""
+    """Questions about `count` images, or all, the i-th question about the i-th image: all question types appear."""
     by_picture: dict[str, list[Example]] = {}
     for example in examples:
         by_picture.setdefault(example.image_id, []).append(example)
@@ -245,12 +302,12 @@ def varied(examples: Sequence[Example], count: int | None = None) -> list[Exampl
 
 
 def budgets_of(records: Sequence[Record]) -> list[float] | None:
-    """How many tokens each proposed mask keeps; None for labels that are for all sizes."""
+    """Number of tokens that the proposed masks of each record keep; None for labels that hold for every size."""
     return [float(record["draws"].shape[-1]) for record in records] if "draws" in records[0] else None
 
 
 def _target(record: Record, tokens: int) -> np.ndarray:
-    """What a loss over probabilities compares p with [N]."""
+    """Targets [N] of a loss over probabilities."""
     return record["credits"].astype(np.float64) if "credits" in record else kept_by(record, tokens, 0)
 
 

@@ -1,15 +1,17 @@
-"""Pictures: each function returns a matplotlib Figure or writes a file; no window, no global setting."""
+"""Figures: each function returns a matplotlib Figure or writes a file; no window, no global setting."""
 
 from evocomp.viz.curves import accuracy_against_latency, retention_curve, search_trace
 from evocomp.viz.density import fitness_spread, gradient_density
-from evocomp.viz.method import method_figure
+from evocomp.viz.names import display_name
 from evocomp.viz.panels import four_panels, heat
+from evocomp.viz.sheet import SheetItem, kept_sheet
 from evocomp.viz.style import save_png, to_svg
-from evocomp.viz.tokens import SheetItem, groups_over_image, kept_row, kept_sheet, kept_tokens, light_up
+from evocomp.viz.tokens import groups_over_image, kept_row, kept_tokens, light_up
 
 __all__ = [
     "SheetItem",
     "accuracy_against_latency",
+    "display_name",
     "fitness_spread",
     "four_panels",
     "gradient_density",
@@ -19,7 +21,6 @@ __all__ = [
     "kept_sheet",
     "kept_tokens",
     "light_up",
-    "method_figure",
     "retention_curve",
     "save_png",
     "search_trace",

@@ -1,4 +1,4 @@
-"""Curves: accuracy against tokens kept and against time, from a report's rows; the course of a search."""
+"""Charts: accuracy against kept tokens and against time, from the rows of a report; loss during a search."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from evocomp.viz.names import display_name
 from evocomp.viz.style import (
     ACCENT,
     COLORS,
@@ -22,30 +23,31 @@ from evocomp.viz.style import (
 )
 
 Row = dict[str, Any]
+_NAME_HEIGHT = 0.25  # inches from one name at the right edge to the next
 _GREYS = ("#9aa1b2", "#6b7285", "#b9bfcc", "#4a5266")
-_READING = "band and bars: 95 % intervals; dashed: ran the LLM on all tokens first"
+_READING = "band and bars: 95 % intervals; dashed: the LLM processes more tokens than are kept"
 
 
 def retention_curve(rows: Sequence[Row], ours: str = "evocomp") -> Figure:
-    """Percent of the uncompressed accuracy against tokens kept, with intervals.
+    """Accuracy as a percentage of the uncompressed accuracy against kept tokens, with intervals.
 
-    Methods without a budget to vary (uncompressed, no image) are level lines; methods that ran the LLM on all
-    tokens first are dashed. Rows are those of report.json; rows without an accuracy are left out.
+    References (uncompressed, no image) are horizontal lines; methods whose LLM processes more tokens than are kept
+    are dashed. Rows are those of report.json; rows without an accuracy are left out.
 
     Raises:
-        ValueError: no method has an accuracy at a budget.
+        ValueError: no method has an accuracy at a kept count.
     """
     curves, levels = _curves(rows)
-    figure = new_figure(9.6, 5.6)
+    names = len(curves) + len(levels)
+    height = max(5.6, names * _NAME_HEIGHT / 0.84)  # 0.84 of the figure's height are axes
+    figure = new_figure(9.6, height)
     ax = plain_axes(figure, "visual tokens kept", "accuracy, % of uncompressed")
     budgets = sorted({row["kept"] for found in curves.values() for row in found}, reverse=True)
     ends, looks = [], _looks(curves, ours)
     for method, found in curves.items():
         color, marker = looks[method]
         x = np.array([row["kept"] for row in found])
-        y, low, high = (
-            np.array([_relative(row, name) for row in found]) for name in ("accuracy", "low", "high")
-        )
+        y, low, high = (np.array([_relative(row, name) for row in found]) for name in ("accuracy", "low", "high"))
         mine = method == ours
         if mine:
             ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0, zorder=4)
@@ -71,20 +73,19 @@ def retention_curve(rows: Sequence[Row], ours: str = "evocomp") -> Figure:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_xlim(budgets[0] * 1.12, budgets[-1] / 1.08)
-    bottom = min(
-        [_relative(row, "low") for found in curves.values() for row in found] + list(levels.values())
-    )
-    ax.set_ylim(max(0, bottom - 5), 104)
-    ax.xaxis.set_label_coords(0, -0.12)
+    ends_of_bars = [_relative(row, end) for found in curves.values() for row in found for end in ("low", "high")]
+    ends_of_bars += levels.values()
+    ax.set_ylim(max(0, min(ends_of_bars) - 5), max(100, *ends_of_bars) + 4)
+    ax.xaxis.set_label_coords(0, -0.12 * 5.6 / height)
     ax.xaxis.label.set(ha="left", va="center")
-    figure.text(0.985, 0.025, _READING, ha="right", va="center", fontsize=10.5, color=SOFT)
-    figure.subplots_adjust(left=0.09, right=0.75, top=0.97, bottom=0.13)
-    _name_ends(ax, ends, gap=0.052)
+    figure.text(0.985, 0.025 * 5.6 / height, _READING, ha="right", va="center", fontsize=10.5, color=SOFT)
+    figure.subplots_adjust(left=0.09, right=0.7, top=0.97, bottom=0.13 * 5.6 / height)
+    _name_ends(ax, ends, _NAME_HEIGHT)
     return figure
 
 
 def accuracy_against_latency(rows: Sequence[Row], ours: str = "evocomp") -> Figure:
-    """Accuracy with its interval against `latency_ms`, a point for each method and budget.
+    """Accuracy with its interval against `latency_ms`, a point for each method and kept count.
 
     Raises:
         ValueError: no row has both an accuracy and a `latency_ms`.
@@ -101,12 +102,8 @@ def accuracy_against_latency(rows: Sequence[Row], ours: str = "evocomp") -> Figu
     for method, found in methods.items():
         color, marker = looks[method]
         x, y = ([row[name] for row in found] for name in ("latency_ms", "accuracy"))
-        ax.vlines(
-            x, [r["low"] for r in found], [r["high"] for r in found], color=color, linewidth=1, alpha=0.55
-        )
-        width, dashes = (
-            (3.0, "-") if method == ours else (1.4, (0, (4, 2)) if found[0].get("needs_llm") else "-")
-        )
+        ax.vlines(x, [r["low"] for r in found], [r["high"] for r in found], color=color, linewidth=1, alpha=0.55)
+        width, dashes = (3.0, "-") if method == ours else (1.4, (0, (4, 2)) if found[0].get("needs_llm") else "-")
         ax.plot(
             x,
             y,
@@ -115,14 +112,12 @@ def accuracy_against_latency(rows: Sequence[Row], ours: str = "evocomp") -> Figu
             markersize=8,
             linewidth=width,
             linestyle=dashes,
-            label=_label(method),
+            label=display_name(method),
         )
         for row in found:
             place = (row["latency_ms"], row["accuracy"])
             offset = (0, 9 if method == ours else -17)
-            ax.annotate(
-                row["kept"], place, offset, textcoords="offset points", ha="center", fontsize=10, color=INK
-            )
+            ax.annotate(row["kept"], place, offset, textcoords="offset points", ha="center", fontsize=10, color=INK)
     ax.set_xlim(0, max(row["latency_ms"] for row in timed) * 1.06)
     ax.margins(y=0.1)
     figure.subplots_adjust(left=0.09, right=0.75, top=0.97, bottom=0.13)
@@ -132,9 +127,9 @@ def accuracy_against_latency(rows: Sequence[Row], ours: str = "evocomp") -> Figu
 
 
 def search_trace(traces: np.ndarray, xlabel: str = "generation") -> Figure:
-    """How the answer loss went down: [runs, rounds, 3] of lowest, mean and best-so-far loss.
+    """Answer loss during a search. traces: [runs, rounds, 3], lowest, mean and best-so-far loss in nats.
 
-    Lines are medians over the runs, bands their middle half.
+    Lines are medians over the runs, bands are interquartile ranges.
     """
     traces = np.asarray(traces, dtype=float)
     assert traces.ndim == 3 and traces.shape[2] == 3, "traces [runs, rounds, 3]"
@@ -148,23 +143,21 @@ def search_trace(traces: np.ndarray, xlabel: str = "generation") -> Figure:
         (2, "best so far", ACCENT, "-"),
     ):
         low, middle, high = np.quantile(traces[:, :, column], (0.25, 0.5, 0.75), axis=0)
-        if name != "lowest":  # its band would hide that of the best so far
+        if name != "lowest":  # its band would cover that of the best so far
             ax.fill_between(generations, low, high, color=color, alpha=0.14, linewidth=0)
-        ax.plot(
-            generations, middle, color=color, linewidth=3 if name == "best so far" else 1.8, linestyle=line
-        )
+        ax.plot(generations, middle, color=color, linewidth=3 if name == "best so far" else 1.8, linestyle=line)
         ends.append((name, float(middle[-1]), color, name == "best so far"))
     if traces.min() > 0:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_xlim(0, max(1, traces.shape[1] - 1))
     figure.subplots_adjust(left=0.13, right=0.81, top=0.96, bottom=0.15)
-    _name_ends(ax, ends, gap=0.065)
+    _name_ends(ax, ends, _NAME_HEIGHT)
     return figure
 
 
 def _curves(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, float]]:
-    """Methods with budgets, most tokens first; and the level of each reference that is kept elsewhere."""
+    """Rows by method, most tokens first; and the level of each reference, which has one token count."""
     rows = [row for row in rows if row["accuracy"] is not None and row["relative"] is not None]
     budgets = {row["kept"] for row in rows if not _is_reference(row)}
     methods: dict[str, list[Row]] = {}
@@ -175,7 +168,7 @@ def _curves(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, float]
         else:
             levels[row["method"]] = 100 * row["relative"]
     if not methods:
-        raise ValueError("no method has an accuracy at a budget: nothing to draw")
+        raise ValueError("no method has an accuracy at a kept count: nothing to draw")
     in_order = dict.fromkeys(row["method"] for row in rows if row["method"] in methods)
     return {method: methods[method] for method in in_order}, levels
 
@@ -191,7 +184,7 @@ def _relative(row: Row, name: str) -> float:
 
 
 def _looks(methods: dict[str, list[Row]], ours: str) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method: references grey, the rest in turn."""
+    """Colour and marker of each method: grey for references, colours in turn for the others."""
     looks, greys, colors = {ours: (ACCENT, MARKERS[0])}, 0, 0
     for method, found in methods.items():
         if method == ours:
@@ -205,22 +198,20 @@ def _looks(methods: dict[str, list[Row]], ours: str) -> dict[str, tuple[str, str
     return looks
 
 
-def _label(method: str) -> str:
-    return "EvoComp" if method == "evocomp" else method.replace("_", " ")
-
-
 def _name_ends(ax: Axes, ends: list[tuple[str, float, str, bool]], gap: float) -> None:
-    """Names at the right edge beside the ends of their lines, moved apart where they would overlap."""
+    """Names at the right edge, at the ends of their lines; moved apart by `gap` inches where they would overlap."""
+    gap = gap / (ax.get_position().height * ax.get_figure().get_figheight())
     to_axes = ax.transData + ax.transAxes.inverted()
     x = ax.get_xlim()[1]
     wanted = [float(to_axes.transform((x, y))[1]) for _, y, _, _ in ends]
-    for (name, _, color, strong), at, place in zip(ends, wanted, spread_labels(wanted, gap), strict=True):
+    for (name, _, color, strong), at, place in zip(ends, wanted, spread_labels(wanted, gap, 0.0, 1.0), strict=True):
         ax.plot([1.0, 1.03], [at, place], transform=ax.transAxes, color=FAINT, linewidth=1, clip_on=False)
         ax.text(
             1.035,
             place,
-            _label(name),
+            display_name(name),
             transform=ax.transAxes,
+            parse_math=False,
             va="center",
             fontsize=13 if strong else 12,
             weight="bold" if strong else "normal",

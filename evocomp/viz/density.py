@@ -1,4 +1,4 @@
-"""Distributions: gradient norms as GHM-C sees them, and the losses that a search has seen."""
+"""Distributions: gradient norms in the bins of GHM-C, and the losses of the masks of a search."""
 
 from collections.abc import Sequence
 
@@ -34,11 +34,11 @@ def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
 def fitness_spread(losses: Sequence[np.ndarray]) -> Figure:
     """Share of the masks scored that come within a given distance of their sample's best loss.
 
-    A line for each sample, and their median: a curve that leaps up at the left edge means a flat search, in which
-    many masks are as good as the label.
+    A line for each sample, and their median. A steep rise at the left edge means that many masks are about as good as
+    the label.
 
     Args:
-        losses: of every mask that was scored, one array for each sample [nats].
+        losses: of every scored mask, an array for each sample [nats].
     """
     distances = [np.sort(one - one.min()) for one in losses]
     x = np.linspace(0, max(float(one[-1]) for one in distances), 200)

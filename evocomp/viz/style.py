@@ -1,6 +1,7 @@
-"""One look for all pictures: figures without pyplot, colours that colour-blind readers tell apart."""
+"""Common style of all figures: no pyplot, colours that colour-blind readers can distinguish."""
 
 import io
+import math
 from pathlib import Path
 
 import matplotlib
@@ -9,18 +10,18 @@ from matplotlib.figure import Figure
 
 INK, SOFT, FAINT, PAPER = "#1f2430", "#6b7285", "#d9dde6", "#ffffff"
 ACCENT = "#D55E00"
-# Okabe & Ito 2008, without the yellow that vanishes on white and the accent that is ours
+# Okabe & Ito 2008, without the yellow, which is hard to see on white, and without the accent colour
 COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a4fa3", "#4d4d4d", "#8c6d31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches; it belongs to no window and changes no setting of the user."""
+    """An empty figure, sizes in inches, that has no window and leaves the user's matplotlib settings alone."""
     return Figure(figsize=(width, height), dpi=150, facecolor=PAPER)
 
 
 def plain_axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
-    """Axes with two spines, faint horizontal rules and quiet labels."""
+    """Axes with two spines and faint horizontal grid lines."""
     ax = figure.add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(SOFT)
@@ -32,11 +33,14 @@ def plain_axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
     return ax
 
 
-def spread_labels(wanted: list[float], gap: float) -> list[float]:
-    """Places as near to `wanted` as can be with at least `gap` between any two; order is kept.
+def spread_labels(wanted: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """Positions nearest to `wanted` (least squares) with at least `gap` between any two, in [low, high]; order is kept.
 
-    Least squares under the order (pool adjacent violators): labels that crowd form a block about its mean.
+    Isotonic regression by pool adjacent violators: labels that crowd form a block about its mean. Bounds clip its
+    result, which is the least squares solution under bounds; where not all fit between them, the gap shrinks.
     """
+    if len(wanted) > 1:
+        gap = min(gap, (high - low) / (len(wanted) - 1))
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     blocks: list[list[float]] = []  # [mean of (wanted - rank * gap), members]
     for rank, i in enumerate(order):
@@ -44,7 +48,8 @@ def spread_labels(wanted: list[float], gap: float) -> list[float]:
         while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
             (mean, many), (other, more) = blocks[-2:]
             blocks[-2:] = [[(mean * many + other * more) / (many + more), many + more]]
-    flat = [mean for mean, many in blocks for _ in range(int(many))]
+    top = high - gap * (len(wanted) - 1)
+    flat = [min(max(mean, low), top) for mean, many in blocks for _ in range(int(many))]
     places = [0.0] * len(wanted)
     for rank, i in enumerate(order):
         places[i] = flat[rank] + rank * gap
@@ -61,13 +66,11 @@ def to_svg(figure: Figure) -> str:
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:
-    """Write a PNG, as small as it gets without loss, replacing an older one in one step."""
+    """Write an optimized PNG, replacing an older one in one step."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(
-            temporary, format="png", facecolor=figure.get_facecolor(), pil_kwargs={"optimize": True}
-        )
+        figure.savefig(temporary, format="png", facecolor=figure.get_facecolor(), pil_kwargs={"optimize": True})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,9 +1,6 @@
-"""What a selection looks like on the picture. Grids are (rows, columns) of the N tokens, row-major."""
+"""Kept tokens and groups drawn on their image. Grids are (rows, columns) of the N tokens, row-major."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,24 +9,11 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from evocomp.viz.style import ACCENT, COLORS, INK, SOFT, new_figure, save_png
-
-
-@dataclass(frozen=True)
-class SheetItem:
-    """One picture of the sheet: [height, width, 3] uint8, the kept tokens, and what was said about it."""
-
-    image: np.ndarray
-    kept: Sequence[int]
-    grid: tuple[int, int]
-    question: str
-    full_answer: str
-    answer: str
-    gold: str | None = None
+from evocomp.viz.style import COLORS, INK, new_figure
 
 
 def patch_of_pixel(shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
-    """Token that each pixel of a picture of `shape` (height, width, ...) belongs to: int [height, width].
+    """Index of the token of each pixel of an image of `shape` (height, width, ...): int [height, width].
 
     >>> patch_of_pixel((2, 4), (1, 2)).tolist()
     [[0, 0, 1, 1], [0, 0, 1, 1]]
@@ -40,52 +24,49 @@ def patch_of_pixel(shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
     return row[:, None] * columns + column
 
 
-def light_up(image: np.ndarray, kept: Sequence[int], grid: tuple[int, int], dim: float = 0.25) -> np.ndarray:
-    """The picture with kept tokens as they are, all other pixels times `dim`: uint8 [height, width, 3]."""
-    image, lit = np.asarray(image, dtype=np.uint8), np.zeros(grid[0] * grid[1], dtype=bool)
-    lit[np.asarray(kept, dtype=int)] = True
-    dimmed = np.rint(image * dim).astype(np.uint8)
-    return np.where(lit[patch_of_pixel(image.shape, grid)][:, :, None], image, dimmed)
+def light_up(
+    image: np.ndarray, kept: Sequence[int], grid: tuple[int, int], dim: float = 0.25, context: Sequence[int] = ()
+) -> np.ndarray:
+    """The image with kept tokens unchanged and all other pixels times `dim`: uint8 [height, width, 3].
+
+    context: indices of context tokens, whose pixels are halfway between the two.
+    """
+    image, factor = np.asarray(image, dtype=np.uint8), np.full(grid[0] * grid[1], dim)
+    factor[np.asarray(context, dtype=int)] = (1 + dim) / 2
+    factor[np.asarray(kept, dtype=int)] = 1
+    return np.rint(image * factor[patch_of_pixel(image.shape, grid)][:, :, None]).astype(np.uint8)
 
 
 def kept_tokens(
-    image: np.ndarray, kept: Sequence[int], grid: tuple[int, int], ax: Axes | None = None
+    image: np.ndarray,
+    kept: Sequence[int],
+    grid: tuple[int, int],
+    ax: Axes | None = None,
+    context: Sequence[int] = (),
 ) -> Figure:
-    """The picture [height, width, 3] with its kept tokens lit and outlined, the others dimmed."""
+    """The image [height, width, 3] with its kept tokens highlighted and outlined, the others dimmed.
+
+    Selected tokens (`kept`) have a white outline, context tokens a blue one.
+    """
     ax = _picture_axes(image) if ax is None else ax
-    _show(ax, light_up(image, kept, grid))
-    lit = np.zeros(grid, dtype=int)
-    lit.flat[np.asarray(kept, dtype=int)] = 1
-    ax.add_collection(LineCollection(borders(lit, image.shape), colors="white", linewidths=1.4))
+    _show(ax, light_up(image, kept, grid, context=context))
+    for tokens, color in ((context, COLORS[4]), (kept, "white")):
+        lit = np.zeros(grid, dtype=int)
+        lit.flat[np.asarray(tokens, dtype=int)] = 1
+        if lit.any():
+            ax.add_collection(LineCollection(borders(lit, image.shape), colors=color, linewidths=1.4))
     return ax.get_figure()
 
 
-def kept_sheet(items: Sequence[SheetItem], path: str | Path, columns: int = 4) -> Path:
-    """Write a PNG sheet: each picture with its kept tokens lit, under it the question and both answers."""
-    columns = min(columns, len(items))
-    rows = -(-len(items) // columns)
-    figure = new_figure(2.9 * columns, 3.95 * rows)
-    left, gap = 0.12 / columns / 2.9, 0.18 / columns / 2.9
-    width = (1 - 2 * left - (columns - 1) * gap) / columns
-    height = width * (2.9 * columns) / (3.95 * rows)
-    for number, item in enumerate(items):
-        row, column = divmod(number, columns)
-        bottom = 1 - (row + 0.03) / rows - height
-        ax = figure.add_axes((left + column * (width + gap), bottom, width, height))
-        kept_tokens(item.image, item.kept, item.grid, ax)
-        _caption(ax, item)
-    return save_png(figure, path)
-
-
 def kept_row(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4) -> Figure:
-    """Pictures of one size in rows of `columns`, each under its title; see `light_up` for what to show."""
+    """Images of one size in rows of `columns`, each under its title; see `light_up`."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(2.7 * columns, 3.3 * rows)
     for number, (image, title) in enumerate(zip(images, titles, strict=True)):
         ax = figure.add_subplot(rows, columns, number + 1)
         _show(ax, image)
-        ax.set_title(title, fontsize=12, color=INK)
+        ax.set_title(title, fontsize=12, color=INK, parse_math=False)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.17 / rows, wspace=0.06, hspace=0.25)
     return figure
 
@@ -97,9 +78,9 @@ def groups_over_image(
     words: Sequence[str] | Mapping[int, str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """The picture with the group of each token [N] washed over it; `words[g]` names group g.
+    """The image tinted by the group of each token [N]; `words[g]` is the name of group g.
 
-    Colours cannot tell forty groups apart, so borders are drawn and groups of three tokens or more named.
+    Forty groups have no forty distinguishable colours, so borders are drawn and groups of three tokens or more named.
     """
     ax = _picture_axes(image) if ax is None else ax
     groups = np.asarray(groups).reshape(grid)
@@ -113,10 +94,10 @@ def groups_over_image(
 
 
 def wash_groups(image: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The picture in grey, tinted by the group of each token [N]: uint8 [height, width, 3]."""
+    """The image in grey, tinted by the group of each token [N]: uint8 [height, width, 3]."""
     ids, compact, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     tints = np.empty((len(ids), 3))
-    tints[np.argsort(-sizes)] = _tints(len(ids))  # neighbouring hues go to groups of unlike size
+    tints[np.argsort(-sizes)] = _tints(len(ids))  # groups of similar size get hues that are far apart
     wash = tints[compact.ravel()][patch_of_pixel(image.shape, grid)]
     grey = image.mean(axis=2, keepdims=True)
     return np.rint(0.5 * grey + 0.5 * 255 * wash).astype(np.uint8)
@@ -126,13 +107,11 @@ def _tints(count: int) -> np.ndarray:
     """Colours [count, 3] in 0..1: hues by the golden ratio, lightness alternating."""
     number = np.arange(count)
     hues = (0.58 + number * 0.618034) % 1
-    return hsv_to_rgb(
-        np.stack([hues, np.where(number % 2, 0.5, 0.8), np.where(number % 3, 0.8, 0.97)], axis=1)
-    )
+    return hsv_to_rgb(np.stack([hues, np.where(number % 2, 0.5, 0.8), np.where(number % 3, 0.8, 0.97)], axis=1))
 
 
 def _name_group(ax: Axes, member: np.ndarray, word: str, shape: tuple[int, ...]) -> None:
-    """Write the word on the member with most neighbours of the group, the one nearest to its centre."""
+    """Write the word on the token with most neighbours in the group; of several, on the one nearest to its centre."""
     places = np.argwhere(member)
     padded = np.pad(member, 1).astype(int)
     inside = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
@@ -162,19 +141,3 @@ def _show(ax: Axes, pixels: np.ndarray) -> None:
     height, width = pixels.shape[:2]
     ax.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
     ax.set_axis_off()
-
-
-def _caption(ax: Axes, item: SheetItem) -> None:
-    """Question, then the two answers; right or wrong is told by a sign and not by colour alone."""
-    question = textwrap.shorten(item.question, 64, placeholder=" ...")
-    lines = [(textwrap.fill(question, 32), INK, "bold")]
-    for who, answer in (("all tokens", item.full_answer), (f"{len(item.kept)} kept", item.answer)):
-        sign, color = "", SOFT
-        if item.gold is not None:
-            right = answer.strip().casefold() == item.gold.strip().casefold()
-            sign, color = ("\u2713 ", COLORS[0]) if right else ("\u2717 ", ACCENT)
-        lines.append((f"{who}: {sign}{textwrap.shorten(answer, 26, placeholder='...')}", color, "normal"))
-    y = -0.035
-    for text, color, weight in lines:
-        ax.text(0, y, text, transform=ax.transAxes, va="top", fontsize=12, color=color, weight=weight)
-        y -= 0.085 * (1 + text.count("\n"))

@@ -49,7 +49,7 @@ def accuracies(run: Path) -> list[tuple[str, str]]:
     """What the CSV logger wrote about the selection split."""
     with (run / "curves" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return [(name, value) for row in rows for name, value in row.items() if name.startswith("val/accuracy") and value]
+    return [(name, value) for row in rows for name, value in row.items() if name.startswith("accuracy/") and value]
 
 
 def ids(job) -> list[set[int]]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from evocomp.evaluation.reading import agreement, label_summaries, read_curves, read_labels, read_rows
+from evocomp.evaluation.reading import agreement, find_path, label_summaries, read_curves, read_labels, read_rows
 from evocomp.labels.records import kept_by
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError
@@ -75,3 +75,21 @@ def test_agreement_is_the_share_of_masks_counted_one_by_one():
 )
 def test_what_a_record_would_keep(record, expected):
     assert np.flatnonzero(kept_by({"id": 0, **record}, tokens=4, keep=2)).tolist() == expected
+
+
+def test_baselines_are_named_by_their_run(tmp_path):
+    for run, value in (("compressor", 0.5), ("random", 0.25)):
+        with SummaryWriter(str(tmp_path / "tensorboard" / run)) as writer:
+            writer.add_scalar("accuracy/kept_16", value, 3)
+    assert read_curves(tmp_path) == {"accuracy/kept_16": [(3, 0.5)], "random/accuracy/kept_16": [(3, 0.25)]}
+
+
+def test_a_path_is_found_from_a_folder_below(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "notebooks" / "deep").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "notebooks", tmp_path / "notebooks" / "deep"):
+        monkeypatch.chdir(folder)
+        assert find_path("runs/a") == tmp_path / "runs" / "a"
+        assert find_path(tmp_path / "runs") == tmp_path / "runs"
+    with pytest.raises(UserError, match="runs/b is neither in .*deep nor in a folder above it"):
+        find_path("runs/b")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -9,21 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evocomp.evaluation import report as report_module
-from evocomp.evaluation.page import page
-from evocomp.evaluation.report import (
-    AFTER_LLM,
-    BEFORE_LLM,
-    REFERENCE,
-    Outcome,
-    Questions,
-    Roles,
-    make_report,
-    summarise,
-    write_report,
-)
+from evocomp.evaluation import page as page_module
+from evocomp.evaluation.outcome import AFTER_LLM, BEFORE_LLM, INSIDE_LLM, REFERENCE, Outcome, Questions, Roles
+from evocomp.evaluation.page import build_blocks, markdown, write_report
+from evocomp.evaluation.report import make_report
+from evocomp.evaluation.rows import summarise
 from evocomp.evaluation.statistics import ImageBootstrap, mcnemar
-from evocomp.evaluation.tables import how_made, markdown, terminal
+from evocomp.evaluation.summary import how_made, verdict, warnings
+from evocomp.evaluation.tables import lead_table, main_table
+from evocomp.evaluation.terminal import terminal
+from evocomp.viz.names import display_name
 
 PROMISED = {
     "method",
@@ -151,7 +147,7 @@ def test_a_panel_that_cannot_be_compared_is_refused():
     outcomes, questions = panel()
     with pytest.raises(ValueError, match="no outcome called 'full'"):
         summarise(outcomes[1:], questions)
-    with pytest.raises(ValueError, match="FastV at 9 kept: give one score"):
+    with pytest.raises(ValueError, match="FastV at 9 kept: expected one score"):
         summarise([*outcomes, Outcome("FastV", 9, np.ones(3))], questions)
     with pytest.raises(ValueError, match="FastV at 9 kept"):
         summarise([*outcomes, Outcome("FastV", 9, np.ones(len(questions)), ["one answer"])], questions)
@@ -172,44 +168,105 @@ def test_cases_are_questions_that_compression_decided(seed):
 
 def test_files_hold_the_same_numbers(tmp_path):
     outcomes, questions = panel(4)
-    report = make_report(outcomes, questions, resamples=50, remarks=["The whole is made up."])
+    report = make_report(
+        outcomes, questions, resamples=50, subject="run runs/a · model nano", remarks=["The whole is made up."]
+    )
     paths = write_report(report, tmp_path / "new")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.html", "report.json", "report.md"]
     assert json.loads(paths["json"].read_text()) == report.rows
     text = paths["md"].read_text()
     row = by_key(report.rows)["evocomp", 16]
-    cell = f"{row['accuracy']:.3f} ({100 * row['relative']:.1f} %) [{row['low']:.3f}, {row['high']:.3f}]"
-    assert cell in text and cell in paths["html"].read_text()
+    number, interval = (
+        f"{row['accuracy']:.3f} ({100 * row['relative']:.1f} %)",
+        f"{row['low']:.3f} to {row['high']:.3f}",
+    )
+    assert re.search(rf"{re.escape(number)}\*?\*?; {interval} \|", text)
+    assert re.search(rf'title="95 % interval: {interval}">(<b>)?{re.escape(number)}', paths["html"].read_text())
     for words in (
         *(REFERENCE, BEFORE_LLM, AFTER_LLM),
-        "60 questions about 12 pictures",
+        "60 questions about 12 images",
+        "run runs/a · model nano",
         "The whole is made up.",
     ):
-        assert words in text
-    assert "FastV: average tokens over the LLM's layers: 40.0 at 16, 34.0 at 4." in text
-    assert "HiRED: not applicable: needs several crops." in text and "| HiRED | - | n/a | n/a |" in text
+        assert words in text and words.replace("'", "&#39;") in paths["html"].read_text()
+    assert "FastV: visual tokens averaged over the layers of the LLM: 40.0 at 16 kept, 34.0 at 4 kept." in text
+    assert "HiRED: not applicable: needs several crops." in text and "| HiRED | n/a | n/a |" in text
 
 
-def test_markdown_tables_are_rectangular_and_marks_are_escaped():
-    text = markdown(make_report(*panel(5), resamples=20))
+def as_markdown(report):
+    return markdown(report, build_blocks(report))
+
+
+def test_markdown_tables_are_rectangular_and_markup_is_escaped():
+    text = as_markdown(make_report(*panel(5), resamples=20))
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 4 and "Div\\|Prune" in text
+    assert len(blocks) == 6 and "Div\\|Prune" in text
     for lines in blocks:
         assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert "question \\<" in text and "question <" not in text
 
 
-def test_best_of_each_column_is_strong_whoever_it_is():
+HOSTILE = ("<script>alert(1)</script>", "a | b", "*x* _y_ `z`", "[a](b) ![c](d)", "two\nlines\n# head", "&lt; $x$ \\|")
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_words_from_data_are_shown_as_they_are(words, tmp_path):
+    """Kinds, prompts, answers, image names, methods, notes, reasons, remarks and the subject all come from outside."""
+    n = 8
+    questions = Questions([f"{words} {i // 2}" for i in range(n)], [words] * n, [words] * n, [words] * n)
+    outcomes = [
+        Outcome("full", 9, np.ones(n), [words] * n, group=REFERENCE),
+        Outcome("downsampling", 3, np.zeros(n), [words] * n),
+        Outcome("evocomp", 3, np.array([1, 0] * 4), [words] * n, note=words),
+        Outcome(words, 3, np.ones(n), [words] * n, group=words),
+        Outcome("HiRED", 3, np.zeros(0), not_applicable=words),
+    ]
+    report = make_report(outcomes, questions, resamples=20, subject=words, remarks=[words], title=words)
+    paths = write_report(report, tmp_path)
+    parser = _Balance()
+    parser.feed(re.sub(r"<svg.*?</svg>", "", paths["html"].read_text(), flags=re.S))
+    assert parser.open == [] and not {"script", "em", "a"} & parser.seen
+    assert parser.text.count(words) >= 30
+    text = paths["md"].read_text()
+    escaped = page_module.escape_markdown(words)
+    assert text.count(escaped) >= 30
+    rest = text.replace(escaped, "").replace(page_module.escape_markdown(display_name(words)), "")
+    assert not re.search(r"script|alert|\(b\)|lines|`|\$", rest)
+    for block in (block.splitlines() for block in text.split("\n\n") if block.startswith("|")):
+        assert len({re.sub(r"\\\\|\\\|", "", line).count("|") for line in block}) == 1
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_markdown_escapes_every_mark_once(words):
+    """Taking the backslashes off again gives the words, on one line."""
+    escaped = page_module.escape_markdown(words)
+    assert re.sub(r"\\(.)", r"\1", escaped) == " ".join(words.split())
+    assert not re.search(r"(?<!\\)(\\\\)*[`*_\[\]<>|#$&]", escaped)
+
+
+def test_the_best_of_each_group_is_strong_and_ties_alike():
     questions = Questions(list("abcd"), ["x"] * 4, ["1"] * 4)
     outcomes = [
         Outcome("full", 9, np.ones(4), group=REFERENCE),
         Outcome("random", 3, np.ones(4), group=REFERENCE),
         Outcome("evocomp", 3, np.array([1, 0, 0, 0])),
-        Outcome("ToMe", 3, np.array([1, 1, 0, 0])),
+        Outcome("tome", 3, np.array([1, 1, 0, 0])),
+        Outcome("hired", 3, np.array([0, 0, 1, 1])),
+        Outcome("fastv", 3, np.array([1, 1, 1, 0]), needs_llm=True),
     ]
-    lines = markdown(make_report(outcomes, questions, resamples=20)).splitlines()
-    strong = [line for line in lines if line.startswith("| ToMe | - | **0.500 (50.0 %)")]
-    assert len(strong) == 1
-    assert any(line.startswith("| random | - | 1.000") for line in lines)
+    (_, lines), *_ = [
+        x for x in main_table(make_report(outcomes, questions, resamples=20)).groups if x[0] == BEFORE_LLM
+    ]
+    assert [(line.name, line.cells[0].strong) for line in lines] == [
+        ("EvoComp", False),
+        ("ToMe", True),
+        ("HiRED", True),
+    ]
+    text = as_markdown(make_report(outcomes, questions, resamples=20))
+    assert "| ToMe | **0.500 (50.0 %)**; " in text and "| HiRED | **0.500 (50.0 %)**; " in text
+    assert "| random tokens | 1.000" in text, "references are never the best"
+    assert "| FastV | 0.750" in text, "nor is a method that has its group for itself"
+    assert "| **EvoComp** | 0.250" in text and "| uncompressed (9 tokens) | 1.000" in text
 
 
 def test_leads_have_our_sign():
@@ -217,21 +274,57 @@ def test_leads_have_our_sign():
     report = make_report(outcomes, questions, resamples=100)
     row = by_key(report.rows)["random", 4]
     assert row["difference_vs_evocomp"] < 0
-    line = next(
-        x for x in markdown(report).split("Points by which")[1].splitlines() if x.startswith("| random")
+    lines = {line.name: line for _, lines in lead_table(report).groups for line in lines}
+    assert lines["random tokens"].cells[1].text == f"{-100 * row['difference_vs_evocomp']:+.1f}"
+    assert (
+        lines["uncompressed"].cells[1].text == f"{100 * by_key(report.rows)['evocomp', 4]['difference_vs_full']:+.1f}"
     )
-    assert f"{-100 * row['difference_vs_evocomp']:+.1f} [" in line.split("|")[3]
-    full = next(
-        x for x in markdown(report).split("Points by which")[1].splitlines() if x.startswith("| full")
-    )
-    assert f"{100 * by_key(report.rows)['evocomp', 4]['difference_vs_full']:+.1f} [" in full.split("|")[3]
+
+
+def judged_panel(ours: float, rival: float, images: int = 60, inside: float | None = None):
+    """120 questions about 60 images; each method is correct on the first so many of them."""
+    n = 2 * images
+    questions = Questions([str(i // 2) for i in range(n)], ["x"] * n, ["1"] * n)
+
+    def correct(share):
+        return (np.arange(n) < share * n).astype(float)
+
+    outcomes = [
+        Outcome("full", 9, np.ones(n), group=REFERENCE),
+        *(Outcome("evocomp", kept, correct(ours)) for kept in (4, 2)),
+        Outcome("tome", 4, correct(ours)),
+        Outcome("tome", 2, correct(rival)),
+    ]
+    if inside is not None:
+        outcomes += [Outcome("fastv_inside", 2, correct(inside), needs_llm=True, group=INSIDE_LLM)]
+    return make_report(outcomes, questions, resamples=400)
+
+
+def test_the_verdict_says_where_ours_is_ahead_level_and_behind():
+    first, ahead, level = verdict(judged_panel(0.8, 0.4))
+    assert first.startswith("With 4 / 2 of 9 visual tokens, EvoComp reaches 80.0 / 80.0 % of the uncompressed accuracy")
+    assert "better than every other method" in ahead and "at 2 kept tokens" in ahead
+    assert level.startswith("At 4 kept tokens no method of this kind is better") and "ToMe" in level
+    *_, behind, after = verdict(judged_panel(0.4, 0.8, inside=0.9))
+    assert behind == "At 2 kept tokens it is behind ToMe (p < 0.05)."
+    assert after.endswith("FastV, inside the LLM is better at 2 kept tokens.")
+    assert len(verdict(judged_panel(0.8, 0.4, inside=0.1))) == 3
+
+
+@pytest.mark.parametrize(("images", "warned"), [(4, True), (29, True), (49, True), (50, False)])
+def test_too_little_data_is_a_warning_in_the_place_of_a_ranking(images, warned, tmp_path):
+    report = judged_panel(0.8, 0.2, images)
+    assert bool(warnings(report)) == warned and (len(verdict(report)) == 1) == warned
+    paths = write_report(report, tmp_path)
+    for text in (paths["md"].read_text(), paths["html"].read_text(), terminal(report)):
+        assert (f"Only {2 * images} questions about {images} images were judged" in text) == warned
 
 
 def test_terminal_table_is_aligned():
     text = terminal(make_report(*panel(7), resamples=20))
-    rows = [line for line in text.splitlines() if line.startswith(("EvoComp", "FastV", "downsampling"))]
+    rows = [line for line in text.splitlines() if line.startswith(("EvoComp", "FastV", "downsampled image"))]
     assert len(rows) == 3 and len({len(line) for line in rows}) == 1
-    assert text.splitlines()[0].endswith("  4 kept") and max(map(len, text.splitlines()[:-1])) < 100
+    assert text.splitlines()[0].endswith("  4 kept") and max(map(len, text.splitlines()[:-2])) < 100
 
 
 class _Balance(HTMLParser):
@@ -239,9 +332,10 @@ class _Balance(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.fetched, self.text = [], [], ""
+        self.open, self.fetched, self.text, self.seen = [], [], "", set()
 
     def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
         if tag not in ("meta", "img", "path", "use"):
             self.open.append(tag)
         self.fetched += [v for k, v in attrs if k in ("src", "href") and not v.startswith(("data:", "#"))]
@@ -278,7 +372,7 @@ def test_an_old_report_stays_whole_when_writing_fails(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report_module.os, "replace", fail)
+    monkeypatch.setattr(page_module.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(make_report(*panel(10), resamples=20), tmp_path)
     monkeypatch.undo()
@@ -302,15 +396,15 @@ def test_a_model_that_answers_nothing_rightly_has_a_report_too(tmp_path):
     write_report(make_report(outcomes, questions, resamples=50), tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert "<table" in text
-    assert "Accuracy against tokens kept" not in text
+    assert "<svg" not in text and "nothing to compare" in text
 
 
 def test_too_few_images_are_told_in_every_form():
     few, enough = (make_report(*panel(pictures=count), resamples=50) for count in (7, 12))
-    for text in (terminal(few), markdown(few), page(few)):
-        assert "Only 7 images judged: the intervals mean nothing" in text and "0.016" in text
-    for text in (terminal(enough), markdown(enough), page(enough)):
-        assert "mean nothing" not in text
+    for text in (terminal(few), markdown(few), page_module.page(few)):
+        assert "no two-sided p can be below 0.016" in " ".join(text.split())
+    for text in (terminal(enough), markdown(enough), page_module.page(enough)):
+        assert "no two-sided p" not in text
     assert min(row["p_vs_evocomp"] for row in few.rows if row["p_vs_evocomp"] is not None) >= 2 / 2**7
-    assert "swap the two methods image by image (7 images)" in how_made(few)
-    assert "swap" not in how_made(make_report(*panel(pictures=40), resamples=50))
+    assert "sign-flip" in " ".join(how_made(few))
+    assert "sign-flip" not in " ".join(how_made(make_report(*panel(pictures=40), resamples=50)))

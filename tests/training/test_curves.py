@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
 
-from evocomp.config.load import load
+from evocomp.config.load import load, to_dict
 from evocomp.data.splits import load_splits
 from evocomp.evaluation.panel import Panel
 from evocomp.evaluation.reading import read_curves, read_labels
@@ -18,6 +19,7 @@ from evocomp.training.build import run
 from evocomp.training.cost import Spent
 from evocomp.training.curves import Curves
 from evocomp.training.tensorboard import TensorBoardPage, layout, varied
+from evocomp.training.tensorboard_logger import BASELINES, OWN
 
 SMALL = {
     "recipe": "published",
@@ -73,8 +75,8 @@ def plus(tmp_path_factory):
 
 
 def test_the_page_has_pictures_histograms_curves_and_a_layout(hard):
-    tags = events(hard[0] / "tensorboard").Tags()
-    assert {f"pictures/{i}" for i in range(8)} | {"tokens/gradient_density"} == set(tags["images"])
+    tags = events(hard[0] / "tensorboard" / OWN).Tags()
+    assert {f"examples/{i}" for i in range(8)} | {"tokens/gradient_density"} == set(tags["images"])
     expected = {"labels/groups", "labels/best_loss_of_each", "tokens/p", "tokens/gradient_norm"}
     assert expected == set(tags["histograms"])
     assert {"custom_scalars__config__", "retention/labelled_questions", "retention/selection_questions"} <= set(
@@ -83,35 +85,64 @@ def test_the_page_has_pictures_histograms_curves_and_a_layout(hard):
 
 
 def test_credits_and_proposals_have_a_page_too(plus):
-    reader = events(plus[0] / "tensorboard")
+    reader = events(plus[0] / "tensorboard" / OWN)
     tags = reader.Tags()
-    assert {f"pictures/{i}" for i in range(8)} == set(tags["images"])
+    assert {f"examples/{i}" for i in range(8)} == set(tags["images"])
     assert {"labels/credits", "labels/advantages", "labels/spread_of_each", "tokens/p"} <= set(tags["histograms"])
     assert len(reader.Tensors("retention/labelled_questions")) == 2
 
 
-def test_every_chart_of_the_layout_has_a_curve(hard, plus):
-    names = set(read_curves(hard[0])) | set(read_curves(plus[0]))
-    for category in layout((32, 8)).values():
+@pytest.mark.parametrize("which", ["hard", "plus"])
+def test_every_chart_of_the_layout_has_one_curve_and_no_chart_is_empty(which, request):
+    folder, config = request.getfixturevalue(which)
+    curves = read_curves(folder)
+    charts = layout((32, 8), to_dict(config), 2)
+    assert len(charts) == 4
+    for category in charts.values():
         for title, (_, patterns) in category.items():
-            assert any(re.match(pattern, name) for pattern in patterns for name in names), title
-    # and each name in the story's charts, not one of them alone
-    for pattern in layout((32, 8))["1 The story"]["label search: first, mean, best, all tokens"][1]:
-        assert any(re.match(pattern, name) for name in names), pattern
+            found = [name for pattern in patterns for name in curves if re.match(pattern, name)]
+            assert found, title
+            assert len(found) == 1 or "learning rate" in title, "curves of one run have one colour"
+    titles = {title for category in charts.values() for title in category}
+    assert ("policy loss (on-policy rounds)" in titles) == (which == "plus")
+    assert ("cosine separation" in titles) == (which == "hard")
+
+
+def test_a_run_without_refreshes_has_no_charts_by_round(hard):
+    settings = to_dict(hard[1])
+    assert [len(layout((8,), settings, epochs)) for epochs in (1, 2)] == [3, 4]
+    settings["labels"]["refresh"] = "none"
+    assert len(layout((8,), settings, 9)) == 3
+    assert len(layout((8,), settings, 9, ranks=2)) == 4
+
+
+def test_baselines_are_runs_of_their_own_with_the_tags_of_the_compressor(hard):
+    """TensorBoard colours by run: three curves in the chart of a tag, three colours."""
+    own, *others = (
+        {name for name in events(path).Tags()["scalars"] if name.startswith("accuracy/")}
+        for path in (hard[0] / "tensorboard" / name for name in (OWN, *BASELINES))
+    )
+    assert own == {"accuracy/mean", "accuracy/kept_32", "accuracy/kept_8"} and others == [own, own]
+    groups = {name.split("/")[0] for name in events(hard[0] / "tensorboard" / OWN).Tags()["scalars"]}
+    assert groups == {"accuracy", "labels", "learning_rate", "time", "train"} and min(groups) == "accuracy"
 
 
 def test_floor_and_ceiling_are_those_of_the_panel(hard, nano):
     curves = read_curves(hard[0])
     val = load_splits(hard[1].data).val
     full = Panel(nano, val).full().correct.mean()
-    assert [value for _, value in curves["val/full"]] == pytest.approx([full, full])
-    # at the very steps of the accuracy beside which it is drawn
-    assert [step for step, _ in curves["val/random_8"]] == [step for step, _ in curves["val/accuracy_8"]]
+    assert [value for _, value in curves["uncompressed/accuracy/kept_8"]] == pytest.approx([full, full])
+    # at the steps of the accuracy beside which it is drawn
+    steps = [step for step, _ in curves["accuracy/kept_8"]]
+    assert [step for step, _ in curves["random/accuracy/kept_8"]] == steps
+    assert [step for step, _ in curves["uncompressed/accuracy/mean"]] == steps
     right = 0
     for example, one in zip(val, nano.features(val), strict=True):
         index = torch.from_numpy(np.sort(np.random.default_rng(example.id).permutation(144)[:32]))
         right += nano.answer([(one, one.visual[index], index)], 8)[0][0] == example.answer
-    assert curves["val/random_32"][0][1] == pytest.approx(right / len(val))
+    assert curves["random/accuracy/kept_32"][0][1] == pytest.approx(right / len(val))
+    both = [curves[f"random/accuracy/kept_{count}"][0][1] for count in (32, 8)]
+    assert curves["random/accuracy/mean"][0][1] == pytest.approx(np.mean(both))
 
 
 def test_pictures_cost_no_labels_and_speed_counts_what_was_scored(hard):
@@ -127,10 +158,15 @@ def test_pictures_cost_no_labels_and_speed_counts_what_was_scored(hard):
     assert curves["labels/mean_loss"][0][1] == pytest.approx(mean, rel=1e-5)
 
 
-def test_the_table_of_hyperparameters_ends_with_the_last_accuracies(hard):
-    curves = read_curves(hard[0])
-    assert curves["final/accuracy_8"][-1][1] == curves["val/accuracy_8"][-1][1]
-    assert curves["final/accuracy"][-1][1] == pytest.approx(curves["val/accuracy"][-1][1])
+def test_the_table_of_hyperparameters_shows_the_last_value_of_real_curves(hard):
+    """No curve begins at a 0 that was never measured: the table names curves of the run."""
+    reader = events(hard[0] / "tensorboard" / OWN)
+    content = reader.PluginTagToContent("hparams")["_hparams_/experiment"]
+    experiment = hparams_metadata.parse_experiment_plugin_data(content)
+    named = {info.name.tag for info in experiment.metric_infos}
+    assert named == {"accuracy/mean", "accuracy/kept_32", "accuracy/kept_8", "train/loss"}
+    assert named <= set(reader.Tags()["scalars"])
+    assert all(len(reader.Scalars(name)) == 2 for name in named if name.startswith("accuracy/"))
 
 
 def test_another_logger_gets_the_numbers_and_no_page_is_drawn(tmp_path, monkeypatch):
@@ -138,7 +174,8 @@ def test_another_logger_gets_the_numbers_and_no_page_is_drawn(tmp_path, monkeypa
     trained(tmp_path, logger="csv", **{"trainer.max_epochs": "1"})
     assert not list(tmp_path.rglob("events.out.tfevents.*"))
     curves = read_curves(tmp_path)
-    expected = {"train/gradient_norm", "labels/per_second", "val/random_8", "val/full", "time/measuring_seconds"}
+    expected = {"train/gradient_norm", "labels/per_second", "random/accuracy/kept_8", "time/measuring_seconds"}
+    expected |= {"uncompressed/accuracy/mean"}
     assert expected <= set(curves)
 
 

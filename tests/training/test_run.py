@@ -75,7 +75,7 @@ def test_everything_is_there(finished):
     names = ("config.yaml", "compressor/model.safetensors", "labels/meta.json", "report.md", "report.html", "kept.png")
     for name in names:
         assert (finished / name).stat().st_size > 0, name
-    assert list((finished / "tensorboard").glob("events.*"))
+    assert list((finished / "tensorboard" / "compressor").glob("events.*"))
     text = (finished / "compressor" / "README.md").read_text()
     assert "wrong_image" in text and "24 questions of scenes" in text and "generations_per_refresh" in text
     rows = json.loads((finished / "report.json").read_text())

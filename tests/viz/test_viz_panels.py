@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+from PIL import Image
 
 from evocomp.losses import build_loss
 from evocomp.viz import fitness_spread, four_panels, gradient_density, heat, kept_row
@@ -25,13 +26,14 @@ def test_four_panels_show_the_picture_untouched_and_the_kept_tokens_lit():
     sheet = four_panels(IMAGE, (12, 12), [0], SCORES, [143], "question", captions)
     assert sheet.dtype == np.uint8 and sheet.shape == (2 * (PANEL + LINE) + LINE + 2 * GAP, 2 * PANEL + 3 * GAP, 3)
     top, bottom, left, right = LINE + GAP, LINE + GAP + PANEL + LINE, GAP, 2 * GAP + PANEL
-    doubled = IMAGE.repeat(2, 0).repeat(2, 1)
+    doubled = np.asarray(Image.fromarray(IMAGE).resize((PANEL, PANEL), Image.Resampling.NEAREST))
     assert np.array_equal(sheet[top : top + PANEL, left : left + PANEL], doubled)
     label = sheet[top : top + PANEL, right : right + PANEL]
-    assert np.array_equal(label[:16, :16], doubled[:16, :16])
-    assert label[16:].mean() < 0.3 * doubled[16:].mean()
+    side = PANEL // 12
+    assert np.array_equal(label[:side, :side], doubled[:side, :side])
+    assert label[side + 1 :].mean() < 0.3 * doubled[side + 1 :].mean()
     kept = sheet[bottom : bottom + PANEL, right : right + PANEL]
-    assert np.array_equal(kept[-16:, -16:], doubled[-16:, -16:])
+    assert np.array_equal(kept[-side:, -side:], doubled[-side:, -side:])
     assert FONT < LINE and (sheet[:, -GAP:] == 255).all(), "words stay within their panel"
 
 

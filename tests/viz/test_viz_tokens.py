@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from evocomp.viz import SheetItem, groups_over_image, kept_sheet, kept_tokens, light_up
+from evocomp.viz import sheet as sheet_module
+from evocomp.viz.sheet import wrap
 from evocomp.viz.tokens import borders, patch_of_pixel, wash_groups
 
 
@@ -83,9 +86,7 @@ def test_wash_is_one_tint_per_group_and_keeps_light_and_dark():
 
 def test_group_words_are_written_on_their_own_groups():
     groups = np.array([[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 2], [3, 3, 3, 3]])
-    figure = groups_over_image(
-        np.zeros((40, 80, 3), np.uint8), groups, (4, 4), ["zero", "one", "two", "three"]
-    )
+    figure = groups_over_image(np.zeros((40, 80, 3), np.uint8), groups, (4, 4), ["zero", "one", "two", "three"])
     texts = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
     assert set(texts) == {"zero", "three"}  # of three tokens or more
     assert texts["zero"] == (30, 15)  # the token with four neighbours of its group: row 1, column 1
@@ -105,9 +106,7 @@ def test_kept_tokens_draws_on_the_axes_it_is_given():
 def test_sheet_shows_every_picture_with_its_kept_tokens_lit(tmp_path, count, columns):
     tones = [(200 - 10 * i, 100, 48) for i in range(count)]
     items = [
-        SheetItem(
-            np.full((16, 16, 3), tone, np.uint8), [i % 4], (2, 2), "color of $circle", "red", "blue", "red"
-        )
+        SheetItem(np.full((16, 16, 3), tone, np.uint8), [i % 4], (2, 2), "color of $circle", "red", "blue", "red")
         for i, tone in enumerate(tones)
     ]
     path = kept_sheet(items, tmp_path / "kept.png", columns)
@@ -122,7 +121,56 @@ def test_sheet_shows_every_picture_with_its_kept_tokens_lit(tmp_path, count, col
 
 
 def test_long_words_do_not_break_the_sheet(tmp_path):
-    item = SheetItem(
-        np.zeros((8, 8, 3), np.uint8), [0], (1, 1), "why " * 60, "because " * 30, "$x_1$ 50% \\n"
-    )
+    item = SheetItem(np.zeros((8, 8, 3), np.uint8), [0], (1, 1), "why " * 60, "because " * 30, "$x_1$ 50% \\n")
     assert Image.open(kept_sheet([item], tmp_path / "a.png")).size[0] > 400
+
+
+SHAPES = [(8, 8), (4, 40), (40, 4), (9, 16)]
+QUESTIONS = [
+    "short",
+    "W" * 90,
+    "What is written on the sign to the left of the second door? " * 4,
+    "\u00e4\u00f6\u00fc " * 40,
+    "",
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_captions_neither_overlap_nor_leave_the_sheet(shape, question, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sheet_module, "save_png", lambda figure, path: drawn.append(figure))
+    items = [
+        SheetItem(np.zeros((*size, 3), np.uint8), [0], (1, 2), question, "yes " * i, "no", "no", context=[1])
+        for i, size in enumerate([shape, *SHAPES])
+    ]
+    kept_sheet(items, tmp_path / "a.png", columns=2)
+    (figure,) = drawn
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.texts if text.get_text()]
+    boxes += [ax.get_window_extent(renderer) for ax in figure.axes]
+    for i, one in enumerate(boxes):
+        assert one.x0 >= 0 and one.y0 >= 0 and one.x1 <= figure.bbox.x1 and one.y1 <= figure.bbox.y1
+        for other in boxes[:i]:
+            wide = min(one.x1, other.x1) - max(one.x0, other.x0)
+            high = min(one.y1, other.y1) - max(one.y0, other.y0)
+            assert wide <= 0.5 or high <= 0.5, "two boxes overlap by more than rounding"
+    assert {"2 kept (1 + 1 context): \u2713 no"} <= {text.get_text() for text in figure.texts}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text("abW \n$_", max_size=300), st.integers(1, 4))
+def test_wrapped_lines_fit_and_lose_nothing_but_the_end(text, most):
+    lines = wrap(text, "bold", most)
+    assert 1 <= len(lines) <= most and all(sheet_module._inches(line, "bold") <= sheet_module._WIDTH for line in lines)
+    whole = "".join(text.split())
+    shown = "".join("".join(lines).split())
+    assert shown == whole or (shown.endswith("\u2026") and whole.startswith(shown[:-1]) and len(lines) == most)
+
+
+def test_context_tokens_are_between_kept_and_dimmed():
+    image = np.full((4, 4, 3), 200, np.uint8)
+    lit = light_up(image, [0], (2, 2), dim=0.2, context=[3, 0])
+    np.testing.assert_array_equal(lit[::2, ::2, 0], [[200, 40], [40, 120]])
+    figure = kept_tokens(image, [0], (2, 2), context=[3])
+    assert len(figure.axes[0].collections) == 2
