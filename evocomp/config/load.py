@@ -19,6 +19,9 @@ from evocomp.config.recipes import RECIPES
 from evocomp.config.schema import RunConfig
 from evocomp.log import UserError
 
+SHIPPED = Path(__file__).resolve().parent.parent / "experiments"
+"""In a checkout a link to its folder `experiments`; an installed package has the files themselves."""
+
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate `--config FILE` from settings; settings come back as `a.b=v`.
@@ -48,10 +51,19 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, settings
 
 
+def shipped() -> list[str]:
+    """Names of the configuration files that are installed with the package, for `--config NAME`."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
 def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunConfig:
     """Defaults, the recipe's settings, then the YAML files in order, then `a.b=v`; resolved, checked, frozen.
 
     The recipe is the last one that a file or the command line names.
+
+    Args:
+        files: YAML files, or names of installed ones (see `shipped`).
+        settings: `section.key=value` each.
 
     Raises:
         UserError: unknown key (with a suggestion), wrong type, value that is not allowed, unreadable file.
@@ -59,7 +71,7 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
     >>> load(settings=["search.population=24", "eval.kept=[16,8]"]).eval.kept
     (16, 8)
     """
-    changes = [(_read(Path(file)), str(file)) for file in files]
+    changes = [(_read(_find(file)), str(file)) for file in files]
     changes += [(_setting(setting), "command line") for setting in settings]
     recipe = next((str(node["recipe"]) for node, _ in reversed(changes) if "recipe" in node), RunConfig.recipe)
     config = OmegaConf.merge(OmegaConf.structured(RunConfig), RECIPES.get(recipe, {}))
@@ -94,9 +106,19 @@ def describe() -> str:
     return "\n".join(f"  {key:34} {default!s:14} {text}" for key, default, text in _settings(RunConfig, ""))
 
 
+def _find(file: str | Path) -> Path:
+    """A file of this name, else the installed configuration of this name."""
+    path = Path(file)
+    if path.is_file():
+        return path
+    if path.name == str(file) and (SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml").is_file():
+        return SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
+    near = difflib.get_close_matches(path.stem, shipped(), 1)
+    hint = f"did you mean {near[0]}?" if near else f"give a YAML file, or one of {', '.join(shipped())}"
+    raise UserError(f"--config={file}: no such file and no configuration of this name is installed; {hint}")
+
+
 def _read(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise UserError(f"--config={path}: no such file")
     try:
         content = OmegaConf.load(path)
     except yaml.YAMLError as error:
