@@ -20,6 +20,7 @@ TIERS = [
     ("search",),
     ("labels", "inference"),
     ("training", "evaluation", "bench"),
+    ("arguments",),
     ("cli",),
 ]
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}

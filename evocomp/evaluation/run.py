@@ -11,13 +11,13 @@ import torch
 
 from evocomp import distributed
 from evocomp.compressor.model import EvoCompCompressor
-from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import digest, test_questions
 from evocomp.evaluation.k_token_merging import k_token_outcomes
 from evocomp.evaluation.outcome import Outcome, Questions
 from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.report import make_report, write_report
+from evocomp.evaluation.request import GIVEN_CONTEXT, check_request
 from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
 from evocomp.inference import card
@@ -28,25 +28,6 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection import selector
 from evocomp.viz import SheetItem, kept_sheet
 
-BASIC = ("uniform_stride", "average_pool")
-FULL = (
-    *BASIC,
-    "cls_attention",
-    "tome",
-    "prumerge",
-    "prumerge_plus",
-    "hired",
-    "visionzip",
-    "vispruner",
-    "divprune",
-    "cdpruner",
-    "fastv",
-    "sparsevlm",
-    "pyramiddrop",
-    "dart",
-)
-GIVEN_CONTEXT = "+context"
-"""Ends the name of a method that drops tokens and is given context tokens: what those are worth without training."""
 JUDGED = "judged.json"
 """Says, in a folder of --out, which run and which questions its report is about."""
 
@@ -75,16 +56,11 @@ def evaluate_run(
     Returns:
         The rows of report.json.
     """
-    config = config_files.load([run_dir / "config.yaml"])
-    if not (run_dir / "compressor" / "config.json").is_file():
-        raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
+    config, names = check_request(run_dir, out, questions, seed, panel, source)
     out = out or run_dir
     is_own = out.resolve() == run_dir.resolve()
-    if is_own and (questions is not None or seed is not None or source is not None):
-        raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compressor = read_compressor(run_dir).to(device)
-    names = panel_names(panel or "basic", bool(compressor.config.sharp))
     distributed.set_threads(config.threads)
     data = config.data if source is None else replace(config.data, test_source=source)
     examples = test_questions(data, questions, seed)
@@ -157,23 +133,6 @@ def check_place(out: Path, judged: str) -> None:
     if earlier != judged and out.is_dir() and any(out.iterdir()):
         what = "a report of another run or on other questions" if earlier else "other files"
         raise UserError(f"--out={out} holds {what}; choose another folder")
-
-
-def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
-    """The selectors of a panel, for a compressor with or without context tokens.
-
-    Raises `UserError` for a name that is none.
-    """
-    if panel in ("basic", "full"):
-        controls = tuple(f"{name}{GIVEN_CONTEXT}" for name in ("random_tokens", "cls_attention", "divprune"))
-        return BASIC if panel == "basic" else FULL + controls * context
-    names = tuple(panel.split(","))
-    unknown = [name for name in names if name.removesuffix(GIVEN_CONTEXT) not in (*FULL, "random_tokens")]
-    if not unknown and not context and any(name.endswith(GIVEN_CONTEXT) for name in names):
-        raise UserError(f"--panel={panel}: this run's compressor has no context tokens; leave out {GIVEN_CONTEXT}")
-    if unknown:
-        raise UserError(f"--panel={panel}: {unknown[0]!r} is none of basic, full, random_tokens, {', '.join(FULL)}")
-    return names
 
 
 def part(outcomes: Sequence[Outcome], questions: Questions, own: np.ndarray) -> tuple[list[Outcome], Questions]:

@@ -26,10 +26,11 @@ from evocomp.labels.labeller import Interrupted
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.average import AverageFromEpoch
+from evocomp.training.claims import DONE
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
-from evocomp.training.folder import DONE, claimed, is_finished, judge_as_asked, last_checkpoint, write_json
+from evocomp.training.folder import claimed, is_finished, judge_as_asked, last_checkpoint, write_json
 from evocomp.training.labelling import build_labeller, follows_compressor, use_feature_cache
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy

@@ -203,7 +203,7 @@ def test_a_store_of_other_settings_is_refused_and_replaced_only_if_asked(tmp_pat
     assert label(folder, "--search.generations=2") == 2
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.strip().splitlines()) == 1
-    assert "was made by search={" in said.err and "'generations': 1" in said.err and "'generations': 2" in said.err
+    assert "was made by search.generations=1 (this run has search.generations=2)" in said.err
     assert said.err.strip().endswith("choose another folder or --labels.overwrite=true")
     assert digest(folder) == first
     assert label(folder, "--search.generations=2", "--labels.overwrite=true") == 0

@@ -18,7 +18,7 @@ from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training import build, labelling
 from evocomp.training.build import check_trainer, run
-from evocomp.training.folder import DONE
+from evocomp.training.claims import DONE
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.optim import learning_rate
