@@ -34,6 +34,19 @@ def warn_once(message: str) -> None:
         logger.warning(message)
 
 
+def in_words(seconds: float) -> str:
+    """A duration for people.
+
+    >>> in_words(8), in_words(200), in_words(9000), in_words(400_000)
+    ('8 s', '3 min', '2.5 h', '4.6 days')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 class UserError(Exception):
     """Something the user can put right: printed as one line, exit code 2, no traceback."""
 
