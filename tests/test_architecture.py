@@ -13,7 +13,7 @@ PACKAGE = ROOT / "evocomp"
 
 # a part imports only parts of lower tiers
 TIERS = [
-    ("config", "log", "files", "distributed"),
+    ("config", "log", "files", "distributed", "progress"),
     ("ops", "data"),
     ("viz",),
     ("mllm", "grouping", "losses", "selection", "compressor"),
@@ -29,6 +29,7 @@ TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 ALLOWED = {
     ("config", "log"): "mistakes in settings are user errors",
     ("distributed", "log"): "a rank that has gone silent is named",
+    ("progress", "log"): "messages and progress bars share one terminal",
     ("compressor", "selection"): "a compressor keeps its top r by the same rule for ties as every method",
     ("compressor", "mllm"): "the layer comes from the target's decoder: the table of families finds it",
 }
