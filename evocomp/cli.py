@@ -125,7 +125,7 @@ def train(asked: argparse.Namespace) -> int:
     from evocomp.training.build import run
 
     run_dir = Path(config.run_dir)
-    is_new = run(config)
+    is_new = run(config, _answers(config))
     if not log.is_rank_zero():
         return 0
     if config.model.shard != 1:
@@ -142,6 +142,14 @@ def train(asked: argparse.Namespace) -> int:
         print((run_dir / "report.md").read_text())
     _say_what_next(config, run_dir)
     return 0
+
+
+def _answers(config: RunConfig) -> int:
+    """(question, method) pairs of the evaluation after training."""
+    from evocomp.evaluation.request import BASIC, rows_of
+
+    is_evaluated = config.model.shard == 1
+    return is_evaluated * config.data.test_samples * rows_of(config, len(BASIC), len(config.eval.beside))
 
 
 def _say_what_next(config: RunConfig, run_dir: Path) -> None:

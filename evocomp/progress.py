@@ -57,6 +57,11 @@ class Progress:
         """Of all stages."""
         return sum(stage.seconds_left for stage in self.stages.values())
 
+    @property
+    def _left(self) -> str:
+        unknown = any(s.total > s.done and not s.timed and not s.guess for s in self.stages.values())
+        return "" if unknown else f"about {in_words(self.seconds_left)} left"
+
     def show(self, text: str) -> None:
         """Say what is being done; draws or writes only if the last time was long enough ago."""
         if not is_rank_zero():
@@ -68,7 +73,7 @@ class Progress:
                 self._draw(text, now - self._started)
         elif now - self._shown >= LINE_EVERY_SECONDS:
             self._shown = now
-            logger.info("%s, about %s left in all", text, in_words(self.seconds_left))
+            logger.info("%s", ", ".join(filter(None, (text, self._left))))
 
     def close(self) -> None:
         """Take the bar away."""
@@ -82,8 +87,8 @@ class Progress:
             self._bar = _new_bar()
             self._bar.start()
             self._task = self._bar.add_task(text, total=1.0, left="")
-        share = spent / max(1e-9, spent + left)
-        self._bar.update(self._task, description=text, completed=share, left=f"about {in_words(left)} left")
+        share = spent / max(1e-9, spent + left) if self._left else 0.0
+        self._bar.update(self._task, description=text, completed=share, left=self._left)
         self._bar.refresh()
 
 

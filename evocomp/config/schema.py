@@ -197,6 +197,11 @@ class LabelConfig:
             f"labels.probes={self.probes}: must be 0, or from 2 to labels.proposals={self.proposals}",
         )
 
+    def round_of(self, epoch: int) -> int:
+        """The round of labels that an epoch trains on; 0 are those before there is a compressor."""
+        started = self.refresh != "none" and epoch >= self.refresh_start
+        return 1 + (epoch - self.refresh_start) // self.refresh_every if started else 0
+
     def labelled_at_first(self, questions: int) -> int:
         """How many of so many training questions round 0 labels."""
         some = self.credit_samples if self.target == "credit" else 0

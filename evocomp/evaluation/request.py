@@ -73,3 +73,13 @@ def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
     if unknown:
         raise UserError(f"--panel={panel}: {unknown[0]!r} is none of basic, full, random_tokens, {', '.join(FULL)}")
     return names
+
+
+def rows_of(config: RunConfig, methods: int, others: int = 0) -> int:
+    """Rows of a table: three references, and every method at every number of kept tokens.
+
+    Args:
+        methods: of the panel, beside the compressor, image downsampling and random tokens.
+        others: compressors of other runs.
+    """
+    return 3 + len(config.eval.kept) * (2 + config.eval.seeds + methods + others)

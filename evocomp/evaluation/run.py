@@ -1,8 +1,7 @@
 """Judge a finished run: the panel on fresh questions, and the report."""
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from evocomp.data.splits import digest, test_questions
 from evocomp.evaluation.k_token_merging import k_token_outcomes
 from evocomp.evaluation.outcome import Outcome, Questions
 from evocomp.evaluation.panel import Panel, Rival, picture
+from evocomp.evaluation.progress import EvaluationProgress
 from evocomp.evaluation.report import make_report, write_report
-from evocomp.evaluation.request import GIVEN_CONTEXT, check_request
+from evocomp.evaluation.request import GIVEN_CONTEXT, check_request, rows_of
 from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.tables import terminal
 from evocomp.inference import card
@@ -71,11 +71,12 @@ def evaluate_run(
         check_place(out, judged)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
     others, remarks = siblings(config, run_dir, compressor)
-    logger.info("judging on %d questions", len(examples))
-    judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=progress())
-    outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
-    if panel == "full":
-        outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
+    logger.info("evaluation on %d questions", len(examples))
+    with EvaluationProgress(rows_of(config, len(names), len(others))) as shown:
+        judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=shown.row)
+        outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
+        if panel == "full":
+            outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
     apart = questions_apart(judge, config.eval.apart)
     main = ~np.logical_or.reduce([*apart.values(), np.zeros(len(judge.questions), dtype=bool)])
     settings = {"resamples": config.eval.resamples, "seed": config.seed, "remarks": remarks}
@@ -94,7 +95,7 @@ def evaluate_run(
         special = make_report(*part(outcomes, judge.questions, own), title=f"{kind}, reported apart", **settings)
         write_report(special, out / kind)
         print(f"\n{kind}, reported apart\n{terminal(special)}")
-    logger.info("written: %s", out / "report.md")
+    logger.info("written: %s", out / "report.html")
     return report.rows
 
 
@@ -109,19 +110,6 @@ def read_compressor(run_dir: Path) -> EvoCompCompressor:
     folder = run_dir / "compressor"
     with weights_of(folder):
         return EvoCompCompressor.from_pretrained(folder).eval()
-
-
-def progress(seconds: float = 10) -> Callable[[str], None]:
-    """Says what is being run, but not more often than that: small models have dozens of rows in as many seconds."""
-    said = time.monotonic()
-
-    def report(text: str) -> None:
-        nonlocal said
-        if time.monotonic() - said >= seconds:
-            said = time.monotonic()
-            logger.info("judging: %s", text)
-
-    return report
 
 
 def check_place(out: Path, judged: str) -> None:

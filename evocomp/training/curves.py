@@ -85,13 +85,7 @@ class Curves(L.Callback):
         """Accuracy on the selection split with tokens drawn evenly, at each kept count, and with all of them."""
         every = max(len(one.visual) for one in self.monitor.mllm.features(self.monitor.examples[:1]))
         counts = [*self.monitor.kept, every]
-        team = self.monitor.mllm.team
-        mine = self.monitor.examples[team.index :: team.count]
-        right = self.monitor.right_answers(mine, at_random, counts)
-        total = torch.tensor([*right, len(mine)], dtype=torch.float64)
-        if trainer.world_size > 1:
-            total = trainer.strategy.reduce(total.to(module.device), reduce_op="sum").cpu()
-        shares = (total[:-1] / total[-1]).tolist()
+        shares = self.monitor.accuracy(at_random, counts, module.device)
         names = [*(f"val/random_{count}" for count in self.monitor.kept), "val/full"]
         return dict(zip(names, shares, strict=True))
 

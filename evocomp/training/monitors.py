@@ -1,11 +1,13 @@
 """What is watched while a compressor trains: accuracy on the selection split at each kept count."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import lightning as L
 import numpy as np
 import torch
+from torchmetrics import MeanMetric
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
@@ -32,6 +34,9 @@ class SelectionAccuracy(L.Callback):
     Args:
         every: epochs between measurements; the last epoch is always measured, whatever ends the run.
         max_new_tokens: longest answer.
+
+    Attributes:
+        answered, seconds: answers that this process has asked for, and the time that they took.
     """
 
     def __init__(
@@ -49,23 +54,38 @@ class SelectionAccuracy(L.Callback):
         self.batch = batch
         self.every = every
         self.max_new_tokens = max_new_tokens
+        self.seconds = 0.0
+        self.answered = 0
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not self.examples or not self.is_due(trainer):
             return
-        # ranks (or those that hold the MLLM together) take every world-th question and sum up
-        mine = self.examples[self.mllm.team.index :: self.mllm.team.count]
-        right = torch.tensor(self.count_right(whole(module), mine), dtype=torch.float64)
-        asked = torch.tensor(float(len(mine)), dtype=torch.float64)
-        if trainer.world_size > 1:
-            right = trainer.strategy.reduce(right.to(module.device), reduce_op="sum").cpu()
-            asked = trainer.strategy.reduce(asked.to(module.device), reduce_op="sum").cpu()
-        shares = (right / asked).tolist()
+        shares = self.accuracy(partial(self._by_compressor, whole(module)), self.kept, module.device)
         for count, share in zip(self.kept, shares, strict=True):
             module.log(f"val/accuracy_{count}", share, rank_zero_only=False, sync_dist=False)
         module.log("val/accuracy", float(np.mean(shares)), prog_bar=True, sync_dist=False)
         listed = "  ".join(f"{count}: {share:.3f}" for count, share in zip(self.kept, shares, strict=True))
-        logger.info("epoch %d  selection accuracy by kept tokens  %s", trainer.current_epoch, listed)
+        logger.info("epoch %d  validation accuracy by kept tokens  %s", trainer.current_epoch + 1, listed)
+
+    def accuracy(self, selection: Selection, kept: Sequence[int], device: torch.device) -> list[float]:
+        """Share of right answers at each of the counts `kept`, over the questions of all ranks, which call it together.
+
+        Args:
+            selection: what chooses the tokens.
+            device: where collectives of this job work.
+        """
+        # ranks (or those that hold the MLLM together) take every world-th question
+        mine = self.examples[self.mllm.team.index :: self.mllm.team.count]
+        started = time.perf_counter()
+        right = self.right_answers(mine, selection, kept)
+        self.seconds += time.perf_counter() - started
+        self.answered += len(mine) * len(kept)
+        shares = []
+        for count in right:
+            share = MeanMetric().set_dtype(torch.float64).to(device)
+            share.update(count / max(1, len(mine)), weight=len(mine))
+            shares.append(share.compute().item())
+        return shares
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Whether the epoch that now ends is one to measure after."""
