@@ -82,13 +82,13 @@ class Progress:
             self._bar = None
 
     def _draw(self, text: str, spent: float) -> None:
-        left = self.seconds_left
+        left = self._left
+        share = spent / max(1e-9, spent + self.seconds_left) if left else 0.0
         if self._bar is None:
             self._bar = _new_bar()
+            self._task = self._bar.add_task(text, total=1.0, completed=share, left=left)
             self._bar.start()
-            self._task = self._bar.add_task(text, total=1.0, left="")
-        share = spent / max(1e-9, spent + left) if self._left else 0.0
-        self._bar.update(self._task, description=text, completed=share, left=self._left)
+        self._bar.update(self._task, description=text, completed=share, left=left)
         self._bar.refresh()
 
 
@@ -96,16 +96,15 @@ def _new_bar():
     """One line, however narrow the terminal is; it goes away when it is stopped."""
     from rich import progress, table
 
-    def text(template: str, ratio: int) -> progress.TextColumn:
-        return progress.TextColumn(
-            template, markup=False, table_column=table.Column(no_wrap=True, overflow="ellipsis", ratio=ratio)
-        )
+    def text(template: str, ratio: int | None = None) -> progress.TextColumn:
+        column = table.Column(no_wrap=True, overflow="ellipsis", ratio=ratio)  # one with a ratio takes what is left
+        return progress.TextColumn(template, markup=False, table_column=column)
 
     return progress.Progress(
-        text("{task.description}", 3),
-        progress.BarColumn(bar_width=None, table_column=table.Column(ratio=1)),
-        text("{task.percentage:>3.0f} %", 0),
-        text("{task.fields[left]}", 0),
+        text("{task.description}", ratio=1),
+        progress.BarColumn(bar_width=12),
+        text("{task.percentage:>3.0f} %"),
+        text("{task.fields[left]}"),
         console=console(),
         transient=True,
         auto_refresh=False,

@@ -87,7 +87,8 @@ class LabelProgress:
     def line(self) -> str:
         """What is being done, for people."""
         what = f"refresh {self.round}" if self.round else "labels"
-        return f"{what}: {self.done}/{self.total} questions, {self.labels_per_second:.1f} per second"
+        speed = f", {self.labels_per_second:.1f} per second" if self.made else ""
+        return f"{what}: {self.done}/{self.total} questions{speed}"
 
 
 class Interrupted(UserError):

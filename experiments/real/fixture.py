@@ -1,6 +1,6 @@
 """Cut the test fixture: a slice of the real vocabulary, a closed-form projector, features of a few scenes.
 
-    python -m experiments.real.fixture --out notebooks/data
+    python -m experiments.real.fixture --out tests/real/data
 
 849 named pictures and 196 tokens a picture: hard enough for a CNN that its tokens also land on rows that are no words.
 """

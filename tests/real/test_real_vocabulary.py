@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from evocomp.grouping.vocabulary import nearest_words, vocabulary_groups
 
-DATA = Path(__file__).parents[2] / "notebooks" / "data"
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
