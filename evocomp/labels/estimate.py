@@ -21,6 +21,7 @@ from evocomp.labels.labeller import Labeller
 from evocomp.labels.random_credit import mask_sizes
 from evocomp.log import UserError, in_words, logger
 from evocomp.mllm.context import split
+from evocomp.mllm.features import Features
 
 EFFICIENCY = 0.5
 """Share of a GPU's peak that scoring is taken to reach, to be replaced by timed samples. Measured: 0.69 of an H100's
@@ -314,7 +315,22 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
     rough = by_arithmetic(config, replace(target, tokens=len(features[0].visual)), work, gpu)
     spent = first * float(np.mean(seconds[1:] or seconds))
     refresh = spent * _refresh_share(config, work)
+    if config.labels.refresh == "on_policy":  # its masks are not shared by the questions about an image
+        refresh = min(total, config.labels.samples_per_refresh) * _time_of_proposals(config, labeller, features)
     return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - len(pieces[0])))
+
+
+def _time_of_proposals(config: RunConfig, labeller: Labeller, features: Sequence[Features]) -> float:
+    """Seconds that a question takes in an on-policy refresh if all of its proposed masks are scored."""
+    tokens, rng = len(features[0].visual), np.random.default_rng(0)
+    alike = [one for one in features if len(one.visual) == tokens]
+    sizes = mask_sizes(config.labels.proposal_sizes, tokens)
+    started = time.perf_counter()
+    for size in sizes:
+        drawn, context = split(size, tokens, config.compressor.sharp)
+        order = rng.random((len(alike), config.labels.proposals, tokens)).argsort(axis=-1)
+        labeller.scorer.each(alike, np.sort(order[..., :drawn]), context)
+    return (time.perf_counter() - started) / len(sizes) / len(alike)
 
 
 def _mean_size(config: RunConfig, tokens: int) -> int:

@@ -158,3 +158,22 @@ def test_a_cpu_configuration_is_timed_on_this_machine(capsys):
     assert cli.main(["label", "--config", "nano", "--estimate", "--gpu", "h100", *few]) == 0
     said = capsys.readouterr().out
     assert "of 144 visual" in said and "on H100 (arithmetic" in said
+
+
+def test_a_refresh_is_timed_by_masks_of_each_question(nano, monkeypatch):
+    """On-policy masks are not shared by the questions about an image, as those of round 0 are."""
+    from evocomp.data.splits import load_splits
+    from evocomp.training.labelling import build_rounds
+
+    few = ["data.max_samples=40", "data.val_samples=0", "data.test_samples=0", "labels.samples_per_refresh=300"]
+    config = load(settings=[*few, "labels.credit_masks=4", "labels.proposals=5"])
+    labeller, clock, shapes = build_rounds(config, nano, load_splits(config.data), None), [0.0], set()
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+
+    def each(features, masks, context):
+        clock[0] += 2.0 * len(features)
+        shapes.add((masks.shape[1], masks.shape[2] + context))
+
+    monkeypatch.setattr(labeller.scorer, "each", each)
+    result = by_timing(config, Target.named("nano", ASSETS), labeller, 1000, GPUS["l4"], count=2)
+    assert result.refresh == pytest.approx(300 * 2.0) and shapes == {(5, size) for size in (4, 8, 16, 32)}
