@@ -60,7 +60,7 @@ class SelectionAccuracy(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not self.examples or not self.is_due(trainer):
             return
-        shares = self.accuracy(partial(self._by_compressor, whole(module)), self.kept, module.device)
+        shares = self.accuracy(partial(self.by_compressor, whole(module)), self.kept, module.device)
         for count, share in zip(self.kept, shares, strict=True):
             module.log(f"val/accuracy_{count}", share, rank_zero_only=False, sync_dist=False)
         module.log("val/accuracy", float(np.mean(shares)), prog_bar=True, sync_dist=False)
@@ -93,10 +93,6 @@ class SelectionAccuracy(L.Callback):
         last = epochs == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         return last or epochs % self.every == 0
 
-    def count_right(self, module: CompressorModule, examples: Sequence[Example]) -> list[float]:
-        """Right answers with the compressor's tokens, at each kept count; an answer may count in part."""
-        return self.right_answers(examples, partial(self._by_compressor, module), self.kept)
-
     def right_answers(self, examples: Sequence[Example], selection: Selection, kept: Sequence[int]) -> list[float]:
         """Right answers at each of the counts `kept`, with the tokens that `selection` chooses."""
         right = [0.0] * len(kept)
@@ -110,7 +106,8 @@ class SelectionAccuracy(L.Callback):
                 right[place] += sum(score_answer(e, a) for e, a in zip(part, answers, strict=True))
         return right
 
-    def _by_compressor(self, module: CompressorModule, features: Sequence[Features]) -> Choose:
+    def by_compressor(self, module: CompressorModule, features: Sequence[Features]) -> Choose:
+        """The compressor's choice, as a `Selection` once the module is bound."""
         inputs = compressor_input(self.mllm, features)
         any_count = None if module.compressor.config.budget_input else module.score(inputs)
 
