@@ -1,41 +1,44 @@
-"""The command line. Words are parsed and checked before torch is imported, so that help and typos answer at once."""
+"""The commands. Arguments are parsed and checked before torch is imported, so that mistakes are told at once."""
 
+import argparse
 import difflib
+import os
+import select
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evocomp import __version__, log
+from evocomp.arguments import BENCHES, help_of, help_of_all, parse
+from evocomp.config.schema import RunConfig
 from evocomp.log import UserError
 
-HELP = f"""evocomp {__version__}: fewer visual tokens for multimodal LLMs, with labels that are searched for
-
-  evocomp train     label, train and judge a compressor     evocomp train --config experiments/nano.yaml
-  evocomp label     make or complete a label store          evocomp label --config experiments/nano.yaml
-  evocomp eval      judge a finished run                    evocomp eval --run runs/nano
-  evocomp generate  answer one question, compressed         evocomp generate --model nano --compressor runs/nano/compressor --image a.png --prompt "color of circle" --keep 16
-  evocomp bench     time label search, ops or inference     evocomp bench ops
-  evocomp data      write a data set                        evocomp data scenes --out scenes --count 500
-  evocomp config    print the resolved settings             evocomp config --config experiments/nano.yaml --seed=3
-
-Every setting can be given as --section.key=value; `evocomp VERB --help` says more."""  # noqa: E501
+BROKEN_PIPE = 141
+"""Exit code of a command whose output nobody reads any more: 128 + SIGPIPE, as shells report it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0 done; 2 something for the user to put right, or stopped by SIGTERM with something left to do, which the same
-    command goes on with; 130 interrupted.
+    0: success. 2: a mistake of the user, or stopped by SIGTERM (run the same command again to go on). 130: Ctrl-C.
+    141: the reader of the output has gone away, as in `evocomp --help | head -1`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
-    return log.exit_code(lambda: _dispatch(words), "evocomp")
+    try:
+        code = log.exit_code(lambda: _dispatch(words), "evocomp")
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _stdout_is_broken():
+            raise
+        return BROKEN_PIPE
 
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(HELP)
+        print(help_of_all(), end="")
         return 0
     if words[0] in ("--version", "-V"):
         print(__version__)
@@ -45,108 +48,84 @@ def _dispatch(words: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"did you mean {near[0]}?" if near else "evocomp --help lists the commands"
         raise UserError(f"unknown command {verb}; {hint}")
-    if any(word in ("-h", "--help") for word in rest):
-        print(_help_of(verb))
+    starts_work = verb in ("train", "label")
+    if (starts_work and not rest) or any(word in ("-h", "--help") for word in rest):
+        print(help_of(verb, rest), end="")
         return 0
-    return VERBS[verb](rest)
+    return VERBS[verb](parse(words))
 
 
-def _help_of(verb: str) -> str:
-    text = (VERBS[verb].__doc__ or "").strip()
-    if verb in ("train", "label", "config"):
-        from evocomp.config.load import describe
-
-        text += "\n\nSettings (key, default, meaning):\n" + describe()
-    return text
-
-
-def _options(words: Sequence[str], known: dict[str, str | None], verb: str) -> dict[str, str | None]:
-    """Simple `--key value` options of the verbs that are not about a whole run; a key alone means `true`."""
-    values, queue = dict(known), list(words)
-    while queue:
-        key, equals, value = queue.pop(0).removeprefix("--").partition("=")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-            hint = f"did you mean --{near[0]}?" if near else f"evocomp {verb} --help lists them"
-            raise UserError(f"unknown option {key}; {hint}")
-        if not equals:
-            value = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-        values[key] = value
-    missing = [key for key, value in values.items() if value == ""]
-    if missing:
-        raise UserError(f"evocomp {verb} needs --{missing[0]}")
-    return values
+def _stdout_is_broken() -> bool:
+    """Whether standard output is a pipe that nobody reads any more; if so, what is left to write goes nowhere."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    # else the interpreter complains once more when it flushes at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
-def _take_options(words: Sequence[str], known: dict[str, str | None], verb: str) -> tuple[dict, list[str]]:
-    """A verb's own options out of words that are otherwise about a whole run."""
-    own, rest, queue = [], [], list(words)
-    while queue:
-        word = queue.pop(0)
-        mine = word.startswith("--") and word[2:].partition("=")[0] in known
-        (own if mine else rest).append(word)
-        if mine and "=" not in word and queue and word != "--estimate" and not queue[0].startswith("--"):
-            own.append(queue.pop(0))
-    return _options(own, known, verb), rest
+# ---------------------------------------------------------------- checks before the work
 
 
-def _number(options: dict, key: str, kind: Callable = int, least: int | None = None):
-    try:
-        number = kind(options[key])
-    except (TypeError, ValueError):
-        raise UserError(f"--{key}={options[key]}: must be a number") from None
-    if least is not None and not number >= least:  # NaN is not either
-        raise UserError(f"--{key}={options[key]}: must be at least {least}")
-    return number
-
-
-def _count_or_share(text: str) -> int | float:
-    """16 is a number of tokens, 0.3 and 1.0 are shares of them, as in Python."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def _place(options: dict, key: str, is_file: bool = False) -> Path | None:
+def _writable(option: str, text: str | None, is_file: bool = False) -> Path | None:
     """Where a result goes (None: nowhere), known to be writable before the work begins, which may take hours."""
-    if not options[key]:
+    if not text:
         return None
-    place = Path(options[key])
+    place = Path(text)
     folder = place.parent if is_file else place
     if is_file and place.is_dir():
-        raise UserError(f"--{key}={place} is a folder; give a file")
+        raise UserError(f"{option}={place} is a folder; give a file")
     if not is_file and place.is_file():
-        raise UserError(f"--{key}={place} is a file; give a folder")
+        raise UserError(f"{option}={place} is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"--{key}={place}: cannot write into {folder} ({error.strerror}); give another place") from None
+        why = f"cannot write into {folder} ({error.strerror})"
+        raise UserError(f"{option}={place}: {why}; give another place") from None
     return place
 
 
-def _config(words: Sequence[str]):
-    from evocomp.config.load import load, split_arguments
+def _new_image(option: str, text: str | None) -> Path | None:
+    """Where an image is to be written: a new file of a known format in a folder that can be written."""
+    place = _writable(option, text, is_file=True)
+    if place is None:
+        return None
+    from PIL import Image
 
-    return load(*split_arguments(words))
+    if place.exists():
+        raise UserError(f"{option}={place} exists; give another name")
+    if Image.registered_extensions().get(place.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"{option}={place} does not end as a picture does; give a name that ends in .png")
+    return place
 
 
-def train(words: Sequence[str]) -> int:
-    """evocomp train --config FILE [--run_dir=DIR] [--a.b=value ...]
+def _config(asked: argparse.Namespace) -> RunConfig:
+    from evocomp.config.load import load
 
-    Labels the training questions, trains a compressor (labels are refreshed as the recipe says) and prints the
-    table. Started again after an interruption, it goes on where it was.
+    return load(asked.config, asked.settings)
 
-      evocomp train --config experiments/nano.yaml
-      evocomp train --config experiments/nano.yaml --data.source=my/folder --run_dir=runs/mine --trainer.max_epochs=4
+
+# ---------------------------------------------------------------- commands
+
+
+def train(asked: argparse.Namespace) -> int:
+    """Label the training questions, train a compressor, evaluate it and write a report.
+
+    Run again after an interruption, the same command continues; a finished run is
+    shown, not repeated.
     """
-    config = _config(words)
+    config = _config(asked)
+    from evocomp.training.claims import check_before_work
+
+    check_before_work(config)
     from evocomp.training.build import run
 
     run_dir = Path(config.run_dir)
-    is_new = run(config)
+    is_new = run(config, _answers(config))
     if not log.is_rank_zero():
         return 0
     if config.model.shard != 1:
@@ -161,170 +140,137 @@ def train(words: Sequence[str]) -> int:
         evaluate_run(run_dir)
     else:
         print((run_dir / "report.md").read_text())
+    _say_what_next(config, run_dir)
     return 0
 
 
-def label(words: Sequence[str]) -> int:
-    """evocomp label --config FILE [--labels.dir=DIR] [--a.b=value ...]
+def _answers(config: RunConfig) -> int:
+    """(question, method) pairs of the evaluation after training."""
+    from evocomp.evaluation.request import BASIC, rows_of
 
-    Makes the label store alone, or completes one that was interrupted. Several processes share the work:
-    torchrun --nproc-per-node 8 -m evocomp label ...
+    is_evaluated = config.model.shard == 1
+    return is_evaluated * config.data.test_samples * rows_of(config, len(BASIC), len(config.eval.beside))
 
-      --estimate     only say what it will cost: forwards, FLOPs, hours, price, memory, disk
-      --gpu NAME     of this GPU (h200, h100, a100, l40s, 4090, l4), or `here` to time a few samples on this machine;
-                     default: the GPU of this machine, timed, or an H100
-      --gpus N       so many at once
-      --price USD    an hour of one
 
-      evocomp label --config experiments/nano.yaml --labels.dir=labels/nano
-      evocomp label --config experiments/llava15_7b.yaml --estimate --gpu a100 --gpus 8
+def _say_what_next(config: RunConfig, run_dir: Path) -> None:
+    compress = f"evocomp generate --model {config.model.name} --compressor {run_dir / 'compressor'}"
+    log.logger.info(
+        "\nreport: %s\nnext:\n  %s\n  %s",
+        run_dir / "report.html",
+        f'{compress} --keep {sorted(config.eval.kept)[len(config.eval.kept) // 2]} --image FILE --prompt "..."',
+        f"evocomp eval --run {run_dir} --panel full --out {run_dir}_full",
+    )
+
+
+def label(asked: argparse.Namespace) -> int:
+    """Make the label store alone, or complete one that was interrupted.
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m evocomp label ...
     """
-    known = {"estimate": None, "gpu": None, "gpus": "1", "price": None}
-    options, rest = _take_options(words, known, "label")
-    config = _config(rest)
-    if options["estimate"] == "true":
-        price = _number(options, "price", float, least=0) if options["price"] else None
-        gpus = _number(options, "gpus", least=1)
+    config = _config(asked)
+    if asked.estimate:
         from evocomp.training.cost_estimate import estimate_only
 
-        print(estimate_only(config, options["gpu"], gpus, price))
+        print(estimate_only(config, asked.gpu, asked.gpus, asked.price))
         return 0
+    from evocomp.training.claims import check_labels
+
+    check_labels(config)
     from evocomp.training.build import label_only
 
     label_only(config)
     return 0
 
 
-def evaluate(words: Sequence[str]) -> int:
-    """evocomp eval --run RUN [--out DIR] [--questions N] [--seed S] [--panel basic|full|NAME,NAME,...]
-                 [--source FILE_OR_BENCHMARK:FOLDER]
+def evaluate(asked: argparse.Namespace) -> int:
+    """Evaluate a finished run on fresh questions; writes report.html, report.md,
+    report.json and kept.png.
 
-    Judges a finished run on fresh questions and writes report.json, report.md and kept.png.
-    The run's own report is replaced only if --out is not given and the questions are the same; of other folders
-    (--out), only an earlier report of the same run on the same questions.
-
-      evocomp eval --run runs/nano
-      evocomp eval --run runs/nano --out judged --questions 3000 --seed 9001
-      evocomp eval --run runs/llava --out judged_pope --source pope:data/pope
+    The run's own report is replaced only if --out is not given and the questions are
+    the same; of other folders (--out), only an earlier report of the same run on the
+    same questions.
     """
-    known = {"run": "", "out": None, "questions": None, "seed": None, "panel": None, "source": None}
-    options = _options(words, known, "eval")
-    run_dir = Path(options["run"])
+    run_dir = Path(asked.run)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"--run={run_dir}: not a run folder (no config.yaml); give what evocomp train wrote")
-    questions = _number(options, "questions", least=1) if options["questions"] else None
-    seed = _number(options, "seed", least=0) if options["seed"] else None
-    out = _place(options, "out")
+    out = _writable("--out", asked.out)
     if out is None:
-        _place(options, "run")  # there the report goes
+        _writable("--run", asked.run)  # there the report goes
+    wanted = {"questions": asked.questions, "seed": asked.seed, "panel": asked.panel, "source": asked.source}
+    from evocomp.evaluation.request import check_request
+
+    check_request(run_dir, out, **wanted)
     from evocomp.evaluation.run import evaluate_run
 
     try:
-        evaluate_run(
-            run_dir,
-            out=out,
-            questions=questions,
-            seed=seed,
-            panel=options["panel"],
-            source=options["source"],
-        )
+        evaluate_run(run_dir, out=out, **wanted)
     except KeyboardInterrupt:
         print("evocomp: interrupted; nothing is kept of a panel, the same command starts it anew", file=sys.stderr)
         return 130
     return 0
 
 
-def generate(words: Sequence[str]) -> int:
-    """evocomp generate --model DIR_OR_ID --compressor DIR --image FILE --prompt TEXT --keep N
-                     [--layer L] [--compare] [--save kept.png] [--max_new_tokens N]
-
-    Answers one question with fewer visual tokens and says where the time went; --compare runs the full model
-    beside it, --save draws the kept tokens. N is a number of tokens (16) or a share of them (0.3; 1.0 is all).
-
-      evocomp generate --model nano --compressor runs/nano/compressor --image a.png --prompt "color of circle" --keep 16
+def generate(asked: argparse.Namespace) -> int:
+    """Answer one question about one image with fewer visual tokens, and print where the
+    time went.
     """
-    known = {"model": "", "compressor": "", "image": "", "prompt": "", "keep": "", "layer": "0"}
-    known |= {"compare": None, "save": None, "max_new_tokens": "32"}
-    options = _options(words, known, "generate")
-    keep, most = _number(options, "keep", _count_or_share), _number(options, "max_new_tokens", least=1)
-    if not Path(options["image"]).is_file():
-        raise UserError(f"--image={options['image']}: no such file")
-    save = _place(options, "save", is_file=True)
+    if not Path(asked.image).is_file():
+        raise UserError(f"--image={asked.image}: no such file")
+    save = _new_image("--save", asked.save)
     from evocomp.inference.command import answer_from_command_line
 
     answer_from_command_line(
-        model=options["model"],
-        compressor=options["compressor"],
-        image=Path(options["image"]),
-        prompt=options["prompt"],
-        keep=keep,
-        layer=_number(options, "layer"),
-        compare=options["compare"] == "true",
+        model=asked.model,
+        compressor=asked.compressor,
+        image=Path(asked.image),
+        prompt=asked.prompt,
+        keep=asked.keep,
+        layer=asked.layer,
+        compare=asked.compare,
         save=save,
-        max_new_tokens=most,
+        max_new_tokens=asked.max_new_tokens,
     )
     return 0
 
 
-def bench(words: Sequence[str]) -> int:
-    """evocomp bench label-search | ops | inference | training | label-processes [--out FILE.csv] [--shape NAME[,NAME]]
-
-    Times the project's parts against their straightforward counterparts, interleaved, as ratios of one run.
-
-      --shape NAME   at the sizes of llava15_7b, llava_next_7b or qwen25_vl_7b, with random weights (for label-search,
-                     ops and inference; meant for a GPU, ops run on a CPU too)
-
-      evocomp bench ops
-      evocomp bench label-search --shape llava15_7b,qwen25_vl_7b
+def bench(asked: argparse.Namespace) -> int:
+    """Time a part of the project against its straightforward counterpart: interleaved
+    runs, reported as ratios.
     """
-    kinds = ("label-search", "ops", "inference", "training", "label-processes")
-    if not words or words[0] not in kinds:
-        raise UserError(f"evocomp bench needs one of {', '.join(kinds)}")
-    options = _options(words[1:], {"out": None, "shape": None}, "bench")
-    if options["shape"] and words[0] == "training":
+    if asked.kind not in BENCHES:
+        raise UserError(f"evocomp bench needs one of {', '.join(BENCHES)}")
+    if asked.shape and asked.kind == "training":
         raise UserError("evocomp bench training has no --shape")
-    out = _place(options, "out", is_file=str(options["out"]).endswith(".csv"))
+    out = _writable("--out", asked.out, is_file=str(asked.out).endswith(".csv"))
     from evocomp.bench.record import run_bench
 
-    shapes = options["shape"].split(",") if options["shape"] else ()
-    run_bench(words[0], out, shapes)
+    run_bench(asked.kind, out, asked.shape.split(",") if asked.shape else ())
     return 0
 
 
-def data(words: Sequence[str]) -> int:
-    """evocomp data scenes --out DIR [--count SCENES] [--seed S] [--relation]
-
-    Writes drawn scenes as a LLaVA-format folder: data.json and images/.
-
-      evocomp data scenes --out scenes --count 500
-    """
-    if not words or words[0] != "scenes":
+def data(asked: argparse.Namespace) -> int:
+    """Write drawn scenes as a folder in LLaVA's format: data.json and images/."""
+    if asked.kind != "scenes":
         raise UserError("evocomp data needs the word scenes: evocomp data scenes --out DIR")
-    known = {"out": "", "count": "500", "seed": "101", "relation": None}
-    options = _options(words[1:], known, "data scenes")
-    count, seed = _number(options, "count", least=1), _number(options, "seed", least=0)
-    out = _place(options, "out")
+    if not asked.out:
+        raise UserError("evocomp data scenes needs --out; evocomp data --help shows an example")
+    out = _writable("--out", asked.out)
     from evocomp.data.conversations import write_scenes
 
-    records = write_scenes(out, seed, count, relation=options["relation"] == "true")
-    print(f"{records} questions about {count} scenes in {out}")
+    records = write_scenes(out, asked.seed, asked.count, relation=asked.relation)
+    print(f"{records} questions about {asked.count} scenes in {out}")
     return 0
 
 
-def show_config(words: Sequence[str]) -> int:
-    """evocomp config [--config FILE ...] [--a.b=value ...]
-
-    Prints the settings that these files and options come to.
-
-      evocomp config --config experiments/nano.yaml --seed=3
-    """
+def show_config(asked: argparse.Namespace) -> int:
+    """Print the settings of a run after files and options are combined."""
     from evocomp.config.load import to_yaml
 
-    print(to_yaml(_config(words)), end="")
+    print(to_yaml(_config(asked)), end="")
     return 0
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "label": label,
     "eval": evaluate,
@@ -333,6 +279,5 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "data": data,
     "config": show_config,
 }
-
 if __name__ == "__main__":
     sys.exit(main())

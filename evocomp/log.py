@@ -1,9 +1,14 @@
-"""Messages to the user: one logger, and warnings that are said once."""
+"""Messages to the user: one logger, one terminal, and warnings that are said once."""
 
 import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 logger = logging.getLogger("evocomp")
 _said: set[str] = set()
@@ -17,10 +22,32 @@ def is_rank_zero() -> bool:
     return all(int(os.environ.get(variable, "0")) == 0 for variable in ("NODE_RANK", "LOCAL_RANK"))
 
 
+@cache
+def console() -> "Console":
+    """Standard error as a terminal, for messages and progress bars alike: a message goes above the bar."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+class _Handler(logging.Handler):
+    """Writes messages to standard error, in a terminal through `console`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if sys.stderr.isatty():
+                console().print(text, markup=False, emoji=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
 def setup(level: str = "INFO") -> None:
     """Send messages of rank 0 to standard error, without decoration."""
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Handler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
@@ -32,6 +59,19 @@ def warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         logger.warning(message)
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people.
+
+    >>> in_words(8), in_words(200), in_words(9000), in_words(400_000)
+    ('8 s', '3 min', '2.5 h', '4.6 days')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 class UserError(Exception):

@@ -1,7 +1,7 @@
 """Write the tables of RESULTS.md from the rows in results/.
 
-A table stands between the comments `<!-- table NAME -->` and `<!-- end -->`; the text around it stays. A test checks that
-the file agrees with the rows.
+A table stands between the comments `<!-- table NAME -->` and `<!-- end -->`; the text around it stays. A test checks
+that the file agrees with the rows.
 
     python experiments/tables.py
 """
@@ -110,7 +110,8 @@ def grouped(groups: Sequence[Group], values: dict[str, dict[int, float]], counts
         best = [max((row[i] for row in printed.values()), default="") for i in range(len(counts))]
         for label, row in printed.items():
             if heading == "references":
-                lines.append(f"| {label} | {next(f'{v:.3f}' for v in present[label].values())} |" + " |" * (len(counts) - 1))
+                value = next(iter(present[label].values()))
+                lines.append(f"| {label} | {value:.3f} |" + " |" * (len(counts) - 1))
             else:
                 cells = [f"**{cell}**" if cell == top else cell for cell, top in zip(row, best, strict=True)]
                 lines.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -150,7 +151,8 @@ def seeds() -> list[str]:
         "random_labels": "published with random labels",
     }
     rows, counts = read("panel_nano"), (48, 32, 16, 8, 4)
-    lines = ["| three seeds each | " + " | ".join(f"{c} kept" for c in counts) + " |", "| --- |" + " ---: |" * len(counts)]
+    lines = ["| three seeds each | " + " | ".join(f"{c} kept" for c in counts) + " |"]
+    lines.append("| --- |" + " ---: |" * len(counts))
     for name, label in names.items():
         cells = []
         for count in counts:

@@ -42,11 +42,12 @@ def understood(words: list[str], root: Path, folder: Path, monkeypatch) -> None:
         if not (folder / name).exists():
             (folder / name).symlink_to(root / name)
     options = dict(zip(words, words[1:], strict=False))
-    for option, file in (("--run", "config.yaml"), ("--image", "")):
+    made_by_others = (("--run", "config.yaml", ""), ("--run", "compressor/config.json", "{}"), ("--image", "", ""))
+    for option, file, content in made_by_others:
         if option in options:
             made = folder / options[option] / file
             made.parent.mkdir(parents=True, exist_ok=True)
-            made.touch()
+            made.write_text(content)
     called = []
     for module, names in WORK.items():
         for name in names:

@@ -13,13 +13,14 @@ PACKAGE = ROOT / "evocomp"
 
 # a part imports only parts of lower tiers
 TIERS = [
-    ("config", "log", "files", "distributed"),
+    ("config", "log", "files", "distributed", "progress"),
     ("ops", "data", "selection"),
     ("viz",),
     ("mllm", "grouping", "losses", "compressor"),
     ("search",),
     ("labels", "inference"),
     ("training", "evaluation", "bench"),
+    ("arguments",),
     ("cli",),
 ]
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
@@ -28,6 +29,7 @@ TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 ALLOWED = {
     ("config", "log"): "mistakes in settings are user errors",
     ("distributed", "log"): "a rank that has gone silent is named",
+    ("progress", "log"): "messages and progress bars share one terminal",
     ("compressor", "mllm"): "the layer comes from the target's decoder: the table of families finds it",
 }
 

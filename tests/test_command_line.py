@@ -1,15 +1,20 @@
 """The command line: quick answers, and one clear line with exit code 2 for everything a user can get wrong."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from evocomp.cli import VERBS, main
 from evocomp.data.conversations import write_scenes
+from evocomp.log import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 GENERATE = ["--model", "nano", "--compressor", "x", "--image", "none.png", "--prompt", "q"]
 PICTURED = ["--model", "nano", "--compressor", "x", "--image", "a.png", "--prompt", "q", "--keep", "4"]
@@ -36,6 +41,127 @@ def test_help_and_typos_answer_at_once_and_without_torch(words):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # CPU seconds of the child: on a busy machine the clock says nothing
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def quick(words, folder, code: int, says: str = "") -> None:
+    """The command ends with this code and words, without torch."""
+    script = (
+        "import sys; from evocomp.cli import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules), 'heavy imports'; sys.exit(code)"
+    )
+    paths = {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True
+    )
+    assert ended.returncode == code and says in ended.stderr, ended.stderr
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """What a run by nano.yaml leaves behind, as far as checks without torch read it."""
+    from evocomp.config.load import load, save
+    from evocomp.labels.fingerprint import from_settings
+    from evocomp.labels.store import LabelStore
+
+    config = load(["nano"])
+    folder = tmp_path / "runs" / "nano"
+    (folder / "compressor").mkdir(parents=True)
+    (folder / "compressor" / "config.json").write_text('{"sharp": 0}')
+    save(config, folder / "config.yaml")
+    LabelStore.open(folder / "labels", {**from_settings(config), "weights": "w", "data": "d"})
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", *PICTURED, "--save", "a.png"], "--save=a.png exists; give another name"),
+        (["generate", *PICTURED, "--save", "a.foo"], "--save=a.foo does not end as a picture does"),
+        (["eval", "--run", "runs/nano", "--panel", "divprun"], "--panel=divprun: 'divprun' is none of basic"),
+        (["eval", "--run", "runs/nano", "--panel", "divprune+context"], "has no context tokens; leave out +context"),
+        (["eval", "--run", "runs/nano", "--seed", "3"], "give --out DIR"),
+        (["train", "--config", "nano", "--seed", "3"], "runs/nano holds a run with other settings (seed: 0 there, 3"),
+        (["label", "--config", "nano", "--seed", "3"], "was made by seed=0 (this run has seed=3)"),
+    ],
+)
+def test_what_needs_no_torch_is_refused_without_it(a_run, tmp_path, words, says):
+    quick(words, tmp_path, 2, says)
+
+
+def test_labels_of_other_settings_are_refused_before_the_data_are_read(a_run, capsys, monkeypatch):
+    """An interrupted run has labels and no config.yaml yet."""
+    monkeypatch.setattr("evocomp.data.splits.load_splits", lambda *_: pytest.fail("the work began"))
+    (a_run / "config.yaml").unlink()
+    (a_run / "compressor" / "config.json").unlink()
+    (a_run / "compressor").rmdir()
+    words = [f"--run_dir={a_run}", "--config=nano", "--labels.credit_masks=8"]
+    line = fails(capsys, "train", *words)
+    assert "labels.credit_masks=32 (this run has labels.credit_masks=8)" in line
+
+
+def test_what_the_machine_has_decided_is_no_other_setting(a_run):
+    """A setting that was `auto` is saved as what it came to."""
+    from evocomp.labels.store import LabelStore
+
+    LabelStore.refuse_other(a_run / "labels", {"labels": {"dtype": "auto", "credit_masks": 32}})
+    with pytest.raises(UserError, match="labels.credit_masks=32"):
+        LabelStore.refuse_other(a_run / "labels", {"labels": {"dtype": "auto", "credit_masks": 8}})
+
+
+@pytest.mark.parametrize("verb", ["train", "label"])
+def test_a_verb_that_works_for_minutes_does_nothing_when_it_stands_alone(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([verb]) == 0
+    assert f"evocomp {verb} --config nano" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("columns", [60, 80, 140])
+@pytest.mark.parametrize("verb", [*VERBS, ""])
+@pytest.mark.parametrize("what", [[], ["all"]])
+def test_help_fits_the_terminal(verb, what, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    words = [verb] * bool(verb) + ["--help"] + (what if verb in ("train", "label", "config") else [])
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # examples, usage and descriptions are broken by hand, for 80 columns
+    most = max(columns, 80)
+    assert max(map(len, lines)) <= most, [line for line in lines if len(line) > most]
+    if not what and columns >= 80:
+        assert len(lines) <= 80, "two screens"
+
+
+def test_help_all_lists_every_setting_with_its_choices(capsys, monkeypatch):
+    from evocomp.config.options import COMMON, settings
+
+    monkeypatch.setenv("COLUMNS", "80")
+    everything = {setting.key for setting in settings()} - {"trainer"}
+    assert set(COMMON) <= everything | {"trainer"}
+    main(["train", "--help", "all"])
+    text = capsys.readouterr().out
+    assert {line.split()[0][2:] for line in text.splitlines() if line.startswith("  --")} >= everything
+    assert "listwise" in text and "0.0556,0.111" in text and "0.0555555" not in text
+    main(["train", "--help", "optim"])
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")}
+    assert {word for word in listed if "." in word} == {f"--{key}" for key in everything if key.startswith("optim.")}
+    assert "give all, run, model" in fails(capsys, "train", "--help", "everything")
+
+
+@pytest.mark.parametrize("words", ["train --help all", "--help", "config"])
+def test_a_reader_that_has_gone_away_ends_it_quietly(words):
+    # without a buffer it is a print that fails, with one the flush at the end
+    for unbuffered in ("", "1"):
+        read, write = os.pipe()
+        os.close(read)
+        ended = subprocess.run(
+            [sys.executable, "-m", "evocomp", *words.split()],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=write,
+            stderr=subprocess.PIPE,
+        )
+        os.close(write)
+        assert ended.stderr == b"" and ended.returncode == 141
 
 
 def test_help_of_every_verb_shows_an_example(capsys):
@@ -210,6 +336,8 @@ def test_an_interrupted_panel_does_not_promise_to_go_on(capsys, monkeypatch, tmp
         raise KeyboardInterrupt
 
     (tmp_path / "config.yaml").touch()
+    (tmp_path / "compressor").mkdir()
+    (tmp_path / "compressor" / "config.json").write_text("{}")
     monkeypatch.setattr("evocomp.evaluation.run.evaluate_run", interrupted)
     assert main(["eval", "--run", str(tmp_path)]) == 130
     assert "the same command starts it anew" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Settings: `schema` says what there is, `load` reads it. The only room that knows OmegaConf."""
+"""Settings: `schema` says what there is, `load` reads it, `options` makes it command-line options."""

@@ -1,11 +1,8 @@
 """From YAML files and command line to one frozen `RunConfig`; every mistake is one clear line."""
 
-import ast
 import difflib
-import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,38 +11,18 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evocomp.config import schema
+from evocomp.config import options
 from evocomp.config.recipes import RECIPES
 from evocomp.config.schema import RunConfig
 from evocomp.log import UserError
 
+SHIPPED = Path(__file__).resolve().parent.parent / "experiments"
+"""In a checkout a link to its folder `experiments`; an installed package has the files themselves."""
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate `--config FILE` from settings; settings come back as `a.b=v`.
 
-    `--a.b=v`, `--a.b v` and `a.b=v` mean the same; a lone `--a.b` at the end or before another `--` means true.
-
-    >>> split_arguments(["--config", "a.yaml", "--seed", "3", "x.y=p=q", "--labels.overwrite"])
-    (['a.yaml'], ['seed=3', 'x.y=p=q', 'labels.overwrite=true'])
-    """
-    files, settings = [], []
-    queue = list(arguments)
-    while queue:
-        word = queue.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            if not equals:
-                raise UserError(f"{word}: not understood here; write --key=value")
-            settings.append(word)
-            continue
-        if not equals:
-            takes_next = queue and not queue[0].startswith("--")
-            value = queue.pop(0) if takes_next else "true"
-        if key == "config":
-            files.append(value)
-        else:
-            settings.append(f"{key}={value}")
-    return files, settings
+def shipped() -> list[str]:
+    """Names of the configuration files that are installed with the package, for `--config NAME`."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunConfig:
@@ -53,13 +30,17 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
 
     The recipe is the last one that a file or the command line names.
 
+    Args:
+        files: YAML files, or names of installed ones (see `shipped`).
+        settings: `section.key=value` each.
+
     Raises:
         UserError: unknown key (with a suggestion), wrong type, value that is not allowed, unreadable file.
 
     >>> load(settings=["search.population=24", "eval.kept=[16,8]"]).eval.kept
     (16, 8)
     """
-    changes = [(_read(Path(file)), str(file)) for file in files]
+    changes = [(_read(_find(file)), str(file)) for file in files]
     changes += [(_setting(setting), "command line") for setting in settings]
     recipe = next((str(node["recipe"]) for node, _ in reversed(changes) if "recipe" in node), RunConfig.recipe)
     config = OmegaConf.merge(OmegaConf.structured(RunConfig), RECIPES.get(recipe, {}))
@@ -89,14 +70,19 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))
 
 
-def describe() -> str:
-    """One line a setting: key, default, what it means."""
-    return "\n".join(f"  {key:34} {default!s:14} {text}" for key, default, text in _settings(RunConfig, ""))
+def _find(file: str | Path) -> Path:
+    """A file of this name, else the installed configuration of this name."""
+    path = Path(file)
+    if path.is_file():
+        return path
+    if path.name == str(file) and (SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml").is_file():
+        return SHIPPED / f"{path.name.removesuffix('.yaml')}.yaml"
+    near = difflib.get_close_matches(path.stem, shipped(), 1)
+    hint = f"did you mean {near[0]}?" if near else f"give a YAML file, or one of {', '.join(shipped())}"
+    raise UserError(f"--config={file}: no such file and no configuration of this name is installed; {hint}")
 
 
 def _read(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise UserError(f"--config={path}: no such file")
     try:
         content = OmegaConf.load(path)
     except yaml.YAMLError as error:
@@ -124,7 +110,7 @@ def _setting(text: str) -> DictConfig:
 def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
     keys = list(_leaves(OmegaConf.to_container(change)))
     for key in keys:
-        _check_known(key, origin)
+        check_known(key, origin)
     try:
         return OmegaConf.merge(config, change)
     except OmegaConfBaseException as error:
@@ -137,10 +123,11 @@ def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
 @cache
 def _known() -> list[str]:
     """Every setting by its dotted key; once a process, for a saved run names about a hundred."""
-    return [name for name, _, _ in _settings(RunConfig, "")]
+    return [setting.key for setting in options.settings()]
 
 
-def _check_known(key: str, origin: str) -> None:
+def check_known(key: str, origin: str) -> None:
+    """Raise `UserError`, with a suggestion, unless a setting or a section has this dotted key."""
     known = _known()
     sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
     if key in known or key in sections or key.startswith("trainer."):
@@ -170,25 +157,3 @@ def _one_line(error: OmegaConfBaseException) -> str:
     if "$VALUE" in text:  # OmegaConf leaves its template unfilled for items of a tuple
         text = f"an item has the wrong type ({text.rsplit(' ', 1)[-1].lower()} expected)"
     return f"{key}: {text}" if key else text
-
-
-def _settings(cls: type, prefix: str) -> Iterator[tuple[str, Any, str]]:
-    texts = _attribute_docstrings(cls)
-    for item in fields(cls):
-        name = f"{prefix}{item.name}"
-        default = item.default_factory() if callable(item.default_factory) else item.default
-        if is_dataclass(default):
-            yield from _settings(type(default), f"{name}.")
-        else:
-            yield name, default, texts.get(item.name, "")
-
-
-def _attribute_docstrings(cls: type) -> dict[str, str]:
-    """The string that follows each field in the source of `schema.py`."""
-    tree = ast.parse(inspect.getsource(schema))
-    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
-    found = {}
-    for here, after in zip(body, body[1:], strict=False):
-        if isinstance(here, ast.AnnAssign) and isinstance(after, ast.Expr):
-            found[here.target.id] = " ".join(ast.literal_eval(after.value).split())
-    return found

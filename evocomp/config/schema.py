@@ -31,11 +31,11 @@ class DataConfig:
     image_folder: str | None = None
     """Where the JSON's pictures lie; default: the folder of the JSON file."""
     max_samples: int = 600
-    """Training questions that are labelled, at most; 0 = all."""
+    """Largest number of training questions; 0 = all."""
     val_samples: int = 400
-    """Questions of the selection split, on which choices are made; 0 = none."""
+    """Questions of the validation split, measured during training; 0 = none."""
     test_samples: int = 1500
-    """Questions of the test split, on which results are reported."""
+    """Questions of the test split, which the report is about; 0 = no evaluation."""
     val_source: str | None = None
     """Selection split as JSON or folder; default: drawn scenes, or questions held out of `source`."""
     test_source: str | None = None
@@ -64,7 +64,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class GroupingConfig:
     method: Literal["vocabulary", "dpc_knn"] = "vocabulary"
-    """`vocabulary`: nearest word by cosine (method, section 1); `dpc_knn`: density peaks (ablation)."""
+    """`vocabulary`: nearest word embedding by cosine (the paper's); `dpc_knn`: density peaks (ablation)."""
     centre: bool = False
     """Subtract the mean visual token and the mean word first; about doubles the number of groups."""
     whiten: bool = False
@@ -82,7 +82,7 @@ class GroupingConfig:
 @dataclass(frozen=True)
 class SearchConfig:
     strategy: Literal["published", "uniform_crossover", "cross_entropy", "hill_climb", "gradient_seeded"] = "published"
-    """`published` = Algorithm 1 (method, section 2). `gradient_seeded` needs a backward pass of the MLLM."""
+    """`published` is Algorithm 1 of the paper. `gradient_seeded` needs a backward pass of the MLLM."""
     population: int = 48
     """Candidate masks a round (q)."""
     parents: int = 12
@@ -140,7 +140,7 @@ class LabelConfig:
     """Label store, which runs may share; default: RUN_DIR/labels. Rounds that follow a run's compressor have a folder
     of the run's own in it."""
     overwrite: bool = False
-    """Throw away a store that was made with other settings."""
+    """Delete a label store that was made with other settings."""
     target: Literal["hard", "credit", "random"] = "credit"
     """`hard`: the best mask (published); `credit`: per-token credits; `random`: the control with no information."""
     refresh: Literal["none", "search", "on_policy"] = "on_policy"
@@ -152,10 +152,9 @@ class LabelConfig:
     dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
     """Number format of the LLM while it scores masks; `model` = the frozen weights' own."""
     passes: int = 3
-    """How often each question that is labelled at first comes in an epoch, if `samples_per_epoch` is 0."""
+    """Repeats per epoch of each question labelled in round 0; ignored if samples_per_epoch is set."""
     samples_per_epoch: int = 0
-    """Questions that an epoch trains on, over all processes; 0 = `passes` times all that are labelled at
-    first."""
+    """Questions per epoch, over all processes; 0 = `passes` times those labelled in round 0."""
     generations_per_refresh: int = 1
     """Rounds of search that a refresh adds (refresh=search)."""
     warm_start: Literal["population", "scores"] = "population"
@@ -163,7 +162,7 @@ class LabelConfig:
     chunk_size: int = 50
     """Samples in a chunk of the store: what a crash may cost."""
     batch: int = 64
-    """Candidate masks scored in one forward, at most."""
+    """Largest number of candidate masks scored in one forward."""
     credit_masks_from: Literal["random", "search"] = "random"
     """Credits of random masks, or of all the masks that `search` scores (target=credit)."""
     credit_of: Literal["token", "group"] = "token"
@@ -185,7 +184,7 @@ class LabelConfig:
     samples_per_refresh: int = 2560
     """Questions drawn by priority at a refresh (refresh=on_policy)."""
     flat: float = 0.1
-    """Questions whose proposed masks' losses spread less are dropped [nats] (refresh=on_policy)."""
+    """Skip questions whose proposal losses have a standard deviation below this [nats] (refresh=on_policy)."""
 
     def __post_init__(self):
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
@@ -198,6 +197,11 @@ class LabelConfig:
             self.probes == 0 or 2 <= self.probes <= self.proposals,
             f"labels.probes={self.probes}: must be 0, or from 2 to labels.proposals={self.proposals}",
         )
+
+    def round_of(self, epoch: int) -> int:
+        """The round of labels that an epoch trains on; 0 are those before there is a compressor."""
+        started = self.refresh != "none" and epoch >= self.refresh_start
+        return 1 + (epoch - self.refresh_start) // self.refresh_every if started else 0
 
     def labelled_at_first(self, questions: int) -> int:
         """How many of so many training questions round 0 labels."""
@@ -242,9 +246,8 @@ class CompressorSection:
     """Scale of a fixed, evenly spread Gumbel noise that scores get before the highest are kept; 0 = none. At 1 tokens
     are kept as the masks of on-policy rounds are drawn: of nearly equal ones, some from everywhere."""
     sharp: float = 1 / 4
-    """How many tokens are selected at most, however many are kept, below 1 as a share of N: R S / (R + S) of R. The
-    others are context tokens: means of what is dropped, each with the attention of all that it stands for, which
-    questions of how many need. 0 = all are selected (published)."""
+    """Maximum number of tokens selected individually (S; below 1: fraction of N). Of R kept tokens R S / (R + S) are
+    selected, the rest are attention-weighted means of dropped tokens. 0 disables merging (published)."""
     hedge: float = 0.0
     """Share of the selected tokens that a training-free score chooses among those that the compressor leaves, so that
     questions of a type that was not trained on still find what is important in the image; 0 = none (published)."""
@@ -269,7 +272,7 @@ class CompressorSection:
 @dataclass(frozen=True)
 class LossConfig:
     name: Literal["ghm_cs", "ghm", "focal_cs", "bce_cs", "bce", "listwise"] = "listwise"
-    """`listwise`: softmaxed credits; `ghm_cs` = GHM-C + alpha * cosine separation (method, section 4)."""
+    """`listwise`: softmaxed credits; `ghm_cs`: GHM-C + alpha * cosine separation (the paper's)."""
     alpha: float = 0.1
     """Weight of the cosine separation; not given in the paper."""
     form: Literal["histogram", "exact"] = "histogram"
@@ -306,7 +309,7 @@ class OptimConfig:
     flat: float = 0.3
     """Share of the steps at the peak, before the linear fall to 1 %."""
     batch_size: int = 32
-    """Questions a step and process."""
+    """Questions per step and process."""
     ema: float = 0.99
     """Decay of the weight average that is kept at the end; 0 = off."""
 
@@ -321,7 +324,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     kept: tuple[int, ...] = (48, 32, 16, 8, 4)
-    """Visual tokens kept (R)."""
+    """Numbers of visual tokens kept (R) that are evaluated."""
     batch: int = 100
     """Questions in one forward."""
     seeds: int = 3
@@ -333,9 +336,9 @@ class EvalConfig:
     monitor_every: int = 1
     """Epochs between measurements on the selection split; the last epoch is always measured."""
     apart: tuple[str, ...] = ("relation",)
-    """Types of question with a report of their own; they are left out of the main one."""
+    """Question types reported separately and excluded from the main table."""
     beside: tuple[str, ...] = ()
-    """Other run folders whose compressors stand in the same table, if they are there."""
+    """Other run folders to compare with; missing ones are noted and skipped."""
     sheet: int = 12
     """Pictures on kept.png."""
 
@@ -347,11 +350,11 @@ class EvalConfig:
 @dataclass(frozen=True)
 class RunConfig:
     recipe: Literal["plus", "published"] = "plus"
-    """Where the settings below begin: `plus` (ours), or `published` (the paper: hard labels, GHM-C + CS)."""
+    """Defaults of the other settings: `plus` (ours), or `published` (the paper: hard labels, GHM-C + CS)."""
     run_dir: str = "runs/nano"
-    """Where everything of this run goes."""
+    """Folder of this run: settings, labels, checkpoints, compressor, report."""
     seed: int = 0
-    """Of weights, sample order and search streams."""
+    """Seed of initial weights, sample order and random masks."""
     threads: int = 0
     """CPU threads of torch; 0 = all cores of an idle machine, else one."""
     logger: Literal["tensorboard", "csv", "wandb", "none"] = "tensorboard"

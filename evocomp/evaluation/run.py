@@ -1,8 +1,7 @@
 """Judge a finished run: the panel on fresh questions, and the report."""
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +11,15 @@ import torch
 from evocomp import distributed
 from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.model import EvoCompCompressor
-from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import digest, test_questions
 from evocomp.evaluation.k_token_merging import k_token_outcomes
 from evocomp.evaluation.outcome import Outcome, Questions
 from evocomp.evaluation.page import write_report
 from evocomp.evaluation.panel import Panel, Rival, picture
+from evocomp.evaluation.progress import EvaluationProgress
 from evocomp.evaluation.report import make_report
+from evocomp.evaluation.request import GIVEN_CONTEXT, check_request, rows_of
 from evocomp.evaluation.staged import staged_outcomes
 from evocomp.evaluation.terminal import terminal
 from evocomp.inference import card
@@ -32,24 +32,6 @@ from evocomp.selection import selector, selector_for_depth
 from evocomp.viz import SheetItem, kept_sheet
 from evocomp.viz.names import display_name
 
-BASIC = ("uniform_stride", "average_pool")
-FULL = (
-    *BASIC,
-    "cls_attention",
-    "tome",
-    "prumerge",
-    "prumerge_plus",
-    "hired",
-    "visionzip",
-    "vispruner",
-    "divprune",
-    "fastv",
-    "sparsevlm",
-    "pyramiddrop",
-    "dart",
-)
-GIVEN_CONTEXT = "+context"
-"""Ends the name of a method that drops tokens and is given context tokens: what those are worth without training."""
 JUDGED = "judged.json"
 """Says, in a folder of --out, which run and which questions its report is about."""
 
@@ -78,16 +60,11 @@ def evaluate_run(
     Returns:
         The rows of report.json.
     """
-    config = config_files.load([run_dir / "config.yaml"])
-    if not (run_dir / "compressor" / "config.json").is_file():
-        raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
+    config, names = check_request(run_dir, out, questions, seed, panel, source)
     out = out or run_dir
     is_own = out.resolve() == run_dir.resolve()
-    if is_own and (questions is not None or seed is not None or source is not None):
-        raise UserError("other questions than the run's own need a place of their own: give --out DIR")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compressor = read_compressor(run_dir).to(device)
-    names = panel_names(panel or "basic", bool(compressor.config.sharp))
     distributed.set_threads(config.threads)
     data = config.data if source is None else replace(config.data, test_source=source)
     examples = test_questions(data, questions, seed)
@@ -100,11 +77,12 @@ def evaluate_run(
     mllm.max_bad = config.data.max_bad
     warn_of_unknown_words(mllm.processor.tokenizer, texts_of(examples), config.model.name)
     others, remarks = siblings(config, run_dir, compressor)
-    logger.info("judging on %d questions", len(examples))
-    judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=progress())
-    outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
-    if panel == "full":
-        outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
+    logger.info("evaluation on %d questions", len(examples))
+    with EvaluationProgress(rows_of(config, len(names), len(others))) as shown:
+        judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=shown.row)
+        outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
+        if panel == "full":
+            outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
     apart = questions_apart(judge, config.eval.apart)
     main = ~np.logical_or.reduce([*apart.values(), np.zeros(len(judge.questions), dtype=bool)])
     subject = f"run {run_dir} · model {config.model.name} · recipe {config.recipe}"
@@ -125,7 +103,7 @@ def evaluate_run(
         special = make_report(*part(outcomes, judge.questions, own), title=title, **settings)
         write_report(special, out / kind)
         print(f"\n{kind} questions, reported separately\n{terminal(special)}")
-    logger.info("written: %s", out / "report.md")
+    logger.info("written: %s", out / "report.html")
     return report.rows
 
 
@@ -144,19 +122,6 @@ def read_compressor(run_dir: Path) -> EvoCompCompressor:
     return compressor
 
 
-def progress(seconds: float = 10) -> Callable[[str], None]:
-    """Says what is being run, but not more often than that: small models have dozens of rows in as many seconds."""
-    said = time.monotonic()
-
-    def report(text: str) -> None:
-        nonlocal said
-        if time.monotonic() - said >= seconds:
-            said = time.monotonic()
-            logger.info("judging: %s", text)
-
-    return report
-
-
 def check_place(out: Path, judged: str) -> None:
     """Raise `UserError` if a folder holds anything but a report on what is to be judged, which may be replaced."""
     try:
@@ -166,29 +131,6 @@ def check_place(out: Path, judged: str) -> None:
     if earlier != judged and out.is_dir() and any(out.iterdir()):
         what = "a report of another run or on other questions" if earlier else "other files"
         raise UserError(f"--out={out} holds {what}; choose another folder")
-
-
-def panel_names(panel: str, context: bool = False) -> tuple[str, ...]:
-    """The selectors of a panel, for a compressor with or without context tokens.
-
-    Raises `UserError` for a name that is none.
-    """
-    if panel in ("basic", "full"):
-        controls = tuple(f"{name}{GIVEN_CONTEXT}" for name in ("random_tokens", "cls_attention", "divprune"))
-        return BASIC if panel == "basic" else FULL + controls * context
-    names = tuple(panel.split(","))
-    if "cdpruner" in names:
-        raise UserError(
-            f"--panel={panel}: cdpruner compares image and question in CLIP's joint space, and no MLLM carries CLIP's "
-            "text tower; leave it out, or call evocomp.selection.selector('cdpruner') with SelectionInputs that hold "
-            "clip_image_embeds and clip_text_embeds"
-        )
-    unknown = [name for name in names if name.removesuffix(GIVEN_CONTEXT) not in (*FULL, "random_tokens")]
-    if not unknown and not context and any(name.endswith(GIVEN_CONTEXT) for name in names):
-        raise UserError(f"--panel={panel}: this run's compressor has no context tokens; leave out {GIVEN_CONTEXT}")
-    if unknown:
-        raise UserError(f"--panel={panel}: {unknown[0]!r} is none of basic, full, random_tokens, {', '.join(FULL)}")
-    return names
 
 
 def part(outcomes: Sequence[Outcome], questions: Questions, own: np.ndarray) -> tuple[list[Outcome], Questions]:

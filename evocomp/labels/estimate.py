@@ -19,8 +19,9 @@ from evocomp.data.example import Example
 from evocomp.files import readable
 from evocomp.labels.labeller import Labeller
 from evocomp.labels.random_credit import mask_sizes
-from evocomp.log import UserError, logger
+from evocomp.log import UserError, in_words, logger
 from evocomp.mllm.context import split
+from evocomp.mllm.features import Features
 
 EFFICIENCY = 0.5
 """Share of a GPU's peak that scoring is taken to reach, to be replaced by timed samples. Measured: 0.69 of an H100's
@@ -45,6 +46,7 @@ GPUS = {
     "4090": GPU("RTX 4090", 165e12, 24, 0.5),
     "l4": GPU("L4", 121e12, 24, 0.5),
 }
+CPU = GPU("this CPU", 0, 0, 0)
 
 _TEXT_DEFAULTS = {  # what configurations of these families leave out (the defaults of transformers)
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -211,6 +213,7 @@ class Estimate:
 
     work: Workload
     gpu: GPU
+    tokens: int  # visual tokens of an image
     flops: float
     seconds: float
     memory: float
@@ -220,23 +223,37 @@ class Estimate:
 
     def report(self, gpus: int = 1) -> str:
         """Some lines for people."""
-        work, hours = self.work, self.seconds / 3600
+        work = self.work
         basis = f"{self.timed} samples timed here" if self.timed else f"arithmetic, {EFFICIENCY:.0%} of peak assumed"
         forwards = work.samples * work.forwards
+        sequence = f"{work.text} text + {work.kept} of {self.tokens} visual + {work.answer} answer tokens"
         return "\n".join(
             [
                 f"round 0 of {work.samples:,} samples on {self.gpu.name} ({basis})",
-                f"  sequence    {work.text} text + {work.kept} visual + {work.answer} answer tokens",
+                f"  sequence    {sequence}",
                 f"  forwards    {forwards:,} ({work.forwards} a sample)",
                 f"  FLOPs       {self.flops:.3g} ({self.flops / max(1, work.samples):.3g} a sample)",
-                f"  GPU-hours   {hours:.3g} ({work.samples / max(1e-9, self.seconds):.3g} labels/s and GPU)",
-                f"  a refresh   {self.refresh / 3600:.3g} GPU-hours more",
-                f"  wall hours  {hours / gpus:.3g} on {gpus} GPU{'s' * (gpus > 1)}",
-                f"  price       {hours * self.gpu.price:,.2f} USD at {self.gpu.price:g} USD/hour",
-                f"  GPU memory  {readable(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),
+                *(self._on_cpu() if self.gpu is CPU else self._on_gpus(gpus)),
                 f"  disk        at most {readable(self.disk)}",
             ]
         )
+
+    def _on_cpu(self) -> list[str]:
+        return [
+            f"  time        {in_words(self.seconds)} ({self.work.samples / max(1e-9, self.seconds):.3g} labels/s)",
+            f"  a refresh   at most {in_words(self.refresh)} more",
+            f"  memory      {readable(self.memory)}",
+        ]
+
+    def _on_gpus(self, gpus: int) -> list[str]:
+        hours, speed = self.seconds / 3600, self.work.samples / max(1e-9, self.seconds)
+        return [
+            f"  GPU-hours   {hours:.3g} ({speed:.3g} labels/s and GPU)",
+            f"  a refresh   {self.refresh / 3600:.3g} GPU-hours more",
+            f"  wall hours  {hours / gpus:.3g} on {gpus} GPU{'s' * (gpus > 1)}",
+            f"  price       {hours * self.gpu.price:,.2f} USD at {self.gpu.price:g} USD/hour",
+            f"  GPU memory  {readable(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),
+        ]
 
 
 def by_arithmetic(config: RunConfig, target: Target, work: Workload, gpu: GPU) -> Estimate:
@@ -248,6 +265,7 @@ def by_arithmetic(config: RunConfig, target: Target, work: Workload, gpu: GPU) -
     return Estimate(
         work,
         gpu,
+        target.tokens,
         flops,
         seconds,
         _memory(config, target, length, work.answer),
@@ -297,7 +315,22 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
     rough = by_arithmetic(config, replace(target, tokens=len(features[0].visual)), work, gpu)
     spent = first * float(np.mean(seconds[1:] or seconds))
     refresh = spent * _refresh_share(config, work)
+    if config.labels.refresh == "on_policy":  # its masks are not shared by the questions about an image
+        refresh = min(total, config.labels.samples_per_refresh) * _time_of_proposals(config, labeller, features)
     return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - len(pieces[0])))
+
+
+def _time_of_proposals(config: RunConfig, labeller: Labeller, features: Sequence[Features]) -> float:
+    """Seconds that a question takes in an on-policy refresh if all of its proposed masks are scored."""
+    tokens, rng = len(features[0].visual), np.random.default_rng(0)
+    alike = [one for one in features if len(one.visual) == tokens]
+    sizes = mask_sizes(config.labels.proposal_sizes, tokens)
+    started = time.perf_counter()
+    for size in sizes:
+        drawn, context = split(size, tokens, config.compressor.sharp)
+        order = rng.random((len(alike), config.labels.proposals, tokens)).argsort(axis=-1)
+        labeller.scorer.each(alike, np.sort(order[..., :drawn]), context)
+    return (time.perf_counter() - started) / len(sizes) / len(alike)
 
 
 def _mean_size(config: RunConfig, tokens: int) -> int:

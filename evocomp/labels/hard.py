@@ -8,7 +8,7 @@ import numpy as np
 from evocomp.config.schema import GroupingConfig, LabelConfig, SearchConfig
 from evocomp.grouping.build import Grouper
 from evocomp.grouping.groups import Groups
-from evocomp.labels.labeller import Encode, Scores, cut
+from evocomp.labels.labeller import Encode, Rounds, Scores, cut
 from evocomp.labels.records import Record
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
@@ -17,7 +17,7 @@ from evocomp.search.genome import random_genomes, stream
 from evocomp.search.run import SearchResult, WarmStart, run
 
 
-class HardLabels:
+class HardLabels(Rounds):
     """Rounds of the published search: a sample's groups, its population, and the best mask found so far.
 
     Args:

@@ -41,10 +41,19 @@ class Rounds(Protocol):
         """Records of a chunk, one after another; a pure function of its arguments and the settings."""
         ...
 
+    def to_score(self, round: int, chunks: Sequence[Sequence[int]]) -> list[int]:
+        """How many samples of each chunk take the model; the others are copied from the round before."""
+        return [len(ids) for ids in chunks]
+
 
 @dataclass
 class LabelProgress:
-    """How far a round is, for bars and curves. Losses in nats, times in seconds."""
+    """How far a round is, for bars and curves. Losses in nats, times in seconds.
+
+    total, done: questions to score, and those done by all processes; what is only copied from the round before is not
+    counted.
+    made, forwards, saved, loss_sum, seconds: of this process.
+    """
 
     round: int
     total: int
@@ -54,6 +63,8 @@ class LabelProgress:
     saved: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
+    workers: int = 1  # that label side by side
+    copying: bool = False  # the chunk in hand is copied
 
     @property
     def mean_best(self) -> float:
@@ -61,7 +72,8 @@ class LabelProgress:
 
     @property
     def labels_per_second(self) -> float:
-        return self.made / max(1e-9, self.seconds)
+        """Of all processes, if the others are as fast as this one."""
+        return self.workers * self.made / max(1e-9, self.seconds)
 
     @property
     def forwards_per_second(self) -> float:
@@ -69,17 +81,14 @@ class LabelProgress:
 
     @property
     def seconds_left(self) -> float:
+        """Of this round."""
         return (self.total - self.done) / max(1e-9, self.labels_per_second)
 
     def line(self) -> str:
-        """One line for a log."""
-        # proposals are compared with one another; none of them is a best mask
-        best = "" if np.isnan(self.mean_best) else f"mean best loss {self.mean_best:.4f}  "
-        return (
-            f"labels, round {self.round}: {self.done}/{self.total}  {self.labels_per_second:.1f} labels/s  "
-            f"{self.forwards_per_second:.0f} forwards/s  {self.saved} forwards saved  "
-            f"{best}{self.seconds_left:.0f} s left"
-        )
+        """What is being done, for people."""
+        what = f"refresh {self.round}" if self.round else "labels"
+        speed = f", {self.labels_per_second:.1f} per second" if self.made else ""
+        return f"{what}: {self.done}/{self.total} questions{speed}"
 
 
 class Interrupted(UserError):
@@ -174,11 +183,15 @@ class Labeller:
         todo = [chunk for chunk in range(len(chunks)) if chunk not in stored]
         todo.sort(key=lambda chunk: -self._cost(chunks[chunk]))
         shared = _is_shared(store)
-        progress = LabelProgress(round, sum(len(ids) for ids in chunks))
-        progress.done = progress.total - sum(len(chunks[chunk]) for chunk in todo)
+        to_score = self.rounds.to_score(round, chunks)
+        progress = LabelProgress(round, sum(to_score), workers=self.mllm.shard_group.count)
+        found = progress.done = progress.total - sum(to_score[chunk] for chunk in todo)
         queue = WorkQueue(f"round-{round}", lambda chunk: store.has(round, chunk), self.mllm.shard_group)
         with StopRequest() as request, self.scorer.after_each_batch(lambda: self._look(queue, request)):
             for chunk in queue(todo):
+                # chunks are taken in order: those before this one are this process's or another's
+                before = found + sum(to_score[other] for other in todo[: todo.index(chunk)])
+                progress.done, progress.copying = max(progress.done, before), not to_score[chunk]
                 records = self._make_readable(round, chunks[chunk], previous, scores, progress, report)
                 check_finite(records)
                 if self.mllm.shard_group.leads:
@@ -245,6 +258,8 @@ class Labeller:
         records = []
         for record in self.rounds.make(round, ids, self.encode, previous, scores):
             records.append(record)
+            if progress.copying:
+                continue
             progress.done += 1
             progress.made += 1
             progress.seconds += time.perf_counter() - started

@@ -31,7 +31,7 @@ FLOOR = 0.03
 """Added to every priority, so that a sample found flat once is looked at again some day [nats]."""
 
 
-class OnPolicyRounds:
+class OnPolicyRounds(Rounds):
     """Round 0 is another kind's; later rounds are populations that the compressor proposed.
 
     Every round holds a record for every sample: {draws [K, r] in draw order, advantages [K], log_prob [K], spread},
@@ -68,6 +68,12 @@ class OnPolicyRounds:
         drawn = self.draw(round, previous)
         taken = set(drawn)
         return [*cut(drawn, self.labels.chunk_size), [id for id in self.ids if id not in taken]]
+
+    def to_score(self, round: int, chunks: Sequence[Sequence[int]]) -> list[int]:
+        """The samples drawn; the last chunk holds the others."""
+        if round == 0:
+            return self.first.to_score(round, chunks)
+        return [*(len(ids) for ids in chunks[:-1]), 0]
 
     def draw(self, round: int, previous: dict[int, Record]) -> list[int]:
         """Ids of this round, without replacement, with odds priority + 0.03."""

@@ -9,7 +9,7 @@ from evocomp.config.schema import LabelConfig
 from evocomp.data.example import Example, stable_id
 from evocomp.grouping.build import Grouper
 from evocomp.labels.credit import CLIP, random_masks, stored_credits
-from evocomp.labels.labeller import Encode, Scores
+from evocomp.labels.labeller import Encode, Rounds, Scores
 from evocomp.labels.records import Record
 from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
@@ -17,7 +17,7 @@ from evocomp.mllm.scoring import shares_prefix
 from evocomp.search.genome import stream
 
 
-class CreditLabels:
+class CreditLabels(Rounds):
     """One round of credits [N] a question. Ours: about a fortieth of the published search's cost.
 
     Args:

@@ -6,11 +6,11 @@ import numpy as np
 
 from evocomp.labels.credit import CLIP, stored_credits
 from evocomp.labels.hard import HardLabels
-from evocomp.labels.labeller import Encode, Scores
+from evocomp.labels.labeller import Encode, Rounds, Scores
 from evocomp.labels.records import Record
 
 
-class SearchedCredits:
+class SearchedCredits(Rounds):
     """One round of credits [N] a question, of all the masks that its search has scored.
 
     A search keeps one token of each group, so a token that is alone in its group is in every mask: nothing is known

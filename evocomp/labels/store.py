@@ -68,14 +68,28 @@ class LabelStore:
             return store
         if found is not None:
             if not overwrite:
-                raise UserError(
-                    f"label store {path} was made by {_difference(found, made_by)}; "
-                    "choose another folder or --labels.overwrite=true"
-                )
+                there, here = _leaves(found), _leaves(made_by)
+                differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+                raise _made_by_others(path, found, made_by, differing)
             for folder in store.path.glob("round-*"):
                 store._remove(folder)
         store._replace(store.path / "meta.json", _json({**made_by, "numpy": np.__version__}))
         return store
+
+    @classmethod
+    def refuse_other(cls, path: str | Path, known: dict[str, Any]) -> None:
+        """Raise `UserError` if `path` holds a store that differs in what is known of a fingerprint; writes nothing.
+
+        Args:
+            known: entries of a fingerprint; settings in them that are still to be decided are "auto".
+        """
+        found = cls(Path(path))._meta()
+        if found is None:
+            return
+        here = {"schema": SCHEMA, "fingerprint": json.loads(json.dumps(known))}
+        there = {**found, "fingerprint": {key: found["fingerprint"].get(key) for key in known}}
+        if differing := [key for key, value in _leaves(here).items() if value not in ("auto", _leaves(there).get(key))]:
+            raise _made_by_others(path, there, here, differing)
 
     # -- chunks
 
@@ -274,8 +288,22 @@ def _json(value: dict) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _difference(found: dict, made_by: dict) -> str:
-    there, here = ({"schema": side["schema"], **side["fingerprint"]} for side in (found, made_by))
-    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    there_text, here_text = (", ".join(f"{key}={side.get(key)}" for key in keys) for side in (there, here))
-    return f"{there_text} (this run has {here_text})"
+def _leaves(made_by: dict) -> dict[str, Any]:
+    """Schema and fingerprint as one flat dictionary of dotted keys."""
+
+    def walk(tree: dict, prefix: str) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in tree.items():
+            flat |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return flat
+
+    return walk({"schema": made_by["schema"], **made_by["fingerprint"]}, "")
+
+
+def _made_by_others(path: str | Path, found: dict, made_by: dict, keys: list[str]) -> UserError:
+    there, here = (", ".join(f"{key}={_leaves(side).get(key)}" for key in keys[:3]) for side in (found, made_by))
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return UserError(
+        f"label store {path} was made by {there}{more} (this run has {here}{more}); "
+        "choose another folder or --labels.overwrite=true"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -29,15 +29,17 @@ from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.observe import ClipTower
 from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
+from evocomp.progress import Progress, Stage
 from evocomp.training.average import AverageFromEpoch
+from evocomp.training.claims import DONE
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
-from evocomp.training.folder import DONE, claimed, is_finished, judge_as_asked, last_checkpoint, write_json
+from evocomp.training.folder import claimed, is_finished, judge_as_asked, last_checkpoint, write_json
 from evocomp.training.labelling import build_labeller, follows_compressor, use_feature_cache
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
-from evocomp.training.progress import LabelBar
+from evocomp.training.progress import RunProgress, report_labels
 from evocomp.training.refresh_labels import RefreshLabels
 from evocomp.training.shards import load_sharded
 from evocomp.training.stop import NoteStop, StopCleanly
@@ -51,8 +53,11 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its own tips
 
 
 @distributed.process_group()
-def run(config: RunConfig) -> bool:
+def run(config: RunConfig, answers: int = 0) -> bool:
     """Label and train as the settings say, into `config.run_dir`; goes on where an earlier call stopped.
+
+    Args:
+        answers: (question, method) pairs of the evaluation that follows, for the time left that is shown.
 
     Returns:
         Whether there is something new to judge: False if the run was finished already and is judged as it was.
@@ -88,7 +93,6 @@ def run(config: RunConfig) -> bool:
     refreshed_from = 0 if config.labels.refresh == "none" else config.labels.refresh_start
     module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim, refreshed_from)
     cost = CostMeter(labeller.scorer)
-    refresh = RefreshLabels(labeller, data, config.labels, cost)
     monitor = SelectionAccuracy(
         mllm,
         splits.val,
@@ -97,13 +101,15 @@ def run(config: RunConfig) -> bool:
         config.eval.monitor_every,
         config.eval.max_new_tokens,
     )
+    progress = RunProgress(config, labeller.scorer, splits.train, monitor, answers)
+    refresh = RefreshLabels(labeller, data, config.labels, cost, progress.label)
     curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = []
     if config.optim.ema:
         # not from the start: the average would drag along what the compressor was before it had learned anything
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
         average = [AverageFromEpoch(config.optim.ema, start)]
-    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average])
+    trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average, progress])
     with claimed(config, folder):
         last = last_checkpoint(folder)
         if last is None and follows_compressor(config.labels):
@@ -147,9 +153,11 @@ def label_only(config: RunConfig) -> None:
     use_feature_cache(config, mllm, splits)
     folder = Path(config.run_dir)
     labeller = build_labeller(config, mllm, splits, folder)
-    bar = LabelBar()
-    records = labeller.ensure(0, report=bar.show)
-    bar.close()
+    progress = Progress(labels=Stage())
+    try:
+        records = labeller.ensure(0, report=report_labels(progress))
+    finally:
+        progress.close()
     logger.info("%d labels in %s", len(records), labeller.store.path)
 
 
@@ -201,10 +209,6 @@ def build_trainer(
     config: RunConfig, folder: Path, settings: dict[str, Any], callbacks: list[L.Callback]
 ) -> L.Trainer:
     """Lightning's Trainer with this project's defaults under the user's `trainer:` settings."""
-    import sys
-
-    terminal = sys.stderr.isatty() and is_rank_zero()
-    bars = [RichProgressBar()] if terminal else []
     loggers = build_logger(config, folder)
     defaults: dict[str, Any] = {
         "max_epochs": DEFAULT_EPOCHS,
@@ -212,7 +216,7 @@ def build_trainer(
         "gradient_clip_val": 1.0,
         "use_distributed_sampler": False,
         "log_every_n_steps": 5,
-        "enable_progress_bar": terminal,
+        "enable_progress_bar": False,  # RunProgress knows of labels and evaluation too
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "default_root_dir": str(folder),
@@ -228,7 +232,7 @@ def build_trainer(
     request = distributed.StopRequest(chain=False)
     first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
-    everything = [first, *callbacks, *rates, last, checkpoint, *bars]
+    everything = [first, *callbacks, *rates, last, checkpoint]
     try:
         return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
     except (TypeError, ValueError, MisconfigurationException) as error:

@@ -7,6 +7,7 @@ import torch
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import Splits, load_splits
 from evocomp.labels.estimate import (
+    CPU,
     GPU,
     GPUS,
     Estimate,
@@ -23,7 +24,12 @@ from evocomp.training.labelling import build_rounds
 
 
 def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: float | None = None) -> str:
-    """What round 0 of the labels costs, as text: timed on this machine if it has that GPU, else by arithmetic."""
+    """What round 0 of the labels costs, as text: timed on this machine if it has that GPU, else by arithmetic.
+
+    Without a GPU's name, a configuration for the CPU (`trainer.accelerator=cpu`) is timed on this machine.
+    """
+    if gpu is None and config.trainer.get("accelerator") == "cpu":
+        gpu = "here"
     known = GPUS.get((gpu or "h100").lower())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     # a model that this one process cannot hold is not timed
@@ -39,8 +45,8 @@ def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: floa
         splits = Splits([], [], [])
     samples = len(splits.train) or config.data.max_samples
     if timed:
-        here = next((one for name, one in GPUS.items() if name in device.lower()), GPU(device or "this CPU", 0, 0, 0))
-        here = replace(here, price=here.price if price is None else price)
+        here = next((one for name, one in GPUS.items() if name in device.lower()), GPU(device, 0, 0, 0))
+        here = replace(here, price=here.price if price is None else price) if device else CPU
         return _timed(config, splits, samples, here).report(gpus)
     target = Target.named(config.model.name, ASSETS)
     work = assumed_workload(config, target, samples, *text_lengths(splits.train))

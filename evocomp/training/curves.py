@@ -85,13 +85,7 @@ class Curves(L.Callback):
         first = self.monitor.mllm.readable(self.monitor.examples, most=1)
         every = max((len(features.visual) for _, features in first), default=1)
         counts = [*self.monitor.kept, every]
-        mine = self.monitor.mine
-        right = self.monitor.right_answers(mine, at_random, counts)
-        total = torch.tensor([*right, len(mine)], dtype=torch.float64)
-        if trainer.world_size > 1:
-            total = trainer.strategy.reduce(total.to(module.device), reduce_op="sum").cpu()
-        shares = (total[:-1] / total[-1].clamp(min=1)).tolist()
-        *random, full = shares
+        *random, full = self.monitor.accuracy(at_random, counts, module.device)
         found = {}
         for count, share in zip(self.monitor.kept, random, strict=True):
             found |= {f"random/accuracy/kept_{count}": share, f"uncompressed/accuracy/kept_{count}": full}

@@ -16,13 +16,12 @@ from evocomp import distributed
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.log import UserError, logger
-
-DONE = "trained.json"
+from evocomp.training.claims import look
 
 
 def is_finished(config: RunConfig, folder: Path) -> bool:
     """Whether this very run is finished there; refuses a folder of others. Rank 0 looks, for all; writes nothing."""
-    return distributed.from_rank_0(lambda: _look(config, folder))
+    return distributed.from_rank_0(lambda: look(config, folder))
 
 
 @contextmanager
@@ -113,55 +112,6 @@ def _is_whole(path: Path) -> bool:
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
         return False
     return True
-
-
-def _look(config: RunConfig, folder: Path) -> bool:
-    mine = folder / "config.yaml"
-    if mine.exists():
-        there, wanted = (_comparable(c) for c in (config_files.load([mine]), config))
-        differing = sorted(key for key in wanted if wanted[key] != there.get(key))
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"{folder} holds a run with other settings ({key}: {there.get(key)} there, {wanted[key]} asked for); "
-                "choose another --run_dir"
-            )
-        finished = (folder / DONE).exists()
-        if finished:
-            _say_what_is_not_done(config, config_files.load([mine]), folder)
-        return finished
-    if folder.is_file():
-        raise UserError(f"--run_dir={folder} is a file; give a folder")
-    if folder.exists() and any(entry.name not in ("labels", "tensorboard", "config.tmp") for entry in folder.iterdir()):
-        raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
-    return False
-
-
-def _say_what_is_not_done(config: RunConfig, there: RunConfig, folder: Path) -> None:
-    """A finished run stays as it is, whatever the trainer is asked for now."""
-    asked, had = dict(config.trainer), dict(there.trainer)
-    differing = [key for key in sorted(asked.keys() | had.keys()) if asked.get(key) != had.get(key)]
-    if differing:
-        what = ", ".join(f"{k}: {had.get(k, 'default')} there, {asked.get(k, 'default')} asked for" for k in differing)
-        logger.warning("%s was trained by other trainer settings (%s); for these give another --run_dir", folder, what)
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Settings by dotted key, without those that may differ from one start of a run to the next."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: Any, prefix: str) -> None:
-        for key, value in tree.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, dict):
-                walk(value, f"{name}.")
-            else:
-                flat[name] = value
-
-    walk(config_files.to_dict(config), "")
-    changeable = ("scorer.", "run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
-    changeable += ("model.shard", "model.feature_cache")
-    return {key: value for key, value in flat.items() if not key.startswith(changeable)}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from evocomp import distributed
-from evocomp.config import load as config_files
 from evocomp.config.schema import LabelConfig, RunConfig
 from evocomp.data.splits import Splits, digest
 from evocomp.grouping.build import Grouper
 from evocomp.labels.estimate import say_disk_use
+from evocomp.labels.fingerprint import from_settings
 from evocomp.labels.hard import HardLabels
 from evocomp.labels.labeller import Labeller, Rounds
 from evocomp.labels.on_policy import OnPolicyRounds
@@ -48,20 +48,7 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
     folder for each run.
     """
     store_folder = Path(config.labels.dir) if config.labels.dir else folder / "labels"
-    settings = config_files.to_dict(config)
-    for irrelevant in ("dir", "overwrite", "batch", "passes", "samples_per_epoch"):
-        settings["labels"].pop(irrelevant)
-    fingerprint = {
-        "model": mllm.name,
-        "weights": mllm.fingerprint(),
-        "dtype": config.model.dtype,
-        "data": digest(splits.train),
-        "grouping": settings["grouping"],
-        "search": settings["search"],
-        "labels": settings["labels"],
-        "target_of": "probabilities" if config.loss.name != "listwise" else "credits",
-        "seed": config.seed,
-    }
+    fingerprint = {**from_settings(config), "weights": mllm.fingerprint(), "data": digest(splits.train)}
     scorer, rounds = _scorer_and_rounds(config, mllm, splits)  # first: settings that it refuses leave no store behind
     store, refreshed = _open_store(store_folder, fingerprint, config.labels.overwrite), None
     if config.labels.dir and follows_compressor(config.labels):

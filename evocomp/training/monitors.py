@@ -1,12 +1,14 @@
 """What is watched while a compressor trains: accuracy on the selection split at each kept count."""
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import lightning as L
 import numpy as np
 import torch
+from torchmetrics import MeanMetric
 
 from evocomp.compressor.keep import selected_count, shown_tokens
 from evocomp.data.example import Example
@@ -33,6 +35,9 @@ class SelectionAccuracy(L.Callback):
     Args:
         every: epochs between measurements; the last epoch is always measured, whatever ends the run.
         max_new_tokens: longest answer.
+
+    Attributes:
+        answered, seconds: answers that this process has asked for, and the time that they took.
     """
 
     def __init__(
@@ -50,22 +55,37 @@ class SelectionAccuracy(L.Callback):
         self.batch = batch
         self.every = every
         self.max_new_tokens = max_new_tokens
+        self.seconds = 0.0
+        self.answered = 0
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not self.examples or not self.is_due(trainer):
             return
-        mine = self.mine
-        right = torch.tensor(self.count_right(whole(module), mine), dtype=torch.float64)
-        asked = torch.tensor(float(len(mine)), dtype=torch.float64)
-        if trainer.world_size > 1:
-            right = trainer.strategy.reduce(right.to(module.device), reduce_op="sum").cpu()
-            asked = trainer.strategy.reduce(asked.to(module.device), reduce_op="sum").cpu()
-        shares = (right / asked.clamp(min=1)).tolist()
+        shares = self.accuracy(partial(self.by_compressor, whole(module)), self.kept, module.device)
         for count, share in zip(self.kept, shares, strict=True):
             module.log(f"accuracy/kept_{count}", share, rank_zero_only=False, sync_dist=False)
         module.log("accuracy/mean", float(np.mean(shares)), prog_bar=True, sync_dist=False)
         listed = "  ".join(f"{count}: {share:.3f}" for count, share in zip(self.kept, shares, strict=True))
-        logger.info("epoch %d  selection accuracy by kept tokens  %s", trainer.current_epoch, listed)
+        logger.info("epoch %d  validation accuracy by kept tokens  %s", trainer.current_epoch + 1, listed)
+
+    def accuracy(self, selection: Selection, kept: Sequence[int], device: torch.device) -> list[float]:
+        """Share of right answers at each of the counts `kept`, over the questions of all ranks, which call it together.
+
+        Args:
+            selection: what chooses the tokens.
+            device: where collectives of this job work.
+        """
+        mine = self.mine
+        started = time.perf_counter()
+        right = self.right_answers(mine, selection, kept)
+        self.seconds += time.perf_counter() - started
+        self.answered += len(mine) * len(kept)
+        shares = []
+        for count in right:
+            share = MeanMetric().set_dtype(torch.float64).to(device)
+            share.update(count / max(1, len(mine)), weight=len(mine))
+            shares.append(share.compute().item())
+        return shares
 
     @functools.cached_property
     def mine(self) -> list[Example]:
@@ -82,10 +102,6 @@ class SelectionAccuracy(L.Callback):
         last = epochs == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         return last or epochs % self.every == 0
 
-    def count_right(self, module: CompressorModule, examples: Sequence[Example]) -> list[float]:
-        """Right answers with the compressor's tokens, at each kept count; an answer may count in part."""
-        return self.right_answers(examples, partial(self._by_compressor, module), self.kept)
-
     def right_answers(self, examples: Sequence[Example], selection: Selection, kept: Sequence[int]) -> list[float]:
         """Right answers at each of the counts `kept`, with the tokens that `selection` chooses."""
         right = [0.0] * len(kept)
@@ -99,7 +115,8 @@ class SelectionAccuracy(L.Callback):
                 right[place] += sum(score_answer(e, a) for e, a in zip(part, answers, strict=True))
         return right
 
-    def _by_compressor(self, module: CompressorModule, features: Sequence[Features]) -> Choose:
+    def by_compressor(self, module: CompressorModule, features: Sequence[Features]) -> Choose:
+        """The compressor's choice, as a `Selection` once the module is bound."""
         inputs = compressor_input(self.mllm, features)
         any_count = None if module.compressor.config.budget_input else module.score(inputs)
 

@@ -1,56 +1,234 @@
-"""Progress of labelling: a second bar beside Lightning's, or a plain line where there is no terminal."""
+"""Progress of a run: labels, refreshes, training, validation and evaluation, with the time left of all of them."""
 
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
+import numpy as np
 
+from evocomp.config.schema import RunConfig
+from evocomp.data.example import Example
+from evocomp.labels.estimate import candidate_forwards
 from evocomp.labels.labeller import LabelProgress
-from evocomp.log import logger
+from evocomp.labels.random_credit import mask_sizes
+from evocomp.labels.scorer import CandidateScorer
+from evocomp.log import in_words, logger
+from evocomp.progress import Progress, Stage
+from evocomp.training.module import CompressorModule
+from evocomp.training.monitors import SelectionAccuracy
 
-LINE_EVERY_SECONDS = 20.0
-BAR_EVERY_SECONDS = 0.2
+UNKNOWN_SPEED = 1e10
+"""FLOP/s that are assumed until something was timed."""
+
+AT_ONCE_SECONDS = 0.01
+"""Records that come closer together than this were scored together."""
 
 
-class LabelBar:
-    """Shows a `LabelProgress`; without a terminal it writes a line now and then, and one at the end.
+class Settled:
+    """Progress of a round without questions whose time is not all known.
 
-    Args:
-        trainer: whose rich progress bar to sit beside; None = a terminal of one's own is not used.
+    A chunk's questions may be scored together: the first record then comes after the time of all, the others at once.
     """
 
-    def __init__(self, trainer: L.Trainer | None = None):
-        self._progress = None
-        self._task = None
-        self._last: LabelProgress | None = None
-        self._shown_at = time.monotonic()
-        if trainer is not None:
-            bar = next((c for c in trainer.callbacks if isinstance(c, RichProgressBar)), None)
-            progress = getattr(bar, "progress", None)
-            if progress is not None and progress.console.is_terminal:
-                self._progress = progress
+    def __init__(self):
+        self.last = self._settled = LabelProgress(round=0, total=0)
 
-    def show(self, state: LabelProgress) -> None:
-        """Called after each sample."""
-        self._last = state
-        now = time.monotonic()
-        if self._progress is None:
-            if now - self._shown_at >= LINE_EVERY_SECONDS:
-                self._shown_at = now
-                logger.info(state.line())
+    @property
+    def round(self) -> int:
+        """The round that was last seen."""
+        return self.last.round if self.last.total else -1
+
+    def without_the_last(self, state: LabelProgress) -> LabelProgress:
+        """Up to the last record that came before one that took its time; all of them when the round is complete."""
+        if state.round != self.round:
+            self.last = replace(state, done=state.done - 1, made=0, seconds=0.0)
+            self._settled = self.last
+        if state.seconds - self.last.seconds > AT_ONCE_SECONDS:
+            self._settled = self.last
+        self.last = replace(state)
+        if state.done == state.total:
+            self._settled = self.last
+        return self._settled
+
+
+class RunProgress(L.Callback):
+    """Follows a run from the first label to the last step.
+
+    Work that was not timed yet is expected to take as long as its arithmetic at the speed of labelling; validation
+    tells how long the evaluation will take.
+
+    Args:
+        scorer: of the candidate masks; it counts the tokens that the frozen LLM has read.
+        questions: of the training split.
+        monitor: of the validation split; its answers tell how long those of the evaluation will take.
+        answers: (question, method) pairs of the evaluation that follows; 0 = none follows.
+
+    In the list of callbacks it comes after those whose work it times.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        scorer: CandidateScorer,
+        questions: Sequence[Example],
+        monitor: SelectionAccuracy,
+        answers: int = 0,
+    ):
+        self.config = config
+        self.scorer = scorer
+        self.questions = questions
+        self.monitor = monitor
+        labelled = config.labels.labelled_at_first(len(questions))
+        self.stages = {
+            "labels": Stage(total=labelled),
+            "refresh": Stage(),
+            "training": Stage(),
+            "validation": Stage(),
+            "evaluation": Stage(total=answers),
+        }
+        self.progress = Progress(**self.stages)
+        self._trainer: L.Trainer | None = None
+        self._flops: dict[str, float] = {}  # of a unit of each stage
+        self._epochs = 0
+        self._tokens_before = 0
+        self._labels = Settled()
+        self._before_round = (0.0, 0.0)
+        self._mark = 0.0
+
+    # ------------------------------------------------------------ what there is to do
+
+    def on_fit_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        self._trainer = trainer
+        self._tokens_before = self.scorer.losses.tokens
+        self._flops = self._arithmetic(sum(p.numel() for p in module.compressor.parameters()))
+        self._guess(UNKNOWN_SPEED)
+
+    def _plan(self) -> None:
+        """Once: totals that Lightning knows when training is set up, and what was done before a resume."""
+        if self._epochs or self._trainer is None:
             return
-        if self._task is None:
-            self._task = self._progress.add_task("labels", total=state.total)
-        if now - self._shown_at >= BAR_EVERY_SECONDS or state.done == state.total:
-            self._shown_at = now
-            text = state.line().removeprefix("labels, ")
-            self._progress.update(self._task, completed=state.done, total=state.total, description=text)
-            self._progress.refresh()
+        trainer, labels = self._trainer, self.config.labels
+        batches = int(trainer.num_training_batches)
+        total = trainer.max_epochs * batches
+        if trainer.max_steps > 0:
+            total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
+        self._epochs = -(-total // batches)
+        steps = min(total, trainer.global_step * trainer.accumulate_grad_batches)
+        self.stages["training"].total, self.stages["training"].done = total, steps
+        for epochs, field in ((range(self._epochs), "total"), (range(trainer.current_epoch), "done")):
+            rounds = {labels.round_of(epoch) for epoch in epochs} - {0}
+            setattr(self.stages["refresh"], field, len(rounds) * self._questions_of_a_refresh())
+            setattr(self.stages["validation"], field, sum(map(self._is_measured, epochs)))
+        if trainer.global_step:
+            self.stages["labels"].done = self.stages["labels"].total
 
-    def close(self) -> None:
-        """Take the bar away and leave one line behind."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
-        if self._last is not None:
-            logger.info(self._last.line())
+    def _questions_of_a_refresh(self) -> int:
+        labels = self.config.labels
+        if labels.refresh == "on_policy":
+            return min(len(self.questions), labels.samples_per_refresh)
+        return labels.labelled_at_first(len(self.questions))
+
+    def _is_measured(self, epoch: int) -> bool:
+        due = epoch + 1 == self._epochs or not (epoch + 1) % self.config.eval.monitor_every
+        return bool(self.monitor.examples) and due
+
+    def _arithmetic(self, weights: int) -> dict[str, float]:
+        """FLOP of a unit of each stage: 2 a weight and token forward, 6 with backward. weights: of the compressor."""
+        labels, mllm = self.config.labels, self.scorer.mllm
+        sample = mllm.features(self.questions[:1])[0]
+        tokens, text = len(sample.visual), len(sample.text_at) + len(sample.answer_ids)
+        layers = 2.0 * sum(p.numel() for p in mllm.decoder.layers.parameters())
+        compressor = 2.0 * weights * (tokens + text)
+        kept, proposed = np.mean(self.config.eval.kept), np.mean(mask_sizes(labels.proposal_sizes, tokens))
+        masks = float(candidate_forwards(self.config, 1))
+        if labels.refresh == "on_policy" and labels.probes:  # some questions are dropped after their probes
+            masks = (labels.probes + labels.proposals) / 2
+        answer = layers * (text + kept)
+        return {
+            "labels": candidate_forwards(self.config) * answer,
+            "refresh": masks * layers * (text + proposed),
+            "training": 3 * compressor * self.config.optim.batch_size,
+            "validation": len(self.monitor.examples) * len(self.config.eval.kept) * (answer + compressor),
+            "evaluation": answer,
+        }
+
+    def _guess(self, speed: float, workers: int = 1) -> None:
+        """Expected seconds of what was not timed yet. speed: of one process [FLOP/s]."""
+        for name, flops in self._flops.items():
+            shared = workers if name in ("labels", "refresh", "validation") else 1
+            self.stages[name].guess = flops / speed / shared
+
+    # ------------------------------------------------------------ what is being done
+
+    def label(self, state: LabelProgress) -> None:
+        """Called after each question that was labelled."""
+        self._plan()
+        if state.round == 0:
+            spent = self._layers() * (self.scorer.losses.tokens - self._tokens_before)
+            self._guess(max(1.0, spent) / max(1e-9, state.seconds), state.workers)
+        if state.round != self._labels.round:
+            self._book(self._labels.last)  # all of the round before
+            stage = self.stages["refresh" if state.round else "labels"]
+            self._before_round = (stage.timed, stage.seconds)
+        settled = self._labels.without_the_last(state)
+        self._book(settled)
+        if state.round == 0 and state.done == state.total:
+            logger.info("labels: %d questions in %s", state.total, in_words(state.seconds))
+        number = f" of {self.config.labels.round_of(self._epochs - 1)}:" if state.round else ":"
+        self.progress.show(settled.line().replace(":", number, 1))
+
+    def _book(self, state: LabelProgress) -> None:
+        """Enter a round's progress into its stage."""
+        stage = self.stages["refresh" if state.round else "labels"]
+        stage.done = max(0, state.round - 1) * state.total + state.done
+        stage.timed = self._before_round[0] + state.workers * state.made
+        stage.seconds = self._before_round[1] + state.seconds
+
+    def _layers(self) -> float:
+        return 2.0 * sum(p.numel() for p in self.scorer.mllm.decoder.layers.parameters())
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: CompressorModule, batch: Any, batch_idx: int) -> None:
+        self._plan()
+        if batch_idx == 0 or not self._mark:
+            self._mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: CompressorModule, outputs, batch, batch_idx) -> None:
+        training = self.stages["training"]
+        training.advance(1, self._lap())
+        if not self.stages["labels"].timed and not self.stages["refresh"].timed:  # the labels were there already
+            self._guess(self._flops["training"] * training.timed / training.seconds)
+        loss = trainer.callback_metrics.get("train/loss")
+        shown = f", loss {float(loss):.3f}" if loss is not None else ""
+        self.progress.show(f"training: epoch {trainer.current_epoch + 1} of {self._epochs}{shown}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        seconds, validation = self._lap(), self.stages["validation"]
+        if self._is_measured(trainer.current_epoch):
+            validation.advance(1, seconds)
+            self.stages["evaluation"].guess = self.monitor.seconds / max(1, self.monitor.answered)
+
+    def on_train_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        self.progress.close()
+
+    def on_exception(self, trainer: L.Trainer, module: CompressorModule, exception: BaseException) -> None:
+        self.progress.close()
+
+    def _lap(self) -> float:
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+
+def report_labels(progress: Progress) -> Callable[[LabelProgress], None]:
+    """Shows labelling alone, as the stage `labels`."""
+
+    stage, labels = progress.stages["labels"], Settled()
+
+    def report(state: LabelProgress) -> None:
+        settled = labels.without_the_last(state)
+        stage.total, stage.done = settled.total, settled.done
+        stage.timed, stage.seconds = settled.workers * settled.made, settled.seconds
+        progress.show(settled.line())
+
+    return report

@@ -1,7 +1,7 @@
 """The callback that keeps labels fresh: makes a round of the store before the epoch that trains on it."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,13 @@ import numpy as np
 import torch
 
 from evocomp.config.schema import LabelConfig
-from evocomp.labels.labeller import Interrupted, Labeller
+from evocomp.labels.labeller import Interrupted, Labeller, LabelProgress
 from evocomp.log import logger
 from evocomp.mllm.features import Features
 from evocomp.training.batch import compressor_input, has_label
 from evocomp.training.cost import CostMeter
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
-from evocomp.training.progress import LabelBar
 from evocomp.training.strategy import whole
 
 SCORED_TOGETHER = 64  # samples in one forward of the compressor
@@ -31,13 +30,21 @@ class RefreshLabels(L.Callback):
     LightningModule: checkpoints hold the compressor only.
     """
 
-    def __init__(self, labeller: Labeller, data: LabelledQuestions, config: LabelConfig, cost: CostMeter):
+    def __init__(
+        self,
+        labeller: Labeller,
+        data: LabelledQuestions,
+        config: LabelConfig,
+        cost: CostMeter,
+        report: Callable[[LabelProgress], None] = lambda progress: None,
+    ):
         self.labeller = labeller
         self.data = data
         self.config = config
         self.round = -1
         self.epoch = -1
         self.cost = cost
+        self.report = report
 
     @property
     def seconds(self) -> float:
@@ -46,8 +53,7 @@ class RefreshLabels(L.Callback):
 
     def round_of(self, epoch: int) -> int:
         """The round that an epoch trains on."""
-        started = self.config.refresh != "none" and epoch >= self.config.refresh_start
-        return 1 + (epoch - self.config.refresh_start) // self.config.refresh_every if started else 0
+        return self.config.round_of(epoch)
 
     def on_train_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
         self.ensure(trainer, module, trainer.current_epoch)
@@ -73,15 +79,12 @@ class RefreshLabels(L.Callback):
         self.epoch = epoch
 
     def _fill(self, trainer: L.Trainer, module: CompressorModule, round: int) -> dict:
-        bar = LabelBar(trainer)
         try:
             with self.cost.labelling(round):
-                return self.labeller.ensure(round, scores=self._scores(whole(module)), report=bar.show)
+                return self.labeller.ensure(round, scores=self._scores(whole(module)), report=self.report)
         except Interrupted:
             logger.info("stopped while labelling; run the same command again to go on")
             raise
-        finally:
-            bar.close()
 
     def _scores(self, module: CompressorModule):
         def scores(features: Sequence[Features], budgets: Sequence[float] | None) -> list[np.ndarray]:

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evocomp.arguments import parse
 from evocomp.config import load as files
-from evocomp.config.load import describe, load, split_arguments, to_dict, to_yaml
+from evocomp.config.load import load, shipped, to_dict, to_yaml
+from evocomp.config.options import settings as all_settings
 from evocomp.config.schema import RunConfig
 from evocomp.log import UserError
 
@@ -82,15 +84,18 @@ def test_a_recipe_is_where_settings_begin(yaml):
     [["--seed=3", "--data.max_bad=4"], ["--seed", "3", "--data.max_bad", "4"], ["seed=3", "data.max_bad=4"]],
 )
 def test_three_spellings(words):
-    config = load(*split_arguments(words))
+    asked = parse(["config", *words])
+    config = load(asked.config, asked.settings)
     assert (config.seed, config.data.max_bad) == (3, 4)
 
 
 def test_words_are_taken_apart():
-    files, settings = split_arguments(["--config", "a", "--config=b", "--labels.overwrite", "--run_dir", "x=y"])
-    assert files == ["a", "b"] and settings == ["labels.overwrite=true", "run_dir=x=y"]
+    words = ["--config", "a", "--config=b", "--labels.overwrite", "--run_dir", "x=y", "seed=1"]
+    asked = parse(["config", *words, "--trainer.devices", "2", "--seed", "2"])
+    assert asked.config == ["a", "b"]
+    assert asked.settings == ("labels.overwrite=true", "run_dir=x=y", "seed=1", "trainer.devices=2", "seed=2")
     with pytest.raises(UserError, match="stray: not understood here; write --key=value"):
-        split_arguments(["stray"])
+        parse(["config", "stray"])
 
 
 def test_the_config_is_frozen_and_plain():
@@ -261,11 +266,23 @@ def test_files_that_are_not_there():
 
 
 def test_every_setting_is_described():
-    lines = {line.split()[0]: line for line in describe().splitlines()}
-    assert lines.keys() == leaves().keys()
-    for key, line in lines.items():
-        words = line.split(str(value(RunConfig(), key)), 1)[1].split()
-        assert len(words) >= 2, f"{key} has no docstring in schema.py"
+    known = {setting.key: setting for setting in all_settings()}
+    assert known.keys() == leaves().keys()
+    for key, setting in known.items():
+        assert len(setting.meaning.split()) >= 2, f"{key} has no docstring in schema.py"
+        assert setting.default == value(RunConfig(), key)
+
+
+def test_names_of_installed_configurations_are_known_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {"nano", "nano_published", "llava15_7b"} <= set(shipped())
+    assert load(["llava15_7b"]) == load(["llava15_7b.yaml"]) != load()
+    (tmp_path / "nano").mkdir()  # a folder is no file
+    assert load(["nano"]).run_dir == "runs/nano"
+    (tmp_path / "llava15_7b").write_text("seed: 7\n")
+    assert load(["llava15_7b"]) == load([], ["seed=7"]), "a file comes first"
+    refused(match="--config=nan: no such file .*did you mean nano", config=["nan"])
+    refused(match="--config=elsewhere/nano.yaml: no such file", config=["elsewhere/nano.yaml"])
 
 
 @pytest.mark.parametrize("key", [k for k, kind in leaves().items() if typing.get_origin(kind) is typing.Literal])

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from evocomp import cli, distributed, log
+from evocomp.config.load import load
 from evocomp.labels.labeller import Labeller
 from evocomp.labels.scorer import CandidateScorer
 
@@ -234,13 +235,13 @@ def train(
     if not join_counts:
         CompressorModule._sum_over_ranks = lambda self, counts: counts
     words = [f"run_dir={run}", *TINY, "trainer.accelerator=cpu", "trainer.max_epochs=1", *settings]
-    config = cli._config(words)
+    config = load(settings=words)
     spy = Spy(Path(out), stop_at, Path(config.labels.dir or f"{run}/labels"))
     spying(spy, workers)
     code = 0
     try:
         build.run(config)
-    except cli.UserError as error:
+    except log.UserError as error:
         print(f"evocomp: {error}", flush=True)
         code = 2
     return {"code": code, "steps": spy.steps, "left": distributed.world_size() == 1}
@@ -256,7 +257,7 @@ def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):
 
     distributed.heartbeat.HEARTBEAT_SECONDS, distributed.heartbeat.DEAD_AFTER_SECONDS = 0.3, 8.0
     plus = ["recipe=plus", "labels.credit_masks=4", "labels.samples_per_refresh=8", "labels.proposals=8"]
-    config = cli._config([f"run_dir={folder}", *TINY, *plus, "labels.flat=0.001"])
+    config = load(settings=[f"run_dir={folder}", *TINY, *plus, "labels.flat=0.001"])
     splits, mllm = build.load_splits(config.data), build.load_mllm(config)
     labeller = build.build_labeller(config, mllm, splits, Path(folder))
 

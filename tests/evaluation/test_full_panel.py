@@ -8,9 +8,9 @@ import torch
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import DataConfig, EvalConfig, RunConfig
-from evocomp.evaluation import run
 from evocomp.evaluation.outcome import WITH_CONTEXT
-from evocomp.evaluation.run import FULL, evaluate_run
+from evocomp.evaluation.request import FULL
+from evocomp.evaluation.run import evaluate_run
 from evocomp.evaluation.staged import INSIDE_LLM, STAGED
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
@@ -82,13 +82,3 @@ def test_broken_weights_are_named(run_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="the weights in .*compressor cannot be read"):
         evaluate_run(tmp_path / "run")
-
-
-def test_progress_is_told_every_few_seconds(monkeypatch, caplog):
-    clock = iter(range(0, 200, 4))
-    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
-    report = run.progress()
-    with caplog.at_level("INFO", logger="evocomp"):
-        for number in range(8):
-            report(f"row {number}")
-    assert [record.message for record in caplog.records] == ["judging: row 2", "judging: row 5"]

@@ -11,7 +11,8 @@ from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import EvalConfig, RunConfig
 from evocomp.data.scoring import score_answer
 from evocomp.evaluation.panel import Panel, Rival, picture
-from evocomp.evaluation.run import BASIC, FULL, all_outcomes, build_rival, middle, panel_names
+from evocomp.evaluation.request import BASIC, FULL, panel_names
+from evocomp.evaluation.run import all_outcomes, build_rival, middle
 from evocomp.log import UserError
 from evocomp.mllm.context import shown
 from evocomp.mllm.hf import FrozenMLLM

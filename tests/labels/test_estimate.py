@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
 
+from evocomp import cli
 from evocomp.config.load import load
 from evocomp.labels import estimate
 from evocomp.labels.estimate import GPUS, KNOWN, Target, Workload, by_arithmetic, by_timing, candidate_forwards
@@ -135,7 +136,6 @@ def test_hours_price_and_refresh_follow(run):
 def test_the_heads_of_the_big_runs_say_what_the_estimator_says(name, capsys):
     from pathlib import Path
 
-    from evocomp import cli
 
     path = Path(__file__).resolve().parent.parent.parent / "experiments" / f"{name}.yaml"
     assert cli.main(["label", "--config", str(path), "--estimate", "--gpu", "h100", "--gpus=8"]) == 0
@@ -146,3 +146,34 @@ def test_the_heads_of_the_big_runs_say_what_the_estimator_says(name, capsys):
     head = path.read_text().partition("recipe:")[0]
     assert f"labels {hours:.0f} GPU-hours" in head
     assert f"refresh {refresh:.1f} GPU-hours" in head and disk in head
+
+def test_a_cpu_configuration_is_timed_on_this_machine(capsys):
+    """nano runs on a CPU: no GPU's price, and all 144 visual tokens are counted."""
+    few = ["--data.max_samples=60", "--labels.credit_samples=60", "--labels.dtype=model"]
+    assert cli.main(["label", "--config", "nano", "--estimate", *few]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"samples on this CPU \(\d+ samples timed here\)", said)
+    assert re.search(r"text \+ 12 of 144 visual \+ 1 answer tokens", said)
+    assert re.search(r"time +\d+ s \([\d.]+ labels/s\)", said) and "USD" not in said and "GPU" not in said
+    assert cli.main(["label", "--config", "nano", "--estimate", "--gpu", "h100", *few]) == 0
+    said = capsys.readouterr().out
+    assert "of 144 visual" in said and "on H100 (arithmetic" in said
+
+
+def test_a_refresh_is_timed_by_masks_of_each_question(nano, monkeypatch):
+    """On-policy masks are not shared by the questions about an image, as those of round 0 are."""
+    from evocomp.data.splits import load_splits
+    from evocomp.training.labelling import build_rounds
+
+    few = ["data.max_samples=40", "data.val_samples=0", "data.test_samples=0", "labels.samples_per_refresh=300"]
+    config = load(settings=[*few, "labels.credit_masks=4", "labels.proposals=5"])
+    labeller, clock, shapes = build_rounds(config, nano, load_splits(config.data), None), [0.0], set()
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+
+    def each(features, masks, context):
+        clock[0] += 2.0 * len(features)
+        shapes.add((masks.shape[1], masks.shape[2] + context))
+
+    monkeypatch.setattr(labeller.scorer, "each", each)
+    result = by_timing(config, Target.named("nano", ASSETS), labeller, 1000, GPUS["l4"], count=2)
+    assert result.refresh == pytest.approx(300 * 2.0) and shapes == {(5, size) for size in (4, 8, 16, 32)}

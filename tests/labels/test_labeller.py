@@ -156,12 +156,25 @@ def test_progress_is_counted_and_said(labeller):
     assert states[-1][1] == one.scorer.forwards == sum(r["evaluations"] + 1 for r in records.values())
     assert states[-1][2] == sum(r["saved"] for r in records.values())
     assert states[-1][3] == pytest.approx(np.mean([r["best_loss"] for r in records.values()]), rel=1e-5)
-    line = LabelProgress(2, total=10, done=4, made=2, forwards=50, saved=3, loss_sum=1.0, seconds=4.0).line()
-    assert line == (
-        "labels, round 2: 4/10  0.5 labels/s  12 forwards/s  3 forwards saved  mean best loss 0.5000  12 s left"
-    )
-    proposed = LabelProgress(2, total=10, done=4, made=2, loss_sum=float("nan"), seconds=4.0).line()
-    assert "nan" not in proposed and proposed.endswith("0 forwards saved  12 s left")
+    progress = LabelProgress(2, total=10, done=4, made=2, forwards=50, saved=3, loss_sum=1.0, seconds=4.0)
+    assert progress.line() == "refresh 2: 4/10 questions, 0.5 per second" and progress.seconds_left == 12
+    side_by_side = LabelProgress(0, total=10, done=4, made=2, seconds=4.0, workers=3)
+    assert side_by_side.line() == "labels: 4/10 questions, 1.5 per second" and side_by_side.seconds_left == 4
+
+
+def test_questions_that_are_not_drawn_are_not_counted_as_progress(nano, tmp_path):
+    """A refresh scores 4 of 12 questions; the others are copied."""
+    settings = ["recipe=plus", "labels.credit_masks=4", "labels.samples_per_refresh=4", "labels.proposals=4"]
+    config = load([], [word for word in TINY if "recipe" not in word] + settings)
+    one = build_labeller(config, nano, load_splits(config.data), tmp_path)
+    one.ensure(0)
+    states = []
+
+    def scores(features, budgets):
+        return [np.zeros(len(feature.visual), np.float32) for feature in features]
+
+    records = one.ensure(1, scores, lambda p: states.append((p.done, p.made, p.total)))
+    assert len(records) == 12 and states == [(n, n, 4) for n in range(1, 5)]
 
 
 # ------------------------------------------------------------ the command
@@ -206,7 +219,7 @@ def test_a_store_of_other_settings_is_refused_and_replaced_only_if_asked(tmp_pat
     assert label(folder, "--search.generations=2") == 2
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.strip().splitlines()) == 1
-    assert "was made by search={" in said.err and "'generations': 1" in said.err and "'generations': 2" in said.err
+    assert "was made by search.generations=1 (this run has search.generations=2)" in said.err
     assert said.err.strip().endswith("choose another folder or --labels.overwrite=true")
     assert digest(folder) == first
     assert label(folder, "--search.generations=2", "--labels.overwrite=true") == 0

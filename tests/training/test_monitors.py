@@ -1,6 +1,7 @@
 """Accuracy on the selection split: what it measures is what the panel would."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def test_right_answers_are_those_of_the_panel(nano, questions, sharp):
     module = CompressorModule(compressor, config.loss, config.optim)
     some = questions[:40]
     panel = Panel(nano, some, max_new_tokens=4)
-    given = SelectionAccuracy(nano, some, (32, 8), batch=16, max_new_tokens=4).count_right(module, some)
+    monitor = SelectionAccuracy(nano, some, (32, 8), batch=16, max_new_tokens=4)
+    given = monitor.right_answers(some, partial(monitor.by_compressor, module), (32, 8))
     assert given == [int(panel.compressor(compressor, kept).correct.sum()) for kept in (32, 8)]
 
 

@@ -18,7 +18,7 @@ from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training import build, labelling
 from evocomp.training.build import check_trainer, run
-from evocomp.training.folder import DONE
+from evocomp.training.claims import DONE
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.optim import learning_rate
@@ -180,14 +180,14 @@ def test_a_finished_run_is_left_alone(whole, steps):
 def test_without_refreshes_and_with_a_number_of_steps(steps, tmp_path, monkeypatch):
     """One schedule for the whole run, and a measurement after its last epoch, though that is cut short."""
     rates, measured = [], []
-    step, count = CompressorModule.training_step, SelectionAccuracy.count_right
+    step, count = CompressorModule.training_step, SelectionAccuracy.right_answers
     monkeypatch.setattr(
         CompressorModule,
         "training_step",
         lambda module, *batch: rates.append(module.optimizers().param_groups[0]["lr"]) or step(module, *batch),
     )
     monkeypatch.setattr(
-        SelectionAccuracy, "count_right", lambda self, *rest: measured.append(len(rates)) or count(self, *rest)
+        SelectionAccuracy, "right_answers", lambda self, *rest: measured.append(len(rates)) or count(self, *rest)
     )
     settings = ["labels.refresh=none", "labels.refresh_start=1", "eval.monitor_every=4", "trainer.max_steps=6"]
     mine = config(tmp_path / "run", *PLUS, *settings)

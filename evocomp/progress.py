@@ -1,0 +1,112 @@
+"""How far a command is and how long all of it will still take: a bar in a terminal, else a line now and then."""
+
+import time
+from dataclasses import dataclass
+
+from evocomp.log import console, in_words, is_rank_zero, logger
+
+LINE_EVERY_SECONDS = 20.0
+DRAW_EVERY_SECONDS = 0.2
+
+
+@dataclass
+class Stage:
+    """One kind of work of a command, in units of its own (questions, batches, ...).
+
+    total, done: units of the whole command, those of an interrupted start included.
+    timed, seconds: units that were timed since this start, and how long they took.
+    guess: seconds that a unit is expected to take, until some are timed.
+    """
+
+    total: float = 0.0
+    done: float = 0.0
+    timed: float = 0.0
+    seconds: float = 0.0
+    guess: float = 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Of this kind of work, to the end of the command."""
+        each = self.seconds / self.timed if self.timed else self.guess
+        return max(0.0, self.total - self.done) * each
+
+    def advance(self, units: float, seconds: float) -> None:
+        """So many units more are done, and took so long."""
+        self.done += units
+        self.timed += units
+        self.seconds += seconds
+
+
+class Progress:
+    """Shows what is being done, and the time left of the whole command. On ranks other than 0 it shows nothing.
+
+    >>> progress = Progress(labels=Stage(total=100, guess=2.0), training=Stage(total=10, guess=1.0))
+    >>> progress.stages["labels"].advance(50, seconds=25.0)  # faster than expected
+    >>> progress.seconds_left
+    35.0
+    """
+
+    def __init__(self, **stages: Stage):
+        self.stages = stages
+        self._started = self._shown = time.monotonic()
+        self._bar = None
+        self._task = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds_left for stage in self.stages.values())
+
+    @property
+    def _left(self) -> str:
+        unknown = any(s.total > s.done and not s.timed and not s.guess for s in self.stages.values())
+        return "" if unknown else f"about {in_words(self.seconds_left)} left"
+
+    def show(self, text: str) -> None:
+        """Say what is being done; draws or writes only if the last time was long enough ago."""
+        if not is_rank_zero():
+            return
+        now = time.monotonic()
+        if console().is_terminal:
+            if self._bar is None or now - self._shown >= DRAW_EVERY_SECONDS:
+                self._shown = now
+                self._draw(text, now - self._started)
+        elif now - self._shown >= LINE_EVERY_SECONDS:
+            self._shown = now
+            logger.info("%s", ", ".join(filter(None, (text, self._left))))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, text: str, spent: float) -> None:
+        left = self._left
+        share = spent / max(1e-9, spent + self.seconds_left) if left else 0.0
+        if self._bar is None:
+            self._bar = _new_bar()
+            self._task = self._bar.add_task(text, total=1.0, completed=share, left=left)
+            self._bar.start()
+        self._bar.update(self._task, description=text, completed=share, left=left)
+        self._bar.refresh()
+
+
+def _new_bar():
+    """One line, however narrow the terminal is; it goes away when it is stopped."""
+    from rich import progress, table
+
+    def text(template: str, ratio: int | None = None) -> progress.TextColumn:
+        column = table.Column(no_wrap=True, overflow="ellipsis", ratio=ratio)  # one with a ratio takes what is left
+        return progress.TextColumn(template, markup=False, table_column=column)
+
+    return progress.Progress(
+        text("{task.description}", ratio=1),
+        progress.BarColumn(bar_width=12),
+        text("{task.percentage:>3.0f} %"),
+        text("{task.fields[left]}"),
+        console=console(),
+        transient=True,
+        auto_refresh=False,
+        expand=True,
+    )

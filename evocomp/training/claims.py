@@ -1,0 +1,88 @@
+"""Whether the folders that a run writes are its own, by the settings alone: no torch, so refusals come at once.
+
+The run itself looks again, for all its processes (`evocomp.training.folder`, `evocomp.training.labelling`).
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from evocomp.config import load as config_files
+from evocomp.config.schema import RunConfig
+from evocomp.labels.fingerprint import from_settings
+from evocomp.labels.store import LabelStore
+from evocomp.log import UserError, logger
+
+DONE = "trained.json"
+
+
+def check_before_work(config: RunConfig) -> None:
+    """Raise `UserError` if the run folder or the label store was made by other settings.
+
+    Does nothing in a job of several processes, where rank 0 looks for all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return
+    if not look(config, Path(config.run_dir), quiet=True):
+        check_labels(config)
+
+
+def check_labels(config: RunConfig) -> None:
+    """Raise `UserError` if the label store was made by other settings, as far as the settings alone tell."""
+    if not config.labels.overwrite:
+        folder = Path(config.labels.dir) if config.labels.dir else Path(config.run_dir) / "labels"
+        LabelStore.refuse_other(folder, from_settings(config))
+
+
+def look(config: RunConfig, folder: Path, quiet: bool = False) -> bool:
+    """Whether this very run is finished in the folder; `UserError` if the folder holds anything else.
+
+    quiet: do not warn of trainer settings that a finished run was not trained by.
+    """
+    mine = folder / "config.yaml"
+    if mine.exists():
+        there, wanted = (_comparable(c) for c in (config_files.load([mine]), config))
+        # what was left to the machine (auto) has been decided there
+        differing = sorted(key for key in wanted if wanted[key] not in (there.get(key), "auto"))
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"{folder} holds a run with other settings ({key}: {there.get(key)} there, {wanted[key]} asked for); "
+                "choose another --run_dir"
+            )
+        finished = (folder / DONE).exists()
+        if finished and not quiet:
+            _say_what_is_not_done(config, config_files.load([mine]), folder)
+        return finished
+    if folder.is_file():
+        raise UserError(f"--run_dir={folder} is a file; give a folder")
+    if folder.exists() and any(entry.name not in ("labels", "tensorboard", "config.tmp") for entry in folder.iterdir()):
+        raise UserError(f"--run_dir={folder} holds other files; choose a new or empty folder")
+    return False
+
+
+def _say_what_is_not_done(config: RunConfig, there: RunConfig, folder: Path) -> None:
+    """A finished run stays as it is, whatever the trainer is asked for now."""
+    asked, had = dict(config.trainer), dict(there.trainer)
+    differing = [key for key in sorted(asked.keys() | had.keys()) if asked.get(key) != had.get(key)]
+    if differing:
+        what = ", ".join(f"{k}: {had.get(k, 'default')} there, {asked.get(k, 'default')} asked for" for k in differing)
+        logger.warning("%s was trained by other trainer settings (%s); for these give another --run_dir", folder, what)
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """Settings by dotted key, without those that may differ from one start of a run to the next."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Any, prefix: str) -> None:
+        for key, value in tree.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, dict):
+                walk(value, f"{name}.")
+            else:
+                flat[name] = value
+
+    walk(config_files.to_dict(config), "")
+    changeable = ("scorer.", "run_dir", "threads", "logger", "labels.overwrite", "labels.dir", "eval.", "trainer.")
+    changeable += ("model.shard", "model.feature_cache")
+    return {key: value for key, value in flat.items() if not key.startswith(changeable)}
