@@ -14,6 +14,7 @@ from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.features import Features
+from evocomp.mllm.image_span import ImageSpan, find_image_span
 
 _PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
 
@@ -41,6 +42,7 @@ class Reader:
         self._bytes = 0
         self._pictures: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._prompts: dict[int, tuple[tuple, Features]] = {}
+        self._spans: dict[str, ImageSpan | None] = {}
 
     @property
     def device(self) -> torch.device:
@@ -71,11 +73,41 @@ class Reader:
         """
         return [self._features(example) for example in examples]
 
-    def _process(self, example: Example) -> dict[str, Tensor]:
+    def _text(self, example: Example) -> tuple[str, bool]:
+        """The prompt's text with the image's placeholder, and whether the tokenizer adds special tokens to it."""
         if getattr(self.processor, "chat_template", None) is None:
             raise UserError(f"the processor of {self.name} has no chat template; add chat_template.jinja to its folder")
         text = self.processor.apply_chat_template(_messages(example), add_generation_prompt=True, tokenize=False)
         bos = getattr(self.processor.tokenizer, "bos_token", None)
+        # as transformers itself does: templates that write the start mark must not get a second one
+        return text, not (bos and text.startswith(bos))
+
+    def _inputs(self, key: str, example: Example) -> dict[str, Tensor]:
+        """What the LLM and, for a new image, the vision tower read.
+
+        The image processor takes most of the time, so it runs once for an image; see `image_span`.
+        """
+        span = self._spans.get(key)
+        if span is not None and key in self._pictures:
+            inputs = span.insert(self._text_ids(example))
+            if inputs is not None:
+                return inputs
+        inputs = self._process(example)
+        if key not in self._spans:
+            self._spans[key] = self._find_span(example, inputs)
+        return inputs
+
+    def _find_span(self, example: Example, inputs: dict[str, Tensor]) -> ImageSpan | None:
+        if getattr(self.processor, "image_token", None) is None:
+            return None
+        return find_image_span(self.processor, self._text_ids(example), inputs)
+
+    def _text_ids(self, example: Example) -> list[int]:
+        text, add_special_tokens = self._text(example)
+        return self.processor.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+
+    def _process(self, example: Example) -> dict[str, Tensor]:
+        text, add_special_tokens = self._text(example)
         picture = example.image
         image = Image.open(picture) if isinstance(picture, str) else Image.fromarray(picture)
         try:
@@ -83,8 +115,7 @@ class Reader:
                 text=[text],
                 images=[image.convert("RGB")],
                 return_tensors="pt",
-                # as transformers itself does: templates that write the start mark must not get a second one
-                add_special_tokens=not (bos and text.startswith(bos)),
+                add_special_tokens=add_special_tokens,
             )
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
@@ -103,7 +134,8 @@ class Reader:
         self._pictures[key] = (rows, families.newline_rows(self.model, rows))
         self._bytes += rows.numel() * rows.element_size()
         while self._bytes > self.cache_bytes and len(self._pictures) > 1:
-            _, (old, _) = self._pictures.popitem(last=False)
+            gone, (old, _) = self._pictures.popitem(last=False)
+            self._spans.pop(gone, None)
             self._bytes -= old.numel() * old.element_size()
         return self._pictures[key]
 
@@ -112,7 +144,7 @@ class Reader:
         known = self._prompts.get(example.id)
         if known is not None and known[0] == asked and key in self._pictures:
             return _with_picture(known[1], *self._picture(key, {}))
-        inputs = self._process(example)
+        inputs = self._inputs(key, example)
         rows, is_separator = self._picture(key, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:
