@@ -79,7 +79,7 @@ def find_image_span(processor: Any, text_ids: list[int], inputs: Mapping[str, An
             if name != "input_ids" and (len(outside) == 0 or (outside != outside[0]).any()):
                 return None
             along[name] = (value[0, start:stop], outside[:1])
-        elif name != "pixel_values":
+        elif not name.startswith("pixel_"):
             others[name] = value
     del along["input_ids"]
     return ImageSpan(placeholder, ids[0, start:stop], along, others)
