@@ -148,8 +148,9 @@ class LabelConfig:
     """First epoch (counted from 0) that begins with a refresh."""
     refresh_every: int = 1
     """Epochs between refreshes."""
-    dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
-    """Number format of the LLM while it scores masks; `model` = the frozen weights' own."""
+    dtype: Literal["auto", "model", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the LLM while it scores masks; `model` = the frozen weights' own, `auto` = bfloat16 in place of
+    float32 where this machine is faster with it (timed once, saved in the run's config)."""
     passes: int = 3
     """How often each question that is labelled at first comes in an epoch, if `samples_per_epoch` is 0."""
     samples_per_epoch: int = 0
@@ -287,6 +288,9 @@ class LossConfig:
 class OptimConfig:
     name: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon on the layer's matrices, AdamW on the rest."""
+    muon_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of Muon's Newton-Schulz iteration; `auto` = bfloat16 where this machine is faster with it (timed
+    once, saved in the run's config)."""
     lr: float = 2e-3
     """Peak learning rate."""
     refresh_lr: float = 1.5e-3

@@ -33,6 +33,7 @@ from evocomp.training.folder import DONE, claimed, is_finished, judge_as_asked, 
 from evocomp.training.labelling import build_labeller, follows_compressor, use_feature_cache
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
+from evocomp.training.number_format import resolve_dtypes
 from evocomp.training.progress import LabelBar
 from evocomp.training.refresh_labels import RefreshLabels
 from evocomp.training.shards import load_sharded
@@ -56,6 +57,7 @@ def run(config: RunConfig) -> bool:
         UserError: the folder holds a run with other settings, and every mistake in data or settings.
     """
     folder = Path(config.run_dir)
+    config = resolve_dtypes(config, folder)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
     if config.compressor.lora.r and "fsdp" in str(config.trainer.get("strategy", "")):
         raise UserError("an adapter is too small to be sharded: set trainer.strategy=ddp, or compressor.lora.r=0")
@@ -129,11 +131,12 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
 @distributed.joined()
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
+    folder = Path(config.run_dir)
+    config = resolve_dtypes(config, folder)
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     use_feature_cache(config, mllm, splits)
-    folder = Path(config.run_dir)
     labeller = build_labeller(config, mllm, splits, folder)
     bar = LabelBar()
     records = labeller.ensure(0, report=bar.show)
