@@ -4,6 +4,7 @@ import difflib
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from evocomp import __version__, log
@@ -137,30 +138,45 @@ def train(words: Sequence[str]) -> int:
     """evocomp train --config FILE [--run_dir=DIR] [--a.b=value ...]
 
     Labels the training questions, trains a compressor (labels are refreshed as the recipe says) and prints the
-    table. Started again after an interruption, it goes on where it was.
+    table. Started again after an interruption, it goes on where it was. On an idle CPU it starts a process for each
+    core (at most four); --threads=1 keeps it to one.
 
       evocomp train --config experiments/nano.yaml
       evocomp train --config experiments/nano.yaml --data.source=my/folder --run_dir=runs/mine --trainer.max_epochs=4
     """
     config = _config(words)
+    from evocomp.launch import beside, idle_processes
+
+    finished = (Path(config.run_dir) / "trained.json").exists()
+    alone = finished or config.model.shard != 1
+    count = 1 if alone else idle_processes(config.trainer, config.threads, config.optim.batch_size)
+    with beside(count, ["train", *words]):
+        return _train(config)
+
+
+def _train(config) -> int:
+    from evocomp import distributed
+    from evocomp.launch import launched
     from evocomp.training.build import run
 
     run_dir = Path(config.run_dir)
-    is_new = run(config)
-    if not log.is_rank_zero():
-        return 0
-    if config.model.shard != 1:
-        log.logger.info("the MLLM is sharded, so the run is not judged: evocomp eval --run %s where it fits", run_dir)
-        return 0
-    if config.data.test_samples == 0:
-        log.logger.info("the run has no test questions, so it is not judged; see %s", run_dir / "compressor")
-        return 0
-    if is_new or not (run_dir / "report.json").exists():
-        from evocomp.evaluation.run import evaluate_run
+    with distributed.joined() if launched() > 1 else nullcontext():
+        is_new = run(config)
+        if launched() == 1 and not log.is_rank_zero():
+            return 0  # of a job that another launcher started, rank 0 judges alone
+        if config.model.shard != 1:
+            what_next = f"evocomp eval --run {run_dir} where it fits"
+            log.logger.info("the MLLM is sharded, so the run is not judged: %s", what_next)
+            return 0
+        if config.data.test_samples == 0:
+            log.logger.info("the run has no test questions, so it is not judged; see %s", run_dir / "compressor")
+            return 0
+        if distributed.from_rank_0(lambda: is_new or not (run_dir / "report.json").exists()):
+            from evocomp.evaluation.run import evaluate_run
 
-        evaluate_run(run_dir)
-    else:
-        print((run_dir / "report.md").read_text())
+            evaluate_run(run_dir)
+        elif log.is_rank_zero():
+            print((run_dir / "report.md").read_text())
     return 0
 
 

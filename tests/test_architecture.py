@@ -13,7 +13,7 @@ PACKAGE = ROOT / "evocomp"
 
 # a part imports only parts of lower tiers
 TIERS = [
-    ("config", "log", "files", "distributed"),
+    ("config", "log", "files", "launch", "distributed"),
     ("ops", "data"),
     ("viz",),
     ("mllm", "grouping", "losses", "selection", "compressor"),
@@ -27,6 +27,8 @@ TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 # within a tier, and why
 ALLOWED = {
     ("config", "log"): "mistakes in settings are user errors",
+    ("launch", "log"): "that several processes are started is said, and which of them failed",
+    ("distributed", "launch"): "processes that share the cores of a CPU have one thread each",
     ("distributed", "log"): "a rank that has gone silent is named",
     ("compressor", "selection"): "a compressor keeps its top r by the same rule for ties as every method",
     ("compressor", "mllm"): "the layer comes from the target's decoder: the table of families finds it",

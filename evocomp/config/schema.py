@@ -350,7 +350,8 @@ class RunConfig:
     seed: int = 0
     """Of weights, sample order and search streams."""
     threads: int = 0
-    """CPU threads of torch; 0 = all cores of an idle machine, else one."""
+    """CPU threads of torch; 0 = all cores of an idle machine, else one. With 0, `evocomp train` on a CPU starts a
+    process for each idle core, at most four, that share a batch."""
     logger: Literal["tensorboard", "csv", "wandb", "none"] = "tensorboard"
     """Where curves go."""
     model: ModelConfig = field(default_factory=ModelConfig)

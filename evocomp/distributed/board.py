@@ -143,21 +143,31 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+_inside = False
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Meet the other processes for the time of a job, and part from them also where it is refused or interrupted.
 
-    A process that ends with its group open may abort, and a launcher then kills the others with it. Of errors that
-    are nobody's to put right (anything but `UserError`) a process dies as it is: the others must not take it for gone
-    by agreement.
+    Inside another `joined`, does nothing. A process that ends with its group open may abort, and a launcher then kills
+    the others with it. Of errors that are nobody's to put right (anything but `UserError`) a process dies as it is: the
+    others must not take it for gone by agreement.
 
     Raises:
         UserError: more processes than GPUs on this node.
     """
+    global _inside
+    if _inside:
+        yield
+        return
     join()
+    _inside = True
     try:
         yield
     except UserError:
         leave()
         raise
+    finally:
+        _inside = False
     leave()

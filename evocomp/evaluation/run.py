@@ -13,6 +13,7 @@ from evocomp import distributed
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
+from evocomp.data.example import Example
 from evocomp.data.splits import digest, test_questions
 from evocomp.evaluation.k_token_merging import k_token_outcomes
 from evocomp.evaluation.outcome import Outcome, Questions
@@ -28,17 +29,15 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.selection import selector
 from evocomp.viz import SheetItem, kept_sheet
 
-BASIC = ("uniform_stride", "average_pool")
+BASIC = ("uniform_stride", "average_pool", "cls_attention", "divprune")
 FULL = (
     *BASIC,
-    "cls_attention",
     "tome",
     "prumerge",
     "prumerge_plus",
     "hired",
     "visionzip",
     "vispruner",
-    "divprune",
     "cdpruner",
     "fastv",
     "sparsevlm",
@@ -96,10 +95,18 @@ def evaluate_run(
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("judging on %d questions", len(examples))
-    judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=progress())
+    own = own_share(examples, distributed.rank(), distributed.world_size())
+    batch, longest = config.eval.batch, config.eval.max_new_tokens
+    judge = Panel(mllm, [examples[i] for i in own], batch, longest, report=progress())
     outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
     if panel == "full":
         outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
+    if distributed.world_size() > 1:
+        shares = distributed.gather((own, outcomes))
+        if distributed.rank():
+            return []
+        outcomes = together(shares)
+        judge = Panel(mllm, examples, batch, longest)
     apart = questions_apart(judge, config.eval.apart)
     main = ~np.logical_or.reduce([*apart.values(), np.zeros(len(judge.questions), dtype=bool)])
     settings = {"resamples": config.eval.resamples, "seed": config.seed, "remarks": remarks}
@@ -120,6 +127,30 @@ def evaluate_run(
         print(f"\n{kind}, reported apart\n{terminal(special)}")
     logger.info("written: %s", out / "report.md")
     return report.rows
+
+
+def own_share(examples: Sequence[Example], rank: int, world: int) -> list[int]:
+    """Which examples one of several processes judges: all questions about every world-th image."""
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(one.image_id for one in examples))}
+    return [i for i, one in enumerate(examples) if numbers[one.image_id] % world == rank]
+
+
+def together(shares: Sequence[tuple[list[int], list[Outcome]]]) -> list[Outcome]:
+    """Outcomes on all questions, from those of processes that had a share of the questions each.
+
+    A method that one of them cannot run counts as one that none can.
+    """
+    order = np.argsort(np.concatenate([own for own, _ in shares]))
+    found = []
+    for parts in zip(*(outcomes for _, outcomes in shares), strict=True):
+        refused = next((part for part in parts if part.not_applicable is not None), None)
+        if refused is not None:
+            found.append(refused)
+            continue
+        answers = [answer for part in parts for answer in part.answers]
+        correct = np.concatenate([part.correct for part in parts])[order]
+        found.append(replace(parts[0], correct=correct, answers=[answers[i] for i in order] if answers else []))
+    return found
 
 
 def questions_apart(judge: Panel, kinds: Sequence[str]) -> dict[str, np.ndarray]:

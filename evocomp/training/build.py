@@ -23,6 +23,7 @@ from evocomp.data.example import Example
 from evocomp.data.splits import load_splits
 from evocomp.inference import card
 from evocomp.labels.labeller import Interrupted
+from evocomp.launch import launched
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.average import AverageFromEpoch
@@ -75,7 +76,7 @@ def run(config: RunConfig) -> bool:
     data = LabelledQuestions(
         mllm,
         splits.train,
-        config.optim.batch_size,
+        config.optim.batch_size // launched(),  # the same steps, however many processes an idle CPU allows
         config.labels.samples_per_epoch or config.labels.passes * labelled,
         config.seed,
     )
