@@ -110,9 +110,8 @@ def test_two_processes_give_the_labels_and_about_the_table_of_one(tmp_path):
     one, two = (LabelStore(tmp_path / name / "labels") for name in ("one", "two"))
     assert one.digest(0) == two.digest(0)
     rows = [read_rows(tmp_path / name / "report.json") for name in ("one", "two")]
-    assert [(row["method"], row["kept"], row["n"]) for row in rows[0]] == [
-        (row["method"], row["kept"], row["n"]) for row in rows[1]
-    ]
-    for row, other in zip(*rows, strict=True):
-        if row["method"] in ("full", "no_image", "uniform_stride", "divprune"):
-            assert row["accuracy"] == other["accuracy"], row["method"]
+    one, two = ({(row["method"], row["kept"]): row for row in own} for own in rows)
+    assert one.keys() == two.keys()
+    for (method, kept), row in one.items():
+        if method != "evocomp":  # rounding moves the trained weights, and an answer with them
+            assert (row["accuracy"], row["n"]) == (two[method, kept]["accuracy"], two[method, kept]["n"]), method

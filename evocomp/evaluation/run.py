@@ -105,8 +105,9 @@ def evaluate_run(
         shares = distributed.gather((own, outcomes))
         if distributed.rank():
             return []
-        outcomes = together(shares)
         judge = Panel(mllm, examples, batch, longest)
+        outcomes = together(shares)
+        outcomes.insert(2, judge.wrong_image())  # shows images of all shares
     apart = questions_apart(judge, config.eval.apart)
     main = ~np.logical_or.reduce([*apart.values(), np.zeros(len(judge.questions), dtype=bool)])
     settings = {"resamples": config.eval.resamples, "seed": config.seed, "remarks": remarks}
@@ -268,11 +269,16 @@ def all_outcomes(
     names: Sequence[str],
     inside: bool = False,
 ) -> list[Outcome]:
-    """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers."""
+    """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers.
+
+    A process that has a share of the questions leaves out the one that shows other questions' images.
+    """
     kept = config.eval.kept
     rivals = [Rival(selector("random_tokens"), "random", seed) for seed in range(config.eval.seeds)]
     rivals += [build_rival(name, judge.mllm, compressors["evocomp"].config.sharp) for name in names]
-    outcomes = [judge.full(), judge.no_image(), judge.wrong_image()]
+    outcomes = [judge.full(), judge.no_image()]
+    if distributed.world_size() == 1:
+        outcomes.append(judge.wrong_image())
     outcomes += [judge.downsampling(count) for count in kept]
     outcomes += judge.selectors(rivals, kept)
     if inside:
