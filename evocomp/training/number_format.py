@@ -87,7 +87,9 @@ def faster_on_cpu() -> str:
             products[name] = (torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype))
             products[name][0] @ products[name][1]  # libraries prepare for each new size and format
         best = dict.fromkeys(products, float("inf"))
-        for _ in range(REPEATS):
+        for repeat in range(REPEATS):
+            if repeat == 3 and best["bfloat16"] > 4 * best["float32"]:
+                break  # emulated: each product takes many milliseconds
             for name, (left, right) in products.items():
                 start = time.perf_counter()
                 left @ right
