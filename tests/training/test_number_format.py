@@ -27,7 +27,8 @@ def measured(monkeypatch):
 
 
 def settings(folder, *more) -> list[str]:
-    return [*QUICK, *PLUS, f"run_dir={folder}", "logger=none", "trainer.max_epochs=1", "labels.refresh=none", *more]
+    auto = ["labels.dtype=auto", "optim.muon_dtype=auto", "labels.refresh=none"]
+    return [*QUICK, *PLUS, f"run_dir={folder}", "logger=none", "trainer.max_epochs=1", *auto, *more]
 
 
 @pytest.mark.parametrize(("faster", "labels"), [("bfloat16", "bfloat16"), ("float32", "model")])
