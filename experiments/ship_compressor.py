@@ -35,6 +35,7 @@ def halve(source: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = load_file(source / "model.safetensors")
     save_file({name: value.half() for name, value in state.items()}, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
 
 
 @torch.inference_mode()
