@@ -15,7 +15,7 @@ SETTINGS_VERBS = ("train", "label", "config")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of a command with all its words; raises `UserError` for what is not understood."""
+    """The options of a command with all its words (`words`); raises `UserError` for what is not understood."""
     verb, rest = words[0], list(words[1:])
     parser, verbs = _tree(words)
     if verb in SETTINGS_VERBS:
@@ -30,6 +30,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             raise
     if unknown:
         raise _not_understood(verb, verbs[verb], unknown[0])
+    asked.words = list(words)
     return asked
 
 

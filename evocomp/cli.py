@@ -7,6 +7,7 @@ import select
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from evocomp import __version__, log
@@ -122,25 +123,40 @@ def train(asked: argparse.Namespace) -> int:
     from evocomp.training.claims import check_before_work
 
     check_before_work(config)
+    from evocomp.launch import beside, idle_processes
+
+    finished = (Path(config.run_dir) / "trained.json").exists()
+    alone = finished or config.model.shard != 1
+    count = 1 if alone else idle_processes(config.trainer, config.threads, config.optim.batch_size)
+    with beside(count, asked.words):
+        return _train(config)
+
+
+def _train(config: RunConfig) -> int:
+    from evocomp import distributed
+    from evocomp.launch import launched
     from evocomp.training.build import run
 
     run_dir = Path(config.run_dir)
-    is_new = run(config, _answers(config))
-    if not log.is_rank_zero():
-        return 0
-    if config.model.shard != 1:
-        log.logger.info("the MLLM is sharded, so the run is not judged: evocomp eval --run %s where it fits", run_dir)
-        return 0
-    if config.data.test_samples == 0:
-        log.logger.info("the run has no test questions, so it is not judged; see %s", run_dir / "compressor")
-        return 0
-    if is_new or not (run_dir / "report.json").exists():
-        from evocomp.evaluation.run import evaluate_run
+    with distributed.process_group() if launched() > 1 else nullcontext():
+        is_new = run(config, _answers(config))
+        if launched() == 1 and not log.is_rank_zero():
+            return 0  # of a job that another launcher started, rank 0 evaluates alone
+        if config.model.shard != 1:
+            what_next = f"evocomp eval --run {run_dir} where it fits"
+            log.logger.info("the MLLM is sharded, so the run is not evaluated: %s", what_next)
+            return 0
+        if config.data.test_samples == 0:
+            log.logger.info("the run has no test questions, so it is not evaluated; see %s", run_dir / "compressor")
+            return 0
+        if distributed.from_rank_0(lambda: is_new or not (run_dir / "report.json").exists()):
+            from evocomp.evaluation.run import evaluate_run
 
-        evaluate_run(run_dir)
-    else:
-        print((run_dir / "report.md").read_text())
-    _say_what_next(config, run_dir)
+            evaluate_run(run_dir)
+        elif log.is_rank_zero():
+            print((run_dir / "report.md").read_text())
+        if log.is_rank_zero():
+            _say_what_next(config, run_dir)
     return 0
 
 

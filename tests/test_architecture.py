@@ -13,7 +13,7 @@ PACKAGE = ROOT / "evocomp"
 
 # a part imports only parts of lower tiers
 TIERS = [
-    ("config", "log", "files", "distributed", "progress"),
+    ("config", "log", "files", "launch", "distributed", "progress"),
     ("ops", "data", "selection"),
     ("viz",),
     ("mllm", "grouping", "losses", "compressor"),
@@ -28,6 +28,8 @@ TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 # within a tier, and why
 ALLOWED = {
     ("config", "log"): "mistakes in settings are user errors",
+    ("launch", "log"): "that several processes are started is said, and which of them failed",
+    ("distributed", "launch"): "processes that share the cores of a CPU have one thread each",
     ("distributed", "log"): "a rank that has gone silent is named",
     ("progress", "log"): "messages and progress bars share one terminal",
     ("compressor", "mllm"): "the layer comes from the target's decoder: the table of families finds it",

@@ -1,129 +1,117 @@
-"""The launch recipes as far as a machine without Slurm and Kubernetes can tell: syntax, arguments, what a stop does."""
+"""Processes for idle cores: how many, what becomes of them, and that results do not depend on them."""
 
 import os
-import re
-import signal
 import subprocess
-import time
-from pathlib import Path
+import sys
 
+import numpy as np
 import pytest
-import yaml
-from torch.distributed.run import get_args_parser
 
-from tests.commands import commands, understood
+from evocomp import launch
+from evocomp.cli import main
+from evocomp.evaluation.outcome import Outcome
+from evocomp.evaluation.run import own_share, read_rows, together
+from evocomp.labels.store import LabelStore
+from evocomp.launch import beside, idle_processes, launched
+from tests.training.test_run import PLUS, QUICK
 
-ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = ROOT / "experiments" / "launch"
-SCRIPTS = [LAUNCH / name for name in ("torchrun_one_node.sh", "torchrun_many_nodes.sh", "slurm.sbatch")]
-SERVICE, JOB = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
-POD = JOB["spec"]["template"]["spec"]
-CONTAINER = POD["containers"][0]
-HEADS = [
-    words
-    for path in [*SCRIPTS, LAUNCH / "kubernetes.yaml", LAUNCH / "README.md"]
-    for words in commands(path.read_text().replace("#", " ").replace("`", " ; ").replace("SHARED_FOLDER", "runs/a"))
-    if "--config" in words and "FILE" not in words
-]
-HEADS.append(CONTAINER["args"][0].split("torchrun_many_nodes.sh")[1].split())
+CPU = {"accelerator": "cpu"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_bash_and_can_be_started(script):
-    subprocess.run(["bash", "-n", script], check=True)
-    assert os.access(script, os.X_OK) and script.read_text().startswith("#!/usr/bin/env bash\n")
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of so many cores, so many of them busy."""
+    for name in launch._PLACED_BY:
+        monkeypatch.delenv(name, raising=False)
+
+    def of(cores: int, busy: float = 0.0) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+        monkeypatch.setattr(os, "getloadavg", lambda: (busy, busy, busy), raising=False)
+
+    return of
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:2], ids=lambda path: path.name)
-def test_torchrun_knows_its_options(script, tmp_path):
-    """What the script would start, as torchrun's own parser reads it."""
-    fake(tmp_path, "torchrun", 'printf "%s\\n" "$@"')
-    variables = {"HEAD": "node0", "NODES": "4", "PROCESSES": "8", "IS_HEAD": "1", "LOCAL_ADDR": "10.0.0.1"}
-    started = subprocess.run(
-        [script, "train", "--seed=3"], env=path_with(tmp_path, **variables), capture_output=True, text=True, check=True
+@pytest.mark.parametrize(
+    ("cores", "busy", "batch", "expected"),
+    [(1, 0, 32, 1), (2, 0, 32, 2), (2, 0.3, 32, 2), (2, 1.2, 32, 1), (2, 9, 32, 1), (64, 0, 32, 4), (3, 0, 32, 2)]
+    + [(4, 0, 6, 3), (4, 0, 7, 1), (3, 0, 6, 3)],
+)
+def test_one_process_for_each_idle_core_that_shares_a_batch_evenly(machine, cores, busy, batch, expected):
+    machine(cores, busy)
+    assert idle_processes(CPU, 0, batch) == expected
+
+
+@pytest.mark.parametrize(
+    ("trainer", "threads"),
+    [({}, 0), ({"accelerator": "gpu"}, 0), ({**CPU, "devices": 2}, 0), ({**CPU, "strategy": "ddp"}, 0), (CPU, 1)],
+)
+def test_one_process_where_the_settings_place_the_run_or_name_a_gpu(machine, trainer, threads):
+    machine(4)
+    assert idle_processes(trainer, threads, 32) == 1
+
+
+@pytest.mark.parametrize("name", launch._PLACED_BY)
+def test_one_process_where_a_launcher_or_the_user_has_decided(machine, monkeypatch, name):
+    machine(4)
+    monkeypatch.setenv(name, "1")
+    assert idle_processes(CPU, 0, 32) == 1
+
+
+def test_the_others_end_with_rank_0_and_leave_the_environment(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+
+    def sleeper(command, **options):
+        assert options["env"]["RANK"] == "1" and options["env"]["WORLD_SIZE"] == "2"
+        process = popen([sys.executable, "-c", "import time; time.sleep(600)"], **options)
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(launch.subprocess, "Popen", sleeper)
+    before = dict(os.environ)
+    with pytest.raises(KeyError), beside(2, ["train"]):
+        assert launched() == 2
+        raise KeyError
+    assert started[0].returncode is not None
+    assert dict(os.environ) == before and launched() == 1
+
+
+def test_shares_of_the_questions_are_whole_images_and_come_together_in_order(questions):
+    shares = [own_share(questions, rank, 2) for rank in range(2)]
+    assert sorted(sum(shares, [])) == list(range(len(questions)))
+    images = [{questions[i].image_id for i in own} for own in shares]
+    assert images[0] and images[1] and not images[0] & images[1]
+    scores = np.random.default_rng(0).random(len(questions))
+    words = [str(score) for score in scores]
+    parts = [(own, [Outcome("a", 4, scores[own], [words[i] for i in own])]) for own in shares]
+    (whole,) = together(parts)
+    assert np.array_equal(whole.correct, scores) and whole.answers == words
+    refused = Outcome("a", 4, np.zeros(0), not_applicable="it needs attention")
+    assert together([parts[0], (shares[1], [refused])]) == [refused]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_labels_and_about_the_table_of_one(tmp_path):
+    quick = [word for word in [*QUICK, *PLUS] if not word.startswith(("threads", "optim.batch_size"))]
+    words = [f"--{word}" for word in [*quick, "optim.batch_size=8", "logger=none"]]
+    assert main(["train", *words, f"--run_dir={tmp_path}/one", "--threads=1"]) == 0
+    environment = {name: value for name, value in os.environ.items() if name not in launch._PLACED_BY}
+    idle = "import os; os.getloadavg = lambda: (0, 0, 0); os.sched_getaffinity = lambda pid: {0, 1}; import sys; "
+    command = f"{idle}from evocomp.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "train", *words, f"--run_dir={tmp_path}/two"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
-    arguments = get_args_parser().parse_args(started.stdout.splitlines())
-    assert arguments.module and arguments.training_script == "evocomp" and arguments.nproc_per_node == "8"
-    assert arguments.training_script_args == ["train", "--seed=3", "--trainer.strategy=ddp"]
-    if "many" in script.name:
-        assert (arguments.nnodes, arguments.rdzv_endpoint) == ("4", "node0:29512")
-        assert arguments.local_addr == "10.0.0.1" and "is_host=1" in arguments.rdzv_conf
-
-
-@pytest.mark.parametrize("words", HEADS, ids=" ".join)
-def test_commands_in_their_heads_are_understood(words, tmp_path, monkeypatch):
-    understood(words, ROOT, tmp_path, monkeypatch)
-
-
-def test_there_are_commands_in_their_heads():
-    assert len(HEADS) >= 3
-
-
-def test_the_kubernetes_job_fits_its_service_and_the_script():
-    assert JOB["apiVersion"] == "batch/v1" and JOB["spec"]["completionMode"] == "Indexed"
-    assert SERVICE["spec"]["clusterIP"] == "None" and POD["subdomain"] == SERVICE["metadata"]["name"]
-    assert SERVICE["spec"]["selector"] == {"job-name": JOB["metadata"]["name"]}
-    variables = {one["name"]: one["value"] for one in CONTAINER["env"]}
-    assert variables["HEAD"] == f"{JOB['metadata']['name']}-0.{SERVICE['metadata']['name']}"
-    assert int(variables["NODES"]) == JOB["spec"]["completions"] == JOB["spec"]["parallelism"]
-    assert int(variables["PROCESSES"]) == CONTAINER["resources"]["limits"]["nvidia.com/gpu"]
-    read = (LAUNCH / "torchrun_many_nodes.sh").read_text()
-    assert all(name in read for name in ("HEAD", "NODES", "PROCESSES", "IS_HEAD"))
-    mounts = {one["name"] for one in CONTAINER["volumeMounts"]}
-    assert mounts == {one["name"] for one in POD["volumes"]}
-
-
-@pytest.mark.parametrize("index", ["0", "1"])
-def test_the_pod_of_index_0_is_the_head(index, tmp_path):
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "launch").mkdir()
-    fake(tmp_path / "experiments" / "launch", "torchrun_many_nodes.sh", 'echo "IS_HEAD=$IS_HEAD $*"')
-    command = [*CONTAINER["command"], *CONTAINER["args"]]
-    environment = {**os.environ, "JOB_COMPLETION_INDEX": index}
-    said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"IS_HEAD={int(index == '0')} train --config experiments/llava15_7b.yaml")
-
-
-# ------------------------------------------------------------ Slurm, with stand-ins for its two commands
-
-
-def fake(folder: Path, name: str, body: str) -> None:
-    path = folder / name
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
-    path.chmod(0o755)
-
-
-def path_with(folder: Path, **variables: str) -> dict[str, str]:
-    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
-
-
-def batch_job(folder: Path, step: str) -> subprocess.Popen:
-    fake(folder, "srun", f'echo "$@" > {folder}/step\n{step}')
-    fake(folder, "scontrol", f'if [ "$1" = show ]; then printf "n7\\nn8\\n"; else echo "$@" >> {folder}/asked; fi')
-    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "55", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_SUBMIT_DIR": str(ROOT)}
-    return subprocess.Popen([LAUNCH / "slurm.sbatch", "train", "--seed=3"], env=path_with(folder, **slurm))
-
-
-def test_a_time_limit_stops_the_step_and_queues_the_job_again(tmp_path):
-    # as torchrun does: it passes the signal on, waits for its workers, and ends with an error
-    step = f"trap 'sleep 0.5; touch {tmp_path}/stopped; exit 2' TERM\nwhile :; do sleep 0.05; done"
-    job = batch_job(tmp_path, step)
-    while not (tmp_path / "step").exists():
-        time.sleep(0.05)
-    time.sleep(0.3)
-    os.kill(job.pid, signal.SIGTERM)  # --signal=B:TERM@300 sends it to the batch script alone
-    assert job.wait(30) == 2 and (tmp_path / "stopped").exists()
-    assert (tmp_path / "asked").read_text() == "requeue 55\n"
-    started = (tmp_path / "step").read_text()
-    assert f"{LAUNCH}/torchrun_many_nodes.sh train --seed=3" in started and "-u SLURM_NTASKS" in started
-
-
-@pytest.mark.parametrize("code", [0, 2])
-def test_a_job_that_ends_by_itself_is_not_queued_again(tmp_path, code):
-    assert batch_job(tmp_path, f"exit {code}").wait(30) == code
-    assert not (tmp_path / "asked").exists()
-
-
-def test_slurm_is_asked_for_a_signal_to_the_script_and_for_leave_to_requeue():
-    directives = re.findall(r"^#SBATCH (\S+)", SCRIPTS[2].read_text(), re.MULTILINE)
-    assert {"--requeue", "--signal=B:TERM@300", "--open-mode=append", "--ntasks-per-node=1"} <= set(directives)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes share the work" in done.stderr
+    one, two = (LabelStore(tmp_path / name / "labels") for name in ("one", "two"))
+    assert one.digest(0) == two.digest(0)
+    rows = [read_rows(tmp_path / name / "report.json") for name in ("one", "two")]
+    one, two = ({(row["method"], row["kept"]): row for row in own} for own in rows)
+    assert one.keys() == two.keys()
+    for (method, kept), row in one.items():
+        if method != "evocomp":  # rounding moves the trained weights, and an answer with them
+            assert (row["accuracy"], row["n"]) == (two[method, kept]["accuracy"], two[method, kept]["n"]), method

@@ -149,8 +149,9 @@ class LabelConfig:
     """First epoch (counted from 0) that begins with a refresh."""
     refresh_every: int = 1
     """Epochs between refreshes."""
-    dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
-    """Number format of the LLM while it scores masks; `model` = the frozen weights' own."""
+    dtype: Literal["auto", "model", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the LLM while it scores masks; `model` = the frozen weights' own, `auto` = bfloat16 in place of
+    float32 where this machine is faster with it (timed once, saved in the run's config)."""
     passes: int = 3
     """Repeats per epoch of each question labelled in round 0; ignored if samples_per_epoch is set."""
     samples_per_epoch: int = 0
@@ -297,6 +298,9 @@ class LossConfig:
 class OptimConfig:
     name: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon on the layer's matrices, AdamW on the rest."""
+    muon_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of Muon's Newton-Schulz iteration; `auto` = bfloat16 where this machine is faster with it (timed
+    once, saved in the run's config)."""
     lr: float = 2e-3
     """Peak learning rate."""
     refresh_lr: float = 1.5e-3
@@ -356,7 +360,8 @@ class RunConfig:
     seed: int = 0
     """Seed of initial weights, sample order and random masks."""
     threads: int = 0
-    """CPU threads of torch; 0 = all cores of an idle machine, else one."""
+    """CPU threads of torch; 0 = all cores of an idle machine, else one. With 0, `evocomp train` on a CPU starts a
+    process for each idle core, at most four, that share a batch."""
     logger: Literal["tensorboard", "csv", "wandb", "none"] = "tensorboard"
     """Where curves go."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -143,20 +143,31 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+_inside = False
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Initialise the process group; destroy it on success and on a `UserError`.
 
-    A process that exits with an open group may abort, and the launcher then kills the other processes. Other exceptions
-    leave the group open, so that the other ranks see a crash and not an orderly exit.
+    Inside another `process_group`, this does nothing. A process that exits with an open group may abort, and the
+    launcher then kills the other processes. Other exceptions leave the group open, so that the other ranks see a crash
+    and not an orderly exit.
 
     Raises:
         UserError: more processes than GPUs on this node.
     """
+    global _inside
+    if _inside:
+        yield
+        return
     join()
+    _inside = True
     try:
         yield
     except UserError:
         leave()
         raise
+    finally:
+        _inside = False
     leave()

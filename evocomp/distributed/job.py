@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from evocomp.launch import launched
 from evocomp.log import UserError
 
 
@@ -95,7 +96,9 @@ def _object_device() -> torch.device | None:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's CPU threads; 0: the idle cores, at most four (more threads than idle cores are slow)."""
+    """Set torch's CPU threads; 0: the idle cores, at most four, or one where each core has a process of its own."""
+    if launched() > 1:
+        threads = 1
     if threads == 0 and "OMP_NUM_THREADS" not in os.environ:
         cores = os.cpu_count() or 1
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

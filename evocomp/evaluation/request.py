@@ -7,17 +7,15 @@ from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.log import UserError
 
-BASIC = ("uniform_stride", "average_pool")
+BASIC = ("uniform_stride", "average_pool", "cls_attention", "divprune")
 FULL = (
     *BASIC,
-    "cls_attention",
     "tome",
     "prumerge",
     "prumerge_plus",
     "hired",
     "visionzip",
     "vispruner",
-    "divprune",
     "fastv",
     "sparsevlm",
     "pyramiddrop",

@@ -12,6 +12,7 @@ from evocomp import distributed
 from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import RunConfig
+from evocomp.data.example import Example
 from evocomp.data.splits import digest, test_questions
 from evocomp.evaluation.k_token_merging import k_token_outcomes
 from evocomp.evaluation.outcome import Outcome, Questions
@@ -78,11 +79,20 @@ def evaluate_run(
     warn_of_unknown_words(mllm.processor.tokenizer, texts_of(examples), config.model.name)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("evaluation on %d questions", len(examples))
+    own = own_share(examples, distributed.rank(), distributed.world_size())
+    batch, longest = config.eval.batch, config.eval.max_new_tokens
     with EvaluationProgress(rows_of(config, len(names), len(others))) as shown:
-        judge = Panel(mllm, examples, config.eval.batch, config.eval.max_new_tokens, report=shown.row)
+        judge = Panel(mllm, [examples[i] for i in own], batch, longest, report=shown.row)
         outcomes = all_outcomes(judge, config, {"evocomp": compressor, **others}, names, inside=panel == "full")
         if panel == "full":
             outcomes += k_token_outcomes(judge, run_dir, config.eval.kept)
+        if distributed.world_size() > 1:
+            shares = distributed.gather((own, outcomes))
+            if distributed.rank():
+                return []
+            judge = Panel(mllm, examples, batch, longest)
+            outcomes = together(shares)
+            outcomes.insert(2, judge.wrong_image())  # shows images of all shares
     apart = questions_apart(judge, config.eval.apart)
     main = ~np.logical_or.reduce([*apart.values(), np.zeros(len(judge.questions), dtype=bool)])
     subject = f"run {run_dir} · model {config.model.name} · recipe {config.recipe}"
@@ -105,6 +115,30 @@ def evaluate_run(
         print(f"\n{kind} questions, reported separately\n{terminal(special)}")
     logger.info("written: %s", out / "report.html")
     return report.rows
+
+
+def own_share(examples: Sequence[Example], rank: int, world: int) -> list[int]:
+    """Which examples one of several processes judges: all questions about every world-th image."""
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(one.image_id for one in examples))}
+    return [i for i, one in enumerate(examples) if numbers[one.image_id] % world == rank]
+
+
+def together(shares: Sequence[tuple[list[int], list[Outcome]]]) -> list[Outcome]:
+    """Outcomes on all questions, from those of processes that had a share of the questions each.
+
+    A method that one of them cannot run counts as one that none can.
+    """
+    order = np.argsort(np.concatenate([own for own, _ in shares]))
+    found = []
+    for parts in zip(*(outcomes for _, outcomes in shares), strict=True):
+        refused = next((part for part in parts if part.not_applicable is not None), None)
+        if refused is not None:
+            found.append(refused)
+            continue
+        answers = [answer for part in parts for answer in part.answers]
+        correct = np.concatenate([part.correct for part in parts])[order]
+        found.append(replace(parts[0], correct=correct, answers=[answers[i] for i in order] if answers else []))
+    return found
 
 
 def questions_apart(judge: Panel, kinds: Sequence[str]) -> dict[str, np.ndarray]:
@@ -194,11 +228,16 @@ def all_outcomes(
     names: Sequence[str],
     inside: bool = False,
 ) -> list[Outcome]:
-    """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers."""
+    """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers.
+
+    A process that has a share of the questions leaves out the one that shows other questions' images.
+    """
     kept = config.eval.kept
     rivals = [Rival(selector("random_tokens"), "random", seed) for seed in range(config.eval.seeds)]
     rivals += [build_rival(name, judge.mllm, compressors["evocomp"].config.sharp) for name in names]
-    outcomes = [judge.full(), judge.no_image(), judge.wrong_image()]
+    outcomes = [judge.full(), judge.no_image()]
+    if distributed.world_size() == 1:
+        outcomes.append(judge.wrong_image())
     outcomes += [judge.downsampling(count) for count in kept]
     outcomes += judge.selectors(rivals, kept)
     if inside:

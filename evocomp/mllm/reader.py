@@ -14,6 +14,7 @@ from evocomp.log import UserError, logger
 from evocomp.mllm import families
 from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.features import Features
+from evocomp.mllm.image_span import ImageSpan, find_image_span
 from evocomp.mllm.observe import ClipTower, TowerObserver
 from evocomp.selection.priority import priority_order
 
@@ -54,6 +55,7 @@ class Reader:
         self._pictures: OrderedDict[PictureKey, tuple[Tensor, Tensor, tuple[int, ...]]] = OrderedDict()
         self._prompts: dict[int, tuple[tuple, Features]] = {}
         self._priorities: dict[tuple[PictureKey, str], Tensor] = {}
+        self._spans: dict[PictureKey, ImageSpan | None] = {}
 
     @property
     def device(self) -> torch.device:
@@ -142,19 +144,48 @@ class Reader:
                 f"(last: {error}); mend the data or raise data.max_bad"
             ) from None
 
-    def _process(self, example: Example) -> dict[str, Tensor]:
+    def _text(self, example: Example) -> tuple[str, bool]:
+        """The prompt's text with the image's placeholder, and whether the tokenizer adds special tokens to it."""
         if getattr(self.processor, "chat_template", None) is None:
             raise UserError(f"the processor of {self.name} has no chat template; add chat_template.jinja to its folder")
         text = self.processor.apply_chat_template(_messages(example), add_generation_prompt=True, tokenize=False)
         bos = getattr(self.processor.tokenizer, "bos_token", None)
+        # as transformers itself does: templates that write the start mark must not get a second one
+        return text, not (bos and text.startswith(bos))
+
+    def _inputs(self, key: PictureKey, example: Example) -> dict[str, Tensor]:
+        """What the LLM and, for a new image, the vision tower read.
+
+        The image processor takes most of the time, so it runs once for an image; see `image_span`.
+        """
+        span = self._spans.get(key)
+        if span is not None and key in self._pictures:
+            inputs = span.insert(self._text_ids(example))
+            if inputs is not None:
+                return inputs
+        inputs = self._process(example)
+        if key not in self._spans:
+            self._spans[key] = self._find_span(example, inputs)
+        return inputs
+
+    def _find_span(self, example: Example, inputs: dict[str, Tensor]) -> ImageSpan | None:
+        if getattr(self.processor, "image_token", None) is None:
+            return None
+        return find_image_span(self.processor, self._text_ids(example), inputs)
+
+    def _text_ids(self, example: Example) -> list[int]:
+        text, add_special_tokens = self._text(example)
+        return self.processor.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+
+    def _process(self, example: Example) -> dict[str, Tensor]:
+        text, add_special_tokens = self._text(example)
         images = [_read(example, number) for number in range(len(example.images))]
         try:
             inputs = self.processor(
                 text=[text],
                 images=images,
                 return_tensors="pt",
-                # as transformers itself does: templates that write the start mark must not get a second one
-                add_special_tokens=not (bos and text.startswith(bos)),
+                add_special_tokens=add_special_tokens,
             )
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
@@ -175,7 +206,8 @@ class Reader:
         self._pictures[key] = (rows, is_separator, self._counts(key, inputs, encoded, is_separator))
         self._bytes += rows.numel() * rows.element_size()
         while self._bytes > self.cache_bytes and len(self._pictures) > 1:
-            _, (old, _, _) = self._pictures.popitem(last=False)
+            gone, (old, _, _) = self._pictures.popitem(last=False)
+            self._spans.pop(gone, None)
             self._bytes -= old.numel() * old.element_size()
         return self._pictures[key]
 
@@ -197,7 +229,7 @@ class Reader:
         known = self._prompts.get(example.id)
         if known is not None and known[0] == asked and key in self._pictures:
             return _with_picture(known[1], *self._picture(key, {})[:2])
-        inputs = self._process(example)
+        inputs = self._inputs(key, example)
         rows, is_separator, counts = self._picture(key, inputs)
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:

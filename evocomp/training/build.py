@@ -25,6 +25,7 @@ from evocomp.data.example import Example
 from evocomp.data.splits import load_splits
 from evocomp.inference import card
 from evocomp.labels.labeller import Interrupted
+from evocomp.launch import launched
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.observe import ClipTower
@@ -39,6 +40,7 @@ from evocomp.training.folder import claimed, is_finished, judge_as_asked, last_c
 from evocomp.training.labelling import build_labeller, follows_compressor, use_feature_cache
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
+from evocomp.training.number_format import resolve_dtypes
 from evocomp.training.progress import RunProgress, report_labels
 from evocomp.training.refresh_labels import RefreshLabels
 from evocomp.training.shards import load_sharded
@@ -66,6 +68,7 @@ def run(config: RunConfig, answers: int = 0) -> bool:
         UserError: the folder holds a run with other settings, and every mistake in data or settings.
     """
     folder = Path(config.run_dir)
+    config = resolve_dtypes(config, folder)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
     if config.compressor.lora.r and "fsdp" in str(config.trainer.get("strategy", "")):
         raise UserError("an adapter is too small to be sharded: set trainer.strategy=ddp, or compressor.lora.r=0")
@@ -86,7 +89,7 @@ def run(config: RunConfig, answers: int = 0) -> bool:
     data = LabelledQuestions(
         mllm,
         splits.train,
-        config.optim.batch_size,
+        config.optim.batch_size // launched(),  # the same steps, however many processes an idle CPU allows
         config.labels.samples_per_epoch or config.labels.passes * labelled,
         config.seed,
     )
@@ -144,6 +147,8 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
 @distributed.process_group()
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
+    folder = Path(config.run_dir)
+    config = resolve_dtypes(config, folder)
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
@@ -151,7 +156,6 @@ def label_only(config: RunConfig) -> None:
         everything = [*splits.train, *splits.val, *splits.test]
         warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
-    folder = Path(config.run_dir)
     labeller = build_labeller(config, mllm, splits, folder)
     progress = Progress(labels=Stage())
     try:

@@ -1,6 +1,7 @@
 """`evocomp label --estimate`: what labels will cost, from samples timed here or from arithmetic."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from evocomp.log import UserError, logger
 from evocomp.mllm.hf import ASSETS
 from evocomp.training.build import load_mllm
 from evocomp.training.labelling import build_rounds
+from evocomp.training.number_format import resolve_dtypes
 
 
 def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: float | None = None) -> str:
@@ -58,7 +60,7 @@ def _timed(config: RunConfig, splits: Splits, samples: int, here: GPU) -> Estima
     """From samples labelled now, on the GPU that this machine has, or else on its CPU."""
     mllm = load_mllm(config)
     target = Target.from_config(mllm.model.config.to_dict())
-    labeller = build_rounds(config, mllm, splits, None)
+    labeller = build_rounds(resolve_dtypes(config, Path(config.run_dir)), mllm, splits, None)
     on_gpu = mllm.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(mllm.device)

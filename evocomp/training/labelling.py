@@ -24,6 +24,7 @@ from evocomp.log import is_rank_zero, logger
 from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.reader import picture_key
+from evocomp.training.number_format import resolve_dtypes
 
 
 def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> None:
@@ -47,6 +48,7 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
     Rounds that depend on the run's compressor are the run's own: in a store that runs share (`labels.dir`) they have a
     folder for each run.
     """
+    config = resolve_dtypes(config, folder)
     store_folder = Path(config.labels.dir) if config.labels.dir else folder / "labels"
     fingerprint = {**from_settings(config), "weights": mllm.fingerprint(), "data": digest(splits.train)}
     scorer, rounds = _scorer_and_rounds(config, mllm, splits)  # first: settings that it refuses leave no store behind
@@ -78,13 +80,16 @@ def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> L
 
 
 def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore | None) -> Labeller:
-    """The labeller for the kind of label that the settings name."""
+    """The labeller for the kind of label that the settings name.
+
+    `labels.dtype=auto` is scored in the model's own format; `resolve_dtypes` comes first where labels are stored.
+    """
     return Labeller(mllm, *_scorer_and_rounds(config, mllm, splits), store, splits.train)
 
 
 def _scorer_and_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> tuple[CandidateScorer, Rounds]:
     settings, ids = config.labels, [example.id for example in splits.train]
-    dtype = None if settings.dtype == "model" else settings.dtype
+    dtype = None if settings.dtype in ("auto", "model") else settings.dtype
     scorer = CandidateScorer(mllm, settings.batch, dtype, config.scorer)
     at_random = settings.target == "credit" and settings.credit_masks_from == "random"
     masks = settings.credit_masks if at_random else config.search.population

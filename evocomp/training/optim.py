@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from evocomp.config.schema import OptimConfig
+from evocomp.training.muon import FullPrecisionMuon
 
 REFRESH_FLAT = 0.5  # share of the second schedule at its peak; tried on the selection split, experiments/LOG.md
 
@@ -18,11 +19,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Args:
         matrices: 2-D weights of hidden layers, for Muon (torch.optim.Muon, scaled to match AdamW's steps).
         rest: everything else, for AdamW.
+        full_precision: run Muon's Newton-Schulz iteration in the weights' format; torch's own runs it in bfloat16.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], rest: Iterable[nn.Parameter], lr: float, weight_decay: float):
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        rest: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        full_precision: bool = False,
+    ):
+        muon = FullPrecisionMuon if full_precision else torch.optim.Muon
         self.parts = {
-            "muon": torch.optim.Muon(
+            "muon": muon(
                 list(matrices), lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
             ),
             "adamw": torch.optim.AdamW(list(rest), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay),
@@ -59,7 +69,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         )
     hidden = [p for name, p in trainable if p.ndim == 2 and "layers" in name]
     ours = {id(p) for p in hidden}
-    return MuonWithAdamW(hidden, [p for _, p in trainable if id(p) not in ours], config.lr, config.weight_decay)
+    rest = [p for _, p in trainable if id(p) not in ours]
+    return MuonWithAdamW(hidden, rest, config.lr, config.weight_decay, config.muon_dtype == "float32")
 
 
 def schedule(config: OptimConfig, total: int, first: int = 0) -> Callable[[int], float]:

@@ -5,14 +5,12 @@
 
 import argparse
 import hashlib
-import json
 import shutil
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-
 from evocomp.log import exit_code
+from experiments.ship_compressor import halve
 
 LARGEST = 8 * 2**20  # bytes
 LEARNED = ("gate.json", "projector.safetensors", "lora/adapter_config.json", "lora/adapter_model.safetensors")
@@ -25,13 +23,7 @@ def ship(run: Path, out: Path, recipe: str = "plus") -> list[Path]:
         shutil.copyfile(run / name, out / name)
     source, folder = run / recipe / "compressor", out / "compressor"
     if source.is_dir():
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(source / "README.md", folder / "README.md")
-        config = json.loads((source / "config.json").read_text())
-        config["text_config"].pop("_name_or_path", None)  # a folder of the machine that trained it
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        state = load_file(source / "model.safetensors")
-        save_file({name: value.half() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+        halve(source, folder)
     files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
     large = [path for path in files if path.stat().st_size > LARGEST]
     if large:

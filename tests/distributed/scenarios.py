@@ -13,6 +13,9 @@ from evocomp.labels.scorer import CandidateScorer
 
 TINY = [
     "recipe=published",
+    # named, so that runs which are compared do not depend on a measurement
+    "labels.dtype=model",
+    "optim.muon_dtype=bfloat16",
     "data.max_samples=12",
     "data.val_samples=0",
     "data.test_samples=0",

@@ -266,6 +266,8 @@ def test_the_basic_panel_has_every_floor_at_every_count(panel, compressor):
         "random": [16, 4, 16, 4],
         "uniform_stride": [16, 4],
         "average_pool": [16, 4],
+        "cls_attention": [16, 4],
+        "divprune": [16, 4],
         "evocomp": [16, 4],
     }
 

@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import OptimConfig
+from evocomp.training.muon import newton_schulz
 from evocomp.training.optim import MuonWithAdamW, build_optimizer, learning_rate, schedule
 
 
@@ -155,3 +157,53 @@ def test_refreshes_may_have_a_schedule_of_their_own():
     assert max(second) == pytest.approx(0.5) and second[0] == pytest.approx(0.25) and second[-1] < 0.1
     plain = schedule(OptimConfig(refresh_lr=0.0, warmup_steps=2), total=40, first=20)
     assert [plain(step) for step in range(40)] == [learning_rate(step, 40, 2, 0.3) for step in range(40)]
+
+
+# ------------------------------------------------------------ Newton-Schulz without bfloat16
+
+
+def iterated(matrix: np.ndarray, coefficients: tuple[float, float, float], steps: int) -> np.ndarray:
+    """The quintic iteration in float64, written out: X <- a X + b (X X^T) X + c (X X^T)^2 X."""
+    a, b, c = coefficients
+    x = matrix.astype(np.float64) / np.linalg.norm(matrix.astype(np.float64))
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (256, 96), (96, 256), (5, 1)])
+def test_newton_schulz_is_the_iteration_in_float64(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    coefficients = (3.4445, -4.775, 2.0315)
+    ours = newton_schulz(matrix, coefficients, 5, 1e-7)
+    assert ours.dtype == torch.float32
+    expected = iterated(matrix.numpy(), coefficients, 5)
+    np.testing.assert_allclose(ours.numpy(), expected, atol=2e-4)
+    # the same by its definition: each singular value goes through the polynomial, singular vectors stay
+    left, values, right = np.linalg.svd(matrix.numpy().astype(np.float64), full_matrices=False)
+    values /= np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    np.testing.assert_allclose(ours.numpy(), (left * values) @ right, atol=2e-4)
+    half = torch.optim._muon._zeropower_via_newtonschulz(matrix, coefficients, 5, 1e-7)
+    assert np.abs(half.float().numpy() - expected).max() > 2e-4 or shape == (5, 1)
+
+
+def test_without_bfloat16_it_is_torchs_muon_with_that_iteration(monkeypatch):
+    ours, theirs = Toy(), Toy()
+    full = OptimConfig(lr=1e-2, weight_decay=0.1, muon_dtype="float32")
+    optimizer = build_optimizer(ours, full)
+    steps(ours, optimizer, 5)
+    half = Toy()
+    steps(half, joint(half), 5)
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", newton_schulz)
+    reference = joint(theirs)
+    steps(theirs, reference, 5)
+    assert type(reference.parts["muon"]) is torch.optim.Muon
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert not equal(ours, half)
+    # a state of either goes on in the other
+    again = joint(Toy())
+    again.load_state_dict(optimizer.state_dict())

@@ -26,6 +26,9 @@ from evocomp.training.optim import learning_rate
 EPOCHS = 4
 TINY = [
     "recipe=published",
+    # named, so that runs which are compared do not depend on a measurement
+    "labels.dtype=model",
+    "optim.muon_dtype=bfloat16",
     "data.max_samples=16",
     "data.val_samples=6",
     "data.test_samples=0",

@@ -25,6 +25,9 @@ from evocomp.training.refresh_labels import RefreshLabels
 
 QUICK = [
     "recipe=published",
+    # named, so that runs which are compared do not depend on a measurement
+    "labels.dtype=model",
+    "optim.muon_dtype=bfloat16",
     "data.max_samples=24",
     "data.val_samples=10",
     "data.test_samples=30",

@@ -1,0 +1,102 @@
+"""Uses the idle cores of a CPU: starts further processes of the same command, beside this one, which is rank 0.
+
+Imports no torch, so that all processes start at once.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from evocomp.log import logger
+
+MOST = 4
+"""Processes at most: each has at least eight questions of a training batch of 32."""
+PATIENCE_SECONDS = 60.0
+"""How long further processes may go on after rank 0 is done."""
+_LAUNCHED = "EVOCOMP_PROCESSES"
+_PLACED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMP_NUM_THREADS")
+
+
+def idle_processes(trainer: Mapping[str, Any], threads: int, batch_size: int) -> int:
+    """How many processes a CPU run should have: one for each idle core, as long as they share a batch evenly.
+
+    Args:
+        trainer: arguments of the Trainer. One process where they place the run themselves, or it may run on a GPU.
+        threads: CPU threads of torch; one process where they are set, here or by `OMP_NUM_THREADS`.
+        batch_size: questions a training step, over all processes.
+    """
+    placed = threads or trainer.get("accelerator") != "cpu" or {"devices", "num_nodes", "strategy"} & set(trainer)
+    if placed or any(name in os.environ for name in _PLACED_BY):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    most = max(1, min(MOST, int(cores - busy + 0.5)))
+    return max(count for count in range(1, most + 1) if batch_size % count == 0)
+
+
+def launched() -> int:
+    """Processes that `beside` has started, this one included; 1 if another launcher or none did."""
+    return int(os.environ.get(_LAUNCHED, "1"))
+
+
+@contextmanager
+def beside(count: int, words: Sequence[str]) -> Iterator[None]:
+    """Make this process rank 0 of `count`; the others run `python -m evocomp WORDS` with one thread each.
+
+    They end with rank 0, whatever ends it. What they print is shown if they fail alone.
+    """
+    if count == 1:
+        yield
+        return
+    logger.info("%d processes share the work; --threads=1 starts one", count)
+    before = dict(os.environ)
+    os.environ |= _environment(count)
+    others = []
+    try:
+        for rank in range(1, count):
+            output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with its process below
+            environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", "evocomp", *words]
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+            others.append((process, output))
+        yield
+        for process, _ in others:
+            process.wait(PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.warning("a process that shared the work did not end and is stopped")
+    finally:
+        for process, output in others:
+            _end(process)
+            output.seek(0)
+            lines = output.read().strip().splitlines()
+            if process.returncode not in (0, 2, -15) and lines:
+                logger.error("a process that shared the work failed (exit code %d): %s", process.returncode, lines[-1])
+            output.close()
+        os.environ.clear()
+        os.environ |= before
+
+
+def _environment(count: int) -> dict[str, str]:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**place, **address, "OMP_NUM_THREADS": "1", _LAUNCHED: str(count)}
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
