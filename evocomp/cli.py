@@ -120,7 +120,7 @@ def train(asked: argparse.Namespace) -> int:
     shown, not repeated.
     """
     config = _config(asked)
-    from evocomp.training.claims import check_before_work
+    from evocomp.runs.claims import check_before_work
 
     check_before_work(config)
     from evocomp.launch import beside, idle_processes
@@ -189,7 +189,7 @@ def label(asked: argparse.Namespace) -> int:
 
         print(estimate_only(config, asked.gpu, asked.gpus, asked.price))
         return 0
-    from evocomp.training.claims import check_labels
+    from evocomp.runs.claims import check_labels
 
     check_labels(config)
     from evocomp.training.build import label_only

@@ -21,8 +21,8 @@ from evocomp.data.scenes import scene_examples
 from evocomp.evaluation.reading import agreement, find_path
 from evocomp.grouping.groups import Groups
 from evocomp.grouping.vocabulary import nearest_words
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import grid_of
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.search import run, stream
 from evocomp.search.build import build_strategy
 from evocomp.viz import fitness_spread, groups_over_image, heat, search_trace

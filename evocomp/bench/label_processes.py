@@ -26,10 +26,10 @@ from evocomp.config.schema import GroupingConfig, LabelConfig, SearchConfig
 from evocomp.data.scenes import scene_examples
 from evocomp.labels.hard import HardLabels
 from evocomp.labels.labeller import Labeller
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.scoring.scorer import CandidateScorer
 
 Row = dict[str, Any]
 

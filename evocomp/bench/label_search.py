@@ -15,7 +15,7 @@ import torch
 from evocomp.bench.samples import Sample, middle_sample, nano_samples
 from evocomp.bench.timing import Clock, compare, compare_all, environment, measure
 from evocomp.config.schema import ScorerConfig
-from evocomp.labels.scorer import CandidateScorer
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.search import HillClimb, Published, SearchResult, Strategy
 from evocomp.search import run as search
 from evocomp.search.genome import random_genomes, stream

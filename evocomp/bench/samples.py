@@ -13,7 +13,7 @@ from evocomp.grouping.vocabulary import vocabulary_groups
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.nano import build_nano, nano_config
-from evocomp.mllm.sequences import continued
+from evocomp.scoring.sequences import continued
 
 
 @dataclass

@@ -17,10 +17,10 @@ from evocomp.bench.timing import ceilings, compare_all, each
 from evocomp.config.schema import ScorerConfig
 from evocomp.grouping.groups import Groups
 from evocomp.labels.estimate import Target
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.sizes import ModelShape, random_features, random_model, shape_named
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.search.genome import random_genomes, stream
 
 Timed = tuple[str, Callable[[], np.ndarray]]

@@ -14,11 +14,11 @@ from evocomp.data.example import Example, image_groups
 from evocomp.data.images import as_array
 from evocomp.data.scoring import score_answer
 from evocomp.evaluation.outcome import REFERENCE, WITH_CONTEXT, Outcome, Questions
+from evocomp.evaluation.rivals.probes import Probes
 from evocomp.log import UserError
 from evocomp.mllm.context import Shown, shown, split
 from evocomp.mllm.features import Features, grid_of, pad_right
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.probes import Probes
 from evocomp.mllm.reader import PictureKey, picture_key
 from evocomp.selection.base import NotApplicable, SelectionInputs, Selector
 from evocomp.selection.downsample import downsample

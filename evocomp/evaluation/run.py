@@ -21,7 +21,7 @@ from evocomp.evaluation.panel import Panel, Rival, picture
 from evocomp.evaluation.progress import EvaluationProgress
 from evocomp.evaluation.report import make_report
 from evocomp.evaluation.request import GIVEN_CONTEXT, check_request, rows_of
-from evocomp.evaluation.staged import staged_outcomes
+from evocomp.evaluation.rivals.staged import staged_outcomes
 from evocomp.evaluation.terminal import terminal
 from evocomp.inference import card
 from evocomp.inference.names import weights_of

@@ -10,8 +10,8 @@ from evocomp.grouping.build import Grouper
 from evocomp.grouping.groups import Groups
 from evocomp.labels.labeller import Encode, Rounds, Scores, cut
 from evocomp.labels.records import Record
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.search.build import build_strategy
 from evocomp.search.genome import random_genomes, stream
 from evocomp.search.run import SearchResult, WarmStart, run

@@ -11,11 +11,11 @@ from evocomp.data.example import Example
 from evocomp.data.images import BrokenImage
 from evocomp.distributed import StopRequest, WorkQueue, broadcast, gather, local_rank, rank
 from evocomp.labels.records import Record, check_finite
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.scoring.scorer import CandidateScorer
 
 Scores = Callable[[Sequence[Features], Sequence[float] | None], list[np.ndarray]]
 """The compressor's scores [N] of each sample, for budgets where it reads them, as plain arrays."""

@@ -16,11 +16,11 @@ from evocomp.labels.credit import CLIP
 from evocomp.labels.labeller import Encode, Rounds, Scores, cut
 from evocomp.labels.random_credit import mask_sizes
 from evocomp.labels.records import Record
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
 from evocomp.losses import group_relative_advantages, plackett_luce_log_prob
 from evocomp.mllm.context import split
 from evocomp.mllm.features import Features
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.search.genome import stream
 from evocomp.selection.priority import fill
 

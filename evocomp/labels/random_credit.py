@@ -11,9 +11,9 @@ from evocomp.grouping.build import Grouper
 from evocomp.labels.credit import CLIP, random_masks, stored_credits
 from evocomp.labels.labeller import Encode, Rounds, Scores
 from evocomp.labels.records import Record
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.mllm.features import Features
-from evocomp.mllm.scoring import shares_prefix
+from evocomp.scoring.answer_losses import shares_prefix
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.search.genome import stream
 
 

@@ -4,7 +4,8 @@ Everything that builds an attention mask for a decoder or depends on its attenti
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -133,3 +134,21 @@ def _rope_settings(config: PreTrainedConfig) -> list[dict]:
     """RoPE settings, one or one for each attention type."""
     settings = getattr(config, "rope_parameters", None) or {}
     return [one for one in settings.values() if isinstance(one, dict)] if rope_by_type(config) else [settings]
+
+
+SHORT_WINDOW = 3
+"""Window of decoders that are checked on a short sequence [tokens]."""
+
+
+@contextmanager
+def short_windows(config: PreTrainedConfig) -> Iterator[None]:
+    """Attention windows of `SHORT_WINDOW` tokens within the block, in decoders that have any."""
+    names = [name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None) is not None]
+    before = {name: getattr(config, name) for name in names}
+    try:
+        for name in names:
+            setattr(config, name, SHORT_WINDOW)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

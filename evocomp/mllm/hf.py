@@ -5,7 +5,6 @@ An all-ones attention mask always goes with it: without one, transformers takes 
 borders of packed sequences and silently masks attention across them.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from evocomp.mllm import attention, families
 from evocomp.mllm.context import Shown, add_log_size, check_weighable
 from evocomp.mllm.features import Features
 from evocomp.mllm.reader import Reader
-from evocomp.mllm.transformers_body import TransformersBody
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED_MODELS = ("nano", "nano576")
@@ -204,19 +202,6 @@ class FrozenMLLM(Reader):
                 f"sliding windows or the like ({kinds}) yet; set compressor.sharp=0, or use evocomp.compress, which "
                 "works with them"
             )
-
-    def check_takes_masks(self) -> None:
-        """Raise UserError unless the decoder computes what explicit attention masks say, as gradients by gates need."""
-        attention.check_masks(self.decoder.config)
-        if not self._takes_masks:
-            raise UserError(
-                f"{self.decoder.config.model_type}: this decoder does not follow an explicit attention mask; choose "
-                "another search.strategy than gradient_seeded"
-            )
-
-    @functools.cached_property
-    def _takes_masks(self) -> bool:
-        return TransformersBody(self.decoder, self.vocabulary.dtype).takes_masks
 
     def _stop_ids(self) -> list[int]:
         stop = self.model.generation_config.eos_token_id

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from evocomp.log import UserError
 from evocomp.mllm import families
 from evocomp.mllm.agreement import same_states
-from evocomp.mllm.attention import FULL, layer_types, plain_masks
+from evocomp.mllm.attention import FULL, layer_types, plain_masks, short_windows
 from evocomp.mllm.layer_attention import has_projections, queries_and_keys
-from evocomp.mllm.mask_probe import short_windows
 
 TOWER_FIELDS = frozenset(
     {

@@ -24,23 +24,23 @@ from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import load_splits
 from evocomp.inference import card
+from evocomp.labels.build import build_labeller, follows_compressor, use_feature_cache
 from evocomp.labels.labeller import Interrupted
+from evocomp.labels.number_format import resolve_dtypes
 from evocomp.launch import launched
 from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.observe import ClipTower
 from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
 from evocomp.progress import Progress, Stage
+from evocomp.runs.claims import DONE
+from evocomp.runs.folder import claimed, is_finished, judge_as_asked, last_checkpoint, write_json
 from evocomp.training.average import AverageFromEpoch
-from evocomp.training.claims import DONE
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
-from evocomp.training.folder import claimed, is_finished, judge_as_asked, last_checkpoint, write_json
-from evocomp.training.labelling import build_labeller, follows_compressor, use_feature_cache
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
-from evocomp.training.number_format import resolve_dtypes
 from evocomp.training.progress import RunProgress, report_labels
 from evocomp.training.refresh_labels import RefreshLabels
 from evocomp.training.shards import load_sharded

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 
 from evocomp.distributed import gather, rank
-from evocomp.labels.scorer import CandidateScorer
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.training.batch import TrainBatch
 
 

@@ -7,6 +7,7 @@ import torch
 
 from evocomp.config.schema import RunConfig
 from evocomp.data.splits import Splits, load_splits
+from evocomp.labels.build import build_rounds
 from evocomp.labels.estimate import (
     CPU,
     GPU,
@@ -18,11 +19,10 @@ from evocomp.labels.estimate import (
     by_timing,
     text_lengths,
 )
+from evocomp.labels.number_format import resolve_dtypes
 from evocomp.log import UserError, logger
 from evocomp.mllm.hf import ASSETS
 from evocomp.training.build import load_mllm
-from evocomp.training.labelling import build_rounds
-from evocomp.training.number_format import resolve_dtypes
 
 
 def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: float | None = None) -> str:

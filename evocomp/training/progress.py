@@ -13,9 +13,9 @@ from evocomp.data.example import Example
 from evocomp.labels.estimate import candidate_forwards
 from evocomp.labels.labeller import LabelProgress
 from evocomp.labels.random_credit import mask_sizes
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import in_words, logger
 from evocomp.progress import Progress, Stage
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 

@@ -19,9 +19,9 @@ import torch
 
 import experiments.real.efficientnet  # noqa: F401  registers the tower
 from evocomp.grouping.vocabulary import vocabulary_groups
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import exit_code
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.scoring.scorer import CandidateScorer
 from experiments.real.scenes import SceneSpec, scene_examples
 
 LABEL = 528  # masks: 48 a round, first population and ten generations

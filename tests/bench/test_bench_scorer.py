@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from evocomp.bench import prefill, record, scorer, timing
 from evocomp.bench.samples import Sample
 from evocomp.config.schema import ScorerConfig
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
 from evocomp.mllm import sizes
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.scoring.scorer import CandidateScorer
 
 TINY = ("tiny_llava", "tiny_llava_next", "tiny_qwen")
 

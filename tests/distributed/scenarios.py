@@ -9,7 +9,7 @@ from pathlib import Path
 from evocomp import cli, distributed, log
 from evocomp.config.load import load
 from evocomp.labels.labeller import Labeller
-from evocomp.labels.scorer import CandidateScorer
+from evocomp.scoring.scorer import CandidateScorer
 
 TINY = [
     "recipe=published",

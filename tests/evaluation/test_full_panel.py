@@ -10,8 +10,8 @@ from evocomp.config import load as config_files
 from evocomp.config.schema import DataConfig, EvalConfig, RunConfig
 from evocomp.evaluation.outcome import WITH_CONTEXT
 from evocomp.evaluation.request import FULL
+from evocomp.evaluation.rivals.staged import INSIDE_LLM, STAGED
 from evocomp.evaluation.run import evaluate_run
-from evocomp.evaluation.staged import INSIDE_LLM, STAGED
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
 

@@ -61,7 +61,7 @@ def test_matrix_products_are_those_that_torch_counts(nano, encoded):
 def run(tmp_path_factory, nano):
     """A finished little label store: (config, labeller, records)."""
     from evocomp.data.splits import load_splits
-    from evocomp.training.labelling import build_labeller
+    from evocomp.labels.build import build_labeller
 
     sizes = ["recipe=published", "data.max_samples=5", "data.val_samples=0", "data.test_samples=0"]
     search = ["search.population=8", "search.parents=4", "search.generations=2", "labels.chunk_size=2"]
@@ -108,7 +108,7 @@ def test_timed_samples_tell_lengths_and_hours(run):
 def test_credits_are_timed_by_whole_pictures(nano, tmp_path):
     """All questions about a picture share its masks: one alone would cost as much as all."""
     from evocomp.data.splits import load_splits
-    from evocomp.training.labelling import build_rounds
+    from evocomp.labels.build import build_rounds
 
     credit = ["labels.target=credit", "labels.refresh=none", "loss.name=listwise", "labels.credit_masks=4"]
     config = load(settings=[*credit, "data.max_samples=40", "data.val_samples=0", "data.test_samples=0"])
@@ -163,7 +163,7 @@ def test_a_cpu_configuration_is_timed_on_this_machine(capsys):
 def test_a_refresh_is_timed_by_masks_of_each_question(nano, monkeypatch):
     """On-policy masks are not shared by the questions about an image, as those of round 0 are."""
     from evocomp.data.splits import load_splits
-    from evocomp.training.labelling import build_rounds
+    from evocomp.labels.build import build_rounds
 
     few = ["data.max_samples=40", "data.val_samples=0", "data.test_samples=0", "labels.samples_per_refresh=300"]
     config = load(settings=[*few, "labels.credit_masks=4", "labels.proposals=5"])

@@ -6,7 +6,7 @@ import pytest
 from evocomp.config.schema import GroupingConfig, LabelConfig, SearchConfig
 from evocomp.grouping.groups import Groups
 from evocomp.labels.hard import HardLabels
-from evocomp.labels.scorer import CandidateScorer
+from evocomp.scoring.scorer import CandidateScorer
 
 SMALL = SearchConfig(population=16, parents=4, generations=2)
 

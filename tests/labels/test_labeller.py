@@ -15,10 +15,10 @@ from evocomp import cli
 from evocomp.config.load import load
 from evocomp.data.conversations import write_scenes
 from evocomp.data.splits import load_splits
+from evocomp.labels.build import build_labeller
 from evocomp.labels.labeller import Interrupted, LabelProgress, cut
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError
-from evocomp.training.labelling import build_labeller
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = [

@@ -6,7 +6,7 @@ import pytest
 from evocomp.config.schema import GroupingConfig, LabelConfig
 from evocomp.grouping.build import Grouper
 from evocomp.labels.random_credit import CreditLabels
-from evocomp.labels.scorer import CandidateScorer
+from evocomp.scoring.scorer import CandidateScorer
 
 
 @pytest.fixture(scope="module")

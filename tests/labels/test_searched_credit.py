@@ -5,8 +5,8 @@ import pytest
 
 from evocomp.config.schema import GroupingConfig, LabelConfig, SearchConfig
 from evocomp.labels.hard import HardLabels
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.searched_credit import SearchedCredits
+from evocomp.scoring.scorer import CandidateScorer
 from evocomp.search import STRATEGIES
 
 

@@ -10,7 +10,7 @@ from evocomp.config.schema import ScorerConfig
 from evocomp.log import UserError
 from evocomp.mllm.context import add_log_size, check_weighable, means, owners, shown, split
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.scoring import AnswerLosses
+from evocomp.scoring.answer_losses import AnswerLosses
 from tests.mllm.test_hf import tiny
 
 

@@ -16,7 +16,7 @@ from evocomp.mllm import families
 from evocomp.mllm.features import Features, grid_of, pad_right
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.reader import as_array
-from evocomp.mllm.scoring import AnswerLosses
+from evocomp.scoring.answer_losses import AnswerLosses
 from tests.inference.tiny_models import IMAGE, PICTURE_TOKENS, VOCABULARY, build, prompts
 
 SCORABLE = [f for f in PICTURE_TOKENS if not f.startswith(("qwen3_vl", "gemma3", "paligemma"))]

@@ -18,7 +18,7 @@ from evocomp.log import UserError
 from evocomp.mllm.features import first_image, grid_of
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.reader import picture_key
-from evocomp.mllm.scoring import AnswerLosses
+from evocomp.scoring.answer_losses import AnswerLosses
 from evocomp.selection import selector
 
 

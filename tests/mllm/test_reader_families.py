@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from evocomp.data.example import Example
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.scoring import AnswerLosses
+from evocomp.scoring.answer_losses import AnswerLosses
 from tests.inference.tiny_models import IMAGE, PAD, VIDEO, VOCABULARY, build
 
 # images and words in their order, as in the families' own templates

@@ -10,7 +10,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from evocomp.data.example import Example
 from evocomp.mllm import nano
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.scoring import AnswerLosses
+from evocomp.scoring.answer_losses import AnswerLosses
 from experiments.real.efficientnet import CHANNELS, EfficientNetLite2, EfficientNetLiteConfig, SameConv
 from experiments.real.features import token_words
 from experiments.real.packing import IGNORE, pack, packed_logits, question_scores, targets

@@ -11,14 +11,15 @@ import torch
 
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.load import load
+from evocomp.labels import build as labelling
 from evocomp.labels.labeller import Interrupted
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.training import build, labelling
+from evocomp.runs.claims import DONE
+from evocomp.scoring.scorer import CandidateScorer
+from evocomp.training import build
 from evocomp.training.build import check_trainer, run
-from evocomp.training.claims import DONE
 from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 from evocomp.training.optim import learning_rate

@@ -14,12 +14,12 @@ from evocomp.config.load import load
 from evocomp.data.conversations import write_scenes
 from evocomp.data.splits import load_splits
 from evocomp.inference.selectors import load_compressor
+from evocomp.labels.build import build_labeller
 from evocomp.labels.store import LabelStore
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.build import build_compressor
 from evocomp.training.cost import CostMeter
 from evocomp.training.datamodule import LabelledQuestions
-from evocomp.training.labelling import build_labeller
 from evocomp.training.module import CompressorModule
 from evocomp.training.refresh_labels import RefreshLabels
 

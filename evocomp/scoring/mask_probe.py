@@ -1,15 +1,13 @@
 """Whether a decoder computes what explicit attention masks say, found out on short random sequences."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from transformers import PreTrainedConfig
 
 from evocomp.mllm.agreement import same_states
-from evocomp.mllm.sequences import Body, Packing, Table
+from evocomp.mllm.attention import short_windows
+from evocomp.scoring.sequences import Body, Packing, Table
 
-SHARED, OWN, WINDOW = 4, 6, 3
+SHARED, OWN = 4, 6
 
 
 @torch.inference_mode()
@@ -38,17 +36,3 @@ def packs_as_apart(body: Body, config: PreTrainedConfig, device: torch.device) -
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return False  # the decoder's forward takes no masks of this form
     return same_states(packed, torch.cat([apart[0], apart[1][SHARED:]]), packed.dtype)
-
-
-@contextmanager
-def short_windows(config: PreTrainedConfig) -> Iterator[None]:
-    """Attention windows of `WINDOW` tokens within the block, in decoders that have any."""
-    names = [name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None) is not None]
-    before = {name: getattr(config, name) for name in names}
-    try:
-        for name in names:
-            setattr(config, name, WINDOW)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from evocomp.log import UserError
 from evocomp.mllm import attention
 from evocomp.mllm.agreement import same_states
+from evocomp.mllm.attention import short_windows
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.layer_attention import causal_rows, has_projections, queries_and_keys, rotary, seen_rows
-from evocomp.mllm.mask_probe import short_windows
 
 
 class LayerCache:

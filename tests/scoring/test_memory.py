@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from evocomp.config.schema import ScorerConfig
-from evocomp.labels import memory
-from evocomp.labels.memory import Room
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
+from evocomp.scoring import memory
+from evocomp.scoring.memory import Room
+from evocomp.scoring.scorer import CandidateScorer
 
 
 def masks(count: int) -> np.ndarray:

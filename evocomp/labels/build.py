@@ -15,16 +15,16 @@ from evocomp.labels.estimate import say_disk_use
 from evocomp.labels.fingerprint import from_settings
 from evocomp.labels.hard import HardLabels
 from evocomp.labels.labeller import Labeller, Rounds
+from evocomp.labels.number_format import resolve_dtypes
 from evocomp.labels.on_policy import OnPolicyRounds
 from evocomp.labels.random_credit import CreditLabels
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.labels.searched_credit import SearchedCredits
 from evocomp.labels.store import LabelStore
 from evocomp.log import is_rank_zero, logger
 from evocomp.mllm.feature_cache import FeatureCache
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.reader import picture_key
-from evocomp.training.number_format import resolve_dtypes
+from evocomp.scoring.scorer import CandidateScorer
 
 
 def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> None:

@@ -1,6 +1,6 @@
 """Whether the folders that a run writes are its own, by the settings alone: no torch, so refusals come at once.
 
-The run itself looks again, for all its processes (`evocomp.training.folder`, `evocomp.training.labelling`).
+The run itself looks again, for all its processes (`evocomp.runs.folder`, `evocomp.labels.build`).
 """
 
 import os

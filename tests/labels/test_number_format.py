@@ -8,9 +8,9 @@ import torch
 
 from evocomp.config import load as config_files
 from evocomp.config.load import load
+from evocomp.labels.number_format import resolve_dtypes
 from evocomp.training import number_format
 from evocomp.training.build import label_only, run
-from evocomp.training.number_format import resolve_dtypes
 from tests.training.test_run import PLUS, QUICK
 
 

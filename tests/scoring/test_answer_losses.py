@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from evocomp.config.schema import ScorerConfig
 from evocomp.log import UserError
-from evocomp.mllm import llama_body
 from evocomp.mllm.context import Shown, shown
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.llama_body import LlamaBody
-from evocomp.mllm.scoring import AnswerLosses
-from evocomp.mllm.sequences import prompt_index, prompt_table
-from evocomp.mllm.transformers_body import TransformersBody
+from evocomp.scoring import llama_decoder as llama_body
+from evocomp.scoring.answer_losses import AnswerLosses
+from evocomp.scoring.llama_decoder import LlamaBody
+from evocomp.scoring.sequences import prompt_index, prompt_table
+from evocomp.scoring.transformers_decoder import TransformersBody
 from tests.mllm.test_hf import SCORABLE, tiny
 
 SWITCHES = [field.name for field in fields(ScorerConfig)]

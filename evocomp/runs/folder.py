@@ -16,7 +16,7 @@ from evocomp import distributed
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 from evocomp.log import UserError, logger
-from evocomp.training.claims import look
+from evocomp.runs.claims import look
 
 
 def is_finished(config: RunConfig, folder: Path) -> bool:

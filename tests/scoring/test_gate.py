@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from evocomp.mllm import gate as gate_module
-from evocomp.mllm.gate import gate_gradient
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.scoring import AnswerLosses
+from evocomp.scoring.answer_losses import AnswerLosses
+from evocomp.scoring.gate import gate_gradient
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from evocomp.log import UserError
-from evocomp.mllm import attention, mask_probe
-from evocomp.mllm.sequences import Packing, Past, Table, weighed
+from evocomp.mllm import attention
+from evocomp.scoring import mask_probe
+from evocomp.scoring.sequences import Packing, Past, Table, weighed
 
 
 class TransformersBody:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from evocomp.data.scenes import draw_scene
+from evocomp.evaluation.rivals.probes import Probes
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.probes import Probes
 from tests.inference.tiny_models import build
 from tests.mllm.test_hf import tiny
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from evocomp.data.scoring import score_answer
 from evocomp.evaluation.outcome import INSIDE_LLM, Outcome
 from evocomp.evaluation.panel import Panel
+from evocomp.evaluation.rivals.layers import LayerLoop, Running
 from evocomp.log import UserError
-from evocomp.mllm.staged import LayerLoop, Running
 from evocomp.selection import sparsevlm
 from evocomp.selection.base import SelectionInputs, Selector
 from evocomp.selection.dart import DART

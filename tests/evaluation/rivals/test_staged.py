@@ -8,7 +8,8 @@ from torch import nn
 
 from evocomp.data.scenes import SceneSpec, scene_examples
 from evocomp.evaluation.panel import Panel
-from evocomp.evaluation.staged import (
+from evocomp.evaluation.rivals.layers import LayerLoop
+from evocomp.evaluation.rivals.staged import (
     STAGED,
     at_depth,
     one_drop,
@@ -19,7 +20,6 @@ from evocomp.evaluation.staged import (
 )
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.staged import LayerLoop
 from evocomp.selection.schedule import Stage, layer_average
 
 METHODS = {method.label: method for method in STAGED}

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from evocomp.config.schema import ScorerConfig
-from evocomp.labels.memory import Room
 from evocomp.log import UserError
 from evocomp.mllm.features import Features
-from evocomp.mllm.gate import gate_gradient
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.scoring import AnswerLosses
+from evocomp.scoring.answer_losses import AnswerLosses
+from evocomp.scoring.gate import gate_gradient
+from evocomp.scoring.memory import Room
 
 Score = Callable[[slice, Tensor], Tensor]
 """Which rows of all, and those rows -> their losses."""
@@ -97,7 +97,7 @@ class CandidateScorer:
         )
 
     def gate_gradient(self, features: Features, gate: np.ndarray) -> np.ndarray:
-        """See `evocomp.mllm.gate.gate_gradient`: gates [N] -> gradient of the answer loss by them, float32 [N].
+        """See `evocomp.scoring.gate.gate_gradient`: gates [N] -> gradient of the answer loss by them, float32 [N].
 
         Counted as the three forwards over all tokens that a forward with its backward costs.
         """

@@ -12,11 +12,11 @@ from evocomp.config.schema import ScorerConfig
 from evocomp.log import UserError
 from evocomp.mllm import attention
 from evocomp.mllm.features import Features
-from evocomp.mllm.gate import gate_gradient
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.scoring import AnswerLosses
-from evocomp.mllm.sequences import Packing
-from evocomp.mllm.transformers_body import TransformersBody
+from evocomp.scoring.answer_losses import AnswerLosses
+from evocomp.scoring.gate import gate_gradient
+from evocomp.scoring.sequences import Packing
+from evocomp.scoring.transformers_decoder import TransformersBody
 from tests.mllm.text_decoders import DECODERS, EAGER, REFUSED, TOKENS, build, samples
 
 SETTINGS = {

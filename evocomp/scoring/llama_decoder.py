@@ -18,7 +18,7 @@ from transformers import LlamaModel, MistralModel, Qwen2_5_VLTextModel, Qwen2Mod
 from evocomp.config.schema import ScorerConfig
 from evocomp.mllm import attention
 from evocomp.mllm.agreement import same_states
-from evocomp.mllm.sequences import Packing, Past, Table, weighed
+from evocomp.scoring.sequences import Packing, Past, Table, weighed
 
 Weights = tuple[Tensor, Tensor | None]
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from evocomp.evaluation.rivals.layers import LayerLoop
+from evocomp.evaluation.rivals.probes import Probes
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.probes import Probes
-from evocomp.mllm.staged import LayerLoop
 from tests.mllm.text_decoders import DECODERS, REFUSED, TOKENS, build, samples
 
 PLAIN_FAULTS = {

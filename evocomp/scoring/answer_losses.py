@@ -13,11 +13,12 @@ from torch import Tensor
 
 from evocomp.config.schema import ScorerConfig
 from evocomp.log import UserError
-from evocomp.mllm import attention, llama_body
+from evocomp.mllm import attention
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.llama_body import LlamaBody
-from evocomp.mllm.sequences import (
+from evocomp.scoring import llama_decoder as llama_body
+from evocomp.scoring.llama_decoder import LlamaBody
+from evocomp.scoring.sequences import (
     Body,
     Packing,
     Past,
@@ -29,7 +30,7 @@ from evocomp.mllm.sequences import (
     prompt_table,
     with_context,
 )
-from evocomp.mllm.transformers_body import TransformersBody
+from evocomp.scoring.transformers_decoder import TransformersBody
 
 LONG_PREFIX = 8
 """Text tokens before the picture from which on their keys and values are computed once: fewer cost less than a copy."""

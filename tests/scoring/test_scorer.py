@@ -8,10 +8,10 @@ import torch
 
 from evocomp.config.schema import ScorerConfig
 from evocomp.data.example import stable_id
-from evocomp.labels.scorer import CandidateScorer
 from evocomp.log import UserError
 from evocomp.mllm.context import shown
-from evocomp.mllm.scoring import AnswerLosses, shares_prefix
+from evocomp.scoring.answer_losses import AnswerLosses, shares_prefix
+from evocomp.scoring.scorer import CandidateScorer
 
 
 def masks(count: int, size: int, seed: int = 0) -> np.ndarray:

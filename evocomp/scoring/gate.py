@@ -1,14 +1,20 @@
 """How much each visual token matters to the answer, by one backward pass: the only gradients taken of the MLLM."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evocomp.log import UserError
 from evocomp.mllm import attention
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.mllm.sequences import prompt_table
 from evocomp.ops.precision import compute_dtype
+from evocomp.scoring.sequences import prompt_table
+from evocomp.scoring.transformers_decoder import TransformersBody
+
+_TAKES_MASKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # decoder -> whether it does; costs three passes
 
 
 def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
@@ -24,7 +30,7 @@ def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
         UserError: this decoder's attention cannot be given weights of single tokens.
     """
     mllm.check_scorable()
-    mllm.check_takes_masks()
+    _check_takes_masks(mllm)
     config = mllm.decoder.config
     table = prompt_table(features, mllm.embed)
     length, answer = table.embeds.shape[0], features.answer_ids
@@ -49,3 +55,15 @@ def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
         loss = F.cross_entropy(mllm.head(states).to(gate.dtype), answer)
         (gradient,) = torch.autograd.grad(loss, gate)
     return gradient
+
+
+def _check_takes_masks(mllm: FrozenMLLM) -> None:
+    """Raise UserError unless the decoder computes what explicit attention masks say."""
+    attention.check_masks(mllm.decoder.config)
+    if mllm.decoder not in _TAKES_MASKS:
+        _TAKES_MASKS[mllm.decoder] = TransformersBody(mllm.decoder, mllm.vocabulary.dtype).takes_masks
+    if not _TAKES_MASKS[mllm.decoder]:
+        raise UserError(
+            f"{mllm.decoder.config.model_type}: this decoder does not follow an explicit attention mask; choose "
+            "another search.strategy than gradient_seeded"
+        )
