@@ -8,8 +8,8 @@ import torch
 
 from evocomp.config import load as config_files
 from evocomp.config.load import load
+from evocomp.labels import number_format
 from evocomp.labels.number_format import resolve_dtypes
-from evocomp.training import number_format
 from evocomp.training.build import label_only, run
 from tests.training.test_run import PLUS, QUICK
 

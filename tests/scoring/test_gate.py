@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from evocomp.mllm import gate as gate_module
 from evocomp.mllm.hf import FrozenMLLM
+from evocomp.scoring import gate as gate_module
 from evocomp.scoring.answer_losses import AnswerLosses
 from evocomp.scoring.gate import gate_gradient
 
