@@ -24,7 +24,7 @@ from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import load_splits
 from evocomp.inference import card
-from evocomp.labels.build import build_labeller, follows_compressor, use_feature_cache
+from evocomp.labels.build import build_labeller, use_feature_cache
 from evocomp.labels.labeller import Interrupted
 from evocomp.labels.number_format import resolve_dtypes
 from evocomp.launch import launched
@@ -105,7 +105,7 @@ def run(config: RunConfig, answers: int = 0) -> bool:
         config.eval.max_new_tokens,
     )
     progress = RunProgress(config, labeller.scorer, splits.train, monitor, answers)
-    refresh = RefreshLabels(labeller, data, config.labels, cost, progress.label)
+    refresh = RefreshLabels(labeller, config.labels, data, cost, progress.label)
     curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = []
     if config.optim.ema:
@@ -115,8 +115,6 @@ def run(config: RunConfig, answers: int = 0) -> bool:
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average, progress])
     with claimed(config, folder):
         last = last_checkpoint(folder)
-        if last is None and follows_compressor(config.labels):
-            labeller.forget()  # of a run that is gone: this one's compressor is another
         _fit(trainer, module, data, last)
         if trainer.received_sigterm or trainer.interrupted:
             raise Interrupted("stopped in training; the same command goes on from the last checkpoint")

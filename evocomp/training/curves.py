@@ -131,7 +131,7 @@ class Curves(L.Callback):
 
     def _label_speed(self, module: CompressorModule) -> dict[str, float]:
         """Speed of the round that has just been labelled, over all ranks; empty if it was read from the store."""
-        labeller, records = self.refresh.labeller, self.refresh.data.records
+        labeller, records = self.refresh.labeller, self.refresh.records
         now, before = self._label_cost(), self._before
         self._before = now
         mine = torch.tensor([now[0] - before[0], now[1] - before[1], labeller.waited], device=module.device)
