@@ -72,8 +72,8 @@ class Curves(L.Callback):
         self.page = TensorBoardPage.of(trainer, self.refresh, self.monitor, self.pictures, self.watched)
         if self.page is not None:
             self.page.open(self.settings)
-        else:
-            for logger in trainer.loggers:
+        for logger in trainer.loggers:
+            if self.page is None or logger is not self.page.logger:
                 logger.log_hyperparams(self.settings)
 
     def on_train_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
