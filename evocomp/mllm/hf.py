@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from evocomp.distributed import ShardGroup
 from evocomp.log import UserError
 from evocomp.mllm import attention, families
+from evocomp.mllm.cache_argument import CACHE
 from evocomp.mllm.context import Shown, add_log_size, check_weighable
 from evocomp.mllm.features import Features
 from evocomp.mllm.reader import Reader
@@ -167,8 +168,8 @@ class FrozenMLLM(Reader):
                 inputs_embeds=embeds,
                 attention_mask=mask if log_size is None else _weighed(mask, log_size, embeds),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             ).last_hidden_state
             logits = self.head(hidden[:, -1]).float()
             first = logits if first is None else first
