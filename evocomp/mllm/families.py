@@ -234,19 +234,6 @@ def visual_tokens(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tens
     return tokens
 
 
-def image_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Visual tokens of every image (or video), in order of appearance over the batch: list of [n_i,D].
-
-    `inputs` is what the processor returned. Rows include `image_newline` separators; see `newline_rows`.
-    """
-    encoded = encode(model, inputs)
-    if not encoded:
-        return []
-    numbers = image_numbers(model, inputs["input_ids"], encoded)
-    counts = numbers[numbers >= 0].bincount().tolist()
-    return list(visual_tokens(model, inputs["input_ids"], encoded).split(counts))
-
-
 def newline_rows(model: nn.Module, features: Tensor) -> Tensor:
     """Which rows are `image_newline` separators. features [n,D] -> bool [n]; all False for most families."""
     if not policy(model).newline:

@@ -111,25 +111,6 @@ class FrozenMLLM(Reader):
         return embeds, positions
 
     @torch.no_grad()
-    def answer_logits(self, features: Features, tokens: Tensor, index: Tensor) -> Tensor:
-        """Teacher-forced logits [Q, A, V] (float32) at the answer's positions, for visual `tokens` [Q, R, D]."""
-        self.check_scorable()
-        embeds, positions = self.assemble(features, tokens, index)
-        answer = features.answer_ids
-        if len(answer) > 1:
-            tail = self.embed(answer[:-1]).expand(len(tokens), -1, -1)
-            embeds = torch.cat([embeds, tail], dim=1)
-            step = torch.arange(1, len(answer), device=positions.device)
-            positions = torch.cat([positions, positions[..., -1:] + step], dim=-1)
-        hidden = self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
-        return self.head(hidden[:, -len(answer) :].contiguous()).float()
-
-    @torch.no_grad()
     def answer(
         self, prompts: Sequence[tuple[Features, *tuple[Tensor | None, ...]]], max_new_tokens: int = 8
     ) -> tuple[list[str], Tensor]:
