@@ -18,6 +18,7 @@ from evocomp.bench.timing import compare, environment, peak_memory
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.inference.hooks import compress
 from evocomp.inference.selectors import picker_for
+from evocomp.mllm.cache_argument import CACHE
 from evocomp.mllm.nano import build_nano, nano_config
 
 Row = dict[str, Any]
@@ -87,8 +88,8 @@ class Prompts:
 
     @staticmethod
     def _run(model: nn.Module, embeds: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        output = model.get_decoder()(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-        return model.get_output_embeddings()(output.last_hidden_state[:, -1]), output.past_key_values
+        output = model.get_decoder()(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
+        return model.get_output_embeddings()(output.last_hidden_state[:, -1]), output[CACHE]
 
 
 def run(

@@ -15,6 +15,7 @@ from evocomp.inference.selectors import Picker
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import families
+from evocomp.mllm.cache_argument import cache_of
 from evocomp.mllm.context import add_log_size, check_weighable
 
 PASS = "evocomp_pass"  # the keyword with which the decoder's hook gives a `Pass` to the hooks of its layers
@@ -122,7 +123,7 @@ class Handle:
         pictured = known and bool(families.visual_mask(self.model, ids).any())
         outer = self._calls.generation
         self._calls.generation = Generation(ids.shape[1] if known else None, pictured)
-        if not _tokens_in(kwargs.get("past_key_values")):
+        if not _tokens_in(cache_of(kwargs)):
             self._record(None)
         try:
             with no_full_graph():
@@ -145,7 +146,7 @@ class Handle:
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         calls = self._calls
         calls.pending = None
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
         seen = _tokens_in(cache)
         if seen:
             calls.pending = self._continuation(kwargs, seen)
@@ -179,12 +180,12 @@ class Handle:
         # a mask prepared for a static cache is no mask of the caller's own
         own = own and (self._policy.blocks is not None or not is_plain(mask, real, self._decoder.config))
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
-        cached = kwargs.get("past_key_values") is not None
+        cached = cache_of(kwargs) is not None
         return Prompt(ids, numbers, real, self._calls.labels, cached, mask if own else None, lengths)
 
     def _continuation(self, kwargs: dict, seen: int) -> Pass | None:
         """Decoding, or a further turn over a cache that holds `seen` tokens in layer 0."""
-        cache, ids = kwargs["past_key_values"], kwargs.get("input_ids")
+        cache, ids = cache_of(kwargs), kwargs.get("input_ids")
         if ids is not None and (_pixels(kwargs) or kwargs.get("mm_encoder_outputs")):
             # without pixels a placeholder is an ordinary token, which a draft or an answer may repeat
             if bool(families.visual_mask(self.model, ids).any()):
@@ -277,7 +278,7 @@ class Handle:
         run = kwargs.pop(PASS, None)
         if run is None:
             return None
-        hidden, cache = args[0], kwargs.get("past_key_values")
+        hidden, cache = args[0], cache_of(kwargs)
         run.layers.add(number)
         if number < self.layer:
             return args, kwargs

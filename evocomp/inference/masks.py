@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from evocomp.inference.compiled import without_compile
 from evocomp.log import UserError
+from evocomp.mllm.cache_argument import CACHE
 
 ATTENTION = {"full_attention", "sliding_attention"}
 LAYER_INPUTS = {
@@ -21,6 +22,7 @@ LAYER_INPUTS = {
     "position_ids",
     "past_key_value",
     "past_key_values",
+    "cache",
     "use_cache",
     "output_attentions",
     "cache_position",
@@ -119,10 +121,10 @@ def causal_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=real,
-        past_key_values=cache,
         position_ids=None,
         layer_idx=layer,
         allow_is_causal_skip=not always,
+        **{CACHE: cache},
     )
 
 

@@ -58,7 +58,7 @@ def compress_inputs(
     Raises:
         UserError: as `evocomp.compress`; and a compressor with context tokens, whose weights inputs cannot carry.
     """
-    families.check_supported(model, rewrite=True)
+    families.check_supported(model)
     picker = picker_for(selector, model)
     settings = Settings.of(model, picker, keep, 0, positions, newline)
     if getattr(picker, "merges", False):

@@ -4,11 +4,23 @@ import hashlib
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from evocomp import distributed
-from evocomp.config.schema import LabelConfig, RunConfig
+from evocomp.compressor.config import EvoCompConfig
+from evocomp.config.schema import (
+    CompressorSection,
+    DataConfig,
+    GroupingConfig,
+    LabelConfig,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    SearchConfig,
+)
+from evocomp.data.example import Example
 from evocomp.data.splits import Splits, digest
 from evocomp.grouping.build import Grouper
 from evocomp.labels.estimate import say_disk_use
@@ -61,6 +73,47 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
         first = mllm.readable(splits.train, most=1)
         say_disk_use(config, len(splits.train), len(first[0][1].visual) if first else 0, store_folder)
     return Labeller(mllm, scorer, rounds, store, splits.train, refreshed)
+
+
+def labeller_for(
+    mllm: FrozenMLLM,
+    examples: Sequence[Example],
+    folder: str | Path,
+    compressor: EvoCompConfig,
+    labels: LabelConfig | None = None,
+    *,
+    loss: LossConfig | None = None,
+    search: SearchConfig | None = None,
+    grouping: GroupingConfig | None = None,
+    seed: int = 0,
+) -> Labeller:
+    """A labeller for a Trainer of your own, see `evocomp.training.refresh_labels.RefreshLabels`.
+
+    Args:
+        mllm: the frozen model that scores candidate masks.
+        examples: the training questions.
+        folder: of the run; labels go to FOLDER/labels unless `labels.dir` is set.
+        compressor: configuration of the compressor to train: how its masks are made up.
+        labels: which labels, and when they are refreshed.
+        loss: which loss reads them.
+        search, grouping: of searched labels.
+
+    Raises:
+        UserError: settings that do not go together, or a label store that was made with others.
+    """
+    if compressor.hedge:
+        mllm.priority_by = compressor.hedge_by
+    config = RunConfig(
+        seed=seed,
+        model=ModelConfig(name=mllm.name, dtype=str(mllm.model.dtype).removeprefix("torch.")),
+        data=DataConfig(source="questions"),
+        labels=labels or LabelConfig(),
+        loss=loss or LossConfig(),
+        search=search or SearchConfig(),
+        grouping=grouping or GroupingConfig(),
+        compressor=CompressorSection(sharp=compressor.sharp, hedge=compressor.hedge),
+    )
+    return build_labeller(config, mllm, Splits(list(examples), [], []), Path(folder))
 
 
 def follows_compressor(labels: LabelConfig) -> bool:

@@ -126,11 +126,6 @@ class LabelStore:
         found = (re.fullmatch(r"chunk-(\d+)\.safetensors", path.name) for path in paths)
         return sorted(int(m[1]) for m in found if m)
 
-    def read_chunk(self, round: int, chunk: int) -> list[Record]:
-        """The records of a chunk; UserError when it is absent, broken or not what was committed."""
-        commit = self._folder(round) / "COMMIT.json"
-        return self._read_chunk(round, chunk, self._hashes(round) if commit.exists() else {})
-
     def _read_chunk(self, round: int, chunk: int, hashes: dict[str, str]) -> list[Record]:
         path = self._chunk(round, chunk)
         content = _content(path)

@@ -4,7 +4,6 @@ from evocomp.losses.policy import (
     group_relative_advantages,
     plackett_luce_log_prob,
     policy_loss,
-    sample_masks,
 )
 from evocomp.losses.total import LOSSES, SupervisedLoss, build_loss
 
@@ -15,5 +14,4 @@ __all__ = [
     "group_relative_advantages",
     "plackett_luce_log_prob",
     "policy_loss",
-    "sample_masks",
 ]

@@ -34,30 +34,6 @@ def plackett_luce_log_prob(logits: Tensor, draws: Tensor, valid: Tensor | None =
     return (chosen - torch.logaddexp(tail, never)).sum(-1)
 
 
-def sample_masks(
-    logits: Tensor, r: int, k: int, generator: torch.Generator | None = None, valid: Tensor | None = None
-) -> Tensor:
-    """Draw k masks of r tokens a sample from the Plackett-Luce distribution of the logits (Gumbel top-r).
-
-    Args:
-        logits: [B, N]; every sample needs at least r valid tokens.
-        r: tokens of a mask.
-        k: masks of a sample.
-        generator: on the logits' device.
-        valid: [B, N] bool; padding is never drawn.
-
-    Returns:
-        draws [B, K, R] int64 in draw order (sort them to get the mask's tokens in original order).
-    """
-    logits = masked.clean(logits.detach(), valid)
-    if valid is not None:
-        assert bool((valid.sum(-1) >= r).all()), "a sample has fewer valid tokens than a mask keeps"
-        logits = logits.masked_fill(~valid, -torch.inf)
-    shape = (logits.shape[0], k, logits.shape[1])
-    noise = torch.empty(shape, dtype=logits.dtype, device=logits.device).exponential_(generator=generator)
-    return (logits[:, None] - noise.log()).topk(r, dim=-1).indices
-
-
 def group_relative_advantages(losses: Tensor, clip: float = 6.0) -> Tensor:
     """(mean - loss) / (std + 0.1) within a sample, losses clipped first; higher is better.
 

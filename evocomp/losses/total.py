@@ -68,31 +68,26 @@ def build_loss(
     form: str = "histogram",
     bins: int = 10,
     eps: float = 0.05,
-    rule: str = "paper",
-    momentum: float = 0.0,
     reduce_counts: ReduceCounts | None = None,
-    focal_gamma: float = 2.0,
-    focal_alpha: float | None = 0.25,
     temperature: float = 0.1,
 ) -> SupervisedLoss:
     """The loss called `name` (a key of `LOSSES`): (logits, hidden, targets, valid) -> dict of named parts.
 
     Args:
         alpha: weight of cosine separation; the paper does not give its value.
-        form, bins, eps, rule, momentum, reduce_counts: of GHM-C, see `GHMC`.
-        focal_gamma, focal_alpha: of the focal loss, see `focal_loss`.
+        form, bins, eps, reduce_counts: of GHM-C, see `GHMC`.
         temperature: of the listwise targets, see `listwise_loss`.
 
     Raises:
-        UserError: unknown name, form or rule.
+        UserError: unknown name or form.
     """
     if name not in LOSSES:
         raise UserError(f"loss {name!r} is unknown; choose one of {', '.join(LOSSES)}")
     match name.removesuffix("_cs"):
         case "ghm":
-            term = GHMC(form, bins, eps, rule, momentum, reduce_counts)
+            term = GHMC(form, bins, eps, reduce_counts=reduce_counts)
         case "focal":
-            term = _Term(focal_loss, gamma=focal_gamma, alpha=focal_alpha)
+            term = _Term(focal_loss)
         case "bce":
             term = _Term(bce_loss)
         case "listwise":

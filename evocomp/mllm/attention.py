@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from evocomp.log import UserError
+from evocomp.mllm.cache_argument import CACHE
 
 FULL = "full_attention"
 
@@ -83,8 +84,8 @@ def plain_masks(config: PreTrainedConfig, length: int, device: torch.device | st
             config=config,
             inputs_embeds=like,
             attention_mask=torch.ones(1, length, dtype=torch.bool, device=device),
-            past_key_values=None,
             position_ids=None,
+            **{CACHE: None},
         )
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         masks[kind] = causal if mask is None else mask[0, 0]

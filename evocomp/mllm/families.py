@@ -1,6 +1,6 @@
 """What differs between families of multimodal LLMs: the few policies that transformers does not make uniform.
 
-Since transformers 5.18 every family offers `get_image_features(...).pooler_output`, `get_decoder()` and
+Every family offers `get_image_features(...).pooler_output`, `get_decoder()` and
 `get_input_embeddings()` and takes `mm_encoder_outputs`. The rest is here, keyed by `config.model_type`.
 """
 
@@ -17,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evocomp.log import UserError
 
-MIN_TRANSFORMERS = "5.18"
+MIN_TRANSFORMERS = "5.23"
+"""The oldest version that passes the tests, as in pyproject.toml; `.ci/versions` tests with it and with the newest."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ class Policy:
     blocks:    attention mask is bidirectional inside an image ("image") or over the whole prompt ("prefix")
     image:     what one image is. "entry": one entry of `pooler_output`; "run": one unbroken run of
                placeholders (its tiles are entries); "tiles": all runs up to the global tile, which comes last
-    rewrite_since: transformers from which the family takes fewer visual tokens than its encoder makes
     forward_offset: added to `position_ids` by the family's own `prepare_inputs_for_generation`
     """
 
@@ -39,7 +39,6 @@ class Policy:
     deepstack: bool = False
     blocks: Literal["image", "prefix"] | None = None
     image: Literal["entry", "run", "tiles"] = "entry"
-    rewrite_since: str = MIN_TRANSFORMERS
     forward_offset: int = 0
 
 
@@ -51,7 +50,7 @@ FAMILIES: dict[str, Policy] = {
     "qwen2_5_vl": Policy(mrope=True),
     "qwen3_vl": Policy(mrope=True, deepstack=True),
     "idefics3": Policy(image="tiles"),
-    "smolvlm": Policy(image="tiles", rewrite_since="5.21"),
+    "smolvlm": Policy(image="tiles"),
     "internvl": Policy(image="run"),
     "gemma3": Policy(blocks="image"),
     "paligemma": Policy(blocks="prefix", forward_offset=1),
@@ -82,15 +81,11 @@ def policy(model: nn.Module) -> Policy:
     return FAMILIES[model_type]
 
 
-def check_supported(model: nn.Module, rewrite: bool = False) -> None:
-    """Raise UserError if the family is unknown or transformers is too old.
-
-    rewrite: for giving the model encoded images with tokens left out (`compress_inputs`), not for hooks.
-    """
-    needed = policy(model).rewrite_since if rewrite else MIN_TRANSFORMERS
-    if Version(Version(transformers.__version__).base_version) < Version(needed):
+def check_supported(model: nn.Module) -> None:
+    """Raise UserError if the family is unknown or transformers is too old."""
+    if Version(Version(transformers.__version__).base_version) < Version(MIN_TRANSFORMERS):
         raise UserError(
-            f"transformers {transformers.__version__} is too old; run `pip install 'transformers>={needed}'`"
+            f"transformers {transformers.__version__} is too old; run `pip install 'transformers>={MIN_TRANSFORMERS}'`"
         )
     policy(model)
 
@@ -237,19 +232,6 @@ def visual_tokens(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tens
     for kind, rows in parts.items():
         tokens[(input_ids == token_ids(model)[kind])[visual]] = rows
     return tokens
-
-
-def image_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Visual tokens of every image (or video), in order of appearance over the batch: list of [n_i,D].
-
-    `inputs` is what the processor returned. Rows include `image_newline` separators; see `newline_rows`.
-    """
-    encoded = encode(model, inputs)
-    if not encoded:
-        return []
-    numbers = image_numbers(model, inputs["input_ids"], encoded)
-    counts = numbers[numbers >= 0].bincount().tolist()
-    return list(visual_tokens(model, inputs["input_ids"], encoded).split(counts))
 
 
 def newline_rows(model: nn.Module, features: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from evocomp.distributed import ShardGroup
 from evocomp.log import UserError
 from evocomp.mllm import attention, families
+from evocomp.mllm.cache_argument import CACHE
 from evocomp.mllm.context import Shown, add_log_size, check_weighable
 from evocomp.mllm.features import Features
 from evocomp.mllm.reader import Reader
@@ -110,25 +111,6 @@ class FrozenMLLM(Reader):
         return embeds, positions
 
     @torch.no_grad()
-    def answer_logits(self, features: Features, tokens: Tensor, index: Tensor) -> Tensor:
-        """Teacher-forced logits [Q, A, V] (float32) at the answer's positions, for visual `tokens` [Q, R, D]."""
-        self.check_scorable()
-        embeds, positions = self.assemble(features, tokens, index)
-        answer = features.answer_ids
-        if len(answer) > 1:
-            tail = self.embed(answer[:-1]).expand(len(tokens), -1, -1)
-            embeds = torch.cat([embeds, tail], dim=1)
-            step = torch.arange(1, len(answer), device=positions.device)
-            positions = torch.cat([positions, positions[..., -1:] + step], dim=-1)
-        hidden = self.decoder(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
-        return self.head(hidden[:, -len(answer) :].contiguous()).float()
-
-    @torch.no_grad()
     def answer(
         self, prompts: Sequence[tuple[Features, *tuple[Tensor | None, ...]]], max_new_tokens: int = 8
     ) -> tuple[list[str], Tensor]:
@@ -167,8 +149,8 @@ class FrozenMLLM(Reader):
                 inputs_embeds=embeds,
                 attention_mask=mask if log_size is None else _weighed(mask, log_size, embeds),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             ).last_hidden_state
             logits = self.head(hidden[:, -1]).float()
             first = logits if first is None else first

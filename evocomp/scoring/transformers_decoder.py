@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from evocomp.log import UserError
 from evocomp.mllm import attention
+from evocomp.mllm.cache_argument import CACHE
 from evocomp.scoring import mask_probe
 from evocomp.scoring.sequences import Packing, Past, Table, weighed
 
@@ -72,8 +73,8 @@ class TransformersBody:
             inputs_embeds=table.embeds.to(self.dtype)[index],
             attention_mask=self._mask(table, index, before, packing),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         ).last_hidden_state
 
     def _mask(

@@ -103,8 +103,6 @@ class Selector:
     """Whether the LLM must have run on all N tokens first."""
     merges: ClassVar[bool] = False
     """Whether its rows are new tokens, made of several of the image's own."""
-    keeps_positions: ClassVar[bool] = False
-    """Whether the published code leaves original position ids (with gaps) or renumbers them from 0."""
     source: ClassVar[str] = ""
     """Paper and code."""
 

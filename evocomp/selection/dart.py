@@ -69,7 +69,6 @@ class DART(Selector):
     needs = frozenset({"llm_keys", "llm_hidden", "text"})
     text_aware = True
     needs_llm = True
-    keeps_positions = True
     source = "arXiv 2502.11494, github.com/ZichenWen1/DART"
 
     k: int = K

@@ -1,6 +1,5 @@
 """Image downsampling: which smaller image gives at most R tokens. The caller resizes and encodes again."""
 
-import math
 from dataclasses import dataclass
 
 
@@ -46,12 +45,3 @@ def downsample(grid: tuple[int, int], keep: int, patch: int = 14) -> Downsamplin
     """
     rows, columns = downsampled_grid(grid, keep)
     return Downsampling((rows, columns), (rows * patch, columns * patch))
-
-
-def whole_factor(n: int, keep: int) -> int:
-    """Smallest whole k for which an image of 1/k the sides gives at most `keep` of `n` tokens.
-
-    VTC-Bench (arXiv 2510.07143) resizes so (width // k, height // k, bicubic) for native-resolution models
-    and sets k = 2, 3, 4, 5, 10 against methods that keep 25, 11.11, 6.25, 4, 1 %.
-    """
-    return math.isqrt(-(-n // keep) - 1) + 1

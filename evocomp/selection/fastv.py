@@ -6,7 +6,6 @@ from torch import Tensor
 
 from evocomp.selection.base import Selection, SelectionInputs, Selector
 from evocomp.selection.llm_attention import visual_columns
-from evocomp.selection.schedule import Stage
 from evocomp.selection.top_r import top_r
 
 # (K, R): tokens are ranked in layer K - 1 and a share R of them dropped before layer K
@@ -23,11 +22,6 @@ def fastv_kept(n: int, ratio: float) -> int:
     return round(n * (1 - ratio))
 
 
-def fastv_stages(n: int, k: int = 2, ratio: float = 0.5) -> tuple[Stage]:
-    """FastV's single drop before layer `k`, for `schedule.layer_average`."""
-    return (Stage(k, fastv_kept(n, ratio)),)
-
-
 @dataclass(frozen=True)
 class FastV(Selector):
     """FastV's ranking; exactly `keep`. The published drop happens before layer `k`, positions unchanged."""
@@ -36,7 +30,6 @@ class FastV(Selector):
     needs = frozenset({"llm_attention", "text"})
     text_aware = True
     needs_llm = True
-    keeps_positions = True
     source = "arXiv 2403.06764, github.com/pkunlp-icler/FastV"
 
     k: int = 2

@@ -28,15 +28,3 @@ def layer_average(n: int, stages: Sequence[Stage], layers: int = 32) -> float:
         total += now * (stage.before_layer - since)
         now, since = stage.visual, stage.before_layer
     return (total + now * (layers - since)) / layers
-
-
-def kept_for_average(n: int, average: float, before_layer: int, layers: int = 32) -> int:
-    """Tokens to keep in one drop before a layer so that the layer average comes nearest to `average`.
-
-    166, 98, 30 of 576 before layer 2 for 192, 128, 64. Raises ValueError when the layers before the drop
-    alone process more than that.
-    """
-    kept = round((average * layers - n * before_layer) / (layers - before_layer))
-    if not 1 <= kept <= n:
-        raise ValueError(f"no drop of {n} tokens before layer {before_layer} of {layers} averages {average}")
-    return kept

@@ -1,13 +1,15 @@
 """What one training step sees: encoded samples joined with their labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from evocomp.labels.records import Record
+from evocomp.log import UserError
 from evocomp.mllm.features import Features, pad_right
 from evocomp.mllm.hf import FrozenMLLM
 
@@ -54,6 +56,38 @@ class TrainBatch:
     targets: Tensor | None
     populations: list[Population] = field(default_factory=list)
     budget: Tensor | None = None
+
+    def to(self, device: torch.device) -> "TrainBatch":
+        """The same batch on another device."""
+        return _move(self, device)
+
+
+def question_ids(batch: Any) -> list[int]:
+    """Ids [B] of the questions in a batch of a datamodule.
+
+    Also a `collate_fn` for examples, which Lightning does not move to a device as they are:
+    `DataLoader(examples, collate_fn=question_ids)`.
+
+    Args:
+        batch: ids as a tensor [B] or a sequence, examples, or a mapping with one of these under the key `id`.
+
+    Raises:
+        UserError: the batch is something else.
+
+    >>> question_ids({"id": torch.tensor([5, 7]), "question": ["left?", "red?"]})
+    [5, 7]
+    """
+    found = batch.get("id") if isinstance(batch, Mapping) else batch
+    if isinstance(found, Tensor) and found.dtype == torch.int64:
+        return found.flatten().tolist()
+    if isinstance(found, list | tuple):
+        ids = [getattr(one, "id", one) for one in found]
+        if all(isinstance(id, int | np.integer) for id in ids):
+            return [int(id) for id in ids]
+    raise UserError(
+        f"cannot tell the questions of a batch of type {type(batch).__name__}: give their ids, as a tensor, a list, or "
+        "under the key `id` of a dictionary"
+    )
 
 
 def compressor_input(mllm: FrozenMLLM, features: Sequence[Features]) -> CompressorInput:
@@ -109,3 +143,14 @@ def _populations(records: Sequence[Record]) -> list[Population]:
             )
         )
     return found
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """The same structure with its tensors on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [_move(item, device) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return type(value)(**{name: _move(getattr(value, name), device) for name in value.__dataclass_fields__})
+    return value

@@ -24,7 +24,7 @@ from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
 from evocomp.data.splits import load_splits
 from evocomp.inference import card
-from evocomp.labels.build import build_labeller, follows_compressor, use_feature_cache
+from evocomp.labels.build import build_labeller, use_feature_cache
 from evocomp.labels.labeller import Interrupted
 from evocomp.labels.number_format import resolve_dtypes
 from evocomp.launch import launched
@@ -35,6 +35,7 @@ from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
 from evocomp.progress import Progress, Stage
 from evocomp.runs.claims import DONE
 from evocomp.runs.folder import claimed, is_finished, judge_as_asked, last_checkpoint, write_json
+from evocomp.training import by_name
 from evocomp.training.average import AverageFromEpoch
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
@@ -105,7 +106,7 @@ def run(config: RunConfig, answers: int = 0) -> bool:
         config.eval.max_new_tokens,
     )
     progress = RunProgress(config, labeller.scorer, splits.train, monitor, answers)
-    refresh = RefreshLabels(labeller, data, config.labels, cost, progress.label)
+    refresh = RefreshLabels(labeller, config.labels, data, cost, progress.label)
     curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = []
     if config.optim.ema:
@@ -115,8 +116,6 @@ def run(config: RunConfig, answers: int = 0) -> bool:
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average, progress])
     with claimed(config, folder):
         last = last_checkpoint(folder)
-        if last is None and follows_compressor(config.labels):
-            labeller.forget()  # of a run that is gone: this one's compressor is another
         _fit(trainer, module, data, last)
         if trainer.received_sigterm or trainer.interrupted:
             raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
@@ -213,7 +212,9 @@ def build_trainer(
     config: RunConfig, folder: Path, settings: dict[str, Any], callbacks: list[L.Callback]
 ) -> L.Trainer:
     """Lightning's Trainer with this project's defaults under the user's `trainer:` settings."""
-    loggers = build_logger(config, folder)
+    settings = dict(settings)
+    named = {key: by_name.create(key, settings.pop(key)) for key in by_name.KINDS if key in settings}
+    loggers = [*build_logger(config, folder), *named.get("logger", [])]
     defaults: dict[str, Any] = {
         "max_epochs": DEFAULT_EPOCHS,
         "accelerator": "auto",
@@ -236,7 +237,7 @@ def build_trainer(
     request = distributed.StopRequest(chain=False)
     first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
-    everything = [first, *callbacks, *rates, last, checkpoint]
+    everything = [first, *callbacks, *rates, *named.get("callbacks", []), last, checkpoint]
     try:
         return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
     except (TypeError, ValueError, MisconfigurationException) as error:
@@ -264,14 +265,17 @@ def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
 def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
     """The `trainer:` section, checked against the Trainer's own signature."""
     known = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
-    ours = {"logger", "callbacks", "default_root_dir", "use_distributed_sampler"}
+    ours = {"default_root_dir", "use_distributed_sampler"}
     for key in settings:
         if key in ours:
-            raise UserError(f"trainer.{key} is set by the run itself; see --logger and --run_dir")
+            raise UserError(f"trainer.{key} is set by the run itself; see --run_dir")
         if key not in known:
             near = difflib.get_close_matches(key, known - ours, 1)
             hint = f"did you mean trainer.{near[0]}?" if near else "see the arguments of lightning.Trainer"
             raise UserError(f"unknown setting trainer.{key}; {hint}")
+    for key in by_name.KINDS:
+        if key in settings:
+            by_name.named_classes(key, settings[key])
     if settings.get("fast_dev_run"):
         raise UserError("trainer.fast_dev_run would leave a run that counts as finished; try --trainer.max_epochs=1")
     epochs = settings.get("max_epochs", DEFAULT_EPOCHS)

@@ -72,8 +72,8 @@ class Curves(L.Callback):
         self.page = TensorBoardPage.of(trainer, self.refresh, self.monitor, self.pictures, self.watched)
         if self.page is not None:
             self.page.open(self.settings)
-        else:
-            for logger in trainer.loggers:
+        for logger in trainer.loggers:
+            if self.page is None or logger is not self.page.logger:
                 logger.log_hyperparams(self.settings)
 
     def on_train_end(self, trainer: L.Trainer, module: CompressorModule) -> None:
@@ -131,7 +131,7 @@ class Curves(L.Callback):
 
     def _label_speed(self, module: CompressorModule) -> dict[str, float]:
         """Speed of the round that has just been labelled, over all ranks; empty if it was read from the store."""
-        labeller, records = self.refresh.labeller, self.refresh.data.records
+        labeller, records = self.refresh.labeller, self.refresh.records
         now, before = self._label_cost(), self._before
         self._before = now
         mine = torch.tensor([now[0] - before[0], now[1] - before[1], labeller.waited], device=module.device)

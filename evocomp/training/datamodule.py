@@ -12,7 +12,7 @@ from evocomp.data.example import Example
 from evocomp.labels.records import Record
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
-from evocomp.training.batch import TrainBatch, train_batch
+from evocomp.training.batch import train_batch
 from evocomp.training.sampler import ResumableSampler, Slots, epoch_order
 
 _NOT_RESUMED = {"epoch": -1, "consumed": 0, "batches": 0}
@@ -87,9 +87,6 @@ class LabelledQuestions(L.LightningDataModule):
         features = self.mllm.features([self.examples[id] for id in ids])
         return train_batch(self.mllm, features, [self.records[id] for id in ids], self.round)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return _move(batch, device) if isinstance(batch, TrainBatch) else batch
-
     def state_dict(self) -> dict[str, int]:
         """Where in the epoch the whole job is; Lightning saves it with every checkpoint."""
         # processed and not completed: a checkpoint at a batch's end is written between the two
@@ -110,14 +107,3 @@ class LabelledQuestions(L.LightningDataModule):
             # sharded strategies restore after the loader was made (the schedule asks for its length)
             self._sampler.consumed, self._resume_at = self._resume_at, 0
         self._base = state if state["consumed"] else dict(_NOT_RESUMED)
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """The same structure with its tensors on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, list):
-        return [_move(item, device) for item in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return type(value)(**{name: _move(getattr(value, name), device) for name in value.__dataclass_fields__})
-    return value

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import torch
 
 from evocomp.config.schema import LabelConfig
+from evocomp.labels.build import follows_compressor
 from evocomp.labels.labeller import Interrupted, Labeller, LabelProgress
-from evocomp.log import logger
+from evocomp.labels.records import Record
+from evocomp.log import UserError, logger
 from evocomp.mllm.features import Features
-from evocomp.training.batch import compressor_input, has_label
+from evocomp.training.batch import TrainBatch, compressor_input, has_label, train_batch
 from evocomp.training.cost import CostMeter
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
@@ -23,27 +26,40 @@ SCORED_TOGETHER = 64  # samples in one forward of the compressor
 
 
 class RefreshLabels(L.Callback):
-    """At the start of an epoch, sees to it that its round of labels is there, and hands it to the datamodule.
+    """At the start of an epoch, makes the round of labels that it trains on, unless the label store has it.
+
+    Works with every dataloader whose batches name questions of the labeller, see `question_ids`: the callback turns
+    them into labelled batches for `CompressorModule`. Questions without a label in the round are left out of the batch;
+    after an on-policy refresh these are all that were not drawn (`labels.samples_per_refresh`). `LabelledQuestions`
+    gives labelled questions only, and resumes in mid-epoch.
 
     `ensure` is idempotent and is called from both `on_train_start` (which alone is called when a run resumes in
     mid-epoch) and `on_train_epoch_start`. The labeller, and with it the frozen MLLM, lives here and not in the
     LightningModule: checkpoints hold the compressor only.
+
+    Args:
+        labeller: makes the labels, see `evocomp.labels.build.labeller_for`.
+        config: says when labels are refreshed.
+        data: the datamodule that is told of each round; None if batches name questions.
+        cost: adds up what labels cost; default: one of its own.
+        report: called after each labelled question.
     """
 
     def __init__(
         self,
         labeller: Labeller,
-        data: LabelledQuestions,
         config: LabelConfig,
-        cost: CostMeter,
+        data: LabelledQuestions | None = None,
+        cost: CostMeter | None = None,
         report: Callable[[LabelProgress], None] = lambda progress: None,
     ):
         self.labeller = labeller
         self.data = data
         self.config = config
+        self.records: dict[int, Record] = {}
         self.round = -1
         self.epoch = -1
-        self.cost = cost
+        self.cost = cost or CostMeter(labeller.scorer)
         self.report = report
 
     @property
@@ -55,7 +71,16 @@ class RefreshLabels(L.Callback):
         """The round that an epoch trains on."""
         return self.config.round_of(epoch)
 
+    def setup(self, trainer: L.Trainer, module: CompressorModule, stage: str) -> None:
+        if self.data is None:
+            module.batch_of = partial(self._batch, trainer, module)
+
+    def teardown(self, trainer: L.Trainer, module: CompressorModule, stage: str) -> None:
+        module.batch_of = None  # or a copy of the module would hold the MLLM
+
     def on_train_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
+        if trainer.ckpt_path is None and not trainer.global_step and follows_compressor(self.config):
+            self.labeller.forget()  # rounds of an earlier run: this compressor is another
         self.ensure(trainer, module, trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
@@ -66,17 +91,31 @@ class RefreshLabels(L.Callback):
         if epoch == self.epoch:
             return
         round = self.round_of(epoch)
-        before = self.data.records
+        before = self.records
         if round != self.round:
             records = self._fill(trainer, module, round)
             self._log(trainer, round, records, before)
             records = {id: record for id, record in records.items() if has_label(record)}
-            self.round = round
+            self.records, self.round = records, round
             self._forget_old(trainer)
-        else:
-            records = before
-        self.data.use(round, records, epoch)
+        if self.data is not None:
+            self.data.use(round, self.records, epoch)
+        elif not self.records:
+            raise UserError(f"round {round} of the label store holds no usable label; see the labelling log above")
         self.epoch = epoch
+
+    def _batch(self, trainer: L.Trainer, module: CompressorModule, ids: Sequence[int]) -> TrainBatch | None:
+        """The questions of these ids that have a label in this round; None if none has."""
+        if self.epoch < 0:  # Lightning's Tuner trains without callbacks
+            self.ensure(trainer, module, trainer.current_epoch)
+        if unknown := [id for id in ids if id not in self.labeller.examples]:
+            raise UserError(f"question {unknown[0]} of a batch is not among those that the labeller was given")
+        ids = [id for id in ids if id in self.records]
+        if not ids:
+            return None
+        return train_batch(
+            self.labeller.mllm, self.labeller.encode(ids), [self.records[id] for id in ids], self.round
+        )
 
     def _fill(self, trainer: L.Trainer, module: CompressorModule, round: int) -> dict:
         try:

@@ -108,7 +108,7 @@ class TensorBoardPage:
 
     def show_round(self, step: int) -> None:
         """Histograms of the labels: groups per image, losses, credits and advantages."""
-        records = self.refresh.data.records
+        records = self.refresh.records
         some = [records[id] for id in sorted(records)[:MANY]]
         if "groups" in some[0]:
             counts = np.array([int(record["groups"].max()) + 1 for record in some])
@@ -136,12 +136,12 @@ class TensorBoardPage:
 
     def _show_tokens(self, module: CompressorModule, step: int) -> None:
         """Histograms of p and of GHM's gradient norm, and precision and recall of the tokens that the labels keep."""
-        data = self.refresh.data
-        ids = sorted(data.records)[: self.watched]
+        labelled, examples = self.refresh.records, self.refresh.labeller.examples
+        ids = sorted(labelled)[: self.watched]
         if not ids:
             return
-        features = self.monitor.mllm.features([data.examples[id] for id in ids])
-        records = [data.records[id] for id in ids]
+        features = self.monitor.mllm.features([examples[id] for id in ids])
+        records = [labelled[id] for id in ids]
         scores = module.score(compressor_input(self.monitor.mllm, features), budgets_of(records))
         absolute = module.loss_config.name.startswith(_PROBABILITIES) and "draws" not in records[0]
         p = np.concatenate([_sigmoid(row) if absolute else _softmax(row) for row in scores])

@@ -1,6 +1,6 @@
 """Figures: each function returns a matplotlib Figure or writes a file; no window, no global setting."""
 
-from evocomp.viz.curves import accuracy_against_latency, retention_curve, search_trace
+from evocomp.viz.curves import retention_curve, search_trace
 from evocomp.viz.density import fitness_spread, gradient_density
 from evocomp.viz.names import display_name
 from evocomp.viz.panels import four_panels, heat
@@ -10,7 +10,6 @@ from evocomp.viz.tokens import groups_over_image, kept_row, kept_tokens, light_u
 
 __all__ = [
     "SheetItem",
-    "accuracy_against_latency",
     "display_name",
     "fitness_spread",
     "four_panels",

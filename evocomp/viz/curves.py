@@ -84,48 +84,6 @@ def retention_curve(rows: Sequence[Row], ours: str = "evocomp") -> Figure:
     return figure
 
 
-def accuracy_against_latency(rows: Sequence[Row], ours: str = "evocomp") -> Figure:
-    """Accuracy with its interval against `latency_ms`, a point for each method and kept count.
-
-    Raises:
-        ValueError: no row has both an accuracy and a `latency_ms`.
-    """
-    timed = [row for row in rows if row.get("accuracy") is not None and row.get("latency_ms") is not None]
-    if not timed:
-        raise ValueError("no row has both accuracy and latency_ms")
-    methods: dict[str, list[Row]] = {}
-    for row in sorted(timed, key=lambda row: row["latency_ms"]):
-        methods.setdefault(row["method"], []).append(row)
-    figure = new_figure(9.6, 5.6)
-    ax = plain_axes(figure, "time for one question [ms]", "accuracy")
-    looks = _looks(methods, ours)
-    for method, found in methods.items():
-        color, marker = looks[method]
-        x, y = ([row[name] for row in found] for name in ("latency_ms", "accuracy"))
-        ax.vlines(x, [r["low"] for r in found], [r["high"] for r in found], color=color, linewidth=1, alpha=0.55)
-        width, dashes = (3.0, "-") if method == ours else (1.4, (0, (4, 2)) if found[0].get("needs_llm") else "-")
-        ax.plot(
-            x,
-            y,
-            color=color,
-            marker=marker,
-            markersize=8,
-            linewidth=width,
-            linestyle=dashes,
-            label=display_name(method),
-        )
-        for row in found:
-            place = (row["latency_ms"], row["accuracy"])
-            offset = (0, 9 if method == ours else -17)
-            ax.annotate(row["kept"], place, offset, textcoords="offset points", ha="center", fontsize=10, color=INK)
-    ax.set_xlim(0, max(row["latency_ms"] for row in timed) * 1.06)
-    ax.margins(y=0.1)
-    figure.subplots_adjust(left=0.09, right=0.75, top=0.97, bottom=0.13)
-    legend = ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=12)
-    legend.set_title("numbers: tokens kept", prop={"size": 11})
-    return figure
-
-
 def search_trace(traces: np.ndarray, xlabel: str = "generation") -> Figure:
     """Answer loss during a search. traces: [runs, rounds, 3], lowest, mean and best-so-far loss in nats.
 

@@ -25,6 +25,7 @@ from tests.inference.tiny_models import (
     prompts,
     quiet,
 )
+from tests.mllm.image_features import image_features
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -160,7 +161,7 @@ def test_prompts_without_images_run_untouched(llava, inputs):
 def test_newline_separators_stay_or_go(family):
     model, inputs = build(family), prompts(family)
     with torch.no_grad():
-        images = families.image_features(model, inputs)
+        images = image_features(model, inputs)
     newlines = [families.newline_rows(model, image) for image in images]
     seen = []
 

@@ -20,6 +20,7 @@ from evocomp.log import UserError
 from evocomp.mllm import families
 from tests.inference.test_hooks import answer, jumble
 from tests.inference.tiny_models import FAMILIES, IMAGE, build, prompts
+from tests.mllm.image_features import image_features
 
 
 def compressor_for(model, layer=0, **kwargs):
@@ -45,7 +46,7 @@ def test_batched_compressor_scores_are_those_of_each_image_alone(family, width):
     with compress(model, compressor, keep=0.4) as handle:
         answer(model, inputs, max_new_tokens=1)
     with torch.no_grad():
-        images = families.image_features(model, inputs)
+        images = image_features(model, inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         rows = [0, 1, 1]
         for row, image, scores in zip(rows, images, sum(handle.last.scores, []), strict=True):
@@ -293,7 +294,7 @@ def test_divprune_of_the_selection_room():
     with compress(model, divprune.DivPrune(), keep=4) as handle:
         answer(model, inputs, max_new_tokens=1)
     with torch.no_grad():
-        images = families.image_features(model, inputs)
+        images = image_features(model, inputs)
     for kept, image in zip(sum(handle.last.indices, []), images, strict=True):
         assert torch.equal(kept, divprune.divprune(image, 4).sort().values)
 

@@ -14,6 +14,7 @@ from evocomp.labels import estimate
 from evocomp.labels.estimate import GPUS, KNOWN, Target, Workload, by_arithmetic, by_timing, candidate_forwards
 from evocomp.labels.records import encode
 from evocomp.mllm.hf import ASSETS
+from tests.mllm.answer_logits import answer_logits
 
 LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
 
@@ -49,7 +50,7 @@ def test_matrix_products_are_those_that_torch_counts(nano, encoded):
     target, sample = Target.named("nano", ASSETS), encoded[0]
     index = torch.arange(20)[None]
     with FlopCounterMode(display=False) as counter:
-        nano.answer_logits(sample, sample.visual[index], index)
+        answer_logits(nano, sample, sample.visual[index], index)
     counted = counter.get_flop_counts()["Global"]
     products = sum(value for op, value in counted.items() if "mm" in str(op))
     length, answer = len(sample.text_at) + 20 + len(sample.answer_ids) - 1, len(sample.answer_ids)

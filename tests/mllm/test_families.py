@@ -1,5 +1,8 @@
 """Family policies, against what transformers' own forward pass does with the same inputs."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,9 @@ from torch import nn
 from evocomp.log import UserError
 from evocomp.mllm import families
 from tests.inference.tiny_models import FAMILIES, IMAGE, PICTURE_TOKENS, build, prompts
+from tests.mllm.image_features import image_features
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -25,7 +31,7 @@ def decoder_inputs(model, inputs) -> dict:
 def test_image_features_are_the_rows_that_the_llm_sees(family):
     model, inputs = build(family), prompts(family)
     with torch.no_grad():
-        features = families.image_features(model, inputs)
+        features = image_features(model, inputs)
     mask = families.visual_mask(model, inputs["input_ids"])
     assert [len(rows) for rows in features] == list(PICTURE_TOKENS[family])
     assert torch.equal(torch.cat(features), decoder_inputs(model, inputs)["inputs_embeds"][mask])
@@ -62,7 +68,7 @@ def test_positions_are_those_of_generate(family):
 def test_newline_rows_end_the_rows_of_the_unpadded_grid(family):
     model, inputs = build(family), prompts(family)
     with torch.no_grad():
-        first = families.image_features(model, inputs)[0]
+        first = image_features(model, inputs)[0]
     # 16 tokens of the base tile, then a grid of 4 rows of 8 tokens and a separator each
     rows = families.newline_rows(model, first).nonzero().squeeze(1).tolist()
     assert rows == [16 + 8, 16 + 17, 16 + 26, 16 + 35]
@@ -82,21 +88,20 @@ def test_unknown_family_is_refused_with_the_list_of_known_ones():
 
 
 def test_old_transformers_is_refused(monkeypatch):
-    monkeypatch.setattr(families.transformers, "__version__", "5.17.1")
-    with pytest.raises(UserError, match="5.17.1 is too old.*5.18"):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"transformers>={families.MIN_TRANSFORMERS}" in declared
+    monkeypatch.setattr(families.transformers, "__version__", "5.22.1")
+    with pytest.raises(UserError, match="5.22.1 is too old.*5.23"):
         families.check_supported(build("llava"))
-    monkeypatch.setattr(families.transformers, "__version__", "5.18.0.dev0")
+    monkeypatch.setattr(families.transformers, "__version__", "5.23.0.dev0")
     families.check_supported(build("llava"))
-    families.check_supported(build("smolvlm"))
-    with pytest.raises(UserError, match="5.21"):
-        families.check_supported(build("smolvlm"), rewrite=True)
 
 
 def test_prompt_and_pixels_that_disagree_are_named():
     model, inputs = build("llava"), prompts("llava")
     inputs["pixel_values"] = inputs["pixel_values"][:2]
     with pytest.raises(UserError, match="48 image placeholders.*32 tokens"):
-        families.image_features(model, inputs)
+        image_features(model, inputs)
 
 
 def test_peft_wrapped_models_are_unwrapped():
@@ -108,9 +113,9 @@ def test_peft_wrapped_models_are_unwrapped():
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"], r=2))
     families.check_supported(wrapped)
     with torch.no_grad():
-        ours, plain = families.image_features(wrapped, inputs), families.image_features(model, inputs)
+        ours, plain = image_features(wrapped, inputs), image_features(model, inputs)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
 def test_no_pixels_means_no_features():
-    assert families.image_features(build("llava"), {"input_ids": torch.tensor([[1, 20]])}) == []
+    assert image_features(build("llava"), {"input_ids": torch.tensor([[1, 20]])}) == []

@@ -18,6 +18,8 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.reader import as_array
 from evocomp.scoring.answer_losses import AnswerLosses
 from tests.inference.tiny_models import IMAGE, PICTURE_TOKENS, VOCABULARY, build, prompts
+from tests.mllm.answer_logits import answer_logits
+from tests.mllm.image_features import image_features
 
 SCORABLE = [f for f in PICTURE_TOKENS if not f.startswith(("qwen3_vl", "gemma3", "paligemma"))]
 every_scorable_family = pytest.mark.parametrize("family", SCORABLE)
@@ -46,7 +48,7 @@ def test_keeping_all_tokens_is_the_unmodified_model_to_the_bit(nano, questions, 
     for example in questions[:12]:
         asked = replace(example, id=stable_id(example.id, answer), answer=answer or example.answer)
         (features,) = nano.features([asked])
-        ours = nano.answer_logits(features, features.visual[None], everything(features)[None])[0]
+        ours = answer_logits(nano, features, features.visual[None], everything(features)[None])[0]
         theirs = unmodified(nano, asked, features.answer_ids)
         assert ours.shape == theirs.shape and float((ours - theirs).abs().max()) == 0.0
 
@@ -92,10 +94,10 @@ def test_without_a_mask_transformers_takes_gaps_for_borders_of_packed_sequences(
 def test_a_token_before_a_gap_changes_the_logits(nano, encoded):
     for features in encoded[:6]:
         index = dropped(features)
-        before = nano.answer_logits(features, features.visual[index][None], index[None])
+        before = answer_logits(nano, features, features.visual[index][None], index[None])
         altered = features.visual.clone()
         altered[3] += 1.0
-        after = nano.answer_logits(features, altered[index][None], index[None])
+        after = answer_logits(nano, features, altered[index][None], index[None])
         assert float((before - after).abs().max()) > 1e-3
 
 
@@ -136,7 +138,7 @@ def test_kept_tokens_stand_at_their_original_positions(nano, encoded):
         rows += [features.visual[i] for i in index] + [table[features.prompt_ids[i]] for i in text_after]
         places = text_before + [int(features.visual_at[i]) for i in index] + text_after
         expected = by_hand(nano.model, torch.stack(rows)[None], torch.tensor([places]))
-        ours = nano.answer_logits(features, features.visual[index][None], index[None])[0, 0]
+        ours = answer_logits(nano, features, features.visual[index][None], index[None])[0, 0]
         assert torch.allclose(ours, expected, atol=2e-5, rtol=0)
 
 
@@ -168,7 +170,7 @@ def test_earlier_turns_stand_in_the_prompt(nano, questions):
 @every_scorable_family
 def test_families_with_all_tokens_are_the_unmodified_model(family):
     features, inputs, model = tiny(family)
-    ours = FrozenMLLM(model, processor=None).answer_logits(features, features.visual[None], everything(features)[None])
+    ours = answer_logits(FrozenMLLM(model, processor=None), features, features.visual[None], everything(features)[None])
     with torch.no_grad():
         theirs = model(**inputs, logits_to_keep=1).logits
     assert torch.equal(ours, theirs.float())
@@ -178,12 +180,12 @@ def test_families_with_all_tokens_are_the_unmodified_model(family):
 def test_separators_are_no_visual_tokens_and_always_there(family):
     """What labels and panel score is what the LLM reads behind `compress` with the same choice."""
     features, inputs, model = tiny(family)
-    rows = families.image_features(model, inputs)[0]
+    rows = image_features(model, inputs)[0]
     is_separator = families.newline_rows(model, rows)
     assert 0 < len(features.separators) == int(is_separator.sum())
     assert torch.equal(features.visual, rows[~is_separator])
     mllm, kept = FrozenMLLM(model, processor=None), torch.arange(0, len(features.visual), 3)
-    ours = mllm.answer_logits(features, features.visual[kept][None], kept[None])[0, -1]
+    ours = answer_logits(mllm, features, features.visual[kept][None], kept[None])[0, -1]
     losses = AnswerLosses(mllm).candidates(features, kept[None])
     score = torch.full((len(features.visual),), -1.0)
     score[kept] = 1.0
@@ -212,7 +214,7 @@ def test_families_see_tokens_before_a_gap(family):
     index = torch.cat([torch.arange(3), torch.arange(count - 3, count)])
     altered = features.visual.clone()
     altered[1] += 1.0
-    before, after = (mllm.answer_logits(features, v[index][None], index[None]) for v in (features.visual, altered))
+    before, after = (answer_logits(mllm, features, v[index][None], index[None]) for v in (features.visual, altered))
     assert float((before - after).abs().max()) > 1e-4
 
 
@@ -220,7 +222,7 @@ def test_families_see_tokens_before_a_gap(family):
 def test_families_that_need_more_than_embeddings_are_refused(family):
     features, _, model = tiny(family)
     with pytest.raises(UserError, match="labels and panel are not made for"):
-        FrozenMLLM(model, processor=None).answer_logits(features, features.visual[None], everything(features)[None])
+        answer_logits(FrozenMLLM(model, processor=None), features, features.visual[None], everything(features)[None])
 
 
 def tiny(family: str) -> tuple[Features, dict, torch.nn.Module]:

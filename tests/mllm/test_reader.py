@@ -20,6 +20,7 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.reader import picture_key
 from evocomp.scoring.answer_losses import AnswerLosses
 from evocomp.selection import selector
+from tests.mllm.answer_logits import answer_logits
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_prompts_hold_each_image_where_it_was_put(fresh, two):
 def test_all_tokens_of_two_images_give_the_logits_of_the_unmodified_model(fresh, two):
     (features,) = fresh.features(two[1:])
     kept = torch.arange(len(features.visual))
-    ours = fresh.answer_logits(features, features.visual[None], kept[None])[0, 0]
+    ours = answer_logits(fresh, features, features.visual[None], kept[None])[0, 0]
     pixels = fresh.processor.image_processor([Image.open(path) for path in two[1].images], return_tensors="pt")
     with torch.no_grad():
         theirs = fresh.model(input_ids=features.prompt_ids[None], **pixels).logits[0, -1]

@@ -11,6 +11,7 @@ from evocomp.data.example import Example
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.scoring.answer_losses import AnswerLosses
 from tests.inference.tiny_models import IMAGE, PAD, VIDEO, VOCABULARY, build
+from tests.mllm.answer_logits import answer_logits
 
 # images and words in their order, as in the families' own templates
 TEMPLATE = (
@@ -116,7 +117,7 @@ def test_two_images_of_different_sizes(family):
     with torch.no_grad():
         logits = mllm.model(**inputs).logits[0, -len(answer) :].float()
     kept = torch.arange(len(features.visual))[None]
-    ours = mllm.answer_logits(features, features.visual[None], kept)[0]
+    ours = answer_logits(mllm, features, features.visual[None], kept)[0]
     assert torch.allclose(ours, logits, atol=2e-4), float((ours - logits).abs().max())
     loss = torch.nn.functional.cross_entropy(logits, answer)
     assert torch.allclose(AnswerLosses(mllm).candidates(features, kept), loss[None], atol=1e-4)

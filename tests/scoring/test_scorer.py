@@ -12,6 +12,7 @@ from evocomp.log import UserError
 from evocomp.mllm.context import shown
 from evocomp.scoring.answer_losses import AnswerLosses, shares_prefix
 from evocomp.scoring.scorer import CandidateScorer
+from tests.mllm.answer_logits import answer_logits
 
 
 def masks(count: int, size: int, seed: int = 0) -> np.ndarray:
@@ -52,7 +53,7 @@ def test_masks_give_the_loss_of_the_adapters_logits(nano, asked):
     kept = masks(5, 16)
     for features in asked[0]:
         index = torch.from_numpy(kept)
-        rows = nano.answer_logits(features, features.visual[index], index).double()
+        rows = answer_logits(nano, features, features.visual[index], index).double()
         count = len(features.answer_ids)
         chosen = rows[:, torch.arange(count), features.answer_ids]
         expected = (rows.exp().sum(-1).log() - chosen).mean(1)

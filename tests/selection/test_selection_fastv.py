@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from evocomp.selection.fastv import FastV, fastv, fastv_kept, fastv_stages
-from evocomp.selection.schedule import layer_average
+from evocomp.selection.fastv import FastV, fastv, fastv_kept
+from evocomp.selection.schedule import Stage, layer_average
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -13,7 +13,7 @@ def test_published(case, cases, inputs144):
     indices = FastV(k=want["K"])(inputs144, kept).indices
     assert indices.tolist() == want["expected_kept_sorted(image-relative)"]
     lengths = want["seq_len_per_layer"]
-    average = layer_average(144, fastv_stages(144, want["K"], want["R"]), layers=len(lengths))
+    average = layer_average(144, [Stage(want["K"], kept)], layers=len(lengths))
     assert average == sum(lengths) / len(lengths) - 24
 
 

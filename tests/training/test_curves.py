@@ -198,7 +198,7 @@ def test_speed_and_skew_are_those_of_all_ranks():
     spent = {"labelling": Spent(forwards=100, seconds=4.0), "refresh": Spent()}
     refresh = SimpleNamespace(
         labeller=SimpleNamespace(waited=1.5),
-        data=SimpleNamespace(records={i: {"id": i} for i in range(20)}),
+        records={i: {"id": i} for i in range(20)},
         cost=SimpleNamespace(spent=spent),
     )
     other = torch.tensor([60.0, 5.0, 0.25])

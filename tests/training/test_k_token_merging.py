@@ -14,6 +14,7 @@ from evocomp.inference.k_token_merging import KTokenMerger
 from evocomp.log import UserError
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.k_token_merging import KTokenModule, train
+from tests.mllm.answer_logits import answer_logits
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_blocks_of_one_are_the_frozen_model(mllm, examples):
     for one, loss in zip(features, model.losses(features), strict=True):
         end = torch.tensor([mllm.processor.tokenizer.eos_token_id])
         one = replace(one, answer_ids=torch.cat([one.answer_ids, end]))
-        logits = mllm.answer_logits(one, one.visual[None], torch.arange(144)[None])[0]
+        logits = answer_logits(mllm, one, one.visual[None], torch.arange(144)[None])[0]
         expected = torch.nn.functional.cross_entropy(logits, one.answer_ids)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 

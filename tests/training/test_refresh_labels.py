@@ -17,5 +17,5 @@ from evocomp.training.refresh_labels import RefreshLabels
     ],
 )
 def test_the_round_of_an_epoch(settings, rounds):
-    refresh = RefreshLabels(None, None, LabelConfig(**settings), None)
+    refresh = RefreshLabels(None, LabelConfig(**settings), cost=object())
     assert [refresh.round_of(epoch) for epoch in range(6)] == rounds

@@ -477,8 +477,9 @@ def test_a_mistake_can_be_put_right_in_the_same_folder(steps, tmp_path, monkeypa
     [
         ({"typo": 1}, "unknown setting trainer.typo; see the arguments of lightning.Trainer"),
         ({"device": 1}, r"unknown setting trainer.device; did you mean trainer.devices\?"),
-        ({"logger": False}, "trainer.logger is set by the run itself; see --logger and --run_dir"),
-        ({"callbacks": []}, "trainer.callbacks is set by the run itself"),
+        ({"default_root_dir": "x"}, "trainer.default_root_dir is set by the run itself; see --run_dir"),
+        ({"logger": False}, r"trainer.logger: False is no \{class_path: .*; to log nothing, give --logger=none"),
+        ({"callbacks": "EarlyStopping"}, r"trainer.callbacks: 'EarlyStopping' is no \{class_path"),
     ],
 )
 def test_trainer_settings_are_checked_against_lightnings_signature(settings, match):

@@ -18,7 +18,6 @@ from evocomp.labels.build import build_labeller
 from evocomp.labels.store import LabelStore
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.training.build import build_compressor
-from evocomp.training.cost import CostMeter
 from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
 from evocomp.training.refresh_labels import RefreshLabels
@@ -207,7 +206,7 @@ def fit(folder, seen: Seen, checkpoint=None, workers: int = 0) -> None:
     labeller = build_labeller(config, mllm, splits, folder)
     data = LabelledQuestions(mllm, splits.train, 4, 24, seed=0, workers=workers)
     module = CompressorModule(build_compressor(config, mllm), config.loss, config.optim)
-    refresh = RefreshLabels(labeller, data, config.labels, CostMeter(labeller.scorer))
+    refresh = RefreshLabels(labeller, config.labels, data)
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",

@@ -12,7 +12,6 @@ from matplotlib.collections import PolyCollection
 from scipy.optimize import isotonic_regression, minimize
 
 from evocomp.viz import (
-    accuracy_against_latency,
     retention_curve,
     search_trace,
     to_svg,
@@ -86,16 +85,6 @@ def test_nothing_is_clipped_and_every_name_is_beside_the_axes(methods):
         assert frame.y0 - half <= box.y0 and box.y1 <= frame.y1 + half + 1 and box.x1 <= figure.bbox.x1
     for below, above in zip(boxes, boxes[1:], strict=False):
         assert above.y0 >= below.y0 + 0.8 * below.height
-
-
-def test_latency_needs_times_and_draws_every_timed_point():
-    with pytest.raises(ValueError, match="latency_ms"):
-        accuracy_against_latency(ROWS)
-    timed = [r | {"latency_ms": 1.0 + r["kept"]} for r in ROWS if r["method"] != "no_image"]
-    ax = accuracy_against_latency(timed).axes[0]
-    points = sorted((x, y) for line in ax.lines for x, y in zip(*line.get_data(), strict=True))
-    assert points == sorted((r["latency_ms"], r["accuracy"]) for r in timed if r["accuracy"] is not None)
-    assert {text.get_text() for text in ax.texts} == {"4", "16", "64"}
 
 
 def test_search_trace_shows_medians():

@@ -16,6 +16,7 @@ from evocomp.log import UserError
 from evocomp.mllm import attention
 from evocomp.mllm.agreement import same_states
 from evocomp.mllm.attention import short_windows
+from evocomp.mllm.cache_argument import CACHE
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.layer_attention import causal_rows, has_projections, queries_and_keys, rotary, seen_rows
@@ -217,7 +218,7 @@ class LayerLoop:
             attention_mask=mask,
             position_ids=positions[None],
             position_embeddings=rotary(self.decoder, number, hidden[None], positions[None]),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         return (output[0] if isinstance(output, tuple) else output)[0]
 
