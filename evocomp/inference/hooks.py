@@ -13,7 +13,7 @@ from evocomp.inference.calls import PromptLength
 from evocomp.inference.choose import Newline, Positions, Settings
 from evocomp.inference.compiled import without_compile
 from evocomp.inference.handle import Handle
-from evocomp.inference.masks import check_layers
+from evocomp.inference.masks import check_layers, check_shared_keys
 from evocomp.inference.selectors import picker_for, watched
 from evocomp.log import UserError
 from evocomp.mllm import families
@@ -81,13 +81,14 @@ def compress(
     """
     model = without_compile(model)
     families.check_supported(model)
-    base = families.unwrap(model).base_model
+    base = families.base(model)
     if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in base._forward_pre_hooks.values()):
         raise UserError("this model is compressed already; call remove() on its handle first")
     picker = picker_for(selector, model, context)
     settings = Settings.of(model, picker, keep, layer, positions, newline)
-    decoder = without_compile(families.unwrap(model)).get_decoder()
+    decoder = without_compile(families.decoder(model))
     check_layers(decoder)
+    check_shared_keys(decoder.config, settings.layer)
     attention = decoder.config._attn_implementation
     if families.policy(model).blocks and attention == "flex_attention":
         raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")

@@ -116,7 +116,7 @@ def _shorten_tensors(
 ) -> dict[str, Any]:
     """[B,S] tensors gathered, what the vision tower read left out, everything else as it is."""
     padding = {"input_ids": _pad_id(model), "labels": -100}
-    base, shape = families.unwrap(model).base_model, inputs["input_ids"].shape
+    base, shape = families.base(model), inputs["input_ids"].shape
     eaten = {"position_ids", "attention_mask"}
     for kind in ("image", "video"):
         if (function := getattr(base, f"get_{kind}_features", None)) is not None:
@@ -132,7 +132,7 @@ def _shorten_tensors(
 
 def _pad_id(model: nn.Module) -> int:
     """An id for padding that is no placeholder."""
-    pad = getattr(families.unwrap(model).get_decoder().config, "pad_token_id", None)
+    pad = getattr(families.decoder(model).config, "pad_token_id", None)
     placeholders = families.token_ids(model).values()
     return next(i for i in (pad, 0, 1, 2) if i is not None and i not in placeholders)
 

@@ -19,6 +19,9 @@ FULL = "full_attention"
 MASKED_TYPES = (FULL, "sliding_attention", "chunked_attention")
 """Attention types that are wholly described by a mask over token pairs."""
 
+RECURRENT_TYPES = ("linear_attention", "conv")
+"""Types of layers that carry a state along the sequence and take a mask of its padding [B, L]."""
+
 LONG_ROPE = ("dynamic", "longrope")
 """RoPE types whose frequencies change when the longest sequence of a forward pass exceeds a limit."""
 
@@ -44,6 +47,17 @@ def layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
     if getattr(config, "attention_chunk_size", None) is not None:
         return ("chunked_attention",) * config.num_hidden_layers
     return (FULL,) * config.num_hidden_layers
+
+
+def first_attention(config: PreTrainedConfig) -> int:
+    """The first layer with attention, whose keys a cache counts when asked for its length; 0 if there is none.
+
+    >>> from types import SimpleNamespace
+    >>> first_attention(SimpleNamespace(layer_types=["conv", "conv", "full_attention"], num_hidden_layers=3))
+    2
+    """
+    types = layer_types(config)
+    return next((number for number, kind in enumerate(types) if kind not in RECURRENT_TYPES), 0)
 
 
 def attends_fully(config: PreTrainedConfig) -> bool:

@@ -43,7 +43,7 @@ class FrozenMLLM(Reader):
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
         super().__init__(model, processor, name, cache_bytes)
         self.shard_group = ShardGroup()
-        self.decoder = self.model.get_decoder()
+        self.decoder = families.decoder(self.model)
         self.head = self.model.get_output_embeddings()
 
     @classmethod

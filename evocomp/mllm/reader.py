@@ -59,7 +59,7 @@ class Reader:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_decoder().device
+        return families.decoder(self.model).device
 
     @property
     def hidden_size(self) -> int:
@@ -280,7 +280,7 @@ class Reader:
             settings = {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
         image = _read(example, 0)
         pixels = self.processor.image_processor(image, return_tensors="pt", **settings)["pixel_values"]
-        output = self.model.base_model.get_image_features(
+        output = families.base(self.model).get_image_features(
             pixel_values=pixels.to(self.device, self.vocabulary.dtype),
             interpolate_pos_encoding=size is not None,
             return_dict=True,
