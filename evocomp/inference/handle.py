@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,13 @@ from evocomp.inference.choose import Compression, Newline, Positions, check_keep
 from evocomp.inference.compiled import drop_compiled_code, in_python, no_full_graph, without_compile
 from evocomp.inference.masks import always_masks, causal_mask, gathered_mask, is_plain, padding_mask
 from evocomp.inference.selectors import Picker
+from evocomp.inference.self_check import check_exact
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
 from evocomp.log import UserError, warn_once
 from evocomp.mllm import attention, families
 from evocomp.mllm.context import add_log_size, check_weighable
 
+Trust = Literal["table", "checked"]
 PASS = "evocomp_pass"  # the keyword with which the decoder's hook gives a `Pass` to the hooks of its layers
 
 
@@ -27,6 +30,8 @@ class Handle:
     prompt_length: columns of `input_ids` that are the prompt, one number or one for each row, where neither `generate`
         nor `labels` nor `logits_to_keep` tell; may be set at any time, None: not given. The selector reads no token
         after them. `model(..., prompt_length=n)` says it for one call.
+    trust: "table" if the family is in the table of supported ones, "checked" if its policy was derived from the model
+        and is checked on the first prompt with images
     last: what the last prefill of this thread kept (`Compression`), or of any thread if this one has made no call;
         None before the first, after prompts without images and after a prefill that failed
 
@@ -49,6 +54,8 @@ class Handle:
         self.positions, self.newline, self.restore_length = positions, newline, restore_length
         self.prompt_length = prompt_length
         self._policy = families.policy(self.model)
+        self.trust: Trust = "table" if families.in_table(self.model) else "checked"
+        self._exact = self.trust == "table"
         self._base, self._decoder = families.base(self.model), families.decoder(self.model)
         # whether the length that a cache tells is that of the kept tokens
         self._counts_kept = attention.first_attention(self._decoder.config) >= layer
@@ -158,7 +165,14 @@ class Handle:
         if ids is not None:
             check_whole(calls.generation, ids.shape[1])
         if ids is not None and ids.shape[1] > 1 and bool(families.visual_mask(self.model, ids).any()):
-            calls.pending = self._find_images(kwargs, module.training)
+            prompt = self._find_images(kwargs, module.training)
+            if prompt is not None and not self._exact:
+                try:
+                    check_exact(self, prompt, kwargs)
+                finally:
+                    self._record(None)
+                self._exact = True
+            calls.pending = prompt
         elif ids is None and kwargs.get("inputs_embeds") is not None:
             warn_once("compress() finds images by input_ids; prompts given as embeddings stay whole")
         return (), kwargs
@@ -257,6 +271,8 @@ class Handle:
         return run
 
     def _choose(self, prompt: Prompt, kwargs: dict) -> tuple[Tensor, Tensor | None, Compression]:
+        if self._calls.forced is not None:
+            return self._calls.forced, None, Compression([], [], [], [], [], [])
         embeds, generation = kwargs["inputs_embeds"], self._calls.generation
         tokens = embeds[prompt.visual].detach()
         if generation is not None and generation.choice is not None:

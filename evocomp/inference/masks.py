@@ -38,9 +38,10 @@ def check_layers(decoder: nn.Module) -> None:
     types = set(attention.layer_types(decoder.config)) - {*attention.MASKED_TYPES, *attention.RECURRENT_TYPES}
     names = set(inspect.signature(type(without_compile(decoder.layers[0])).forward).parameters) - LAYER_INPUTS
     if types or names:
+        name = type(without_compile(decoder)).__name__
         raise UserError(
-            f"compress() supports layers of attention (full, sliding or chunked), linear attention or convolution; those of "
-            f"{type(without_compile(decoder)).__name__} have {', '.join(sorted(types | names))}: use another model"
+            "compress() supports layers of attention (full, sliding or chunked), linear attention or convolution; "
+            f"those of {name} have {', '.join(sorted(types | names))}: use another model"
         )
 
 

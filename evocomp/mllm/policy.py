@@ -52,6 +52,7 @@ FAMILIES: dict[str, Policy] = {
     "gemma3": Policy(blocks="image"),
     "paligemma": Policy(blocks="prefix", forward_offset=1),
     "mistral3": Policy(),
+    "llama4": Policy(image="run"),  # its encoder's `pooler_output` is None
 }
 
 _DERIVED: weakref.WeakKeyDictionary[nn.Module, Policy] = weakref.WeakKeyDictionary()
@@ -153,8 +154,9 @@ def _has_cross_attention(model: nn.Module) -> bool:
     config = model.config.get_text_config()
     if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
         return True
-    names = (name for name, _ in model.named_modules())
-    return any("cross_attn" in name or "crossattention" in name for name in names if "vision" not in name)
+    # a projector with cross-attention (Q-Former) makes visual tokens
+    names = [name for name, _ in decoder(model).named_modules()]
+    return any(part in name for name in names for part in ("cross_attn", "crossattention", "encoder_attn"))
 
 
 def _has_mrope(config) -> bool:
