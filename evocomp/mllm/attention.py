@@ -115,6 +115,42 @@ def decoder_masks(config: PreTrainedConfig, masks: Mapping[str, Tensor]) -> Tens
     return dict(masks) if getattr(config, "layer_types", None) else next(iter(masks.values()))
 
 
+def block_masks(
+    config: PreTrainedConfig, blocks: Tensor, beyond_window: bool, real: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Which keys each token attends to where tokens of one block attend to each other, by attention type.
+
+    Args:
+        config: of the decoder.
+        blocks: block of each token [Q, L], -1 for none.
+        beyond_window: whether blocks reach beyond a sliding window (PaliGemma) or end at it (Gemma 3).
+        real: tokens that are no padding, bool [Q, L]; None: all.
+
+    Returns:
+        bool [Q, 1, L, L]
+    """
+    length, masks = blocks.shape[1], {}
+    together = (blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, :, None]
+    place = torch.arange(length, device=blocks.device)
+    for kind, plain in plain_masks(config, length, blocks.device).items():
+        block = together
+        if kind == "sliding_attention" and not beyond_window:
+            block = together & (place[:, None] - place[None, :] < config.sliding_window)
+        seen = plain | block
+        if real is not None:
+            # padding sees itself: a row without any key would be NaN
+            seen = (seen & real[:, None, :]) | torch.eye(length, dtype=torch.bool, device=blocks.device)
+        masks[kind] = seen[:, None]
+    return masks
+
+
+def as_decoder_masks(config: PreTrainedConfig, seen: Mapping[str, Tensor], dtype: torch.dtype):
+    """Masks of bool by attention type as `attention_mask` of the decoder's forward; see `decoder_masks`."""
+    if config._attn_implementation != "sdpa":  # eager attention adds its mask to the logits
+        seen = {kind: additive(mask, dtype) for kind, mask in seen.items()}
+    return decoder_masks(config, seen)
+
+
 def check_rope(config: PreTrainedConfig, positions: Tensor) -> None:
     """Raise UserError for positions at which RoPE depends on the other sequences of the forward pass.
 

@@ -112,9 +112,12 @@ class _EveryLayer:
         return self.states
 
 
-def as_tower_output(read: Tensor) -> transformers.utils.ModelOutput:
-    """An output of which the family reads what `read_of_tower` gave."""
-    return BaseModelOutputWithPooling(last_hidden_state=read, pooler_output=read, hidden_states=_EveryLayer(read))
+def as_tower_output(read: Tensor, deepstack: Tensor | None = None) -> transformers.utils.ModelOutput:
+    """An output of which the family reads what `read_of_tower` gave, and DeepStack features [layers, n, D] if any."""
+    output = BaseModelOutputWithPooling(last_hidden_state=read, pooler_output=read, hidden_states=_EveryLayer(read))
+    if deepstack is not None:
+        output.deepstack_features = list(deepstack)
+    return output
 
 
 def entries(output: transformers.utils.ModelOutput) -> list[Tensor]:
@@ -197,6 +200,28 @@ def image_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tenso
     numbers = image_numbers(model, inputs["input_ids"], encoded)
     counts = numbers[numbers >= 0].bincount().tolist()
     return list(visual_tokens(model, inputs["input_ids"], encoded).split(counts))
+
+
+def deepstack_rows(encoded: Mapping) -> Tensor | None:
+    """What the first decoder layers add to the visual tokens of images [layers, total, D]; None: nothing."""
+    layers = getattr(encoded.get("image"), "deepstack_features", None)
+    return None if layers is None else torch.stack([torch.cat(list(layer)) for layer in layers])
+
+
+def block_ids(model: nn.Module, input_ids: Tensor) -> Tensor | None:
+    """The bidirectional block of each token of a prompt without padding [S], -1 for none; None: causal attention.
+
+    Args:
+        input_ids: [S].
+    """
+    kind = policy(model).blocks
+    if kind is None:
+        return None
+    if kind == "prefix":
+        return torch.zeros_like(input_ids)
+    visual = visual_mask(model, input_ids)
+    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:-1]
+    return torch.where(visual, starts.cumsum(0) - 1, -1)
 
 
 def newline_rows(model: nn.Module, features: Tensor) -> Tensor:
