@@ -87,6 +87,8 @@ def _without_weights(kind: str) -> tuple[str, str]:
         config = cls.config_class()
         if getattr(config, "is_encoder_decoder", False):
             return REFUSED, "encoder-decoder: reads images by cross-attention"
+        if getattr(config, "image_token_id", 0) is None:
+            config.image_token_id = tiny_models.IMAGE  # checkpoints have one
         with torch.device("meta"):
             model = cls(config)
     except Exception as error:  # whatever a package or a default configuration lacks

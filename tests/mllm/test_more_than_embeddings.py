@@ -1,5 +1,5 @@
-"""Decoders that read more than embeddings (DeepStack, bidirectional blocks): the frozen MLLM on shortened prompts, against
-the model's own forward, one pass for each mask."""
+"""Decoders that read more than embeddings (DeepStack, bidirectional blocks): the frozen MLLM on shortened prompts
+against the model's own forward, one pass for each mask."""
 
 from dataclasses import replace
 
