@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from evocomp.compressor.config import EvoCompConfig, layer_config
 from evocomp.log import UserError
-from evocomp.mllm.families import gathered, unwrap
+from evocomp.mllm.families import decoder, gathered
 
 
 @dataclass
@@ -155,7 +155,7 @@ class EvoCompCompressor(PreTrainedModel):
         """
         if self.config.width:
             raise UserError(f"a layer of the LLM does not fit into width {self.config.width}; use layer=None")
-        source = unwrap(model).get_decoder().layers
+        source = decoder(model).layers
         for offset, target in enumerate(self.encoder.layers):
             state = {key: gathered(value) for key, value in source[layer + offset].state_dict().items()}
             target.load_state_dict(state, strict=True)

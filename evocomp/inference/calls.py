@@ -34,6 +34,7 @@ class Calls(threading.local):
     labels, logits_to_keep, prompt_length: what the multimodal model was given
     pending: from the hook of the base model to the hook of the decoder
     generation: the call of `generate` around it, None for a direct call
+    forced: visual tokens that are kept whatever the selector says [B, S], while a model is checked
     known, last: whether this thread has called the model, and what its last prefill kept
     """
 
@@ -42,6 +43,7 @@ class Calls(threading.local):
     prompt_length: PromptLength | None = None
     pending: Prompt | Pass | None = None
     generation: Generation | None = None
+    forced: Tensor | None = None
     known: bool = False
     last: Compression | None = None
 

@@ -42,7 +42,7 @@ class Settings(NamedTuple):
         keep = getattr(saved, "keep", 192) if keep is None else keep
         layer = getattr(saved, "prune_layer", 0) if layer is None else layer
         positions = getattr(saved, "positions", "original") if positions is None else positions
-        layers = len(families.unwrap(model).get_decoder().layers)
+        layers = len(families.decoder(model).layers)
         if not isinstance(layer, Integral) or not 0 <= layer < layers:
             raise UserError(f"layer={layer!r}: the model has layers 0 to {layers - 1}, give one of them (int)")
         if layer > 0 and getattr(picker, "merges", False):

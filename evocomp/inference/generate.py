@@ -75,7 +75,7 @@ def timed_generate(
         image: a PIL image (or whatever the processor takes).
         prompt: the question; the processor's chat template is put around it, if it has one.
     """
-    device = families.unwrap(model).get_decoder().device
+    device = families.decoder(model).device
     inputs = question(processor, image, prompt).to(device, families.unwrap(model).dtype)
     start = now(device)
     encoded = families.encode(model, inputs)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from evocomp.inference.calls import Calls, Generation, PromptLength, check_whole, prompt_lengths
 from evocomp.inference.choose import Compression, Newline, Positions, check_keep, choose
 from evocomp.inference.compiled import drop_compiled_code, in_python, no_full_graph, without_compile
-from evocomp.inference.masks import always_masks, causal_mask, gathered_mask, is_plain, is_sliding, padding_mask
+from evocomp.inference.masks import always_masks, causal_mask, gathered_mask, is_plain, padding_mask
 from evocomp.inference.selectors import Picker
+from evocomp.inference.self_check import check_exact
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
 from evocomp.log import UserError, warn_once
-from evocomp.mllm import families
+from evocomp.mllm import attention, families
 from evocomp.mllm.cache_argument import cache_of
 from evocomp.mllm.context import add_log_size, check_weighable
 
+Trust = Literal["table", "checked"]
 PASS = "evocomp_pass"  # the keyword with which the decoder's hook gives a `Pass` to the hooks of its layers
 
 
@@ -28,6 +31,8 @@ class Handle:
     prompt_length: columns of `input_ids` that are the prompt, one number or one for each row, where neither `generate`
         nor `labels` nor `logits_to_keep` tell; may be set at any time, None: not given. The selector reads no token
         after them. `model(..., prompt_length=n)` says it for one call.
+    trust: "table" if the family is in the table of supported ones, "checked" if its policy was derived from the model
+        and is checked on the first prompt with images
     last: what the last prefill of this thread kept (`Compression`), or of any thread if this one has made no call;
         None before the first, after prompts without images and after a prefill that failed
 
@@ -50,7 +55,11 @@ class Handle:
         self.positions, self.newline, self.restore_length = positions, newline, restore_length
         self.prompt_length = prompt_length
         self._policy = families.policy(self.model)
-        self._base, self._decoder = self.model.base_model, self.model.get_decoder()
+        self.trust: Trust = "table" if families.in_table(self.model) else "checked"
+        self._exact = self.trust == "table"
+        self._base, self._decoder = families.base(self.model), families.decoder(self.model)
+        # whether the length that a cache tells is that of the kept tokens
+        self._counts_kept = attention.first_attention(self._decoder.config) >= layer
         self._always_masks = always_masks(self._decoder)
         self._names = list(inspect.signature(type(without_compile(self._base)).forward).parameters)[1:]
         self._calls, self._latest = Calls(), None
@@ -157,7 +166,14 @@ class Handle:
         if ids is not None:
             check_whole(calls.generation, ids.shape[1])
         if ids is not None and ids.shape[1] > 1 and bool(families.visual_mask(self.model, ids).any()):
-            calls.pending = self._find_images(kwargs, module.training)
+            prompt = self._find_images(kwargs, module.training)
+            if prompt is not None and not self._exact:
+                try:
+                    check_exact(self, prompt, kwargs)
+                finally:
+                    self._record(None)
+                self._exact = True
+            calls.pending = prompt
         elif ids is None and kwargs.get("inputs_embeds") is not None:
             warn_once("compress() finds images by input_ids; prompts given as embeddings stay whole")
         return (), kwargs
@@ -184,7 +200,7 @@ class Handle:
         return Prompt(ids, numbers, real, self._calls.labels, cached, mask if own else None, lengths)
 
     def _continuation(self, kwargs: dict, seen: int) -> Pass | None:
-        """Decoding, or a further turn over a cache that holds `seen` tokens in layer 0."""
+        """Decoding, or a further turn over a cache that holds `seen` tokens in its first attention layer."""
         cache, ids = cache_of(kwargs), kwargs.get("input_ids")
         if ids is not None and (_pixels(kwargs) or kwargs.get("mm_encoder_outputs")):
             # without pixels a placeholder is an ordinary token, which a draft or an answer may repeat
@@ -197,8 +213,8 @@ class Handle:
         if state is None:
             return None
         new = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
-        past = seen - (state.index.shape[1] if self.layer == 0 else state.full)
-        if self.layer == 0:
+        past = seen - (state.index.shape[1] if self._counts_kept else state.full)
+        if self._counts_kept:
             state.continue_positions(kwargs, past, new, dense=self.positions == "dense")
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4 and not cache.is_compileable:
@@ -256,6 +272,8 @@ class Handle:
         return run
 
     def _choose(self, prompt: Prompt, kwargs: dict) -> tuple[Tensor, Tensor | None, Compression]:
+        if self._calls.forced is not None:
+            return self._calls.forced, None, Compression([], [], [], [], [], [])
         embeds, generation = kwargs["inputs_embeds"], self._calls.generation
         tokens = embeds[prompt.visual].detach()
         if generation is not None and generation.choice is not None:
@@ -291,23 +309,25 @@ class Handle:
                 if cache is not None:
                     cache.evocomp_state = run.state
             hidden = run.add_deepstack(hidden, number)
-            run.shorten_positions(kwargs)
+            args = run.shorten_arguments(args, kwargs)
         kwargs["attention_mask"] = self._mask(run, number, hidden, cache)
         if number == len(self._decoder.layers) - 1:
             run.memo.clear()
         return (hidden, *args[1:]), kwargs
 
     def _mask(self, run: Pass, number: int, hidden: Tensor, cache):
-        config, sliding = self._decoder.config, is_sliding(self._decoder.config, number)
-        if sliding in run.memo:
-            return run.memo[sliding]
-        if run.given_mask is not None:
-            length = hidden.shape[1]
+        config, length = self._decoder.config, hidden.shape[-2]
+        kind = attention.layer_types(config)[number]
+        if kind in run.memo:
+            mask = run.memo[kind]
+            # layers that use other layers' keys may run on the last tokens only (Gemma 4)
+            return mask if mask is None or mask.ndim != 4 else mask[..., -length:, :]
+        if run.given_mask is not None and kind not in attention.RECURRENT_TYPES:
             mask = gathered_mask(
                 run.given_mask,
                 run.state.index,
                 run.state.valid,
-                window=config.sliding_window if sliding and run.windowed else None,
+                window=config.sliding_window if kind == "sliding_attention" and run.windowed else None,
                 window_spares_blocks=self._policy.blocks == "prefix",
                 columns=length if cache is None else cache.get_mask_sizes(length, number)[0],
             )
@@ -317,9 +337,9 @@ class Handle:
             mask = causal_mask(config, number, hidden, real, cache, always)
         if run.state.log_size is not None:
             # a sliding window's cache has forgotten the first keys
-            first = 0 if cache is None else cache.get_mask_sizes(hidden.shape[1], number)[1]
+            first = 0 if cache is None else cache.get_mask_sizes(length, number)[1]
             mask = add_log_size(mask, run.state.log_size[:, first:].to(hidden.device), hidden.dtype)
-        run.memo[sliding] = mask
+        run.memo[kind] = mask
         return mask
 
     @in_python
@@ -347,10 +367,10 @@ class Handle:
 
 
 def _tokens_in(cache) -> int:
-    """Tokens that layer 0 of a cache holds."""
+    """Tokens that the first attention layer of a cache holds."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _pixels(kwargs: Mapping) -> list[str]:
     """Names of the inputs with pixels."""
-    return [name for name in ("pixel_values", "pixel_values_videos") if kwargs.get(name) is not None]
+    return [name for names in families.PIXELS.values() for name in names if kwargs.get(name) is not None]

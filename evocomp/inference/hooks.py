@@ -12,8 +12,8 @@ from torch import nn
 from evocomp.inference.calls import PromptLength
 from evocomp.inference.choose import Newline, Positions, Settings
 from evocomp.inference.compiled import without_compile
-from evocomp.inference.handle import Handle
-from evocomp.inference.masks import check_layers
+from evocomp.inference.handle import Handle, Trust
+from evocomp.inference.masks import check_layers, check_shared_keys
 from evocomp.inference.selectors import picker_for, watched
 from evocomp.log import UserError
 from evocomp.mllm import families
@@ -29,6 +29,7 @@ def compress(
     restore_length: bool = False,
     context: float | None = None,
     prompt_length: PromptLength | None = None,
+    trust: Trust = "checked",
 ) -> Handle:
     """Compress the visual tokens of a multimodal LLM from now on.
 
@@ -63,6 +64,11 @@ def compress(
         prompt_length: columns of `input_ids` that are the prompt, for calls of the model that show an answer too; see
             below.
 
+        trust: which models are taken: with "table" those of the families in `evocomp.mllm.policy.FAMILIES`; with
+            "checked" also similar ones, whose policy is derived from the model. The first prompt with images then
+            costs three more prefills, which check that compression is exact on this model; `handle.trust` says which
+            of the two holds.
+
     The selector reads the prompt and never an answer or a draft of one. Where the prompt ends is known inside
     `generate`; in other calls from `labels`, from `logits_to_keep=k` (k > 1: the last k - 1 tokens are the answer), or
     from `prompt_length`, of the call (`model(..., prompt_length=n)`), the handle or this function. Without any of them
@@ -74,20 +80,29 @@ def compress(
     Raises:
         UserError: unsupported family or transformers version, a second handle on the same model, a compressor
             made for another hidden size, a selector that needs what the model lacks, a decoder with other layers than
-            attention, bad settings; and at call time: images over an old cache, `labels` or a `logits_to_keep` that
-            reaches back to the images without `restore_length`, an unlabelled input in training mode, a prefill in
-            chunks, context tokens with an attention that takes no weights (use `sdpa` or `eager`), a 4-D attention
-            mask, or one with too few columns, over a compressed cache.
+            attention, bad settings; and at call time: a model outside the table on which compression is not exact,
+            images over an old cache, `labels` or a `logits_to_keep` that reaches back to the images without
+            `restore_length`, an unlabelled input in training mode, a prefill in chunks, context tokens with an
+            attention that takes no weights (use `sdpa` or `eager`), a 4-D attention mask, or one with too few columns,
+            over a compressed cache.
     """
     model = without_compile(model)
     families.check_supported(model)
-    base = families.unwrap(model).base_model
+    if trust not in ("table", "checked"):
+        raise UserError(f"trust={trust!r}: use 'checked' or 'table'")
+    if trust == "table" and not families.in_table(model):
+        raise UserError(
+            f"{families.unwrap(model).config.model_type} is not in the table of families; use trust='checked', which "
+            "checks the model on its first prompt"
+        )
+    base = families.base(model)
     if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in base._forward_pre_hooks.values()):
         raise UserError("this model is compressed already; call remove() on its handle first")
     picker = picker_for(selector, model, context)
     settings = Settings.of(model, picker, keep, layer, positions, newline)
-    decoder = without_compile(families.unwrap(model)).get_decoder()
+    decoder = without_compile(families.decoder(model))
     check_layers(decoder)
+    check_shared_keys(decoder.config, settings.layer)
     attention = decoder.config._attn_implementation
     if families.policy(model).blocks and attention == "flex_attention":
         raise UserError("flex_attention masks of this family cannot be shortened; load the model with 'sdpa'")

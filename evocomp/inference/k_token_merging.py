@@ -35,6 +35,7 @@ class KTokenMerger:
     """
 
     def __init__(self, mllm: FrozenMLLM, block: int, r: int = 8):
+        mllm.check_plain()
         weights = {id(tensor): tensor for tensor in (*mllm.model.parameters(), *mllm.model.buffers())}
         self.mllm = FrozenMLLM(copy.deepcopy(mllm.model, weights), mllm.processor, mllm.name)
         layers = self.mllm.decoder.layers

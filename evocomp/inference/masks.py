@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, PreTrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from evocomp.inference.compiled import without_compile
 from evocomp.log import UserError
+from evocomp.mllm import attention
 from evocomp.mllm.cache_argument import CACHE
 
-ATTENTION = {"full_attention", "sliding_attention"}
 LAYER_INPUTS = {
     "self",
     "hidden_states",
@@ -26,6 +26,8 @@ LAYER_INPUTS = {
     "use_cache",
     "output_attentions",
     "cache_position",
+    "per_layer_input",
+    "shared_kv_states",
     "kwargs",
 }
 
@@ -33,16 +35,29 @@ LAYER_INPUTS = {
 def check_layers(decoder: nn.Module) -> None:
     """Raise UserError if a decoder's layers take other inputs along the sequence than `compress` shortens.
 
-    Such are convolutions and recurrent layers (their states would read padding), chunked attention (its chunks are
-    counted over the sequence) and queries that are scaled by a further input.
+    Such are queries that are scaled by a further input, and layers that read two masks or a mask of their own kind.
     """
-    types = set(getattr(decoder.config, "layer_types", None) or ()) - ATTENTION
+    types = set(attention.layer_types(decoder.config)) - {*attention.MASKED_TYPES, *attention.RECURRENT_TYPES}
     names = set(inspect.signature(type(without_compile(decoder.layers[0])).forward).parameters) - LAYER_INPUTS
     if types or names:
+        name = type(without_compile(decoder)).__name__
         raise UserError(
-            f"compress() supports layers of attention, whole or in a sliding window; those of "
-            f"{type(without_compile(decoder)).__name__} have {', '.join(sorted(types | names))}: use another model"
+            "compress() supports layers of attention (full, sliding or chunked), linear attention or convolution; "
+            f"those of {name} have {', '.join(sorted(types | names))}: use another model"
         )
+
+
+def check_shared_keys(config: PreTrainedConfig, layer: int) -> None:
+    """Raise UserError if layers from `layer` on read keys of a layer before it, where no token has dropped out yet.
+
+    In Gemma 3n and Gemma 4 the last layers use the keys of the last layer of their type that has its own.
+    """
+    shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    types = attention.layer_types(config)
+    own, later = types[: len(types) - shared], types[len(types) - shared :]
+    first = min((len(own) - 1 - own[::-1].index(kind) for kind in set(later) if kind in own), default=layer)
+    if layer > first:
+        raise UserError(f"layer={layer}: later layers use the keys of layer {first}; use a layer from 0 to {first}")
 
 
 def always_masks(decoder: nn.Module) -> bool:
@@ -87,19 +102,16 @@ def is_plain(mask: Tensor, real: Tensor, config: PreTrainedConfig) -> bool:
     place = torch.arange(length, device=mask.device)
     back, visible = place[:, None] - place[None, :], _is_open(mask[..., :length, :length])
     of_padding = ~real[:, None, :, None]  # what padding sees changes nothing
-    for sliding in {is_sliding(config, layer) for layer in range(config.num_hidden_layers)}:
-        near = (back >= 0) & (back < config.sliding_window) if sliding else back >= 0
+    for kind in set(attention.layer_types(config)) - {*attention.RECURRENT_TYPES}:
+        near = back >= 0
+        if kind == "sliding_attention":
+            near = near & (back < config.sliding_window)
+        elif kind == "chunked_attention":
+            chunk = place // config.attention_chunk_size
+            near = near & (chunk[:, None] == chunk[None, :])
         if not bool(((visible == near & real[:, None, None, :]) | of_padding).all()):
             return False
     return True
-
-
-def is_sliding(config: PreTrainedConfig, layer: int) -> bool:
-    """Whether a decoder layer attends within a sliding window only."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return types[layer] == "sliding_attention"
-    return getattr(config, "sliding_window", None) is not None
 
 
 def causal_mask(
@@ -110,16 +122,18 @@ def causal_mask(
     cache: Cache | None,
     always: bool = False,
 ):
-    """The mask that transformers itself makes for this layer's own number of keys.
+    """The mask that transformers itself makes for this layer's own number of keys; for recurrent layers it is 2-D.
 
-    hidden [B,q,D] gives sizes only; real bool [B,keys]: keys that are not padding, None if all are. Position
+    hidden [...,B,q,D] gives sizes only; real bool [B,keys]: keys that are not padding, None if all are. Position
     ids are left out: their gaps would be taken for the borders of packed sequences. always: a mask even where the
     attention could do without.
     """
-    make = create_sliding_window_causal_mask if is_sliding(config, layer) else create_causal_mask
-    return make(
+    kind = attention.layer_types(config)[layer]
+    if kind in attention.RECURRENT_TYPES and real is not None:
+        real = real.long()  # multiplied with hidden states
+    return LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
         config=config,
-        inputs_embeds=hidden,
+        inputs_embeds=hidden if hidden.ndim == 3 else hidden[0],  # Gemma 3n has several streams
         attention_mask=real,
         position_ids=None,
         layer_idx=layer,

@@ -80,8 +80,8 @@ def _shortened(model: nn.Module, inputs: Mapping[str, Any], picker: Picker, sett
     real = torch.ones_like(visual) if real is None else real.bool()
     numbers = families.image_numbers(model, ids, encoded)
     prompt = Prompt(ids, numbers, real, inputs.get("labels"), cached=False)
-    tokens = _merged(model, ids, visual, encoded)
     positions = families.position_ids(model, inputs, forward=True)
+    tokens = _merged(model, inputs, positions, encoded)
     kept, owner, compression = choose(
         model, picker, settings.keep, settings.newline, tokens, numbers, prompt.text, positions
     )
@@ -103,12 +103,30 @@ def _shortened(model: nn.Module, inputs: Mapping[str, Any], picker: Picker, sett
     return short
 
 
-def _merged(model: nn.Module, ids: Tensor, visual: Tensor, encoded: Mapping) -> Tensor:
-    """Input embeddings with the visual tokens in their places, [B,S,D]."""
-    # placeholder ids may lie outside of the vocabulary (Gemma)
-    tokens = families.unwrap(model).get_input_embeddings()(ids.masked_fill(visual, 0))
-    tokens = tokens.masked_scatter(visual[..., None], families.visual_tokens(model, ids, encoded).to(tokens))
-    return tokens
+class _Reached(Exception):
+    """The decoder was called."""
+
+    def __init__(self, embeds: Tensor):
+        self.embeds = embeds
+
+
+def _merged(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, encoded: Mapping) -> Tensor:
+    """Input embeddings with the visual tokens in their places, as the model itself makes them [B,S,D]."""
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _Reached(kwargs["inputs_embeds"])
+
+    pixels = {name for names in families.PIXELS.values() for name in names}
+    given = {name: value for name, value in inputs.items() if name not in {*pixels, "labels", "logits_to_keep"}}
+    hook = families.decoder(model).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        # not the module itself: hooks of a compressed model are for calls of its user
+        families.base(model).forward(**given | {"position_ids": positions, "mm_encoder_outputs": dict(encoded)})
+    except _Reached as reached:
+        return reached.embeds
+    finally:
+        hook.remove()
+    raise UserError("the decoder ran without its hooks; use evocomp.compress")
 
 
 def _shorten_tensors(
@@ -116,7 +134,7 @@ def _shorten_tensors(
 ) -> dict[str, Any]:
     """[B,S] tensors gathered, what the vision tower read left out, everything else as it is."""
     padding = {"input_ids": _pad_id(model), "labels": -100}
-    base, shape = families.unwrap(model).base_model, inputs["input_ids"].shape
+    base, shape = families.base(model), inputs["input_ids"].shape
     eaten = {"position_ids", "attention_mask"}
     for kind in ("image", "video"):
         if (function := getattr(base, f"get_{kind}_features", None)) is not None:
@@ -132,7 +150,7 @@ def _shorten_tensors(
 
 def _pad_id(model: nn.Module) -> int:
     """An id for padding that is no placeholder."""
-    pad = getattr(families.unwrap(model).get_decoder().config, "pad_token_id", None)
+    pad = getattr(families.decoder(model).config, "pad_token_id", None)
     placeholders = families.token_ids(model).values()
     return next(i for i in (pad, 0, 1, 2) if i is not None and i not in placeholders)
 

@@ -33,7 +33,7 @@ from evocomp.inference.pick import Pick, Picker, name_of, top_r
 from evocomp.inference.training_free import SelectionPicker, WatchedTower
 from evocomp.log import UserError, logger
 from evocomp.mllm.context import owners, split
-from evocomp.mllm.families import unwrap
+from evocomp.mllm.families import decoder, unwrap
 from evocomp.selection import selector_for_depth
 from evocomp.selection.priority import priority_order
 
@@ -173,7 +173,7 @@ def picker_for(selector, model: nn.Module, context: float | None = None) -> Pick
     """
     check_context(context)
     if is_selector(selector):
-        selector = selector_for_depth(selector, len(unwrap(model).get_decoder().layers))
+        selector = selector_for_depth(selector, len(decoder(model).layers))
     elif isinstance(selector, str | Path):
         selector = load_compressor(selector, model)
     if isinstance(unwrap(selector), EvoCompCompressor | PooledCompressor):
@@ -208,7 +208,7 @@ def _plain_picker(selector, model: nn.Module) -> Picker:
 
 
 def _check_fits(compressor: EvoCompCompressor | PooledCompressor, model: nn.Module) -> None:
-    made_for, size = compressor.hidden_size, unwrap(model).get_decoder().config.hidden_size
+    made_for, size = compressor.hidden_size, decoder(model).config.hidden_size
     if made_for != size:
         raise UserError(
             f"this compressor was made for hidden size {made_for}, the model has {size}; transfer it by "
@@ -243,7 +243,7 @@ def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | P
     """
     path = compressor_folder(path)
     check_is_compressor(path)
-    dtype = next(unwrap(model).get_decoder().parameters()).dtype
+    dtype = next(decoder(model).parameters()).dtype
     with weights_of(path):
         if not is_lora(path):
             return EvoCompCompressor.from_pretrained(path, dtype=dtype)

@@ -206,17 +206,37 @@ class Pass:
         hidden[where] = hidden[where] + features.to(hidden.dtype)
         return hidden
 
-    def shorten_positions(self, kwargs: dict) -> None:
-        """Rotary embedding and position ids of one layer's keywords."""
-        rotary = kwargs.get("position_embeddings")
-        if not isinstance(rotary, tuple):
-            raise UserError("compress() supports decoders whose positions are tables (cos, sin); use another model")
-        if id(rotary[0]) not in self.memo:
-            self.memo[id(rotary[0])] = tuple(take(part, self.state.index) for part in rotary)
-        kwargs["position_embeddings"] = self.memo[id(rotary[0])]
+    def shorten_arguments(self, args: tuple, kwargs: dict) -> tuple:
+        """One layer's arguments after the hidden states, short: rotary embedding, position ids, per-layer inputs.
+
+        Changes `kwargs`; returns `args`, of which the first stays.
+
+        Raises:
+            UserError: the layer gets no rotary embedding.
+        """
+        args = (*args[:1], *map(self._shorten_argument, args[1:]))
+        if "position_embeddings" not in kwargs and not any(isinstance(value, tuple) for value in args[1:]):
+            raise UserError("compress() supports decoders with rotary embeddings only; use another model")
+        for name in ("position_embeddings", "per_layer_input"):
+            if name in kwargs:
+                kwargs[name] = self._shorten_argument(kwargs[name])
         if kwargs.get("position_ids") is not None:
             # some decoders scale their queries by the position: the kept tokens have the positions that they had
             kwargs["position_ids"] = take(kwargs["position_ids"][..., None], self.state.index)[..., 0]
+        return args
+
+    def _shorten_argument(self, value: Any) -> Any:
+        """A tensor [..., B or 1, S, D], or a tuple of them, without the dropped tokens; all else as it is."""
+        first = value[0] if isinstance(value, tuple) and value else value
+        # another length than the prompt's: the model has cut it to its last tokens already
+        if not isinstance(first, Tensor) or first.ndim < 3 or first.shape[-2] != self.state.full:
+            return value
+        if id(first) not in self.memo:
+            parts = value if isinstance(value, tuple) else (value,)
+            # the key holds only as long as the tensor lives
+            self.memo[id(first)] = first, tuple(take(part, self.state.index) for part in parts)
+        short = self.memo[id(first)][1]
+        return short if isinstance(value, tuple) else short[0]
 
 
 @dataclass

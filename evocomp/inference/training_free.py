@@ -9,10 +9,9 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from evocomp.inference.masks import is_sliding
 from evocomp.inference.pick import LLMInput, Pick, name_of, nothing
 from evocomp.log import UserError
-from evocomp.mllm import families
+from evocomp.mllm import attention, families
 from evocomp.mllm.features import square_grid
 from evocomp.mllm.observe import (
     DECODER_FIELDS,
@@ -127,9 +126,9 @@ class SelectionPicker:
         return Pick(distinct(origin, len(visual)), tokens=tokens.to(visual)[order], origin=origin)
 
     def _reading(self, given: LLMInput) -> DecoderReading:
-        decoder = self._model.get_decoder()
+        decoder = families.decoder(self._model)
         window, length = getattr(decoder.config, "sliding_window", None), given.embeds.shape[1]
-        windowed = any(is_sliding(decoder.config, number) for number in range(len(decoder.layers)))
+        windowed = "sliding_attention" in attention.layer_types(decoder.config)
         if windowed and window < length:
             raise UserError(
                 f"{self.name} reads the attention over the whole prompt, and this decoder's sliding window of {window} "
@@ -157,7 +156,7 @@ class SelectionPicker:
 
 def usable(model: nn.Module, llm: bool = True) -> list[str]:
     """Names of the selectors that `compress` can use with a model; llm: those that read its decoder too."""
-    found = {name: selector_for_depth(name, len(families.unwrap(model).get_decoder().layers)) for name in SELECTORS}
+    found = {name: selector_for_depth(name, len(families.decoder(model).layers)) for name in SELECTORS}
     return [name for name, one in found.items() if not _lacking(one, model) and (llm or not one.needs_llm)]
 
 

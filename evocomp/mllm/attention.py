@@ -20,6 +20,9 @@ FULL = "full_attention"
 MASKED_TYPES = (FULL, "sliding_attention", "chunked_attention")
 """Attention types that are wholly described by a mask over token pairs."""
 
+RECURRENT_TYPES = ("linear_attention", "conv")
+"""Types of layers that carry a state along the sequence and take a mask of its padding [B, L]."""
+
 LONG_ROPE = ("dynamic", "longrope")
 """RoPE types whose frequencies change when the longest sequence of a forward pass exceeds a limit."""
 
@@ -45,6 +48,17 @@ def layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
     if getattr(config, "attention_chunk_size", None) is not None:
         return ("chunked_attention",) * config.num_hidden_layers
     return (FULL,) * config.num_hidden_layers
+
+
+def first_attention(config: PreTrainedConfig) -> int:
+    """The first layer with attention, whose keys a cache counts when asked for its length; 0 if there is none.
+
+    >>> from types import SimpleNamespace
+    >>> first_attention(SimpleNamespace(layer_types=["conv", "conv", "full_attention"], num_hidden_layers=3))
+    2
+    """
+    types = layer_types(config)
+    return next((number for number, kind in enumerate(types) if kind not in RECURRENT_TYPES), 0)
 
 
 def attends_fully(config: PreTrainedConfig) -> bool:
@@ -100,6 +114,42 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 def decoder_masks(config: PreTrainedConfig, masks: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
     """Masks [B, 1, L, keys] by attention type, as `attention_mask` of the decoder's forward takes them."""
     return dict(masks) if getattr(config, "layer_types", None) else next(iter(masks.values()))
+
+
+def block_masks(
+    config: PreTrainedConfig, blocks: Tensor, beyond_window: bool, real: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Which keys each token attends to where tokens of one block attend to each other, by attention type.
+
+    Args:
+        config: of the decoder.
+        blocks: block of each token [Q, L], -1 for none.
+        beyond_window: whether blocks reach beyond a sliding window (PaliGemma) or end at it (Gemma 3).
+        real: tokens that are no padding, bool [Q, L]; None: all.
+
+    Returns:
+        bool [Q, 1, L, L]
+    """
+    length, masks = blocks.shape[1], {}
+    together = (blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, :, None]
+    place = torch.arange(length, device=blocks.device)
+    for kind, plain in plain_masks(config, length, blocks.device).items():
+        block = together
+        if kind == "sliding_attention" and not beyond_window:
+            block = together & (place[:, None] - place[None, :] < config.sliding_window)
+        seen = plain | block
+        if real is not None:
+            # padding sees itself: a row without any key would be NaN
+            seen = (seen & real[:, None, :]) | torch.eye(length, dtype=torch.bool, device=blocks.device)
+        masks[kind] = seen[:, None]
+    return masks
+
+
+def as_decoder_masks(config: PreTrainedConfig, seen: Mapping[str, Tensor], dtype: torch.dtype):
+    """Masks of bool by attention type as `attention_mask` of the decoder's forward; see `decoder_masks`."""
+    if config._attn_implementation != "sdpa":  # eager attention adds its mask to the logits
+        seen = {kind: additive(mask, dtype) for kind, mask in seen.items()}
+    return decoder_masks(config, seen)
 
 
 def check_rope(config: PreTrainedConfig, positions: Tensor) -> None:

@@ -1,13 +1,11 @@
-"""What differs between families of multimodal LLMs: the few policies that transformers does not make uniform.
+"""Images of multimodal LLMs of every family: where they stand in a prompt, and what their encoder makes of them.
 
-Every family offers `get_image_features(...).pooler_output`, `get_decoder()` and
-`get_input_embeddings()` and takes `mm_encoder_outputs`. The rest is here, keyed by `config.model_type`.
+Every family offers `get_image_features(...).pooler_output`, `get_decoder()` and `get_input_embeddings()` and takes
+`mm_encoder_outputs`. The differences between families are described by `evocomp.mllm.policy`.
 """
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import transformers
@@ -16,69 +14,16 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from evocomp.log import UserError
+from evocomp.mllm.policy import FAMILIES, MIN_TRANSFORMERS, Policy, base, decoder, in_table, policy, unwrap
 
-MIN_TRANSFORMERS = "5.23"
-"""The oldest version that passes the tests, as in pyproject.toml; `.ci/versions` tests with it and with the newest."""
+__all__ = ["FAMILIES", "MIN_TRANSFORMERS", "Policy", "base", "decoder", "in_table", "policy", "unwrap"]
 
-
-@dataclass(frozen=True)
-class Policy:
-    """How one family departs from the plain case (LLaVA).
-
-    newline:   its visual rows contain `image_newline` separators, which are no picture content
-    mrope:     positions have several rows (Qwen: text, time, height, width)
-    deepstack: visual features are added again inside the first decoder layers
-    blocks:    attention mask is bidirectional inside an image ("image") or over the whole prompt ("prefix")
-    image:     what one image is. "entry": one entry of `pooler_output`; "run": one unbroken run of
-               placeholders (its tiles are entries); "tiles": all runs up to the global tile, which comes last
-    forward_offset: added to `position_ids` by the family's own `prepare_inputs_for_generation`
-    """
-
-    newline: bool = False
-    mrope: bool = False
-    deepstack: bool = False
-    blocks: Literal["image", "prefix"] | None = None
-    image: Literal["entry", "run", "tiles"] = "entry"
-    forward_offset: int = 0
-
-
-FAMILIES: dict[str, Policy] = {
-    "llava": Policy(),
-    "llava_next": Policy(newline=True),
-    "llava_onevision": Policy(newline=True),
-    "qwen2_vl": Policy(mrope=True),
-    "qwen2_5_vl": Policy(mrope=True),
-    "qwen3_vl": Policy(mrope=True, deepstack=True),
-    "idefics3": Policy(image="tiles"),
-    "smolvlm": Policy(image="tiles"),
-    "internvl": Policy(image="run"),
-    "gemma3": Policy(blocks="image"),
-    "paligemma": Policy(blocks="prefix", forward_offset=1),
-    "mistral3": Policy(),
-}
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper; any other model is returned as it is."""
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return model.get_base_model()
-    return model
-
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
+"""Names under which models take pixels, by kind of visual input."""
 
 def gathered(weight: Tensor) -> Tensor:
     """A weight as a whole: of a sharded model, the parts of all processes that hold it, which call this together."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-
-
-def policy(model: nn.Module) -> Policy:
-    """The family's policies. Raises UserError for a family that is not in `FAMILIES`."""
-    model_type = getattr(getattr(unwrap(model), "config", None), "model_type", None)
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"{type(unwrap(model)).__name__} (model_type {model_type!r}) is not supported; "
-            f"use a model of one of these families: {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]
 
 
 def check_supported(model: nn.Module) -> None:
@@ -114,10 +59,11 @@ def position_ids(model: nn.Module, inputs: Mapping[str, Tensor], forward: bool =
     model = unwrap(model)
     names = ("attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     known = {name: inputs[name] for name in names if inputs.get(name) is not None}
-    remembered = getattr(model.base_model, "rope_deltas", None)
+    own = base(model)
+    remembered = getattr(own, "rope_deltas", None)
     positions = model._prepare_position_ids_for_generation(inputs["input_ids"], known)
-    if hasattr(model.base_model, "rope_deltas"):
-        model.base_model.rope_deltas = remembered
+    if hasattr(own, "rope_deltas"):
+        own.rope_deltas = remembered
     positions = positions.expand(*positions.shape[:-2], *inputs["input_ids"].shape)
     return positions + policy(model).forward_offset if forward else positions
 
@@ -127,10 +73,10 @@ def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, transfor
 
     `output.pooler_output` holds the visual tokens in the LLM's hidden size. Kinds without pixels are absent.
     """
-    base, encoded = unwrap(model).base_model, {}
-    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        function = getattr(base, f"get_{kind}_features", None)
-        if inputs.get(pixels) is None or function is None:
+    encoded = {}
+    for kind, names in PIXELS.items():
+        function = getattr(base(model), f"get_{kind}_features", None)
+        if function is None or all(inputs.get(name) is None for name in names):
             continue
         names = inspect.signature(function).parameters
         kwargs = {name: inputs[name] for name in names if name != "kwargs" and inputs.get(name) is not None}
@@ -140,8 +86,8 @@ def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, transfor
 
 def tower(model: nn.Module) -> nn.Module:
     """The vision tower, which is most of the work of encoding."""
-    base = unwrap(model).base_model
-    return next(getattr(base, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(base, name))
+    names = ("vision_tower", "vision_model", "visual")
+    return next(getattr(base(model), name) for name in names if hasattr(base(model), name))
 
 
 def read_of_tower(model: nn.Module, output: transformers.utils.ModelOutput) -> Tensor:
@@ -162,13 +108,18 @@ class _EveryLayer:
         return self.states
 
 
-def as_tower_output(read: Tensor) -> transformers.utils.ModelOutput:
-    """An output of which the family reads what `read_of_tower` gave."""
-    return BaseModelOutputWithPooling(last_hidden_state=read, pooler_output=read, hidden_states=_EveryLayer(read))
+def as_tower_output(read: Tensor, deepstack: Tensor | None = None) -> transformers.utils.ModelOutput:
+    """An output of which the family reads what `read_of_tower` gave, and DeepStack features [layers, n, D] if any."""
+    output = BaseModelOutputWithPooling(last_hidden_state=read, pooler_output=read, hidden_states=_EveryLayer(read))
+    if deepstack is not None:
+        output.deepstack_features = list(deepstack)
+    return output
 
 
 def entries(output: transformers.utils.ModelOutput) -> list[Tensor]:
     """The entries of `pooler_output`, each [n,D], whatever its container (list, tuple or [entries,n,D])."""
+    if output.pooler_output is None:
+        raise UserError("this family's encoder does not give projected visual tokens; use evocomp.compress")
     return list(output.pooler_output)
 
 
@@ -234,9 +185,31 @@ def visual_tokens(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tens
     return tokens
 
 
+def deepstack_rows(encoded: Mapping) -> Tensor | None:
+    """What the first decoder layers add to the visual tokens of images [layers, total, D]; None: nothing."""
+    layers = getattr(encoded.get("image"), "deepstack_features", None)
+    return None if layers is None else torch.stack([torch.cat(list(layer)) for layer in layers])
+
+
+def block_ids(model: nn.Module, input_ids: Tensor) -> Tensor | None:
+    """The bidirectional block of each token of a prompt without padding [S], -1 for none; None: causal attention.
+
+    Args:
+        input_ids: [S].
+    """
+    kind = policy(model).blocks
+    if kind is None:
+        return None
+    if kind == "prefix":
+        return torch.zeros_like(input_ids)
+    visual = visual_mask(model, input_ids)
+    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:-1]
+    return torch.where(visual, starts.cumsum(0) - 1, -1)
+
+
 def newline_rows(model: nn.Module, features: Tensor) -> Tensor:
     """Which rows are `image_newline` separators. features [n,D] -> bool [n]; all False for most families."""
     if not policy(model).newline:
         return torch.zeros(len(features), dtype=torch.bool, device=features.device)
-    newline = unwrap(model).base_model.image_newline
+    newline = base(model).image_newline
     return (features == newline.to(features)).all(-1)

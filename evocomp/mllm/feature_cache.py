@@ -35,12 +35,11 @@ class FeatureCache:
         fingerprint: of its weights.
 
     Raises:
-        UserError: the model reads several layers of its tower (DeepStack is one way), or no folder can be made.
+        UserError: the model reads several layers of its tower, or no folder can be made.
     """
 
     def __init__(self, folder: str | Path, model: nn.Module, fingerprint: str):
-        several = isinstance(getattr(model.config, "vision_feature_layer", None), list | tuple)
-        if several or families.policy(model).deepstack:
+        if isinstance(getattr(model.config, "vision_feature_layer", None), list | tuple):
             raise UserError("model.feature_cache: this model reads several layers of its vision tower; leave it out")
         self.model = model
         tower = families.tower(model)
@@ -58,7 +57,8 @@ class FeatureCache:
         path = self._path(inputs)
         known = self._read(path)
         if known is not None:
-            with self._in_place_of_tower(known.to(inputs["pixel_values"].device)):
+            device = inputs["pixel_values"].device
+            with self._in_place_of_tower({name: value.to(device) for name, value in known.items()}):
                 return families.encode(self.model, inputs)
         with self._listening_to_tower() as heard:
             encoded = families.encode(self.model, inputs)
@@ -104,18 +104,19 @@ class FeatureCache:
         name = digest.hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def _read(self, path: Path) -> Tensor | None:
+    def _read(self, path: Path) -> dict[str, Tensor] | None:
         try:
-            return load(path.read_bytes())["features"]
+            known = load(path.read_bytes())
+            return {"features": known["features"], **known}
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError):
             logger.warning("%s is damaged; the picture is encoded again", path)
             return None
 
-    def _write(self, path: Path, features: Tensor) -> None:
+    def _write(self, path: Path, features: dict[str, Tensor]) -> None:
         try:
-            write_whole(path, save({"features": features.detach().cpu().contiguous()}))
+            write_whole(path, save({name: value.detach().cpu().contiguous() for name, value in features.items()}))
         except OSError as error:
             if not is_full(error):
                 raise
@@ -125,20 +126,25 @@ class FeatureCache:
     # ------------------------------------------------------------ the tower
 
     @contextmanager
-    def _listening_to_tower(self) -> Iterator[list[Tensor]]:
-        heard: list[Tensor] = []
-        hook = families.tower(self.model).register_forward_hook(
-            lambda module, arguments, output: heard.append(families.read_of_tower(self.model, output))
-        )
+    def _listening_to_tower(self) -> Iterator[list[dict[str, Tensor]]]:
+        heard: list[dict[str, Tensor]] = []
+
+        def listen(module: nn.Module, arguments: tuple, output: ModelOutput) -> None:
+            read = {"features": families.read_of_tower(self.model, output)}
+            if getattr(output, "deepstack_features", None) is not None:
+                read["deepstack"] = torch.stack(list(output.deepstack_features))
+            heard.append(read)
+
+        hook = families.tower(self.model).register_forward_hook(listen)
         try:
             yield heard
         finally:
             hook.remove()
 
     @contextmanager
-    def _in_place_of_tower(self, read: Tensor) -> Iterator[None]:
+    def _in_place_of_tower(self, read: Mapping[str, Tensor]) -> Iterator[None]:
         tower = families.tower(self.model)
-        tower.forward = lambda *_, **__: families.as_tower_output(read)
+        tower.forward = lambda *_, **__: families.as_tower_output(read["features"], read.get("deepstack"))
         try:
             yield
         finally:

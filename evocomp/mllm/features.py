@@ -24,6 +24,9 @@ class Features:
             `image_newline`): the LLM reads them whatever is chosen, as behind `evocomp.compress`. None: no such row.
         separators_at: where they stand in the prompt [M], ascending.
         priority: the visual tokens in the order of a training-free score, best first [N], where one was asked for.
+        deepstack: what the first decoder layers add to the visual tokens (Qwen3-VL) [layers, N, D]; None: nothing.
+        blocks: the bidirectional block of each prompt token [S], -1 for none: tokens of one block attend to each other
+            (Gemma 3: an image; PaliGemma: the prompt). None: attention is causal.
         counts: of several images the visual tokens of each, in their order, with sum N; empty for one image.
     """
 
@@ -37,6 +40,8 @@ class Features:
     separators: Tensor | None = None
     separators_at: Tensor | None = None
     priority: Tensor | None = None
+    deepstack: Tensor | None = None
+    blocks: Tensor | None = None
     counts: tuple[int, ...] = ()
 
     @property
@@ -62,6 +67,15 @@ class Features:
         if self.separators is None:
             return rows
         return rows.index_put((torch.isin(at, self.separators_at),), self.separators.to(rows.dtype))
+
+    def deepstack_rows(self) -> Tensor | None:
+        """What the first decoder layers add to each prompt token [layers, S, D], zero at text; None: nothing."""
+        if self.deepstack is None:
+            return None
+        layers, _, size = self.deepstack.shape
+        rows = self.deepstack.new_zeros(layers, len(self.prompt_ids), size)
+        rows[:, self.visual_at] = self.deepstack
+        return rows
 
     def _without(self, *places: Tensor | None) -> Tensor:
         rest = torch.ones(len(self.prompt_ids), dtype=torch.bool, device=self.prompt_ids.device)

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from evocomp.distributed import ShardGroup
 from evocomp.log import UserError
 from evocomp.mllm import attention, families
+from evocomp.mllm.beside_embeddings import BesideEmbeddings
 from evocomp.mllm.cache_argument import CACHE
 from evocomp.mllm.context import Shown, add_log_size, check_weighable
 from evocomp.mllm.features import Features
@@ -44,7 +45,7 @@ class FrozenMLLM(Reader):
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
         super().__init__(model, processor, name, cache_bytes)
         self.shard_group = ShardGroup()
-        self.decoder = self.model.get_decoder()
+        self.decoder = families.decoder(self.model)
         self.head = self.model.get_output_embeddings()
 
     @classmethod
@@ -139,6 +140,13 @@ class FrozenMLLM(Reader):
             self.check_weighable()
             sizes = [_log_sizes(features, shown) for features, shown in asked]
             log_size = torch.stack([torch.nn.functional.pad(s, (n, 0)) for s, n in zip(sizes, pads, strict=True)])
+        beside = BesideEmbeddings.joined(
+            [
+                BesideEmbeddings.of(features, shown.places[None]).padded(n, 0)
+                for (features, shown), n in zip(asked, pads, strict=True)
+            ]
+        )
+        keywords = self._keywords(beside, mask, embeds)
         cache = DynamicCache(config=self.decoder.config)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=embeds.device)
         stops = torch.tensor(self._stop_ids(), device=embeds.device)
@@ -147,7 +155,7 @@ class FrozenMLLM(Reader):
         for _ in range(max_new_tokens):
             hidden = self.decoder(
                 inputs_embeds=embeds,
-                attention_mask=mask if log_size is None else _weighed(mask, log_size, embeds),
+                **(keywords if log_size is None else {"attention_mask": _weighed(mask, log_size, embeds)}),
                 position_ids=positions,
                 use_cache=True,
                 **{CACHE: cache},
@@ -161,20 +169,41 @@ class FrozenMLLM(Reader):
                 break
             embeds, positions = self.embed(token)[:, None], positions[..., -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            keywords = {"attention_mask": mask}  # an answer has no blocks and no visual tokens
         texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1).tolist(), skip_special_tokens=True)
         return [text.strip() for text in texts], first
 
     def check_scorable(self) -> None:
-        """Raise UserError if this family's decoder cannot be run on shortened embeddings alone."""
+        """Raise UserError if it is not known what this family's decoder reads of a shortened prompt."""
+        kind, config = self.model.config.model_type, self.decoder.config
+        if not families.in_table(self.model):
+            raise UserError(
+                f"{kind}: labels and panel are made for these families only: {', '.join(families.FAMILIES)}; "
+                "evocomp.compress works with others too"
+            )
+        policy = families.policy(self.model)
+        if policy.blocks == "prefix" and getattr(config, "final_logit_softcapping", None) is not None:
+            raise UserError(f"{kind} with a cap on its logits: labels and panel are not made yet; use evocomp.compress")
+        if policy.blocks is not None:
+            attention.check_masks(config)
+
+    def check_plain(self) -> None:
+        """Raise UserError if the decoder needs more than embeddings and a causal mask."""
+        self.check_scorable()
         policy = families.policy(self.model)
         if policy.deepstack or policy.blocks:
             raise UserError(
-                f"{self.model.config.model_type}: labels and panel are not made for families whose decoder needs more "
-                "than embeddings (DeepStack, bidirectional image blocks) yet; evocomp.compress works with them"
+                f"{self.model.config.model_type}: its decoder needs more than embeddings (DeepStack, bidirectional "
+                "blocks), which this method does not give it yet"
             )
+
+    def _keywords(self, beside: BesideEmbeddings, real: Tensor, embeds: Tensor) -> dict[str, Any]:
+        beyond_window = families.policy(self.model).blocks == "prefix"
+        return beside.keywords(self.decoder.config, beyond_window, real, embeds.dtype)
 
     def check_weighable(self) -> None:
         """Raise UserError if context tokens cannot have their weights here."""
+        self.check_plain()
         config = self.decoder.config
         check_weighable(config)
         if not attention.attends_fully(config):

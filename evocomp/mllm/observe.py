@@ -59,7 +59,7 @@ class ClipTower:
     @classmethod
     def of(cls, model: nn.Module) -> "ClipTower | None":
         """The tower of a multimodal LLM; None if it has no class token, or is not read as LLaVA reads it."""
-        config, base = families.unwrap(model).config, families.unwrap(model).base_model
+        config, base = families.unwrap(model).config, families.base(model)
         # LLaVA-NeXT and others cut an image into tiles: a row of the tower is not an image there
         if config.model_type != "llava" or config.vision_feature_select_strategy != "default":
             return None
@@ -187,7 +187,7 @@ def class_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
 def is_readable(model: nn.Module) -> bool:
     """Whether `DecoderReading` computes the attention of this decoder, checked on a short random sequence."""
     policy = families.policy(model)
-    decoder = families.unwrap(model).get_decoder()
+    decoder = families.decoder(model)
     if policy.deepstack or policy.blocks or not all(has_projections(layer) for layer in decoder.layers):
         return False
     try:

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -24,6 +25,26 @@ PictureKey = str | tuple[str, ...]
 """What an image, or several images of a question together, are remembered by."""
 
 _PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
+
+
+class EncodedImage(NamedTuple):
+    """What the vision tower and the projector make of an image, or of several images of a question together.
+
+    rows: visual tokens and separators [N + M, D]
+    is_separator: which of them are separators [N + M]
+    counts: visual tokens of each image, empty for one image
+    deepstack: what the first decoder layers add to the visual tokens [layers, N, D], None: nothing
+    """
+
+    rows: Tensor
+    is_separator: Tensor
+    counts: tuple[int, ...]
+    deepstack: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that the features hold."""
+        return self.rows.nbytes + (0 if self.deepstack is None else self.deepstack.nbytes)
 
 
 class Reader:
@@ -52,14 +73,14 @@ class Reader:
         self.max_bad = 10
         self._left_out: set[str] = set()
         self._bytes = 0
-        self._pictures: OrderedDict[PictureKey, tuple[Tensor, Tensor, tuple[int, ...]]] = OrderedDict()
+        self._pictures: OrderedDict[PictureKey, EncodedImage] = OrderedDict()
         self._prompts: dict[int, tuple[tuple, Features]] = {}
         self._priorities: dict[tuple[PictureKey, str], Tensor] = {}
         self._spans: dict[PictureKey, ImageSpan | None] = {}
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_decoder().device
+        return families.decoder(self.model).device
 
     @property
     def hidden_size(self) -> int:
@@ -193,9 +214,8 @@ class Reader:
             raise UserError(f"{what}: {self.name}'s processor refuses it: {reason}") from None
         return inputs.to(self.device)
 
-    def _picture(self, key: PictureKey, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """The images' rows [N + M, D], which of them are separators [N + M], and how many of the others belong to each
-        image; remembered while there is room."""
+    def _picture(self, key: PictureKey, inputs: dict[str, Tensor]) -> EncodedImage:
+        """The encoded images, remembered while there is room."""
         if key in self._pictures:
             self._pictures.move_to_end(key)
             return self._pictures[key]
@@ -203,12 +223,14 @@ class Reader:
         encoded = self.cache.encode(inputs) if self.cache else families.encode(self.model, inputs)
         rows = families.visual_tokens(self.model, inputs["input_ids"], encoded)
         is_separator = families.newline_rows(self.model, rows)
-        self._pictures[key] = (rows, is_separator, self._counts(key, inputs, encoded, is_separator))
-        self._bytes += rows.numel() * rows.element_size()
+        deepstack = families.deepstack_rows(encoded)
+        counts = self._counts(key, inputs, encoded, is_separator)
+        self._pictures[key] = EncodedImage(rows, is_separator, counts, deepstack)
+        self._bytes += self._pictures[key].nbytes
         while self._bytes > self.cache_bytes and len(self._pictures) > 1:
-            gone, (old, _, _) = self._pictures.popitem(last=False)
+            gone, old = self._pictures.popitem(last=False)
             self._spans.pop(gone, None)
-            self._bytes -= old.numel() * old.element_size()
+            self._bytes -= old.nbytes
         return self._pictures[key]
 
     def _counts(self, key: PictureKey, inputs: dict, encoded: dict, is_separator: Tensor) -> tuple[int, ...]:
@@ -228,9 +250,10 @@ class Reader:
         key, asked = picture_key(example), (example.prompt, example.answer, example.history, example.placed)
         known = self._prompts.get(example.id)
         if known is not None and known[0] == asked and key in self._pictures:
-            return _with_picture(known[1], *self._picture(key, {})[:2])
+            return _with_picture(known[1], self._picture(key, {}))
         inputs = self._inputs(key, example)
-        rows, is_separator, counts = self._picture(key, inputs)
+        image = self._picture(key, inputs)
+        rows, is_separator = image.rows, image.is_separator
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:
             raise UserError(f"the answer {example.answer!r} of {example.record} has no token; leave it out")
@@ -240,7 +263,7 @@ class Reader:
                 f"{example.record}: {len(at)} placeholders in the prompt, {len(rows)} visual tokens; "
                 "does its text hold an image token?"
             )
-        positions = families.position_ids(self.model, inputs)
+        positions = families.position_ids(self.model, inputs, forward=True)
         features = Features(
             id=example.id,
             image_id=example.image_id,
@@ -250,12 +273,13 @@ class Reader:
             positions=positions[..., 0, :],
             answer_ids=answer.to(self.device),
             separators_at=at[is_separator] if is_separator.any() else None,
-            counts=counts,
+            blocks=families.block_ids(self.model, inputs["input_ids"][0]),
+            counts=image.counts,
         )
         if len(self._prompts) >= _PROMPTS:
             self._prompts.clear()
         self._prompts[example.id] = (asked, features)
-        return _with_picture(features, rows, is_separator)
+        return _with_picture(features, image)
 
     @property
     def patch_size(self) -> int:
@@ -280,7 +304,7 @@ class Reader:
             settings = {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
         image = _read(example, 0)
         pixels = self.processor.image_processor(image, return_tensors="pt", **settings)["pixel_values"]
-        output = self.model.base_model.get_image_features(
+        output = families.base(self.model).get_image_features(
             pixel_values=pixels.to(self.device, self.vocabulary.dtype),
             interpolate_pos_encoding=size is not None,
             return_dict=True,
@@ -288,11 +312,11 @@ class Reader:
         return torch.cat(families.entries(output))
 
 
-def _with_picture(features: Features, rows: Tensor, is_separator: Tensor) -> Features:
-    """Features with the rows [N + M, D] of their picture, sorted into visual tokens and separators."""
+def _with_picture(features: Features, image: EncodedImage) -> Features:
+    """Features with the rows of their image, sorted into visual tokens and separators."""
     if features.separators_at is None:
-        return replace(features, visual=rows)
-    return replace(features, visual=rows[~is_separator], separators=rows[is_separator])
+        return replace(features, visual=image.rows, deepstack=image.deepstack)
+    return replace(features, visual=image.rows[~image.is_separator], separators=image.rows[image.is_separator])
 
 
 def _messages(example: Example) -> list[dict]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evocomp.config.schema import ScorerConfig
 from evocomp.log import UserError
-from evocomp.mllm import attention
+from evocomp.mllm import attention, families
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.scoring import llama_decoder as llama_body
@@ -72,13 +72,15 @@ class AnswerLosses:
     def _body(self) -> Body:
         """Our own pass where it is known to give the same, else transformers'."""
         decoder = self.mllm.decoder
-        if self.settings.own_pass and llama_body.fits(decoder):
+        policy = families.policy(self.mllm.model)
+        needs_more = policy.deepstack or policy.blocks is not None
+        if self.settings.own_pass and not needs_more and llama_body.fits(decoder):
             ours = LlamaBody(decoder, self.dtype, self.settings)
             if llama_body.agrees(ours, decoder):
                 return ours
         if self.dtype != self.mllm.vocabulary.dtype:
             decoder = copy.deepcopy(decoder).to(self.dtype)
-        return TransformersBody(decoder, self.dtype)
+        return TransformersBody(decoder, self.dtype, beyond_window=policy.blocks == "prefix")
 
     @torch.inference_mode()
     def candidates(self, features: Features, kept: Tensor, flips: bool = False, context: int = 0) -> Tensor:
@@ -91,7 +93,7 @@ class AnswerLosses:
 
         Source: method, section 2 (fitness).
         """
-        if not flips:
+        if not flips or features.blocks is not None:  # keys before a block depend on it
             return self.batch([features], kept[None], context)[0]
         table, index = self._table([features]), prompt_index(features, kept)
         read = index.shape[1] - len(features.answer_ids) + torch.arange(len(features.answer_ids), device=index.device)
@@ -111,6 +113,9 @@ class AnswerLosses:
         Args:
             context: how many context tokens of what is dropped the LLM reads besides; see `evocomp.mllm.context`.
         """
+        if len(features) > 1 and features[0].blocks is not None:
+            # padding would be part of a block
+            return torch.cat([self.batch([one], own[None], context) for one, own in zip(features, kept, strict=True)])
         masks = kept.shape[1]
         table, indices, sizes = self._sequences(features, kept, context)
         answers = [one.answer_ids for one in features]
@@ -133,7 +138,7 @@ class AnswerLosses:
 
         One forward a mask: [text before the picture, kept tokens, question 1, question 2, ...] in which every
         question sees the prefix and itself only. Equal to separate scoring but for rounding. Decoders that cannot be
-        given such masks (see `Body.packs`) score the questions one after another.
+        given such masks (see `Body.packs`) and those with bidirectional blocks score the questions one after another.
 
         Raises:
             UserError: the prompts differ before the picture's end, so that they share no prefix.
@@ -143,17 +148,14 @@ class AnswerLosses:
             return self.candidates(first, kept)[:, None]
         if not shares_prefix(features):
             raise UserError("shared scoring needs prompts that agree up to the end of the picture")
-        if not self.body.packs:
+        if not self.body.packs or first.blocks is not None:
             return torch.stack([self.candidates(one, kept) for one in features], dim=1)
         end = first.picture_end
         tables = [prompt_table(one, self.mllm.embed) for one in features]
         # rows of the first prompt up to the picture's end, then what follows in each of the prompts
         parts = [slice(0, end)] + [slice(end, None)] * len(features)
         owners = [tables[0], *tables]
-        table = Table(
-            torch.cat([one.embeds[part] for one, part in zip(owners, parts, strict=True)]),
-            torch.cat([one.positions[..., part] for one, part in zip(owners, parts, strict=True)], dim=-1),
-        )
+        table = joined([one.part(part) for one, part in zip(owners, parts, strict=True)])
         sizes = [one.embeds.shape[0] - end for one in tables]
         picture = prompt_index(first, kept)
         picture = picture[:, : int((picture[0] < end).sum())]
@@ -221,7 +223,7 @@ class AnswerLosses:
 
     def _prefix(self, features: Sequence[Features], table: Table) -> tuple[int, Past | None]:
         """Text that all these prompts begin with: its length, and its keys and values if that is worth a copy."""
-        if self.settings.shared_prefix == "never":
+        if self.settings.shared_prefix == "never" or features[0].blocks is not None:
             return 0, None
         length = min(int(one.visual_at[0]) for one in features)
         ids = features[0].prompt_ids[:length]

@@ -29,7 +29,7 @@ def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
     Raises:
         UserError: this decoder's attention cannot be given weights of single tokens.
     """
-    mllm.check_scorable()
+    mllm.check_plain()
     _check_takes_masks(mllm)
     config = mllm.decoder.config
     table = prompt_table(features, mllm.embed)

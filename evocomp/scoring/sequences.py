@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from evocomp.mllm import context
 from evocomp.mllm.features import Features
@@ -23,11 +24,25 @@ class Table:
         positions: position ids, [S], or [4, S] with M-RoPE.
         log_size: log of how many tokens each row stands for [S], added to the logits of the attention to it; None: one
             each.
+        deepstack: what the first decoder layers add to each row [layers, S, D]; None: nothing.
+        blocks: the bidirectional block of each row [S], -1 for none; None: attention is causal.
     """
 
     embeds: Tensor
     positions: Tensor
     log_size: Tensor | None = None
+    deepstack: Tensor | None = None
+    blocks: Tensor | None = None
+
+    def part(self, rows: slice) -> "Table":
+        """Some of the rows."""
+        return Table(
+            self.embeds[rows],
+            self.positions[..., rows],
+            None if self.log_size is None else self.log_size[rows],
+            None if self.deepstack is None else self.deepstack[:, rows],
+            None if self.blocks is None else self.blocks[rows],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +125,13 @@ def prompt_table(features: Features, embed: torch.nn.Module) -> Table:
     embeds = fixed.new_empty(size, fixed.shape[1])
     embeds[features.fixed_at] = fixed
     embeds[features.visual_at] = features.visual.to(fixed.dtype)
-    return Table(torch.cat([embeds, tail]), continued(features.positions, size + len(tail)))
+    deepstack, blocks = features.deepstack_rows(), features.blocks
+    return Table(
+        torch.cat([embeds, tail]),
+        continued(features.positions, size + len(tail)),
+        deepstack=None if deepstack is None else pad(deepstack, (0, 0, 0, len(tail))),
+        blocks=None if blocks is None else pad(blocks, (0, len(tail)), value=-1),
+    )
 
 
 def prompt_index(features: Features, kept: Tensor) -> Tensor:
@@ -139,10 +160,14 @@ def with_context(table: Table, index: Tensor, features: Features, kept: Tensor, 
 def joined(tables: Sequence[Table]) -> Table:
     """Tables of several samples one after another."""
     sizes = [table.log_size for table in tables if table.log_size is not None]
+    deepstack = [table.deepstack for table in tables if table.deepstack is not None]
+    blocks = [table.blocks for table in tables if table.blocks is not None]
     return Table(
         torch.cat([table.embeds for table in tables]),
         torch.cat([table.positions for table in tables], dim=-1),
         torch.cat(sizes) if sizes else None,
+        torch.cat(deepstack, dim=1) if deepstack else None,
+        torch.cat(blocks) if blocks else None,
     )
 
 

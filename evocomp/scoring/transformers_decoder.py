@@ -20,13 +20,15 @@ class TransformersBody:
     Args:
         decoder: `get_decoder()` of the MLLM.
         dtype: of its weights.
+        beyond_window: whether bidirectional blocks reach beyond a sliding window; see `attention.block_masks`.
 
     Attributes:
         takes_masks: whether the decoder computes what explicit attention masks say.
     """
 
-    def __init__(self, decoder: nn.Module, dtype: torch.dtype):
+    def __init__(self, decoder: nn.Module, dtype: torch.dtype, beyond_window: bool = False):
         self.decoder = decoder
+        self.beyond_window = beyond_window
         self.dtype = dtype
         self.takes_masks = self._takes_masks()
 
@@ -69,7 +71,13 @@ class TransformersBody:
         positions = table.positions[..., index]
         if positions.ndim == 3:  # M-RoPE: the text row tells the mask where sequences start; keep it dense
             positions[0] = torch.arange(before, before + length, device=index.device)
+        more = {}
+        if table.deepstack is not None:
+            # zeros at text: to add them to all rows is the same as to pick the visual ones
+            more["visual_pos_masks"] = torch.ones_like(index, dtype=torch.bool)
+            more["deepstack_visual_embeds"] = [layer[index].flatten(0, 1) for layer in table.deepstack.to(self.dtype)]
         return self.decoder(
+            **more,
             inputs_embeds=table.embeds.to(self.dtype)[index],
             attention_mask=self._mask(table, index, before, packing),
             position_ids=positions,
@@ -84,16 +92,17 @@ class TransformersBody:
         count, length = index.shape
         if table.log_size is not None:  # only without windows, see `FrozenMLLM.check_weighable`
             return weighed(None, pad(table.log_size[index], (before, 0)), length, self.dtype)
+        if table.blocks is not None:  # never packed nor after a prefix, see `AnswerLosses`
+            seen = attention.block_masks(self.decoder.config, table.blocks[index], self.beyond_window)
+            return attention.as_decoder_masks(self.decoder.config, seen, self.dtype)
         if packing is None:
             return torch.ones(count, before + length, dtype=torch.long, device=index.device)
         config = self.decoder.config
-        masks = {}
-        for kind, plain in attention.plain_masks(config, packing.longest, index.device).items():
-            seen = packing.mask(plain, before)
-            if config._attn_implementation != "sdpa":  # eager attention adds its mask to the logits
-                seen = attention.additive(seen, self.dtype)
-            masks[kind] = seen.expand(count, 1, -1, -1)
-        return attention.decoder_masks(config, masks)
+        masks = {
+            kind: packing.mask(plain, before).expand(count, 1, -1, -1)
+            for kind, plain in attention.plain_masks(config, packing.longest, index.device).items()
+        }
+        return attention.as_decoder_masks(config, masks, self.dtype)
 
     def _cache(self, past: Past, count: int) -> DynamicCache:
         cache = DynamicCache(config=self.decoder.config)

@@ -1,6 +1,8 @@
 """Kept tokens have the positions that they had, wherever a decoder's layers read them: against the decoder itself on a
 shortened sequence."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -20,6 +22,8 @@ SCALED |= dict(mscale_all_dim=1.0, llama_4_scaling_beta=0.5, original_max_positi
 WINDOW, HEAD = dict(sliding_window=8), dict(head_dim=8)
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8)
 EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1)
+LINEAR = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)
+LINEAR |= dict(layer_types=["linear_attention", "full_attention"] * 2)
 TEXTS = {
     "llama": {},
     "mistral": WINDOW,
@@ -37,18 +41,20 @@ TEXTS = {
     "phi3": {},
     "glm4": HEAD,
     "doge": {},  # computes with its mask, also where that is causal only
+    "lfm2": dict(layer_types=["conv", "full_attention", "conv", "full_attention"], conv_L_cache=3),
+    "llama4_text": HEAD | dict(num_local_experts=2, attention_chunk_size=16, intermediate_size_mlp=32),
+    "qwen3_5_text": HEAD | LINEAR,  # linear attention
+    "gemma4_text": HEAD | WINDOW | dict(global_head_dim=8, hidden_size_per_layer_input=0),
 }
 REFUSED = {
-    "llama4_text": HEAD | dict(num_local_experts=2, attention_chunk_size=16, intermediate_size_mlp=32),
     "falcon_h1": {},
     "beam": {},
-    "lfm2": dict(full_attn_idxs=[0, 2]),
 }
 
 
 def llava_with(kind, settings):
     vision = tf.CLIPVisionConfig(**VISION, image_size=32, patch_size=8, projection_dim=16)
-    text = tf.AutoConfig.for_model(kind, **(TEXT | settings))
+    text = tf.AutoConfig.for_model(kind, **copy.deepcopy(TEXT | settings))  # configs write into their settings
     torch.manual_seed(0)
     config = tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     return livened(tf.LlavaForConditionalGeneration(config))

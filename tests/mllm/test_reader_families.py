@@ -58,7 +58,7 @@ class QwenProcessor:
 
 
 def processor(family: str):
-    if family == "qwen2_5_vl":
+    if family in ("qwen2_5_vl", "qwen3_vl"):
         pictures = tf.Qwen2VLImageProcessorPil(
             patch_size=4, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
         )
@@ -81,7 +81,7 @@ def processor(family: str):
     )
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl"])
 def test_two_images_of_different_sizes(family):
     mllm = FrozenMLLM(build(family), processor(family), family)
     rng = np.random.default_rng(0)

@@ -126,7 +126,7 @@ class LayerLoop:
             return f"layers of type {', '.join(sorted(others))}"
         if not all(has_projections(layer) for layer in self._layers):
             return "layers without input_layernorm, q_proj, k_proj, v_proj and o_proj"
-        self.mllm.check_scorable()
+        self.mllm.check_plain()
         try:
             with short_windows(self.config):
                 same = self._reproduces()
