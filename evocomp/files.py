@@ -5,8 +5,10 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _numbers = itertools.count(1)
 
@@ -19,18 +21,26 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """`write_whole` for content that is written piece by piece: the file appears when the context is left without an
+    error."""
     temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}")
     try:
         if not path.parent.exists():
             path.parent.mkdir(exist_ok=True)
             _sync(path.parent.parent)
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 

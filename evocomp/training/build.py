@@ -36,6 +36,7 @@ from evocomp.progress import Progress, Stage
 from evocomp.runs.claims import DONE
 from evocomp.runs.folder import claimed, is_finished, judge_as_asked, last_checkpoint, write_json
 from evocomp.training.average import AverageFromEpoch
+from evocomp.training.checkpoint_files import CheckpointFiles
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
@@ -137,7 +138,7 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
         # resuming is exact: the datamodule knows where it was
         warnings.filterwarnings("ignore", message=".*ended before the epoch ended.*")
         try:
-            trainer.fit(module, data, ckpt_path=last, weights_only=False)
+            trainer.fit(module, data, ckpt_path=last, weights_only=True)
         except SystemExit:
             if not trainer.interrupted:
                 raise
@@ -213,7 +214,7 @@ def build_trainer(
     config: RunConfig, folder: Path, settings: dict[str, Any], callbacks: list[L.Callback]
 ) -> L.Trainer:
     """Lightning's Trainer with this project's defaults under the user's `trainer:` settings."""
-    loggers = build_logger(config, folder)
+    loggers, settings = build_logger(config, folder), dict(settings)
     defaults: dict[str, Any] = {
         "max_epochs": DEFAULT_EPOCHS,
         "accelerator": "auto",
@@ -237,8 +238,10 @@ def build_trainer(
     first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
     everything = [first, *callbacks, *rates, last, checkpoint]
+    plugins = settings.pop("plugins", None) or []
+    plugins = [*(plugins if isinstance(plugins, list | tuple) else [plugins]), CheckpointFiles()]
     try:
-        return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
+        return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything, plugins=plugins)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 

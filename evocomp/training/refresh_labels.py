@@ -1,18 +1,17 @@
 """The callback that keeps labels fresh: makes a round of the store before the epoch that trains on it."""
 
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 
 from evocomp.config.schema import LabelConfig
 from evocomp.labels.labeller import Interrupted, Labeller, LabelProgress
-from evocomp.log import logger
+from evocomp.log import UserError, logger
 from evocomp.mllm.features import Features
+from evocomp.runs.checkpoints import DAMAGED, read_checkpoint
 from evocomp.training.batch import compressor_input, has_label
 from evocomp.training.cost import CostMeter
 from evocomp.training.datamodule import LabelledQuestions
@@ -135,8 +134,6 @@ def _checkpoints(trainer: L.Trainer) -> list[Path]:
 def _round_of(path: Path) -> int:
     """The round that a checkpoint was trained on; 0 (keep everything) if it cannot be told."""
     try:
-        # of a sharded checkpoint, a folder, this file holds all but weights and optimizer
-        content = torch.load(path / "meta.pt" if path.is_dir() else path, mmap=True, weights_only=False)
-        return int(content["callbacks"]["RefreshLabels"]["round"])
-    except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return int(read_checkpoint(path)["callbacks"]["RefreshLabels"]["round"])
+    except (UserError, TypeError, *DAMAGED):
         return 0
