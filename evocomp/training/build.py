@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import evocomp
 from evocomp import distributed
-from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.lora import add_lora, merge_lora, save_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
@@ -32,6 +31,7 @@ from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.observe import ClipTower
 from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
+from evocomp.mllm.weights import check_finite_weights
 from evocomp.progress import Progress, Stage
 from evocomp.runs.claims import DONE
 from evocomp.runs.folder import claimed, is_finished, judge_as_asked, last_checkpoint, write_json

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evocomp.compressor.finite import has_finite_weights
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import LossConfig, OptimConfig
 from evocomp.log import UserError
 from evocomp.losses import build_loss, policy_loss
+from evocomp.mllm.weights import has_finite_weights
 from evocomp.training.batch import CompressorInput, TrainBatch
 from evocomp.training.optim import build_optimizer, schedule
 from evocomp.training.strategy import shard
