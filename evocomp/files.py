@@ -3,10 +3,11 @@
 import errno
 import itertools
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,14 +54,18 @@ def is_full(error: OSError) -> bool:
 def sweep(temporaries: Iterable[Path]) -> None:
     """Delete what killed writers left behind (`*.tmp.*`); others may be writing at this moment."""
     for path in temporaries:
-        host, pid, _ = path.name.split(".tmp.")[1].rsplit(".", 2)
+        name = re.fullmatch(r".+?\.tmp\.(.+)\.(\d{1,9})\.\d+", path.name)
+        if name is None or not path.is_file():
+            continue  # not written by `whole_file`
+        host, pid = name.groups()
         # only a process of this host can be asked whether it lives; a day is longer than any write
         try:
             old = time.time() - path.stat().st_mtime > 86_400
         except FileNotFoundError:
             continue
         if old or (host == socket.gethostname() and not _alive(int(pid))):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # on a read-only disk it does no harm
+                path.unlink()
 
 
 def readable(size: float) -> str:
