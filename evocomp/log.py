@@ -1,5 +1,6 @@
 """Messages to the user: one logger, one terminal, and warnings that are said once."""
 
+import errno
 import logging
 import os
 import sys
@@ -74,6 +75,13 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:.1f} days"
 
 
+_NOT_OURS = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO ENOENT ENOTDIR EISDIR ENAMETOOLONG ESTALE EMFILE ENFILE".split()
+}
+"""Errors of a disk: full, read-only, gone, failing. A folder that is deleted during a run is one too."""
+
+
 class UserError(Exception):
     """Something the user can put right: printed as one line, exit code 2, no traceback."""
 
@@ -84,6 +92,13 @@ def exit_code(command: Callable[[], int | None], name: str) -> int:
         return command() or 0
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        advice = "mend this and run the same command again; what was finished before is kept"
+        print(f"{name}: {place}{error.strerror}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)

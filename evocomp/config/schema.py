@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from evocomp.config.checks import at_least, require, require_consistent
+from evocomp.config.checks import at_least, require, require_bounded, require_consistent
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,12 @@ class DataConfig:
     """Faulty records (a missing image, a video, ...) that are skipped before the run gives up; and as many whose image
     does not decode, which is found when the model reads it."""
 
+    max_tokens: int = 0
+    """Longest prompt with its answer, image tokens included [tokens]; 0 = the positions that the MLLM was made for."""
+
     def __post_init__(self):
         at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
+        at_least(self, 0, "data.", "max_tokens", "train_seed", "val_seed", "test_seed")
 
 
 @dataclass(frozen=True)
@@ -379,4 +383,5 @@ class RunConfig:
 
     def __post_init__(self):
         at_least(self, 0, "", "seed", "threads")
+        require_bounded(self)
         require_consistent(self)

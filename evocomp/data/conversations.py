@@ -20,6 +20,7 @@ from evocomp.data.image_files import ImageFolder, named_images
 from evocomp.data.json_records import read_records
 from evocomp.data.scenes import SceneSpec, scene_examples
 from evocomp.data.turns import ASSISTANT, USER, Fault, Mark, Turn, read_turns, speaks_of_image
+from evocomp.files import whole_file, write_whole
 from evocomp.log import UserError, logger
 
 _TURNS = ("conversations", "messages")
@@ -95,16 +96,15 @@ def write_scenes(
     for example in scene_examples(seed, 0, count, spec, relation):
         name = f"images/{example.image_id}.png"
         if name not in written:
-            Image.fromarray(example.image).save(out / name)
+            with whole_file(out / name) as file:
+                Image.fromarray(example.image).save(file, "PNG")
             written.add(name)
         turns = [
             {"from": "human", "value": f"<image>\n{example.prompt}"},
             {"from": "gpt", "value": example.answer},
         ]
         records.append({"id": str(example.id), "image": name, "kind": example.kind, "conversations": turns})
-    temporary = out / "data.json.tmp"
-    temporary.write_text(json.dumps(records, indent=0) + "\n")
-    temporary.replace(out / "data.json")
+    write_whole(out / "data.json", (json.dumps(records, indent=0) + "\n").encode())
     return len(records)
 
 

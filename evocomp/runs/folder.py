@@ -12,6 +12,7 @@ from typing import Any
 from evocomp import distributed
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
+from evocomp.files import write_whole
 from evocomp.log import UserError, logger
 from evocomp.runs.checkpoints import DAMAGED, read_checkpoint
 from evocomp.runs.claims import look
@@ -64,7 +65,7 @@ def judge_as_asked(config: RunConfig, folder: Path) -> bool:
 
     They change nothing of what is trained, so a run is not bound to those that it was begun with.
     """
-    there = config_files.load([folder / "config.yaml"])
+    there = config_files.load_saved(folder)
     if there.eval == config.eval:
         return False
     _save(replace(there, eval=config.eval), folder)
@@ -112,6 +113,4 @@ def _is_whole(path: Path) -> bool:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ def run(config: RunConfig, answers: int = 0) -> bool:
     mllm = load_mllm(config)
     if is_rank_zero():
         everything = [*splits.train, *splits.val, *splits.test]
+        for example in everything:
+            mllm.check_text(example)
         warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
     check_kept(config, mllm, splits.train)
@@ -139,6 +142,12 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
         warnings.filterwarnings("ignore", message=".*ended before the epoch ended.*")
         try:
             trainer.fit(module, data, ckpt_path=last, weights_only=True)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise UserError(
+                f"checkpoint {last} is of another compressor; restore it, or choose another --run_dir"
+            ) from None
         except SystemExit:
             if not trainer.interrupted:
                 raise
@@ -155,6 +164,8 @@ def label_only(config: RunConfig) -> None:
     mllm = load_mllm(config)
     if is_rank_zero():
         everything = [*splits.train, *splits.val, *splits.test]
+        for example in everything:
+            mllm.check_text(example)
         warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
     labeller = build_labeller(config, mllm, splits, folder)
@@ -178,6 +189,7 @@ def load_mllm(config: RunConfig) -> FrozenMLLM:
     if config.compressor.hedge:
         mllm.priority_by = hedge_by(config, mllm)
     mllm.max_bad = config.data.max_bad
+    mllm.max_tokens = config.data.max_tokens
     return mllm
 
 
@@ -278,9 +290,23 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("fast_dev_run"):
         raise UserError("trainer.fast_dev_run would leave a run that counts as finished; try --trainer.max_epochs=1")
     epochs = settings.get("max_epochs", DEFAULT_EPOCHS)
-    if not isinstance(epochs, int) or epochs < 1:
-        raise UserError(f"trainer.max_epochs={epochs}: must be a whole number, at least 1")
+    if not isinstance(epochs, int) or not 1 <= epochs <= 10**9:
+        raise UserError(f"trainer.max_epochs={str(epochs)[:20]}: must be a whole number, at least 1")
+    check_devices(settings.get("devices", 1), settings.get("accelerator"))
     return dict(settings)
+
+
+def check_devices(devices: Any, accelerator: Any) -> None:
+    """Raise UserError for more processes than the machine has cores or GPUs; a launcher's own are there already."""
+    if isinstance(devices, bool) or not isinstance(devices, int) or distributed.launched_by_torchrun():
+        return
+    on_gpus = accelerator != "cpu" and torch.cuda.is_available()
+    there = torch.cuda.device_count() if on_gpus else os.cpu_count() or 1
+    if devices > there:
+        what = "GPUs" if on_gpus else "cores"
+        raise UserError(f"trainer.devices={devices}: this machine has {there} {what}; give at most {there}")
+    if devices < 1 and devices != -1:
+        raise UserError(f"trainer.devices={devices}: must be at least 1, or -1 for all")
 
 
 def check_kept(config: RunConfig, mllm: FrozenMLLM, examples: Sequence[Example]) -> None:
