@@ -55,13 +55,14 @@ class FrozenMLLM(Reader):
     ) -> "FrozenMLLM":
         """Load `nano` or `nano576` (shipped), a folder, or a Hugging Face id."""
         if not isinstance(name, str | Path) or not str(name):
-            raise UserError(f"model.name={name!r} is not a name; give `nano`, `nano576`, a folder or a Hugging Face id")
+            what = repr(name)[:80]
+            raise UserError(f"model.name={what} is no name; give `nano`, `nano576`, a folder or a Hugging Face id")
         if dtype not in DTYPES:
             raise UserError(f"model.dtype={dtype}: give one of {', '.join(DTYPES)}")
         name = str(name)
-        path = ASSETS / name if (ASSETS / name / "config.json").is_file() else name
         transformers_logging.disable_progress_bar()
         try:
+            path = ASSETS / name if (ASSETS / name / "config.json").is_file() else name
             model = load_complete(
                 partial(AutoModelForImageTextToText.from_pretrained, path),
                 f"model.name={name}",
@@ -74,7 +75,7 @@ class FrozenMLLM(Reader):
             raise
         except Exception as error:  # transformers raises whatever it meets in a foreign folder
             raise UserError(
-                f"model.name={name} does not load as an image-text-to-text model: {reason(error)}; give `nano`, "
+                f"model.name={name:.300} does not load as an image-text-to-text model: {reason(error)}; give `nano`, "
                 "`nano576`, a folder with weights and processor, or a Hugging Face id that this machine can reach"
             ) from None
         return cls(model.to(device), processor, name)
