@@ -116,9 +116,9 @@ def exit_code(command: Callable[[], int | None], name: str) -> int:
     except OSError as error:
         if error.errno not in _NOT_OURS:
             raise
-        place = f"{one_line(error.filename)}: " if error.filename is not None else ""
+        place = f"{str(error.filename)[:300]}: " if error.filename is not None else ""
         advice = "mend this and run the same command again; what was finished before is kept"
-        print(f"{name}: {place}{error.strerror}; {advice}", file=sys.stderr)
+        print(f"{name}: {one_line(place + error.strerror)}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)

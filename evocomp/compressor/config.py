@@ -79,9 +79,9 @@ class EvoCompConfig(PreTrainedConfig):
         )
         for name, value in (("hedge_by", hedge_by), ("base_model_name_or_path", base_model_name_or_path or "")):
             if not isinstance(value, str):
-                raise UserError(f"compressor configuration: {name} is {value!r:.80}; it must be text")
+                raise UserError(f"compressor configuration: {name} is {_shown(value)}; it must be text")
         if metadata is not None and not isinstance(metadata, dict):
-            raise UserError(f"compressor configuration: metadata is {metadata!r:.80}; it must be a mapping")
+            raise UserError(f"compressor configuration: metadata is {_shown(metadata)}; it must be a mapping")
         if not 0 <= hedge < 1:
             raise UserError(f"hedge is {hedge!r}; give a share of the selected tokens, at least 0 and below 1")
         if width:
@@ -133,7 +133,7 @@ def _text_config(given: PreTrainedConfig | dict | None) -> PreTrainedConfig:
             raise UserError(f"compressor configuration: text_config cannot be used ({line})") from None
     text = LlamaConfig() if given is None else given
     if not isinstance(text, PreTrainedConfig):
-        raise UserError(f"compressor configuration: text_config is {text!r:.80}; it must be a mapping")
+        raise UserError(f"compressor configuration: text_config is {_shown(text)}; it must be a mapping")
     sizes = {"hidden_size": 10**6, "num_attention_heads": 10**5, "intermediate_size": 10**7}
     sizes = {name: most for name, most in sizes.items() if getattr(text, name, None) is not None}
     if getattr(text, "num_key_value_heads", None) is not None:
@@ -150,7 +150,15 @@ def _check_numbers(**given: tuple[Any, type, float, float]) -> None:
         if not right or not least <= value <= most:  # false for NaN
             what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
             bounds = "" if kind is bool else f" from {least} to {most}"
-            raise UserError(f"compressor configuration: {name} is {value!r:.80}; it must be {what}{bounds}")
+            raise UserError(f"compressor configuration: {name} is {_shown(value)}; it must be {what}{bounds}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _check_width(text: PreTrainedConfig, width: int) -> None:

@@ -72,6 +72,14 @@ def _require_bounded(key: str, value: Any) -> None:
         require(abs(value) <= most, f"{key}={value:.6g}: must be at most {most}")
 
 
+def numbers(config: Any, prefix: str, *names: str) -> None:
+    """Raise `UserError` for a list setting of these names with an item that is no number."""
+    for name in names:
+        for item in getattr(config, name):
+            is_number = isinstance(item, int | float) and not isinstance(item, bool)
+            require(is_number, f"{prefix}{name}: an item is {str(item)[:40]}; give numbers")
+
+
 def at_least(config: Any, least: float, prefix: str, *names: str) -> None:
     """Raise `UserError` for a setting of these names that is smaller than `least`."""
     for name in names:

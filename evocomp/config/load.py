@@ -175,7 +175,7 @@ def check_known(key: str, origin: str) -> None:
     if not near:
         near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
     hint = f"did you mean {near[0]}?" if near else "evocomp config lists them"
-    raise UserError(f"{origin}: unknown setting {key}; {hint}")
+    raise UserError(f"{origin}: unknown setting {_short(key)}; {hint}")
 
 
 def _leaves(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -212,4 +212,5 @@ def _one_line(error: OmegaConfBaseException) -> str:
     text = re.sub(r"\s+", " ", str(error).split("full_key")[0]).strip()
     if "$VALUE" in text:  # OmegaConf leaves its template unfilled for items of a tuple
         text = f"an item has the wrong type ({text.rsplit(' ', 1)[-1].lower()} expected)"
-    return f"{key}: {text}" if key else text
+    text = f"{key}: {text}" if key else text
+    return text if len(text) <= 400 else f"{text[:397]}..."

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from evocomp.config.checks import at_least, require, require_bounded, require_consistent
+from evocomp.config.checks import at_least, numbers, require, require_bounded, require_consistent
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,7 @@ class LabelConfig:
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
         at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
         at_least(self, 0, "labels.", "generations_per_refresh", "credit_samples", "samples_per_epoch", "flat", "probes")
+        numbers(self, "labels.", "credit_sizes", "proposal_sizes")
         for name in ("credit_sizes", "proposal_sizes"):
             sizes = getattr(self, name)
             require(len(sizes) > 0 and min(sizes) > 0, f"labels.{name}={list(sizes)}: give at least one size above 0")
@@ -351,6 +352,7 @@ class EvalConfig:
     """Pictures on kept.png."""
 
     def __post_init__(self):
+        numbers(self, "eval.", "kept")
         require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
         at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens", "monitor_every", "sheet")
 

@@ -21,7 +21,7 @@ from evocomp.data.json_records import read_records
 from evocomp.data.scenes import SceneSpec, scene_examples
 from evocomp.data.turns import ASSISTANT, USER, Fault, Mark, Turn, read_turns, speaks_of_image
 from evocomp.files import whole_file, write_whole
-from evocomp.log import UserError, logger
+from evocomp.log import UserError, logger, one_line, printable
 
 _TURNS = ("conversations", "messages")
 
@@ -128,7 +128,7 @@ def _name(record: dict[str, Any], number: int) -> str:
     """What a record is called in messages: its id, or its number where it has none."""
     name = record.get("id")
     text = str(number if name is None or name == "" else name)
-    return f"record {' '.join(text.split())[:80]}"
+    return f"record {printable(' '.join(text.split())[:80])[:90]}"
 
 
 def _check_form(path: Path, number: int, record: Any) -> None:
@@ -140,6 +140,7 @@ def _check_form(path: Path, number: int, record: Any) -> None:
 
 
 def _leave_out(reading: Reading, fault: str, path: Path, max_bad: int) -> None:
+    fault = one_line(fault)
     reading.bad.append(fault)
     logger.warning("left out %s", fault)
     if len(reading.bad) > max_bad:
@@ -243,7 +244,7 @@ def _answered(
                 image_id=image_id,
                 prompt=question.text,
                 answer=answer.text,
-                kind=str(record.get("kind") or ""),
+                kind=printable(str(record.get("kind") or "")),
                 history=tuple(history),
                 extra={"record": name},
                 further_images=paths[1:],

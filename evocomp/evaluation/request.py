@@ -51,7 +51,7 @@ def check_request(
 def _has_context_tokens(compressor: Path) -> bool:
     try:
         return bool(json.loads(compressor.read_text()).get("sharp", 0))
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{compressor} cannot be read; restore it, or train the run again") from None
 
 

@@ -92,7 +92,7 @@ def tensors_of(content: bytes, path: Path) -> dict[str, np.ndarray]:
     if ids is None or ids.dtype != np.int64 or ids.ndim != 1:
         raise UserError(f"label chunk {path} does not hold label records (no column of ids); {ANEW}")
     # chunks of earlier versions have no checksum
-    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors):
+    if metadata and metadata.get(CHECKSUM) != _checksum(tensors):
         raise UserError(f"label chunk {path} is damaged: its checksum is another one; {ANEW}")
     return tensors
 
