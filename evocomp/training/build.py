@@ -158,6 +158,7 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
     folder = Path(config.run_dir)
+    check_trainer(config.trainer)  # not used here, but the same settings are to train
     config = resolve_dtypes(config, folder)
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
@@ -298,7 +299,9 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_devices(devices: Any, accelerator: Any) -> None:
     """Raise UserError for more processes than the machine has cores or GPUs; a launcher's own are there already."""
-    if isinstance(devices, bool) or not isinstance(devices, int) or distributed.launched_by_torchrun():
+    if isinstance(devices, bool | float):
+        raise UserError(f"trainer.devices={devices}: give a number of processes")
+    if not isinstance(devices, int) or distributed.launched_by_torchrun():
         return
     on_gpus = accelerator != "cpu" and torch.cuda.is_available()
     there = torch.cuda.device_count() if on_gpus else os.cpu_count() or 1

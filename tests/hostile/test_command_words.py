@@ -30,7 +30,7 @@ GENERATE = ["generate", "--model", "nano", "--compressor", "nano", "--prompt", "
         ["train", "--seeed=3"], ["train", "seeed=3"], ["train", "three"], ["train", "--=3"], ["train", "--trainer=3"],
         ["train", "--run_dir=/dev/null"], ["train", "--run_dir=a\0b"], ["config", f"--threads={DIGITS}"],
         ["config", "--threads=100000"], ["config", "--seed=4294967296"], ["config", "--labels.credit_sizes=[0.1,.nan]"],
-        ["config", "--labels.credit_sizes=[1e9]"], ["config", "--optim.lr=.inf"], ["config", "--run_dir=${"],
+        ["config", "--labels.credit_sizes=[1e9]"], ["config", "--optim.refresh_lr=.inf"], ["config", "--run_dir=${"],
         ["bench"], ["bench", "nothing"], ["bench", "training", "--shape=llava15_7b"],
         ["bench", "ops", "--out=/proc/x/y.csv"],
         ["nothing"], ["--nothing"], ["train\0"], ["\ud800"], ["x" * 5000], ["train", "--help", "nothing"],
