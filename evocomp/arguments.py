@@ -118,7 +118,7 @@ def _add_options(verbs: dict[str, _Parser]) -> None:
     add("--out", metavar="DIR", help="folder of the report [the run folder]")
     add("--panel", metavar="NAMES", help="basic, full (every method), or names of methods, comma-separated [basic]")
     add("--questions", metavar="N", type=_number(int, 1), help="number of test questions; needs --out")
-    add("--seed", metavar="S", type=_number(int, 0), help="seed of other test images; needs --out")
+    add("--seed", metavar="S", type=_number(int, 0, 2**32 - 1), help="seed of other test images; needs --out")
     add("--source", metavar="DATA", help="JSON file, folder, or BENCHMARK:FOLDER to test on; needs --out")
 
     add = verbs["generate"].add_argument
@@ -141,21 +141,24 @@ def _add_options(verbs: dict[str, _Parser]) -> None:
     add = verbs["data"].add_argument
     add("kind", nargs="?", metavar="scenes", help="drawn scenes with coloured shapes and digits")
     add("--out", metavar="DIR", help="folder to write; it must not hold data.json yet")
-    add("--count", metavar="N", type=_number(int, 1), default=500, help="number of images [500]")
-    add("--seed", metavar="S", type=_number(int, 0), default=101, help="seed of the images [101]")
+    add("--count", metavar="N", type=_number(int, 1, 10**7), default=500, help="number of images [500]")
+    add("--seed", metavar="S", type=_number(int, 0, 2**32 - 1), default=101, help="seed of the images [101]")
     add("--relation", action="store_true", help="ask two-hop questions (relation) too")
 
 
-def _number(kind: Callable, least: float | None = None) -> Callable[[str], float]:
-    """A type of option: a number of at least `least`."""
+def _number(kind: Callable, least: float | None = None, most: float = 10**9) -> Callable[[str], float]:
+    """A type of option: a number from `least` to `most`."""
 
     def convert(text: str):
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"={text}: must be a number") from None
+            raise argparse.ArgumentTypeError(f"={shown}: must be a number") from None
         if least is not None and not value >= least:  # false for NaN too
-            raise argparse.ArgumentTypeError(f"={text}: must be at least {least}")
+            raise argparse.ArgumentTypeError(f"={shown}: must be at least {least}")
+        if not value <= most:
+            raise argparse.ArgumentTypeError(f"={shown}: must be at most {most}")
         return value
 
     return convert

@@ -13,6 +13,7 @@ from pathlib import Path
 from evocomp import __version__, log
 from evocomp.arguments import BENCHES, help_of, help_of_all, parse
 from evocomp.config.schema import RunConfig
+from evocomp.launch import end_with_parent
 from evocomp.log import UserError
 
 BROKEN_PIPE = 141
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
+    end_with_parent()
     try:
         code = log.exit_code(lambda: _dispatch(words), "evocomp")
         sys.stdout.flush()
@@ -149,7 +151,7 @@ def _train(config: RunConfig) -> int:
         if config.data.test_samples == 0:
             log.logger.info("the run has no test questions, so it is not evaluated; see %s", run_dir / "compressor")
             return 0
-        if distributed.from_rank_0(lambda: is_new or not (run_dir / "report.json").exists()):
+        if distributed.from_rank_0(lambda: is_new or not _has_report(run_dir)):
             from evocomp.evaluation.run import evaluate_run
 
             evaluate_run(run_dir)
@@ -158,6 +160,10 @@ def _train(config: RunConfig) -> int:
         if log.is_rank_zero():
             _say_what_next(config, run_dir)
     return 0
+
+
+def _has_report(run_dir: Path) -> bool:
+    return all((run_dir / f"report.{suffix}").is_file() for suffix in ("json", "md"))
 
 
 def _answers(config: RunConfig) -> int:

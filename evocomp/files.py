@@ -3,10 +3,13 @@
 import errno
 import itertools
 import os
+import re
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 _numbers = itertools.count(1)
 
@@ -19,18 +22,26 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """`write_whole` for content that is written piece by piece: the file appears when the context is left without an
+    error."""
     temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}")
     try:
         if not path.parent.exists():
             path.parent.mkdir(exist_ok=True)
             _sync(path.parent.parent)
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -43,14 +54,18 @@ def is_full(error: OSError) -> bool:
 def sweep(temporaries: Iterable[Path]) -> None:
     """Delete what killed writers left behind (`*.tmp.*`); others may be writing at this moment."""
     for path in temporaries:
-        host, pid, _ = path.name.split(".tmp.")[1].rsplit(".", 2)
+        name = re.fullmatch(r".+?\.tmp\.(.+)\.(\d{1,9})\.\d+", path.name)
+        if name is None or not path.is_file():
+            continue  # not written by `whole_file`
+        host, pid = name.groups()
         # only a process of this host can be asked whether it lives; a day is longer than any write
         try:
             old = time.time() - path.stat().st_mtime > 86_400
         except FileNotFoundError:
             continue
         if old or (host == socket.gethostname() and not _alive(int(pid))):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # on a read-only disk it does no harm
+                path.unlink()
 
 
 def readable(size: float) -> str:

@@ -3,7 +3,9 @@
 Imports no torch, so that all processes start at once.
 """
 
+import ctypes
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +21,8 @@ MOST = 4
 PATIENCE_SECONDS = 60.0
 """How long further processes may go on after rank 0 is done."""
 _LAUNCHED = "EVOCOMP_PROCESSES"
+_PARENT = "EVOCOMP_PARENT"
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 _PLACED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMP_NUM_THREADS")
 
 
@@ -83,13 +87,30 @@ def beside(count: int, words: Sequence[str]) -> Iterator[None]:
         os.environ |= before
 
 
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it is gone, even by SIGKILL; on Linux.
+
+    Only for processes of a job whose launcher waits for them: those of `beside`, of torchrun and of Lightning.
+    """
+    own = launched() > 1 and os.environ.get("RANK", "0") != "0"
+    lightning = "LOCAL_RANK" in os.environ and "RANK" not in os.environ and os.environ["LOCAL_RANK"] != "0"
+    if not (own or lightning or "TORCHELASTIC_RUN_ID" in os.environ) or not sys.platform.startswith("linux"):
+        return
+    try:
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
+    except (OSError, AttributeError):
+        return
+    if own and os.getppid() != int(os.environ.get(_PARENT, os.getppid())):
+        os._exit(2)  # it had ended before
+
+
 def _environment(count: int) -> dict[str, str]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {**place, **address, "OMP_NUM_THREADS": "1", _LAUNCHED: str(count)}
+    return {**place, **address, "OMP_NUM_THREADS": "1", _LAUNCHED: str(count), _PARENT: str(os.getpid())}
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -1,5 +1,6 @@
 """Messages to the user: one logger, one terminal, and warnings that are said once."""
 
+import errno
 import logging
 import os
 import sys
@@ -30,12 +31,32 @@ def console() -> "Console":
     return Console(stderr=True, highlight=False)
 
 
+LONGEST = 1000
+"""Characters of a message about a mistake; what it quotes may be of any length."""
+
+
+def printable(text: str) -> str:
+    """Text without characters that steer a terminal, or that cannot be written; they are shown as escapes.
+
+    >>> printable("a" + chr(27) + "[31m") == "a" + chr(92) + "x1b[31m"
+    True
+    """
+    steers = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+    return text.translate(steers).encode("utf-8", "backslashreplace").decode()
+
+
+def one_line(message: object) -> str:
+    """A message on one line of limited length, printable."""
+    text = printable(" ".join(str(message).splitlines()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
 class _Handler(logging.Handler):
     """Writes messages to standard error, in a terminal through `console`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = self.format(record)
+            text = printable(self.format(record))
             if sys.stderr.isatty():
                 console().print(text, markup=False, emoji=False, soft_wrap=True)
             else:
@@ -74,6 +95,13 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:.1f} days"
 
 
+_NOT_OURS = {
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EROFS EACCES EPERM EIO ENOENT ENOTDIR EISDIR ENAMETOOLONG ESTALE EMFILE ENFILE".split()
+}
+"""Errors of a disk: full, read-only, gone, failing. A folder that is deleted during a run is one too."""
+
+
 class UserError(Exception):
     """Something the user can put right: printed as one line, exit code 2, no traceback."""
 
@@ -83,7 +111,14 @@ def exit_code(command: Callable[[], int | None], name: str) -> int:
     try:
         return command() or 0
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
+        place = f"{str(error.filename)[:300]}: " if error.filename is not None else ""
+        advice = "mend this and run the same command again; what was finished before is kept"
+        print(f"{name}: {one_line(place + error.strerror)}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)

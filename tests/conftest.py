@@ -3,6 +3,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +12,9 @@ from hypothesis import settings
 from evocomp import log
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a suite that a shell starts in the background inherits that Ctrl-C is ignored, and so would its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # how long an example takes says nothing on a machine that others use too
 settings.register_profile("evocomp", deadline=None)
 settings.load_profile("evocomp")

@@ -59,14 +59,29 @@ class EvoCompConfig(PreTrainedConfig):
         metadata: dict[str, Any] | None = None,
         **kwargs,
     ):
-        if text_config is None:
-            text_config = LlamaConfig()
-        elif isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
+        text_config = _text_config(text_config)
         if head_norm not in ("layer", "none"):
             raise UserError(f"head_norm is {head_norm!r}; use 'layer' or 'none'")
         if positions not in ("original", "dense"):
             raise UserError(f"positions is {positions!r}; use 'original' or 'dense'")
+        _check_numbers(
+            num_layers=(num_layers, int, 1, 1000),
+            width=(width, int, -(10**6), 10**6),
+            dither=(dither, float, 0, 10**6),
+            sharp=(sharp, float, 0, 10**9),
+            hedge=(hedge, float, 0, 1),
+            keep=(keep, float, 0, 10**9),
+            prune_layer=(prune_layer, int, 0, 10**6),
+            init_layer=(init_layer or 0, int, 0, 10**6),
+            use_text=(use_text, bool, 0, 1),
+            budget_input=(budget_input, bool, 0, 1),
+            balance_text=(balance_text, bool, 0, 1),
+        )
+        for name, value in (("hedge_by", hedge_by), ("base_model_name_or_path", base_model_name_or_path or "")):
+            if not isinstance(value, str):
+                raise UserError(f"compressor configuration: {name} is {_shown(value)}; it must be text")
+        if metadata is not None and not isinstance(metadata, dict):
+            raise UserError(f"compressor configuration: metadata is {_shown(metadata)}; it must be a mapping")
         if not 0 <= hedge < 1:
             raise UserError(f"hedge is {hedge!r}; give a share of the selected tokens, at least 0 and below 1")
         if width:
@@ -106,6 +121,44 @@ class EvoCompConfig(PreTrainedConfig):
         config = unwrap(model).config
         kwargs.setdefault("base_model_name_or_path", getattr(config, "_name_or_path", None) or None)
         return cls(text_config=copy.deepcopy(config.get_text_config(decoder=True)), **kwargs)
+
+
+def _text_config(given: PreTrainedConfig | dict | None) -> PreTrainedConfig:
+    """The LLM's text configuration. Raises UserError for a type that is unknown, or sizes that no layer can have."""
+    if isinstance(given, dict):
+        try:
+            given = AutoConfig.for_model(**given)
+        except Exception as error:  # a configuration with fields of wrong types raises whatever it meets
+            line = " ".join(str(error).split())[:200]
+            raise UserError(f"compressor configuration: text_config cannot be used ({line})") from None
+    text = LlamaConfig() if given is None else given
+    if not isinstance(text, PreTrainedConfig):
+        raise UserError(f"compressor configuration: text_config is {_shown(text)}; it must be a mapping")
+    sizes = {"hidden_size": 10**6, "num_attention_heads": 10**5, "intermediate_size": 10**7}
+    sizes = {name: most for name, most in sizes.items() if getattr(text, name, None) is not None}
+    if getattr(text, "num_key_value_heads", None) is not None:
+        sizes["num_key_value_heads"] = 10**5
+    _check_numbers(**{f"text_config.{name}": (getattr(text, name), int, 1, most) for name, most in sizes.items()})
+    return text
+
+
+def _check_numbers(**given: tuple[Any, type, float, float]) -> None:
+    """Raises UserError for a field (value, type, least, most) of another type or outside of its bounds."""
+    for name, (value, kind, least, most) in given.items():
+        is_bool = isinstance(value, bool)
+        right = is_bool if kind is bool else not is_bool and isinstance(value, int if kind is int else int | float)
+        if not right or not least <= value <= most:  # false for NaN
+            what = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+            bounds = "" if kind is bool else f" from {least} to {most}"
+            raise UserError(f"compressor configuration: {name} is {_shown(value)}; it must be {what}{bounds}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _check_width(text: PreTrainedConfig, width: int) -> None:

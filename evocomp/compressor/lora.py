@@ -6,13 +6,15 @@ low-rank updates, the head and the budget vectors are stored (a few MB instead o
 
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 from transformers.utils import cached_file
 
 from evocomp.compressor.config import EvoCompConfig
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.log import UserError
+from evocomp.mllm.weights import check_finite_weights
 
 
 def add_lora(
@@ -59,7 +61,13 @@ def load_lora(folder: str | Path, model: nn.Module, trainable: bool = False) -> 
     for."""
     config = EvoCompConfig.from_pretrained(folder)
     compressor = EvoCompCompressor(config).init_from_layer(model, config.init_layer)
-    return PeftModel.from_pretrained(compressor, folder, is_trainable=trainable)
+    adapter = PeftModel.from_pretrained(compressor, folder, is_trainable=trainable)
+    stored, expected = set(load_peft_weights(str(folder), device="cpu")), set(get_peft_model_state_dict(adapter))
+    if stored != expected:
+        first = sorted(stored ^ expected)[0]
+        raise UserError(f"the adapter in {folder} does not fit its configuration (tensor {first}); copy it again")
+    check_finite_weights(adapter, f"the adapter in {folder}", "copy or train it again")
+    return adapter
 
 
 def merge_lora(compressor: PeftModel) -> EvoCompCompressor:

@@ -5,6 +5,9 @@ Source: EvoComp, arXiv 2604.17087, section on the compressor. The budget input i
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from transformers.utils import ModelOutput
 from evocomp.compressor.config import EvoCompConfig, layer_config
 from evocomp.log import UserError
 from evocomp.mllm.families import decoder, gathered
+from evocomp.mllm.weights import load_complete
 
 
 @dataclass
@@ -70,6 +74,22 @@ class EvoCompCompressor(PreTrainedModel):
         self.budget = BudgetInput(size, config.use_text) if config.budget_input else None
         self.post_init()
         self.reset_layers()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **options: Any) -> Any:
+        """Load what `save_pretrained` wrote, from a folder or hub id; keywords as in transformers.
+
+        Raises:
+            UserError: tensors are missing, of other shapes, superfluous or not finite.
+        """
+        with_info = options.pop("output_loading_info", False)
+        for name in ("ignore_mismatched_sizes", "trust_remote_code"):
+            options.pop(name, None)
+        options = {"use_safetensors": True, **options}
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args)
+        compressor = load_complete(load, f"the compressor in {pretrained_model_name_or_path}", **options)
+        nothing = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        return (compressor, nothing) if with_info else compressor
 
     @property
     def hidden_size(self) -> int:

@@ -20,6 +20,11 @@ SHIPPED = Path(__file__).resolve().parent.parent / "experiments"
 """In a checkout a link to its folder `experiments`; an installed package has the files themselves."""
 
 
+NOT_SETTINGS = (OmegaConfBaseException, ValueError, TypeError, RecursionError)
+"""What OmegaConf and YAML raise, beside errors of syntax, for text that does not hold settings."""
+_DEEPEST = 50
+
+
 def shipped() -> list[str]:
     """Names of the configuration files that are installed with the package, for `--config NAME`."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -48,11 +53,21 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
         config = _merge(config, node, origin)
     try:
         return OmegaConf.to_object(config)  # resolves ${...} on the way
+    except RecursionError:
+        raise UserError("settings refer to one another without an end") from None
     except OmegaConfBaseException as error:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, UserError):
             raise cause from None
         raise UserError(_one_line(error)) from None
+
+
+def load_saved(folder: Path) -> RunConfig:
+    """The settings that a run saved. Raises UserError for a file that was emptied or is no longer whole."""
+    path = folder / "config.yaml"
+    if "run_dir" not in _read(path):
+        raise UserError(f"{path} no longer holds the settings of a run; restore it, or choose another --run_dir")
+    return load([path])
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -94,6 +109,8 @@ def _read(path: Path) -> DictConfig:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a file with settings") from None
+    except NOT_SETTINGS as error:
+        raise UserError(f"{path}: does not hold settings ({_reason(error)})") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: must hold settings (key: value), not a {type(content).__name__}")
     return content
@@ -104,13 +121,33 @@ def _setting(text: str) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([f"{key}={value}"])
     except (OmegaConfBaseException, yaml.YAMLError):
+        return _plain_setting(key, value)
+    except NOT_SETTINGS as error:
+        raise _not_understood(key, value, error) from None
+
+
+def _plain_setting(key: str, value: str) -> DictConfig:
+    """A setting whose value is text, though it looks like YAML."""
+    try:
         return OmegaConf.create(_nested(key.split("."), value))
+    except NOT_SETTINGS as error:
+        raise _not_understood(key, value, error) from None
+
+
+def _not_understood(key: str, value: str, error: Exception) -> UserError:
+    return UserError(f"command line: {_short(key)}={_short(value)} is not understood ({_reason(error)})")
 
 
 def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
-    keys = list(_leaves(OmegaConf.to_container(change)))
+    try:
+        leaves = dict(_leaves(OmegaConf.to_container(change)))
+    except NOT_SETTINGS as error:
+        raise UserError(f"{origin}: {_reason(error)}") from None
+    keys = list(leaves)
     for key in keys:
         check_known(key, origin)
+        if leaves[key] == "???":  # OmegaConf takes it for a value that is still missing, and keeps the default
+            raise UserError(f"{origin}: {key}=??? is not a value")
     try:
         return OmegaConf.merge(config, change)
     except OmegaConfBaseException as error:
@@ -118,6 +155,8 @@ def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
         # OmegaConf does not always say where; a setting of the command line is one key
         named = text if len(keys) > 1 or text.startswith(keys[0]) else f"{keys[0]}: {text}"
         raise UserError(f"{origin}: {named}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: {keys[0] if len(keys) == 1 else 'settings'}: {_reason(error)}") from None
 
 
 @cache
@@ -136,15 +175,32 @@ def check_known(key: str, origin: str) -> None:
     if not near:
         near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
     hint = f"did you mean {near[0]}?" if near else "evocomp config lists them"
-    raise UserError(f"{origin}: unknown setting {key}; {hint}")
+    raise UserError(f"{origin}: unknown setting {_short(key)}; {hint}")
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[str]:
+def _leaves(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
+    if depth > _DEEPEST:
+        raise ValueError(f"{_short(prefix)} lies more than {_DEEPEST} levels deep")
     if isinstance(tree, dict) and (tree or not prefix):
         for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
     else:
-        yield prefix
+        yield prefix, tree
+
+
+def _short(text: str) -> str:
+    """Text for a message: on one line, of limited length, and printable."""
+    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OmegaConfBaseException):
+        return _one_line(error)
+    if isinstance(error, RecursionError):
+        return "settings lie too deeply within one another"
+    return _short(str(error)) or type(error).__name__
 
 
 def _nested(path: list[str], value: str) -> dict:
@@ -156,4 +212,5 @@ def _one_line(error: OmegaConfBaseException) -> str:
     text = re.sub(r"\s+", " ", str(error).split("full_key")[0]).strip()
     if "$VALUE" in text:  # OmegaConf leaves its template unfilled for items of a tuple
         text = f"an item has the wrong type ({text.rsplit(' ', 1)[-1].lower()} expected)"
-    return f"{key}: {text}" if key else text
+    text = f"{key}: {text}" if key else text
+    return text if len(text) <= 400 else f"{text[:397]}..."

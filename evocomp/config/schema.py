@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from evocomp.config.checks import at_least, require, require_consistent
+from evocomp.config.checks import at_least, numbers, require, require_bounded, require_consistent
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,12 @@ class DataConfig:
     """Faulty records (a missing image, a video, ...) that are skipped before the run gives up; and as many whose image
     does not decode, which is found when the model reads it."""
 
+    max_tokens: int = 0
+    """Longest prompt with its answer, image tokens included [tokens]; 0 = the positions that the MLLM was made for."""
+
     def __post_init__(self):
         at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
+        at_least(self, 0, "data.", "max_tokens", "train_seed", "val_seed", "test_seed")
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,7 @@ class LabelConfig:
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
         at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
         at_least(self, 0, "labels.", "generations_per_refresh", "credit_samples", "samples_per_epoch", "flat", "probes")
+        numbers(self, "labels.", "credit_sizes", "proposal_sizes")
         for name in ("credit_sizes", "proposal_sizes"):
             sizes = getattr(self, name)
             require(len(sizes) > 0 and min(sizes) > 0, f"labels.{name}={list(sizes)}: give at least one size above 0")
@@ -347,6 +352,7 @@ class EvalConfig:
     """Pictures on kept.png."""
 
     def __post_init__(self):
+        numbers(self, "eval.", "kept")
         require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
         at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens", "monitor_every", "sheet")
 
@@ -379,4 +385,5 @@ class RunConfig:
 
     def __post_init__(self):
         at_least(self, 0, "", "seed", "threads")
+        require_bounded(self)
         require_consistent(self)

@@ -20,7 +20,8 @@ from evocomp.data.image_files import ImageFolder, named_images
 from evocomp.data.json_records import read_records
 from evocomp.data.scenes import SceneSpec, scene_examples
 from evocomp.data.turns import ASSISTANT, USER, Fault, Mark, Turn, read_turns, speaks_of_image
-from evocomp.log import UserError, logger
+from evocomp.files import whole_file, write_whole
+from evocomp.log import UserError, logger, one_line, printable
 
 _TURNS = ("conversations", "messages")
 
@@ -95,16 +96,15 @@ def write_scenes(
     for example in scene_examples(seed, 0, count, spec, relation):
         name = f"images/{example.image_id}.png"
         if name not in written:
-            Image.fromarray(example.image).save(out / name)
+            with whole_file(out / name) as file:
+                Image.fromarray(example.image).save(file, "PNG")
             written.add(name)
         turns = [
             {"from": "human", "value": f"<image>\n{example.prompt}"},
             {"from": "gpt", "value": example.answer},
         ]
         records.append({"id": str(example.id), "image": name, "kind": example.kind, "conversations": turns})
-    temporary = out / "data.json.tmp"
-    temporary.write_text(json.dumps(records, indent=0) + "\n")
-    temporary.replace(out / "data.json")
+    write_whole(out / "data.json", (json.dumps(records, indent=0) + "\n").encode())
     return len(records)
 
 
@@ -128,7 +128,7 @@ def _name(record: dict[str, Any], number: int) -> str:
     """What a record is called in messages: its id, or its number where it has none."""
     name = record.get("id")
     text = str(number if name is None or name == "" else name)
-    return f"record {' '.join(text.split())[:80]}"
+    return f"record {printable(' '.join(text.split())[:80])[:90]}"
 
 
 def _check_form(path: Path, number: int, record: Any) -> None:
@@ -140,6 +140,7 @@ def _check_form(path: Path, number: int, record: Any) -> None:
 
 
 def _leave_out(reading: Reading, fault: str, path: Path, max_bad: int) -> None:
+    fault = one_line(fault)
     reading.bad.append(fault)
     logger.warning("left out %s", fault)
     if len(reading.bad) > max_bad:
@@ -243,7 +244,7 @@ def _answered(
                 image_id=image_id,
                 prompt=question.text,
                 answer=answer.text,
-                kind=str(record.get("kind") or ""),
+                kind=printable(str(record.get("kind") or "")),
                 history=tuple(history),
                 extra={"record": name},
                 further_images=paths[1:],

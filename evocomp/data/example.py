@@ -14,7 +14,7 @@ def stable_id(*parts: Any) -> int:
     >>> stable_id("train", 3) == stable_id("train", 3)
     True
     """
-    text = "\x1f".join(str(part) for part in parts).encode()
+    text = "\x1f".join(str(part) for part in parts).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -126,13 +127,31 @@ def heartbeat_store() -> HeartbeatStore:
     if _heartbeats is None:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         if rank() == 0:
-            _server = dist.TCPStore(host, 0, None, True, wait_for_workers=False)
+            _server = _listen_at(host)
             _server.set("gone", "")
             for other in range(world_size()):
                 _server.set(f"heartbeat/{other}", "")
         port = broadcast(_server.port if rank() == 0 else None)
         _heartbeats = HeartbeatStore(host, port)
     return _heartbeats
+
+
+def _listen_at(host: str) -> dist.TCPStore:
+    """A store on a free port of the address that the ranks use, not on all interfaces of this machine: it has no
+    password."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.bind((address[0], 0, *address[2:]))
+        listener.listen(1024)
+    except OSError:  # a name that leads to this machine from outside only, as behind address translation
+        listener.close()
+        return dist.TCPStore(host, 0, None, True, wait_for_workers=False)
+    port = listener.getsockname()[1]
+    # the store takes the socket over and closes it
+    return dist.TCPStore(
+        host, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+    )
 
 
 def leave() -> None:

@@ -1,8 +1,10 @@
 """Rank and size of the job, exchange of values between its processes, and requests to stop."""
 
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ import torch.distributed as dist
 
 from evocomp.launch import launched
 from evocomp.log import UserError
+
+_LOST = re.compile(r"onnection|connect|[Ss]ocket|[Tt]imed out|[Tt]imeout|[Bb]roken pipe|reset by peer")
+"""What torch says of a process that is gone."""
 
 
 def rank() -> int:
@@ -42,7 +47,7 @@ def join() -> None:
     """Initialise the process group if a launcher started several processes; Lightning uses the same group.
 
     Raises:
-        UserError: more processes than GPUs on this node.
+        UserError: more processes than GPUs on this node, or a process of the job is gone.
     """
     if not launched_by_torchrun() or dist.is_initialized():
         return
@@ -53,9 +58,8 @@ def join() -> None:
                 "start one process per GPU (PROCESSES=gpu)"
             )
         torch.cuda.set_device(local_rank())
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    with _reaching_others():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def broadcast(value, source: int = 0):
@@ -63,7 +67,8 @@ def broadcast(value, source: int = 0):
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source, device=_object_device())
+    with _reaching_others():
+        dist.broadcast_object_list(box, src=source, device=_object_device())
     return box[0]
 
 
@@ -72,8 +77,24 @@ def gather(value) -> list[Any]:
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _reaching_others():
+        dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """Turn the loss of another process, which gloo and TCPStore tell in forty lines, into a `UserError`."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if not _LOST.search(str(error)):
+            raise
+        where = os.environ.get("RANK", "0")
+        raise UserError(
+            f"rank {where} lost another process of the job ({' '.join(str(error).split())[:160]}); finished work is "
+            "kept, run the same command again"
+        ) from None
 
 
 def from_rank_0(look: Callable[[], Any]) -> Any:

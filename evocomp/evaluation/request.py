@@ -38,7 +38,7 @@ def check_request(
     Raises:
         UserError: the run has no compressor, a method is unknown, or other questions than the run's own have no --out.
     """
-    config = config_files.load([run_dir / "config.yaml"])
+    config = config_files.load_saved(run_dir)
     compressor = run_dir / "compressor" / "config.json"
     if not compressor.is_file():
         raise UserError(f"{run_dir} has no trained compressor; finish it: evocomp train --config {run_dir}/config.yaml")
@@ -51,7 +51,7 @@ def check_request(
 def _has_context_tokens(compressor: Path) -> bool:
     try:
         return bool(json.loads(compressor.read_text()).get("sharp", 0))
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{compressor} cannot be read; restore it, or train the run again") from None
 
 

@@ -1,6 +1,8 @@
 """Judge a finished run: the panel on fresh questions, and the report."""
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,6 @@ import numpy as np
 import torch
 
 from evocomp import distributed
-from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import RunConfig
 from evocomp.data.example import Example
@@ -23,6 +24,7 @@ from evocomp.evaluation.report import make_report
 from evocomp.evaluation.request import GIVEN_CONTEXT, check_request, rows_of
 from evocomp.evaluation.rivals.staged import staged_outcomes
 from evocomp.evaluation.terminal import terminal
+from evocomp.files import write_whole
 from evocomp.inference import card
 from evocomp.inference.names import weights_of
 from evocomp.log import UserError, logger
@@ -76,6 +78,7 @@ def evaluate_run(
         check_place(out, judged)
     mllm = FrozenMLLM.load(config.model.name, config.model.dtype, config.model.attention, device)
     mllm.max_bad = config.data.max_bad
+    mllm.max_tokens = config.data.max_tokens
     warn_of_unknown_words(mllm.processor.tokenizer, texts_of(examples), config.model.name)
     others, remarks = siblings(config, run_dir, compressor)
     logger.info("evaluation on %d questions", len(examples))
@@ -101,7 +104,7 @@ def evaluate_run(
     sheet = out / "kept.png"
     out.mkdir(parents=True, exist_ok=True)
     if not is_own:
-        (out / JUDGED).write_text(judged)
+        write_whole(out / JUDGED, judged.encode())
     draw_sheet(judge, outcomes, compressor, config.eval.sheet, middle(config.eval.kept), sheet)
     write_report(report, out, sheet)
     if is_own:
@@ -111,10 +114,22 @@ def evaluate_run(
     for kind, own in apart.items():
         title = f"Accuracy with fewer visual tokens: {kind} questions"
         special = make_report(*part(outcomes, judge.questions, own), title=title, **settings)
-        write_report(special, out / kind)
+        write_report(special, out / folder_name(kind))
         print(f"\n{kind} questions, reported separately\n{terminal(special)}")
     logger.info("written: %s", out / "report.html")
     return report.rows
+
+
+def folder_name(kind: str) -> str:
+    """Name of a folder for a question type, which is text from the data and may hold anything.
+
+    >>> folder_name("relation"), folder_name("../../x").startswith("kind-x-")
+    ('relation', True)
+    """
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", kind):
+        return kind
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", kind).strip("-")[:32]
+    return f"kind-{plain}-{hashlib.sha256(kind.encode('utf-8', 'replace')).hexdigest()[:8]}"
 
 
 def own_share(examples: Sequence[Example], rank: int, world: int) -> list[int]:
@@ -151,9 +166,7 @@ def read_compressor(run_dir: Path) -> EvoCompCompressor:
     """The compressor of a run, for judging. Raises `UserError` for weights that cannot be read or are not finite."""
     folder = run_dir / "compressor"
     with weights_of(folder):
-        compressor = EvoCompCompressor.from_pretrained(folder).eval()
-    check_finite_weights(compressor, f"the compressor in {folder}", "train it again with a smaller optim.lr")
-    return compressor
+        return EvoCompCompressor.from_pretrained(folder).eval()
 
 
 def check_place(out: Path, judged: str) -> None:
@@ -210,14 +223,17 @@ def _cost(run_dir: Path) -> str:
     """What a run has cost, in words."""
     try:
         cost = json.loads((run_dir / "trained.json").read_text())["cost"]
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, TypeError):
         return ""
-    parts = []
-    for purpose, share in cost.items():
-        if isinstance(share, dict):
-            work = f"{share['forwards']:,} scored pairs, {share['flops'] / 1e12:.2f} TFLOP"
-            parts.append(f"{purpose} {share['cpu_seconds']:.0f} CPU s ({work})")
-    return f"; {cost['labelled']:,} labelled questions; " + ", ".join(parts)
+    try:
+        parts = []
+        for purpose, share in cost.items():
+            if isinstance(share, dict):
+                work = f"{share['forwards']:,} scored pairs, {share['flops'] / 1e12:.2f} TFLOP"
+                parts.append(f"{purpose} {share['cpu_seconds']:.0f} CPU s ({work})")
+        return f"; {cost['labelled']:,} labelled questions; " + ", ".join(parts)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""  # not what a run writes
 
 
 @torch.inference_mode()

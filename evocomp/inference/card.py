@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from evocomp.compressor.config import EvoCompConfig
 from evocomp.compressor.lora import save_lora
 from evocomp.compressor.model import EvoCompCompressor
+from evocomp.files import write_whole
+from evocomp.log import UserError
 from evocomp.mllm.hf import SHIPPED_MODELS
 
 USE = """```python
@@ -54,11 +57,14 @@ def save(
         # lists, because the file sorts the keys of mappings and columns have an order
         metadata["panel"] = [list(panel[0]), *([row.get(column, "") for column in panel[0]] for row in panel)]
     config.metadata = {**config.metadata, **metadata}
-    if adapter:
-        save_lora(compressor, folder)
-    else:
-        compressor.save_pretrained(folder)
-    Path(folder, "README.md").write_text(card(config), encoding="utf-8")
+    try:
+        if adapter:
+            save_lora(compressor, folder)
+        else:
+            compressor.save_pretrained(folder)
+    except SafetensorError as error:  # it wraps what the disk says
+        raise UserError(f"{folder} cannot be written ({error}); mend this and run the same command again") from None
+    write_whole(Path(folder, "README.md"), card(config).encode("utf-8", "replace"))
 
 
 def card(config: EvoCompConfig) -> str:

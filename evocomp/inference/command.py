@@ -7,6 +7,7 @@ from PIL import Image
 
 from evocomp.data.images import read_image
 from evocomp.distributed import set_threads
+from evocomp.files import whole_file
 from evocomp.inference.choose import check_keep
 from evocomp.inference.generate import TimedAnswer, timed_generate
 from evocomp.inference.hooks import compress
@@ -84,4 +85,6 @@ def _draw(picture: Image.Image, kept: np.ndarray, tokens: int, path: Path) -> No
     if side * side != tokens:
         raise UserError(f"--save draws square grids of tokens only; this picture has {tokens}")
     pixels = np.asarray(picture.resize((side * 28, side * 28), Image.Resampling.BICUBIC))
-    Image.fromarray(light_up(pixels, kept, (side, side))).save(path)
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    with whole_file(path) as file:
+        Image.fromarray(light_up(pixels, kept, (side, side))).save(file, kind)

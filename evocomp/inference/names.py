@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from evocomp.compressor.config import EvoCompConfig
 from evocomp.log import UserError
 from evocomp.mllm.hf import ASSETS
+from evocomp.mllm.weights import reason
 from evocomp.selection import SELECTORS
 
 SHIPPED = {"nano": ASSETS / "nano_compressor"}
@@ -61,14 +60,16 @@ def check_is_compressor(path: str | Path) -> None:
     config, reason = {}, "the folder has no config.json"
     try:
         config = EvoCompConfig.get_config_dict(path)[0]
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
     if not folder.is_dir() and not config:
         # transformers takes what is no folder for a hub id, and complains of its form
         may_be_id = not folder.is_absolute() and str(path)[0] not in ".~" and str(path).count("/") == 1
         reason = f"no such folder, and as a hub id: {reason}" if may_be_id else "no such folder"
     if not config:
         raise UserError(f"no compressor at {path}: {reason}; give RUN/compressor of a run, or train one: evocomp train")
+    if not isinstance(config, dict):
+        raise UserError(f"{path}/config.json holds no configuration; copy or train the compressor again")
     if config.get("model_type") != EvoCompConfig.model_type:
         raise UserError(
             f"{path} holds a model of type {config.get('model_type')!r}, not an EvoComp compressor; "
@@ -81,6 +82,7 @@ def weights_of(path: str | Path) -> Iterator[None]:
     """Turn what goes wrong while weights are read from a folder or hub id into a `UserError`."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"the weights in {path} cannot be read ({reason}); copy or train them again") from None
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises whatever it meets in a foreign folder
+        raise UserError(f"the weights in {path} cannot be read ({reason(error)}); copy or train them again") from None

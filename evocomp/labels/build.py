@@ -68,7 +68,10 @@ def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: 
     if config.labels.dir and follows_compressor(config.labels):
         path = os.path.abspath(folder)
         own = f"refreshed-{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-        refreshed = _open_store(store_folder / own, {**fingerprint, "run": path}, overwrite=True)
+        # labels of a read-only disk can be used; what the run makes itself goes to its own folder
+        is_writable = distributed.from_rank_0(lambda: (store_folder / own).exists() or os.access(store_folder, os.W_OK))
+        parent = store_folder if is_writable else folder / "labels"
+        refreshed = _open_store(parent / own, {**fingerprint, "run": path}, overwrite=True)
     if is_rank_zero():
         first = mllm.readable(splits.train, most=1)
         say_disk_use(config, len(splits.train), len(first[0][1].visual) if first else 0, store_folder)

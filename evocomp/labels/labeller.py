@@ -152,7 +152,13 @@ class Labeller:
                 )
             previous = before.read(round - 1) if round else {}
             self._fill(store, round, previous, scores, report)
-        return store.read(round)
+        records = store.read(round)
+        if unknown := records.keys() - self.examples.keys():
+            raise UserError(
+                f"round {round} of label store {store.path} has labels of samples that are not in the data (first "
+                f"{min(unknown)}); delete that round and run the labelling again"
+            )
+        return records
 
     def _is_complete(self, store: LabelStore, round: int) -> bool:
         """Whether the store's round is committed, and with as many chunks as it has."""
@@ -163,6 +169,11 @@ class Labeller:
             return True  # what says how many it must have is gone
         expected = len(self.rounds.chunks(round, before.read(round - 1) if round else {}))
         listed = len(store.chunks(round))
+        if listed > expected:
+            raise UserError(
+                f"round {round} of label store {store.path} is committed with {listed} chunks and must have "
+                f"{expected}; delete that round and run the labelling again"
+            )
         if listed < expected:
             logger.warning(
                 "round %d of label store %s is committed with %d of %d chunks; the others are made now",
@@ -171,7 +182,7 @@ class Labeller:
                 listed,
                 expected,
             )
-        return listed >= expected
+        return listed == expected
 
     def store_of(self, round: int) -> LabelStore:
         """Where a round lies."""
@@ -201,7 +212,7 @@ class Labeller:
         self.waited = queue.waited
         if not shared:
             _exchange(store, round, len(chunks))
-        self._commit(store, round, len(chunks), queue, shared)
+        self._commit(store, round, chunks, queue, shared)
 
     def forget(self, rounds: Collection[int] | None = None) -> None:
         """Delete rounds from 1 on that are not needed any more, on every disk that holds them. All ranks call it.
@@ -222,14 +233,17 @@ class Labeller:
         if any(self.mllm.shard_group.gather(request.asked)):
             raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
 
-    def _commit(self, store: LabelStore, round: int, count: int, queue: WorkQueue, shared: bool) -> None:
+    def _commit(
+        self, store: LabelStore, round: int, chunks: Sequence[Sequence[int]], queue: WorkQueue, shared: bool
+    ) -> None:
         """Rank 0 declares the round complete; each node does where stores are not shared."""
+        count = len(chunks)
         if rank() == 0 or (not shared and local_rank() == 0):
             # listings of a network file system may be a minute old
             until = time.monotonic() + 90.0
             while store.missing(round, range(count)) and time.monotonic() < until:
                 time.sleep(1.0)
-            store.commit(round, range(count))
+            store.commit(round, range(count), chunks)
         queue.wait_for(lambda: store.committed(round))
 
     def _make_readable(self, round, ids, previous, scores, progress, report) -> list[Record]:

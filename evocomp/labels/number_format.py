@@ -45,7 +45,7 @@ def _chosen(config: RunConfig, folder: Path) -> tuple[str, str]:
     """`labels.dtype` and `optim.muon_dtype`."""
     labels, muon = config.labels.dtype, config.optim.muon_dtype
     if (folder / "config.yaml").is_file():
-        there = config_files.load([folder / "config.yaml"])
+        there = config_files.load_saved(folder)
         # a run from before these settings has "auto" here still, and does what it did then
         return (there.labels.dtype if labels == AUTO else labels), (there.optim.muon_dtype if muon == AUTO else muon)
     if labels == AUTO:

@@ -1,5 +1,7 @@
 """Label records as safetensors bytes: no pickle, mapped by name, the same bytes for the same records."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,33 +39,62 @@ def encode(records: list[Record]) -> bytes:
         tensors[f"{name}.offsets"] = np.cumsum([0] + [value.size for value in values], dtype=np.int64)
         if values[0].ndim > 1:
             tensors[f"{name}.shape"] = np.array([value.shape for value in values], dtype=np.int64)
-    # no metadata: safetensors keeps it in a hash map, whose order changes from process to process
-    return safetensors.numpy.save(tensors)
+    # one entry of metadata only: safetensors keeps it in a hash map, whose order changes from process to process
+    return safetensors.numpy.save(tensors, {CHECKSUM: _checksum(tensors)})
 
 
 def decode(content: bytes, path: Path) -> list[Record]:
-    """Inverse of `encode`; `path` is for the error message."""
+    """Inverse of `encode`; `path` is for the error message. Raises UserError for a file that `encode` did not write."""
     tensors = tensors_of(content, path)
+    try:
+        return _records(tensors)
+    except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"label chunk {path} does not hold label records ({reason}); {ANEW}") from None
+
+
+def _records(tensors: dict[str, np.ndarray]) -> list[Record]:
     records: list[Record] = [{"id": int(id)} for id in tensors["id"]]
     for name in sorted({name.split(".")[0] for name in tensors} - {"id"}):
         if name in tensors:
             for record, value in zip(records, tensors[name].tolist(), strict=True):
                 record[name] = value
             continue
+        offsets = tensors[f"{name}.offsets"]
+        if offsets[0] != 0 or offsets[-1] != len(tensors[f"{name}.data"]) or np.any(np.diff(offsets) < 0):
+            raise ValueError(f"offsets of {name}")
         # a copy: what safetensors gives cannot be written to, and torch warns of such arrays
-        values = np.split(tensors[f"{name}.data"].copy(), tensors[f"{name}.offsets"][1:-1])
+        values = np.split(tensors[f"{name}.data"].copy(), offsets[1:-1]) if len(offsets) > 1 else []
         shapes = tensors.get(f"{name}.shape")
         for row, (record, value) in enumerate(zip(records, values, strict=True)):
             record[name] = value if shapes is None else value.reshape(shapes[row])
     return records
 
 
+CHECKSUM = "sha256"
+"""Metadata of a chunk: SHA-256 of its tensors, so that damage is found before the round is committed."""
+
+
+def _checksum(tensors: dict[str, np.ndarray]) -> str:
+    return hashlib.sha256(safetensors.numpy.save(tensors)).hexdigest()
+
+
 def tensors_of(content: bytes, path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a chunk; UserError when its bytes are not whole."""
+    """The arrays of a chunk; UserError when its bytes are not whole or not those that were written."""
     try:
-        return safetensors.numpy.load(content)
-    except SafetensorError as error:
-        raise UserError(f"label chunk {path} is broken or cut short ({error}); {ANEW}") from None
+        tensors = safetensors.numpy.load(content)
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"label chunk {path} is broken or cut short ({reason}); {ANEW}") from None
+    ids = tensors.get("id")
+    if ids is None or ids.dtype != np.int64 or ids.ndim != 1:
+        raise UserError(f"label chunk {path} does not hold label records (no column of ids); {ANEW}")
+    # chunks of earlier versions have no checksum
+    if metadata and metadata.get(CHECKSUM) != _checksum(tensors):
+        raise UserError(f"label chunk {path} is damaged: its checksum is another one; {ANEW}")
+    return tensors
 
 
 MAY_BE_UNKNOWN = ("best_loss", "first_best", "first_mean", "losses")

@@ -5,20 +5,22 @@
     DIR/round-0003/COMMIT.json                  written last: the round is complete
 
 A file appears under its name only when all its bytes are on disk (temporary name, fsync, rename), so that
-readers and writers need no locks. Chunks are keyed by samples and never by ranks: a round that several ranks
+readers and writers of one store need no locks; a lock keeps a store that is in use from being overwritten with other
+settings. Chunks are keyed by samples and never by ranks: a round that several ranks
 made, crashed in and resumed has the same bytes as one made by a single process.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evocomp.files import is_full, sweep, write_whole
+from evocomp.labels.lock import alone, hold
 from evocomp.labels.records import ANEW, Record, check_finite, decode, encode, tensors_of
 from evocomp.log import UserError, logger, warn_once
 
@@ -38,6 +40,7 @@ class LabelStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._made_by: dict[str, Any] | None = None  # known once the store was opened
 
     @classmethod
     def open(cls, path: str | Path, fingerprint: dict[str, Any], overwrite: bool = False) -> "LabelStore":
@@ -48,33 +51,61 @@ class LabelStore:
             fingerprint: what the labels depend on (model, data, label configuration, ...), JSON values.
             overwrite: throw away a store made by another fingerprint. One of this fingerprint is continued.
 
-        Raises UserError when the folder holds a store of another fingerprint, or something else.
+        Raises UserError when the folder holds a store of another fingerprint, or something else, or another process is
+        using the store that is to be thrown away.
         """
         store = cls(Path(path))
         fingerprint = json.loads(json.dumps(fingerprint))
         try:
             store.path.mkdir(parents=True, exist_ok=True)
+            # listed before meta.json is looked for: another rank may be starting the same store
+            entries = [entry for entry in store.path.iterdir() if not entry.name.startswith("meta.json.tmp.")]
         except OSError as error:
             raise UserError(f"{path} cannot be a folder for the labels: {error.strerror}") from None
-        # listed before meta.json is looked for: another rank may be starting the same store
-        entries = [entry for entry in store.path.iterdir() if not entry.name.startswith("meta.json.tmp.")]
         found = store._meta()
-        made_by = {"schema": SCHEMA, "fingerprint": fingerprint}
+        store._made_by = {"schema": SCHEMA, "fingerprint": fingerprint}
         if found is None and entries:
             raise UserError(f"{path} is neither empty nor a label store; choose another folder")
-        if found is not None and {key: found[key] for key in made_by} == made_by:
+        if found is None:
+            store._start()
+        elif not store._is_made_by_this(found):
+            if not overwrite:
+                there, here = _leaves(found), _leaves(store._made_by)
+                differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+                raise _made_by_others(path, found, store._made_by, differing)
+            store._overwrite()
+        else:
             sweep([*store.path.glob("*.tmp.*"), *store.path.glob("round-*/*.tmp.*")])
             store._check_numpy(found)
-            return store
-        if found is not None:
-            if not overwrite:
-                there, here = _leaves(found), _leaves(made_by)
-                differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-                raise _made_by_others(path, found, made_by, differing)
-            for folder in store.path.glob("round-*"):
-                store._remove(folder)
-        store._replace(store.path / "meta.json", _json({**made_by, "numpy": np.__version__}))
+        hold(store.path)
+        store._check_is_mine()  # another process may have overwritten it just now
         return store
+
+    def _is_made_by_this(self, found: dict) -> bool:
+        return {key: found[key] for key in self._made_by} == self._made_by
+
+    def _start(self) -> None:
+        self._replace(self.path / "meta.json", _json({**self._made_by, "numpy": np.__version__}))
+
+    def _overwrite(self) -> None:
+        """Throw away rounds that were made with other settings, unless another process is using them."""
+        with alone(self.path):
+            folders = [folder for folder in self.path.glob("round-*") if folder.is_dir()]
+            # before anything is deleted
+            for folder in folders:
+                self._check_removable(folder)
+            for folder in folders:
+                self._remove(folder)
+            self._start()
+
+    def _check_is_mine(self) -> None:
+        """Raise `UserError` if the store was overwritten with other settings since it was opened."""
+        found = self._meta() if self._made_by is not None else None
+        if self._made_by is not None and (found is None or not self._is_made_by_this(found)):
+            raise UserError(
+                f"label store {self.path} was overwritten or deleted by another process; choose another folder "
+                "(labels.dir) for one of the two"
+            )
 
     @classmethod
     def refuse_other(cls, path: str | Path, known: dict[str, Any]) -> None:
@@ -99,9 +130,10 @@ class LabelStore:
 
     def put(self, round: int, chunk: int, content: bytes) -> None:
         """`write`, with the bytes that `content` gave in another store."""
+        self._check_is_mine()
         path = self._chunk(round, chunk)
         if path.exists():
-            if path.read_bytes() != content:
+            if _content(path) != content:
                 logger.warning("%s exists with other content; the first one is kept", path)
             return
         self._replace(path, content)
@@ -123,7 +155,7 @@ class LabelStore:
     def stored(self, round: int) -> list[int]:
         """Chunk numbers that are stored, ascending; their round need not be committed."""
         paths = self._folder(round).glob("chunk-*")
-        found = (re.fullmatch(r"chunk-(\d+)\.safetensors", path.name) for path in paths)
+        found = (re.fullmatch(r"chunk-(\d{6,9})\.safetensors", path.name) for path in paths)
         return sorted(int(m[1]) for m in found if m)
 
     def _read_chunk(self, round: int, chunk: int, hashes: dict[str, str]) -> list[Record]:
@@ -140,8 +172,16 @@ class LabelStore:
 
     # -- rounds
 
-    def commit(self, round: int, chunks: Iterable[int]) -> None:
-        """Declare the round complete: all of `chunks` are there and whole. Called by one rank."""
+    def commit(self, round: int, chunks: Iterable[int], samples: Sequence[Collection[int]] | None = None) -> None:
+        """Declare the round complete: all of `chunks` are there and whole. Called by one rank.
+
+        Args:
+            samples: for each chunk number the samples that it may hold; None: any.
+
+        Raises:
+            UserError: a chunk is missing, damaged or holds other samples.
+        """
+        self._check_is_mine()
         chunks = sorted(chunks)
         missing = self.missing(round, chunks)
         if missing:
@@ -153,7 +193,9 @@ class LabelStore:
         for chunk in chunks:
             path = self._chunk(round, chunk)
             content = _content(path)
-            tensors_of(content, path)
+            ids = tensors_of(content, path)["id"].tolist()
+            if samples is not None and not set(ids) <= set(samples[chunk]):
+                raise UserError(f"label chunk {path} holds labels of other samples; {ANEW}")
             hashes[str(chunk)] = _sha256(content)
         self._replace(self._folder(round) / "COMMIT.json", _json({"chunks": hashes}))
 
@@ -173,7 +215,7 @@ class LabelStore:
 
     def begun(self) -> list[int]:
         """The rounds that have a folder, complete or not, ascending."""
-        found = (re.fullmatch(r"round-(\d+)", folder.name) for folder in self.path.glob("round-*"))
+        found = (re.fullmatch(r"round-(\d{4,9})", folder.name) for folder in self.path.glob("round-*"))
         return sorted(int(m[1]) for m in found if m)
 
     def read(self, round: int) -> dict[int, Record]:
@@ -183,7 +225,11 @@ class LabelStore:
         hashes = self._hashes(round)
         for chunk in chunks:
             for record in self._read_chunk(round, chunk, hashes):
-                assert record["id"] not in records, f"sample {record['id']} is in two chunks of round {round}"
+                if record["id"] in records:
+                    raise UserError(
+                        f"sample {record['id']} is in two chunks of round {round} of label store {self.path}; delete "
+                        "that round and run the labelling again"
+                    )
                 records[record["id"]] = record
         return records
 
@@ -231,14 +277,17 @@ class LabelStore:
             meta = json.loads(path.read_bytes())
             assert isinstance(meta["schema"], int) and isinstance(meta["numpy"], str)
             return {**meta, "fingerprint": dict(meta["fingerprint"])}
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise UserError(f"{path} is not readable; restore it or choose another folder") from None
 
     def _hashes(self, round: int) -> dict[str, str]:
         path = self._folder(round) / "COMMIT.json"
         try:
-            return dict(json.loads(path.read_bytes())["chunks"])
-        except (ValueError, KeyError, TypeError):
+            hashes = dict(json.loads(path.read_bytes())["chunks"])
+            if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in hashes):
+                raise ValueError
+            return hashes
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} is not readable; delete it and run the labelling again") from None
 
     def _check_numpy(self, meta: dict) -> None:
@@ -257,15 +306,29 @@ class LabelStore:
                     f"no space left for label store {self.path}; make room and run again: "
                     "the chunks that are finished are kept"
                 ) from error
-            raise
+            raise UserError(
+                f"label store {self.path} cannot be written ({error.strerror}); mend this, or choose another folder "
+                "(labels.dir)"
+            ) from error
+
+    def _check_removable(self, folder: Path) -> None:
+        """Raise `UserError` if the folder of a round holds what no label store writes."""
+        for path in folder.iterdir():
+            if path.is_dir() or not re.fullmatch(r"(COMMIT\.json|chunk-\d+\.safetensors)(\.tmp\..+)?", path.name):
+                raise UserError(f"{path} does not belong to a label store; move it away, or choose another folder")
 
     def _remove(self, folder: Path) -> None:
-        # the commit goes first: a removal that is cut short leaves an incomplete round, not a broken one
-        (folder / "COMMIT.json").unlink(missing_ok=True)
-        for path in folder.glob("*"):
-            path.unlink(missing_ok=True)
-        if folder.exists():
+        if not folder.exists():
+            return
+        self._check_removable(folder)
+        try:
+            # the commit goes first: a removal that is cut short leaves an incomplete round, not a broken one
+            (folder / "COMMIT.json").unlink(missing_ok=True)
+            for path in folder.glob("*"):
+                path.unlink(missing_ok=True)
             folder.rmdir()
+        except OSError as error:
+            raise UserError(f"{folder} of the label store cannot be deleted ({error.strerror})") from None
 
 
 def _content(path: Path) -> bytes:
@@ -273,6 +336,8 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"label chunk {path} is missing; run the labelling again") from None
+    except OSError as error:
+        raise UserError(f"label chunk {path} cannot be read ({error.strerror})") from None
 
 
 def _sha256(content: bytes) -> str:

@@ -8,6 +8,7 @@ borders of packed sequences and silently masks attention across them.
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from evocomp.mllm.cache_argument import CACHE
 from evocomp.mllm.context import Shown, add_log_size, check_weighable
 from evocomp.mllm.features import Features
 from evocomp.mllm.reader import Reader
+from evocomp.mllm.weights import load_complete, reason
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED_MODELS = ("nano", "nano576")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class FrozenMLLM(Reader):
@@ -53,18 +56,29 @@ class FrozenMLLM(Reader):
         cls, name: str, dtype: str = "float32", attention: str = "sdpa", device: str | torch.device = "cpu"
     ) -> "FrozenMLLM":
         """Load `nano` or `nano576` (shipped), a folder, or a Hugging Face id."""
-        path = ASSETS / name if (ASSETS / name / "config.json").is_file() else name
+        if not isinstance(name, str | Path) or not str(name):
+            what = repr(name)[:80]
+            raise UserError(f"model.name={what} is no name; give `nano`, `nano576`, a folder or a Hugging Face id")
+        if dtype not in DTYPES:
+            raise UserError(f"model.dtype={dtype}: give one of {', '.join(DTYPES)}")
+        name = str(name)
         transformers_logging.disable_progress_bar()
         try:
-            model = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=getattr(torch, dtype), attn_implementation=attention
+            path = ASSETS / name if (ASSETS / name / "config.json").is_file() else name
+            model = load_complete(
+                partial(AutoModelForImageTextToText.from_pretrained, path),
+                f"model.name={name}",
+                may_have_more=True,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
             )
-            processor = AutoProcessor.from_pretrained(path)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        except UserError:
+            raise
+        except Exception as error:  # transformers raises whatever it meets in a foreign folder
             raise UserError(
-                f"model.name={name} does not load as an image-text-to-text model: {reason}; give `nano`, `nano576`, a "
-                "folder with weights and processor, or a Hugging Face id that this machine can reach"
+                f"model.name={name:.300} does not load as an image-text-to-text model: {reason(error)}; give `nano`, "
+                "`nano576`, a folder with weights and processor, or a Hugging Face id that this machine can reach"
             ) from None
         return cls(model.to(device), processor, name)
 

@@ -25,6 +25,7 @@ PictureKey = str | tuple[str, ...]
 """What an image, or several images of a question together, are remembered by."""
 
 _PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
+_MOST_CHARACTERS = 64  # a token has; no vocabulary in use has longer words
 
 
 class EncodedImage(NamedTuple):
@@ -60,6 +61,7 @@ class Reader:
         cache: where the tower's features lie on disk, if anywhere.
         priority_by: name of the order that features carry as `priority`; empty: none. See `evocomp.selection.priority`.
         max_bad: records with an image that does not decode that are left out before `leave_out` gives up.
+        max_tokens: longest prompt with its answer; 0: the positions that the LLM was made for.
     """
 
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
@@ -71,12 +73,29 @@ class Reader:
         self.priority_by = ""
         self.cache_bytes = cache_bytes
         self.max_bad = 10
+        self.max_tokens = 0
         self._left_out: set[str] = set()
         self._bytes = 0
         self._pictures: OrderedDict[PictureKey, EncodedImage] = OrderedDict()
         self._prompts: dict[int, tuple[tuple, Features]] = {}
         self._priorities: dict[tuple[PictureKey, str], Tensor] = {}
         self._spans: dict[PictureKey, ImageSpan | None] = {}
+
+    @property
+    def longest(self) -> int:
+        """Longest prompt with its answer [tokens]; 0 where neither a setting nor the model's configuration says."""
+        text = self.model.config.get_text_config(decoder=True)
+        return self.max_tokens or int(getattr(text, "max_position_embeddings", 0) or 0)
+
+    def check_text(self, example: Example) -> None:
+        """Raise `UserError` for a text that cannot fit, before it is tokenized: that would take memory and time."""
+        size = len(example.prompt) + len(example.answer) + sum(len(text) for turn in example.history for text in turn)
+        if self.longest and size > _MOST_CHARACTERS * self.longest:
+            raise UserError(f"{example.record}: its text has {size} characters; {self._advice()}")
+
+    def _advice(self) -> str:
+        of = "data.max_tokens" if self.max_tokens else "the model's positions"
+        return f"{of} allow {self.longest} tokens: shorten or leave out the record, or see data.max_tokens"
 
     @property
     def device(self) -> torch.device:
@@ -251,12 +270,16 @@ class Reader:
         known = self._prompts.get(example.id)
         if known is not None and known[0] == asked and key in self._pictures:
             return _with_picture(known[1], self._picture(key, {}))
+        self.check_text(example)
         inputs = self._inputs(key, example)
         image = self._picture(key, inputs)
         rows, is_separator = image.rows, image.is_separator
         answer = self.processor.tokenizer(example.answer, add_special_tokens=False, return_tensors="pt").input_ids[0]
         if answer.numel() == 0:
             raise UserError(f"the answer {example.answer!r} of {example.record} has no token; leave it out")
+        count = inputs["input_ids"].shape[-1] + answer.numel()
+        if self.longest and count > self.longest:
+            raise UserError(f"{example.record}: prompt and answer take {count} tokens; {self._advice()}")
         at = families.visual_mask(self.model, inputs["input_ids"])[0].nonzero()[:, 0]
         if len(at) != len(rows):
             raise UserError(

@@ -41,7 +41,7 @@ def look(config: RunConfig, folder: Path, quiet: bool = False) -> bool:
     """
     mine = folder / "config.yaml"
     if mine.exists():
-        there, wanted = (_comparable(c) for c in (config_files.load([mine]), config))
+        there, wanted = (_comparable(c) for c in (config_files.load_saved(folder), config))
         # what was left to the machine (auto) has been decided there
         differing = sorted(key for key in wanted if wanted[key] not in (there.get(key), "auto"))
         if differing:
@@ -52,7 +52,7 @@ def look(config: RunConfig, folder: Path, quiet: bool = False) -> bool:
             )
         finished = (folder / DONE).exists()
         if finished and not quiet:
-            _say_what_is_not_done(config, config_files.load([mine]), folder)
+            _say_what_is_not_done(config, config_files.load_saved(folder), folder)
         return finished
     if folder.is_file():
         raise UserError(f"--run_dir={folder} is a file; give a folder")

@@ -3,19 +3,18 @@
 import fcntl
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evocomp import distributed
 from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
+from evocomp.files import write_whole
 from evocomp.log import UserError, logger
+from evocomp.runs.checkpoints import DAMAGED, read_checkpoint
 from evocomp.runs.claims import look
 
 
@@ -66,7 +65,7 @@ def judge_as_asked(config: RunConfig, folder: Path) -> bool:
 
     They change nothing of what is trained, so a run is not bound to those that it was begun with.
     """
-    there = config_files.load([folder / "config.yaml"])
+    there = config_files.load_saved(folder)
     if there.eval == config.eval:
         return False
     _save(replace(there, eval=config.eval), folder)
@@ -104,18 +103,14 @@ def _newest_whole(last: Path) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint opens; a file that was cut short does not. Of shards, a folder, their reader says so."""
-    if path.is_dir():
-        return True
+    """Whether a checkpoint opens; a file that was cut short does not. Raises `UserError` for one that needs code."""
     try:
-        torch.load(path, mmap=True, weights_only=False)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+        content = read_checkpoint(path)
+    except DAMAGED:
         return False
-    return True
+    return "state_dict" in content and "loops" in content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import evocomp
 from evocomp import distributed
-from evocomp.compressor.finite import check_finite_weights
 from evocomp.compressor.lora import add_lora, merge_lora, save_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config import load as config_files
@@ -32,11 +32,13 @@ from evocomp.log import UserError, is_rank_zero, logger
 from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.observe import ClipTower
 from evocomp.mllm.unknown_words import texts_of, warn_of_unknown_words
+from evocomp.mllm.weights import check_finite_weights
 from evocomp.progress import Progress, Stage
 from evocomp.runs.claims import DONE
 from evocomp.runs.folder import claimed, is_finished, judge_as_asked, last_checkpoint, write_json
 from evocomp.training import by_name
 from evocomp.training.average import AverageFromEpoch
+from evocomp.training.checkpoint_files import CheckpointFiles
 from evocomp.training.cost import CostMeter
 from evocomp.training.curves import Curves
 from evocomp.training.datamodule import LabelledQuestions
@@ -82,6 +84,8 @@ def run(config: RunConfig, answers: int = 0) -> bool:
     mllm = load_mllm(config)
     if is_rank_zero():
         everything = [*splits.train, *splits.val, *splits.test]
+        for example in everything:
+            mllm.check_text(example)
         warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
     check_kept(config, mllm, splits.train)
@@ -136,7 +140,13 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
         # resuming is exact: the datamodule knows where it was
         warnings.filterwarnings("ignore", message=".*ended before the epoch ended.*")
         try:
-            trainer.fit(module, data, ckpt_path=last, weights_only=False)
+            trainer.fit(module, data, ckpt_path=last, weights_only=True)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise UserError(
+                f"checkpoint {last} is of another compressor; restore it, or choose another --run_dir"
+            ) from None
         except SystemExit:
             if not trainer.interrupted:
                 raise
@@ -147,12 +157,15 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
 def label_only(config: RunConfig) -> None:
     """Make or complete round 0 of the label store, without training."""
     folder = Path(config.run_dir)
+    check_trainer(config.trainer)  # not used here, but the same settings are to train
     config = resolve_dtypes(config, folder)
     distributed.set_threads(config.threads)
     splits = load_splits(config.data)
     mllm = load_mllm(config)
     if is_rank_zero():
         everything = [*splits.train, *splits.val, *splits.test]
+        for example in everything:
+            mllm.check_text(example)
         warn_of_unknown_words(mllm.processor.tokenizer, texts_of(everything), config.model.name)
     use_feature_cache(config, mllm, splits)
     labeller = build_labeller(config, mllm, splits, folder)
@@ -176,6 +189,7 @@ def load_mllm(config: RunConfig) -> FrozenMLLM:
     if config.compressor.hedge:
         mllm.priority_by = hedge_by(config, mllm)
     mllm.max_bad = config.data.max_bad
+    mllm.max_tokens = config.data.max_tokens
     return mllm
 
 
@@ -238,8 +252,10 @@ def build_trainer(
     first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
     rates = [LearningRateMonitor("step")] if loggers else []
     everything = [first, *callbacks, *rates, *named.get("callbacks", []), last, checkpoint]
+    plugins = settings.pop("plugins", None) or []
+    plugins = [*(plugins if isinstance(plugins, list | tuple) else [plugins]), CheckpointFiles()]
     try:
-        return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything)
+        return L.Trainer(**{**defaults, **settings}, logger=loggers or False, callbacks=everything, plugins=plugins)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -279,9 +295,25 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("fast_dev_run"):
         raise UserError("trainer.fast_dev_run would leave a run that counts as finished; try --trainer.max_epochs=1")
     epochs = settings.get("max_epochs", DEFAULT_EPOCHS)
-    if not isinstance(epochs, int) or epochs < 1:
-        raise UserError(f"trainer.max_epochs={epochs}: must be a whole number, at least 1")
+    if not isinstance(epochs, int) or not 1 <= epochs <= 10**9:
+        raise UserError(f"trainer.max_epochs={str(epochs)[:20]}: must be a whole number, at least 1")
+    check_devices(settings.get("devices", 1), settings.get("accelerator"))
     return dict(settings)
+
+
+def check_devices(devices: Any, accelerator: Any) -> None:
+    """Raise UserError for more processes than the machine has cores or GPUs; a launcher's own are there already."""
+    if isinstance(devices, bool | float):
+        raise UserError(f"trainer.devices={devices}: give a number of processes")
+    if not isinstance(devices, int) or distributed.launched_by_torchrun():
+        return
+    on_gpus = accelerator != "cpu" and torch.cuda.is_available()
+    there = torch.cuda.device_count() if on_gpus else os.cpu_count() or 1
+    if devices > there:
+        what = "GPUs" if on_gpus else "cores"
+        raise UserError(f"trainer.devices={devices}: this machine has {there} {what}; give at most {there}")
+    if devices < 1 and devices != -1:
+        raise UserError(f"trainer.devices={devices}: must be at least 1, or -1 for all")
 
 
 def check_kept(config: RunConfig, mllm: FrozenMLLM, examples: Sequence[Example]) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from evocomp.compressor.config import EvoCompConfig
-from evocomp.compressor.finite import has_finite_weights
 from evocomp.compressor.lora import add_lora
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.config.schema import LossConfig, OptimConfig
 from evocomp.log import UserError
 from evocomp.losses import build_loss, policy_loss
+from evocomp.mllm.weights import has_finite_weights
 from evocomp.training.batch import CompressorInput, TrainBatch, question_ids
 from evocomp.training.optim import build_optimizer, schedule
 from evocomp.training.strategy import shard

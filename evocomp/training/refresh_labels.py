@@ -1,6 +1,5 @@
 """The callback that keeps labels fresh: makes a round of the store before the epoch that trains on it."""
 
-import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 
 from evocomp.config.schema import LabelConfig
 from evocomp.labels.build import follows_compressor
@@ -16,6 +14,7 @@ from evocomp.labels.labeller import Interrupted, Labeller, LabelProgress
 from evocomp.labels.records import Record
 from evocomp.log import UserError, logger
 from evocomp.mllm.features import Features
+from evocomp.runs.checkpoints import DAMAGED, read_checkpoint
 from evocomp.training.batch import TrainBatch, compressor_input, has_label, train_batch
 from evocomp.training.cost import CostMeter
 from evocomp.training.datamodule import LabelledQuestions
@@ -174,8 +173,6 @@ def _checkpoints(trainer: L.Trainer) -> list[Path]:
 def _round_of(path: Path) -> int:
     """The round that a checkpoint was trained on; 0 (keep everything) if it cannot be told."""
     try:
-        # of a sharded checkpoint, a folder, this file holds all but weights and optimizer
-        content = torch.load(path / "meta.pt" if path.is_dir() else path, mmap=True, weights_only=False)
-        return int(content["callbacks"]["RefreshLabels"]["round"])
-    except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return int(read_checkpoint(path)["callbacks"]["RefreshLabels"]["round"])
+    except (UserError, TypeError, *DAMAGED):
         return 0
