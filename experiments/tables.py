@@ -163,7 +163,89 @@ def seeds() -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"nano": nano, "relation": relation, "nano576": nano576, "seeds": seeds}
+UNSEEN = (
+    ("cls_attention+context", 0.0, "", "CLS attention with context tokens"),
+    ("divprune+context", 0.0, "", "DivPrune with context tokens"),
+    ("plain", 0.0, "", "`plus`"),
+    ("plain", 0.25, "cls_attention", "`plus`, hedge 1/4"),
+    ("plain", 0.5, "cls_attention", "`plus`, hedge 1/2"),
+    ("plain", 0.5, "divprune", "`plus`, hedge 1/2 by DivPrune"),
+    ("plain", 0.5, "uniform_stride", "`plus`, hedge 1/2 by stride"),
+    ("hedged", 0.5, "cls_attention", "`plus` trained with hedge 1/2"),
+)
+"""Method, hedge and its order as in the rows, and the printed name."""
+
+
+def unseen(of: str = "left out") -> list[str]:
+    """Accuracy on types left out of training, or on the other types (`seen`), at each kept count.
+
+    In brackets points over CLS attention with context tokens (left out), or over `plus` as it is (seen), 95 % interval.
+    """
+    rows, counts, lines = read("unseen_types"), (16, 8, 4), []
+    reference = "over_plain" if of == "seen" else "over_cls"
+    for left_out in dict.fromkeys(row["left_out"] for row in rows):
+        part = [row for row in rows if row["left_out"] == left_out and row["types"] in (of, left_out)]
+        part = [row for row in part if (row["types"] == "seen") == (of == "seen")]
+        heading = f"without `{left_out}`: the other types" if of == "seen" else f"`{left_out}`"
+        lines.append(f"| *{heading}, {part[0]['n']} questions* |" + " |" * len(counts))
+        for method, hedge, order, label in UNSEEN:
+            key = (method, f"{hedge:.4f}", order)
+            own = {int(row["kept"]): row for row in part if (row["method"], row["hedge"], row["hedge_by"]) == key}
+            if own:
+                lines.append(f"| {label} | " + " | ".join(_paired(own[count], reference) for count in counts) + " |")
+    return ["| | " + " | ".join(f"{c} kept" for c in counts) + " |", "| --- |" + " ---: |" * len(counts), *lines]
+
+
+def _paired(row: dict[str, str], reference: str) -> str:
+    """An accuracy, and the points by which it is above a reference with their interval."""
+    if not row[reference]:
+        return f"{float(row['accuracy']):.3f}"
+    gap, low, high = (100 * float(row[reference + part]) for part in ("", "_low", "_high"))
+    return f"{float(row['accuracy']):.3f} ({gap:+.1f} [{low:.1f}, {high:.1f}])"
+
+
+def unseen_cost() -> list[str]:
+    return unseen("seen")
+
+
+def attribution() -> list[str]:
+    """The six types: accuracy of the shipped compressor with parts taken away, and what each is worth in points."""
+    rows, counts = read("attribution"), (48, 32, 16, 8, 4)
+    labels = {
+        "own question": "as trained",
+        "other question": "tokens chosen for another question about the image",
+        "no question": "tokens chosen without a question",
+        "no context tokens": "no context tokens",
+        "cls_attention+context": "CLS attention with context tokens",
+        "cls_attention": "CLS attention",
+    }
+    lines = ["| | " + " | ".join(f"{c} kept" for c in counts) + " |", "| --- |" + " ---: |" * len(counts)]
+    for name, label in labels.items():
+        own = {
+            int(row["kept"]): row
+            for row in rows
+            if (row["name"], row["types"], row["tokens"]) == ("shipped", "six types", name)
+        }
+        lines.append(f"| {label} | " + " | ".join(_worth(own[count]) for count in counts) + " |")
+    return lines
+
+
+def _worth(row: dict[str, str]) -> str:
+    if not row["worth"]:
+        return f"{float(row['accuracy']):.3f}"
+    gap, low, high = (-100 * float(row["worth" + part]) for part in ("", "_high", "_low"))
+    return f"{float(row['accuracy']):.3f} ({gap:+.1f} [{low:.1f}, {high:.1f}])"
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "nano": nano,
+    "relation": relation,
+    "nano576": nano576,
+    "seeds": seeds,
+    "unseen": unseen,
+    "unseen_cost": unseen_cost,
+    "attribution": attribution,
+}
 
 
 def filled(text: str) -> str:

@@ -43,6 +43,8 @@ class DataConfig:
     mmstar, mmmu, scienceqa) in its published format; default: drawn scenes, or questions held out of `source`."""
     relation: bool = False
     """Scenes: ask the two-hop `relation` questions too."""
+    leave_out: tuple[str, ...] = ()
+    """Question types that are not trained on; the validation and test splits keep them. Taken out of `max_samples`."""
     questions_per_image: int = 0
     """Scenes: training questions taken from one picture, at most; 0 = all."""
     scenes: Literal["small", "large"] = "small"

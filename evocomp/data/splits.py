@@ -24,7 +24,26 @@ class Splits:
 
 
 def load_splits(data: DataConfig) -> Splits:
-    """The three splits that the settings describe.
+    """The three splits that the settings describe, `data.leave_out` taken out of the training split.
+
+    Raises:
+        UserError: sources that cannot be read, a type in `data.leave_out` that no training question has, or no
+            question left to train on.
+    """
+    splits = _all_types(data)
+    train = [example for example in splits.train if example.kind not in data.leave_out]
+    known = sorted({example.kind for example in splits.train} - {""})
+    if unknown := sorted(set(data.leave_out) - set(known)):
+        raise UserError(
+            f"data.leave_out: no training question is of type {', '.join(unknown)}; types: {', '.join(known) or 'none'}"
+        )
+    if not train:
+        raise UserError("data.leave_out: no training question is left; leave out fewer types")
+    return replace(splits, train=train)
+
+
+def _all_types(data: DataConfig) -> Splits:
+    """The three splits with questions of all types.
 
     A source without selection or test source of its own gives up some pictures: at most a quarter for the test,
     an eighth for selection, chosen by a hash of the picture's name.
@@ -61,7 +80,7 @@ def test_questions(data: DataConfig, questions: int | None = None, seed: int | N
     )
     if seed is not None and (data.source != "scenes" or data.test_source):
         raise UserError("--seed draws new scenes; this run was judged on questions from files, which have no seed")
-    return load_splits(changed).test
+    return _all_types(changed).test
 
 
 def digest(examples: Sequence[Example]) -> str:

@@ -11,7 +11,18 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from experiments.real.photos import BACKGROUNDS, Split, photo_files
-from experiments.real.scenes import COLORS, NUMBERS, Item, Question, Scene, SceneSpec, article, draw_scene, place_name
+from experiments.real.scenes import (
+    COLORS,
+    NUMBERS,
+    Item,
+    Question,
+    Scene,
+    SceneSpec,
+    article,
+    draw_scene,
+    place_name,
+    shaded,
+)
 
 ASKED = 4  # questions of naming, place and two steps about one board, at most
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -22,7 +33,8 @@ class BoardSpec(SceneSpec):
     """A specification of photo boards.
 
     `photos` is the digest of the set of photographs (`photos.photo_set`), `split` the part that is drawn from;
-    `fewest` to `most` photographs and `fewest_signs` to `most_signs` signs stand on a board.
+    `fewest` to `most` photographs and `fewest_signs` to `most_signs` signs stand on a board. `plain`: the background is
+    a shaded colour, not cut from photographs.
     """
 
     photos: str = ""
@@ -30,10 +42,11 @@ class BoardSpec(SceneSpec):
     fewest: int = 3
     fewest_signs: int = 1
     most_signs: int = 2
+    plain: bool = False
 
     @property
     def ground(self) -> tuple[str, ...]:
-        return ()
+        return tuple(COLORS) if self.plain else ()
 
 
 def draw(seed: int, index: int, spec: SceneSpec) -> Scene:
@@ -44,7 +57,8 @@ def draw(seed: int, index: int, spec: SceneSpec) -> Scene:
 def draw_board(seed: int, index: int, spec: BoardSpec) -> Scene:
     """Board `index` of the stream `seed`: the same on every machine with the same Pillow."""
     rng = np.random.default_rng([seed, index])
-    canvas = Image.fromarray(_background(spec, rng))
+    ground = str(rng.choice(spec.ground)) if spec.plain else ""
+    canvas = Image.fromarray(shaded(ground, spec.size, rng) if spec.plain else _background(spec, rng))
     count = int(rng.integers(spec.fewest, spec.most + 1))
     signs = int(rng.integers(spec.fewest_signs, spec.most_signs + 1))
     cells = rng.permutation(spec.cells**2)[: count + signs]
@@ -63,7 +77,7 @@ def draw_board(seed: int, index: int, spec: BoardSpec) -> Scene:
         canvas.paste(picture, (left, top))
         box = (left, top, left + picture.width, top + picture.height)
         items.append(Item(text, is_word, int(cell), box, color))
-    return Scene(np.asarray(canvas), tuple(items), "", "photo", tuple(_questions(items, spec, rng)))
+    return Scene(np.asarray(canvas), tuple(items), ground, "photo", tuple(_questions(items, spec, rng)))
 
 
 # ---------------------------------------------------------------- pictures

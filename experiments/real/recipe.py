@@ -24,6 +24,10 @@ class Recipe:
     largest: float = 0.98
     names: str = "few"  # few: 60 names; all: 849; photos: 50 names of photographs
     most: int = 4  # pictures in a scene
+    fewest: int = 3  # photographs on a photo board
+    fewest_signs: int = 1  # on a photo board
+    most_signs: int = 2  # on a photo board
+    plain: bool = False  # photo boards on a shaded colour, not on parts of photographs
     blind: bool = False  # the language model sees no visual token: what the questions alone teach
     scenes: int = 4000
     held_out: int = 60
@@ -52,8 +56,9 @@ class Recipe:
         """What is drawn; `split` of the photographs (names: photos)."""
         sizes = {"smallest": self.smallest, "largest": self.largest}
         if self.names == "photos":
-            known = {"photos": photos.photo_set(), "split": split}
-            return BoardSpec(self.size, self.cells, photos.NAMES, self.most, **sizes, **known)
+            known = {"photos": photos.photo_set(), "split": split, "plain": self.plain}
+            counts = {"fewest": self.fewest, "fewest_signs": self.fewest_signs, "most_signs": self.most_signs}
+            return BoardSpec(self.size, self.cells, photos.NAMES, self.most, **sizes, **counts, **known)
         names = NAMES if self.names == "few" else all_names()
         return SceneSpec(self.size, self.cells, names, self.most, **sizes)
 

@@ -182,7 +182,7 @@ def _word_sprite(word: str, rng: np.random.Generator) -> Image.Image:
 # ---------------------------------------------------------------- scenes
 
 
-def _background(color: str, size: int, rng: np.random.Generator) -> np.ndarray:
+def shaded(color: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """A shaded plane of the colour with noise: never quite even."""
     y, x = np.mgrid[0:size, 0:size] / size - 0.5
     slope = rng.uniform(-30, 30, 2)
@@ -195,7 +195,7 @@ def draw_scene(seed: int, index: int, spec: SceneSpec = SceneSpec()) -> Scene:
     """Scene `index` of the stream `seed`: the same on every machine with the same Pillow."""
     rng = np.random.default_rng([seed, index])
     color, style = str(rng.choice(list(COLORS))), str(rng.choice(STYLES))
-    canvas = Image.fromarray(_background(color, spec.size, rng))
+    canvas = Image.fromarray(shaded(color, spec.size, rng))
     count = int(rng.integers(1, spec.most + 1))
     has_word = rng.random() < 0.4 and count < spec.cells**2
     cells = rng.permutation(spec.cells**2)[: count + has_word]

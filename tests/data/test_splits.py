@@ -131,3 +131,21 @@ def test_the_digest_sees_every_image_and_where_it_stands(tmp_path):
     one = Example(1, str(tmp_path / "a"), "a + b", "what", "red", further_images=(str(tmp_path / "b"),))
     others = [replace(one, further_images=(str(tmp_path / "c"),)), replace(one, placed=((0, 0), (0, 2)))]
     assert len({digest([example]) for example in (one, *others)}) == 3
+
+
+def test_types_left_out_are_not_trained_on(folder):
+    for source in ({}, {"source": str(folder)}):
+        data = DataConfig(max_samples=60, val_samples=30, test_samples=40, **source)
+        whole, some = load_splits(data), load_splits(replace(data, leave_out=("find", "count")))
+        assert ids(some.train) == [e.id for e in whole.train if e.kind not in ("find", "count")]
+        assert 0 < len(some.train) < len(whole.train)
+        assert (ids(some.val), ids(some.test)) == (ids(whole.val), ids(whole.test))
+        assert {"find", "count"} <= {e.kind for e in some.test}
+
+
+def test_types_left_out_exist_and_leave_something():
+    with pytest.raises(UserError, match="of type relations; types: .*relation"):
+        load_splits(DataConfig(max_samples=60, relation=True, leave_out=("relations",)))
+    kinds = tuple({e.kind for e in load_splits(DataConfig(max_samples=60)).train})
+    with pytest.raises(UserError, match="no training question is left"):
+        load_splits(DataConfig(max_samples=60, leave_out=kinds))

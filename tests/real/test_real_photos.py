@@ -10,7 +10,7 @@ from PIL import Image
 from evocomp.log import UserError
 from experiments.real import photos
 from experiments.real.boards import BoardSpec, draw
-from experiments.real.features import _digest
+from experiments.real.features import _digest, scene_words, token_words
 from experiments.real.gate import asked_boxes, oracle_tokens, verdict
 from experiments.real.recipe import Recipe
 from experiments.real.scenes import COLORS, NUMBERS, place_name
@@ -127,6 +127,25 @@ def test_frames_and_signs_stand_in_their_boxes_in_their_cells(spec):
             assert left // 64 + 3 * (top // 64) == item.cell == (right - 1) // 64 + 3 * ((bottom - 1) // 64)
             edge = board.image[top, left:right]
             assert (edge == COLORS[item.color]).all()
+
+
+def test_plain_boards_stand_on_a_shaded_colour(photo_root):
+    photos.convert(photo_root, photos.photo_folder())
+    counts = {"most": 3, "fewest": 2, "fewest_signs": 0, "most_signs": 1}
+    recipe = Recipe(names="photos", size=96, side=12, cells=2, smallest=0.6, largest=0.8, plain=True, **counts)
+    grounds, signs = set(), Counter()
+    for index in range(40):
+        board = draw(7, index, recipe.spec("test"))
+        free = np.ones(board.image.shape[:2], dtype=bool)
+        for left, top, right, bottom in (item.box for item in board.items):
+            free[top:bottom, left:right] = False
+        assert np.abs(board.image[free].mean(0) - COLORS[board.color]).max() < 20
+        grounds.add(board.color)
+        signs[sum(item.is_word for item in board.items)] += 1
+        assert 2 <= sum(not item.is_word for item in board.items) <= 3
+        shown = token_words(board, scene_words(recipe.spec()), 96, 12)
+        assert (shown == scene_words(recipe.spec()).index(board.color)).any()
+    assert len(grounds) > 5 and set(signs) == {0, 1}
 
 
 def test_emoji_scenes_keep_their_own_specification():
