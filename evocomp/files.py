@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever is killed and whenever."""
+"""Atomic file writes: a file is complete or absent, even if a process is killed while it writes."""
 
 import errno
 import itertools
@@ -12,12 +12,13 @@ _numbers = itertools.count(1)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut.
+    """Write a file atomically: it is complete or absent, even after a power failure.
 
-    Several processes may write it at once: temporary name, fsync, rename. Its folder is made if that alone is missing.
+    Several processes may write the same file at once: each writes a temporary file, syncs it to disk and renames it.
+    The parent folder is created if it is missing, but not the folders above it.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: the file cannot be written; the temporary file is deleted.
     """
     temporary = path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}")
     try:
@@ -36,15 +37,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the disk, or this user's share of it, had no room."""
+    """Whether the write failed because the disk, or this user's quota on it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sweep(temporaries: Iterable[Path]) -> None:
-    """Delete what killed writers left behind (`*.tmp.*`); others may be writing at this moment."""
+    """Delete temporary files (`*.tmp.*`) of killed processes; other processes may be writing at the same time."""
     for path in temporaries:
         host, pid, _ = path.name.split(".tmp.")[1].rsplit(".", 2)
-        # only a process of this host can be asked whether it lives; a day is longer than any write
+        # only processes of this host can be checked; older than a day is abandoned, because no write takes that long
         try:
             old = time.time() - path.stat().st_mtime > 86_400
         except FileNotFoundError:
@@ -54,7 +55,7 @@ def sweep(temporaries: Iterable[Path]) -> None:
 
 
 def readable(size: float) -> str:
-    """A number of bytes for people.
+    """A number of bytes as text with a decimal unit.
 
     >>> readable(1.18e11)
     '118 GB'
@@ -67,12 +68,12 @@ def readable(size: float) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Put the names in a folder on disk."""
+    """Sync the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems cannot do this for folders
+        # some network file systems cannot sync folders
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

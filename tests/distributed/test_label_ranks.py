@@ -95,7 +95,7 @@ def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["model.shard=3"], "no multiples of 3"),
+        (["model.shard=3"], "multiples of 3"),
         (["model.shard=2", "model.name=nowhere"], "model.name=nowhere does not load"),
         (["model.shard=2", "labels.dtype=bfloat16"], "give labels.dtype=model"),
         (["model.shard=2", "search.strategy=gradient_seeded"], "needs gradients"),
