@@ -41,12 +41,12 @@ def test_card_tells_everything_that_was_recorded(tmp_path):
     assert card(again.config) == text
 
 
-@pytest.mark.parametrize(("sharp", "said"), [(0.25, "means of the rest stand beside"), (0, "the rest never reach")])
+@pytest.mark.parametrize(("sharp", "said"), [(0.25, "together with means of dropped"), (0, "the others never reach")])
 def test_card_says_what_becomes_of_the_rest(sharp, said):
     config = EvoCompCompressor.from_mllm(build("llava"), sharp=sharp).config
     cells = dict(rows(card(config), "Compressor")[2:])
     assert said in card(config)
-    assert cells["selected at most (share or number)"] == ("0.25" if sharp else "all that are kept")
+    assert cells["maximum of selected tokens (or fraction)"] == ("0.25" if sharp else "all that are kept")
 
 
 def test_card_of_an_adapter(tmp_path):

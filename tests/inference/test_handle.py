@@ -129,14 +129,14 @@ def test_keep_can_be_set_between_calls(llava, inputs):
 
 
 def test_small_images_stay_whole_with_one_warning(llava, inputs, caplog):
-    log._said.clear()
+    log._warned.clear()
     log.logger.propagate = True
     with compress(llava, first, keep=100) as handle, caplog.at_level("WARNING"):
         answer(llava, inputs, max_new_tokens=1)
         answer(llava, inputs, max_new_tokens=1)
     assert handle.last.after == [16, 32]
     assert [record.message for record in caplog.records if "keep=100" in record.message] == [
-        "keep=100 is more than some images have tokens; those images stay whole"
+        "keep=100 is more than the number of tokens of some images; all tokens of those images are kept"
     ]
 
 
@@ -538,7 +538,7 @@ def test_inference_mode_and_bf16(llava, inputs):
 
 
 def test_prompts_given_as_embeddings_stay_whole(llava, caplog):
-    log._said.clear()
+    log._warned.clear()
     log.logger.propagate = True
     embeds = torch.randn(1, 6, 32)
     with torch.no_grad():

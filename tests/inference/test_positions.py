@@ -95,7 +95,7 @@ def test_every_text_model_inside_an_mllm(kind):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_layers_that_read_more_are_refused(kind):
-    with pytest.raises(UserError, match="supports layers of attention"):
+    with pytest.raises(UserError, match="supports full and sliding-window attention layers only"):
         compress(llava_with(kind, REFUSED[kind]), jumble)
 
 

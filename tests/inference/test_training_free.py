@@ -172,7 +172,7 @@ def inputs_of(visual):
 
 @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), True, "0.25"])
 def test_a_context_that_is_no_share_is_named(bad):
-    with pytest.raises(UserError, match="context=.*: give the most tokens that are selected"):
+    with pytest.raises(UserError, match="context=.*: give the maximum number of selected tokens"):
         compress(build("llava"), "divprune", context=bad)
 
 
