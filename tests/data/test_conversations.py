@@ -1,4 +1,4 @@
-"""LLaVA's format: what is read, what is left out, and how mistakes are told."""
+"""LLaVA's format: what is read, what is left out, and the error messages."""
 
 import json
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_broken_json_names_file_and_line(folder):
         (["text"], "record 0 has no list `conversations`"),
         ([{"image": "a.png", "conversations": "q"}], "record 0 has no list `conversations`"),
         ([{"image": "a.png", "conversations": ["q", "a"]}], "record 0 has a turn that is not"),
-        ([{"image": "a.png", "conversations": turns("q")}], "no usable question about a picture in 1 records"),
+        ([{"image": "a.png", "conversations": turns("q")}], "no usable question about an image in 1 records"),
         ([], "no usable question"),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_sixteen_bit_image_is_turned_upright_too(tmp_path):
 
 def test_thirty_two_bits_have_no_known_white(tmp_path):
     path = saved(tmp_path / "float.tiff", Image.fromarray(np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)))
-    with pytest.raises(BrokenImage, match=r"float.tiff has 32 bits a channel"):
+    with pytest.raises(BrokenImage, match=r"float.tiff has 32 bits per channel"):
         read_image(path)
     path = saved(tmp_path / "int.tiff", Image.fromarray(np.array([[0, 70000]], np.int32)))
     with pytest.raises(BrokenImage, match="32 bits"):

@@ -1,4 +1,4 @@
-"""Splits share no picture, and are the same in every process."""
+"""Splits have no image in common, and are the same in every process."""
 
 import json
 from dataclasses import replace
@@ -96,7 +96,7 @@ def test_other_test_questions():
 
 
 def test_files_have_no_seed(folder):
-    with pytest.raises(UserError, match="questions from files, which have no seed"):
+    with pytest.raises(UserError, match="tested on questions from files"):
         questions_of_the_test(DataConfig(source=str(folder)), seed=1)
 
 
