@@ -1,4 +1,4 @@
-"""Whether weights are numbers: a training that has diverged leaves NaN, and then tokens are kept by chance."""
+"""Checks for NaN and infinite weights: after a diverged training, the choice of tokens would be arbitrary."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from evocomp.log import UserError
 
 
 def has_finite_weights(module: nn.Module) -> bool:
-    """Whether all weights are finite; of a sharded module, this process's part of them."""
+    """Whether all weights are finite; for a sharded module, those of this process."""
     return all(
         bool(torch.isfinite(weight.to_local() if hasattr(weight, "to_local") else weight).all())
         for weight in module.state_dict().values()
@@ -19,8 +19,8 @@ def check_finite_weights(module: nn.Module, what: str, advice: str) -> None:
     """Raise UserError unless all weights are finite.
 
     Args:
-        what: the module's name for the message.
-        advice: what to do.
+        what: name of the module in the message.
+        advice: what the user should do.
     """
     if not has_finite_weights(module):
         raise UserError(f"{what} has weights that are not finite (NaN or infinite): {advice}")
