@@ -1,4 +1,4 @@
-"""Distributions: gradient norms in the bins of GHM-C, and the losses of the masks of a search."""
+"""Charts of distributions: gradient norms in the bins of GHM-C, and losses of the masks of a search."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from evocomp.viz.style import ACCENT, COLORS, INK, SOFT, new_figure, plain_axes
 
 
 def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
-    """Share of the tokens (bars) and of the loss's total weight (line) by gradient norm g = |p - y| in [0, 1].
+    """Fraction of the tokens (bars) and of the total weight in the loss (line) per gradient norm g = |p - y| in [0, 1].
 
     A token's weight in GHM-C is 1 / GD(g), and GD is the number of tokens in its bin times the number of bins
-    (arXiv 1811.05181, section 3): each bin that is not empty has the same total weight, however many easy tokens
-    crowd the first one.
+    (arXiv 1811.05181, section 3): all bins that are not empty have the same total weight, although most tokens are
+    easy and lie in the first one.
 
     Args:
         norm: gradient norms [n].
@@ -32,13 +32,13 @@ def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
 
 
 def fitness_spread(losses: Sequence[np.ndarray]) -> Figure:
-    """Share of the masks scored that come within a given distance of their sample's best loss.
+    """Fraction of the scored masks whose loss is within a given distance of the best loss of their sample.
 
-    A line for each sample, and their median. A steep rise at the left edge means that many masks are about as good as
+    One line per sample, and their median. A steep rise at the left edge means that many masks are about as good as
     the label.
 
     Args:
-        losses: of every scored mask, an array for each sample [nats].
+        losses: losses of all scored masks [nats], one array per sample.
     """
     distances = [np.sort(one - one.min()) for one in losses]
     x = np.linspace(0, max(float(one[-1]) for one in distances), 200)
