@@ -27,7 +27,7 @@ def _fresh_messages():
     log.logger.handlers.clear()
     log.logger.propagate = True
     log.logger.setLevel("NOTSET")
-    log._said.clear()
+    log._warned.clear()
 
 
 @pytest.fixture(scope="session")

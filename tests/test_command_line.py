@@ -77,11 +77,11 @@ def a_run(tmp_path):
     ("words", "says"),
     [
         (["generate", *PICTURED, "--save", "a.png"], "--save=a.png exists; give another name"),
-        (["generate", *PICTURED, "--save", "a.foo"], "--save=a.foo does not end as a picture does"),
+        (["generate", *PICTURED, "--save", "a.foo"], "--save=a.foo has no known image extension"),
         (["eval", "--run", "runs/nano", "--panel", "divprun"], "--panel=divprun: 'divprun' is none of basic"),
         (["eval", "--run", "runs/nano", "--panel", "divprune+context"], "has no context tokens; leave out +context"),
         (["eval", "--run", "runs/nano", "--seed", "3"], "give --out DIR"),
-        (["train", "--config", "nano", "--seed", "3"], "runs/nano holds a run with other settings (seed: 0 there, 3"),
+        (["train", "--config", "nano", "--seed", "3"], "runs/nano holds a run with different settings: seed=0,"),
         (["label", "--config", "nano", "--seed", "3"], "was made by seed=0 (this run has seed=3)"),
     ],
 )
@@ -181,14 +181,14 @@ def test_help_of_every_verb_shows_an_example(capsys):
         (["train", "--config", "no.yaml"], "no such file"),
         (["train", "--trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
         (["train", "--data.source=nowhere"], "no such file or folder"),
-        (["train", "stray"], "not understood here"),
+        (["train", "stray"], "unexpected argument stray"),
         (["train", "--data.relation=perhaps"], "data.relation: Value 'perhaps'"),
         (["label", "--search.generation=3", "--estimate"], "did you mean search.generations?"),
         (["label", "--gpus", "many", "--estimate"], "--gpus=many: must be a number"),
         (["generate", "--model", "nano"], "needs --compressor"),
         (["generate", *GENERATE, "--keep", "half"], "--keep=half: must be a number"),
         (["generate", *GENERATE, "--keep", "4"], "--image=none.png: no such file"),
-        (["data"], "needs the word scenes"),
+        (["data"], "needs the name of a dataset"),
         (["data", "scenes", "--out", "x", "--count", "0"], "--count=0: must be at least 1"),
         (["data", "scenes", "--out", "x", "--seed", "-1"], "--seed=-1: must be at least 0"),
         (["eval", "--run", "run", "--seed", "-3"], "--seed=-3: must be at least 0"),
@@ -259,7 +259,7 @@ def test_data_scenes_does_not_overwrite(capsys, tmp_path):
         (["bench", "ops", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
         (["bench", "ops", "--out", "folder.csv"], "--out=folder.csv is a folder; give a file"),
         (["generate", *PICTURED, "--save", "/proc/no/k.png"], "--save=/proc/no/k.png: cannot write into /proc/no"),
-        (["generate", *PICTURED, "--save", "k.foo"], "--save=k.foo does not end as a picture does"),
+        (["generate", *PICTURED, "--save", "k.foo"], "--save=k.foo has no known image extension"),
         (["data", "scenes", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
         (["data", "scenes", "--out", "a.png"], "--out=a.png is a file; give a folder"),
     ],
@@ -279,12 +279,12 @@ def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_pa
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--keep", "16.5"], "keep=16.5: a share lies in (0, 1]; for a number of tokens give an int"),
-        (["--keep", "inf"], "keep=inf: a share lies in (0, 1]"),
-        (["--keep", "nan"], "keep=nan: a share lies in (0, 1]"),
+        (["--keep", "16.5"], "keep=16.5: a fraction must lie in (0, 1]; for a number of tokens give an int"),
+        (["--keep", "inf"], "keep=inf: a fraction must lie in (0, 1]"),
+        (["--keep", "nan"], "keep=nan: a fraction must lie in (0, 1]"),
         (["--keep=-1"], "keep=-1: the number of tokens cannot be negative"),
         (["--max_new_tokens", "0"], "--max_new_tokens=0: must be at least 1"),
-        (["--prompt", "what <image> color"], "--prompt has <image> in it"),
+        (["--prompt", "what <image> color"], "--prompt contains the image placeholder <image>"),
     ],
 )
 def test_mistakes_in_what_is_asked_of_a_picture(capsys, tmp_path, monkeypatch, words, says):
@@ -328,7 +328,7 @@ def test_an_interruption_is_told_and_has_its_exit_code(capsys, monkeypatch):
 
     monkeypatch.setitem(VERBS, "config", interrupted)
     assert main(["config"]) == 130
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
 
 
 def test_an_interrupted_panel_does_not_promise_to_go_on(capsys, monkeypatch, tmp_path):
@@ -340,7 +340,7 @@ def test_an_interrupted_panel_does_not_promise_to_go_on(capsys, monkeypatch, tmp
     (tmp_path / "compressor" / "config.json").write_text("{}")
     monkeypatch.setattr("evocomp.evaluation.run.evaluate_run", interrupted)
     assert main(["eval", "--run", str(tmp_path)]) == 130
-    assert "the same command starts it anew" in capsys.readouterr().err
+    assert "run the same command again to restart" in capsys.readouterr().err
 
 
 def test_bugs_are_not_hidden(monkeypatch):

@@ -24,7 +24,7 @@ def ends(error):
         (lambda: None, 0, ""),
         (lambda: 1, 1, ""),
         (ends(UserError("--keep: give one")), 2, "tool: --keep: give one\n"),
-        (ends(KeyboardInterrupt()), 130, "tool: interrupted; run the same command again to go on\n"),
+        (ends(KeyboardInterrupt()), 130, "tool: interrupted; run the same command again to resume\n"),
     ],
 )
 def test_a_command_ends_with_a_code_and_one_line(command, code, said, capsys):

@@ -92,5 +92,5 @@ def test_rows(mllm, examples, tmp_path):
     with pytest.raises(UserError, match="trained for model.name=nano"):
         KTokenMerger.load(folder, other)
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('"block": 3', '"block": 4'))
-    with pytest.raises(UserError, match="a merger of another form.*train again"):
+    with pytest.raises(UserError, match="a merger of an earlier version.*train again"):
         KTokenMerger.load(folder, mllm)

@@ -397,7 +397,7 @@ def test_no_readable_checkpoint_is_one_line(steps, tmp_path):
         run(config(tmp_path / "run"))
     for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
         path.write_bytes(b"")
-    refused(config(tmp_path / "run"), "no checkpoint in .* is readable; restore one, or begin anew")
+    refused(config(tmp_path / "run"), "no checkpoint in .* is readable; restore one, or start again")
 
 
 def test_control_c_in_training_is_an_interruption_and_the_next_one_too(steps, whole, tmp_path):
@@ -420,7 +420,7 @@ def test_a_finished_run_is_judged_as_asked_and_trained_no_further(whole, tmp_pat
         assert not caplog.text
         assert run(config(tmp_path / "run", *settings, "eval.kept=[7]", "trainer.max_epochs=9")) is False
     assert load([tmp_path / "run" / "config.yaml"], []).eval.kept == (7,)
-    assert "max_epochs" in caplog.text and "9 asked for" in caplog.text
+    assert "max_epochs" in caplog.text and "requested 9" in caplog.text
 
 
 # ------------------------------------------------------------ mistakes

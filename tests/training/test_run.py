@@ -100,7 +100,7 @@ def test_a_finished_run_is_shown_not_repeated(finished, capsys):
 def test_other_settings_are_refused_in_the_same_folder(finished, capsys):
     words = [f"--{word}" for word in [*QUICK, "loss.alpha=0.7", f"run_dir={finished}"]]
     assert main(["train", *words]) == 2
-    assert "loss.alpha: 0.1 there, 0.7 asked for" in capsys.readouterr().err
+    assert "loss.alpha=0.1, requested 0.7" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_labels_and_weights(finished, tmp_path):
