@@ -10,7 +10,7 @@ from hypothesis import settings
 from evocomp import log
 
 torch.set_num_threads(1)
-# how long an example takes says nothing on a machine that others use too
+# run times of examples are meaningless on a shared machine
 settings.register_profile("evocomp", deadline=None)
 settings.load_profile("evocomp")
 
@@ -22,7 +22,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def _fresh_messages():
-    """The command line attaches a handler to the stderr of its moment, and warnings are said once a process."""
+    """Reset the log handler, which refers to the current stderr, and the record of one-time warnings."""
     yield
     log.logger.handlers.clear()
     log.logger.propagate = True
@@ -32,7 +32,7 @@ def _fresh_messages():
 
 @pytest.fixture(scope="session")
 def nano():
-    """The shipped MLLM, loaded once; leave it as you found it."""
+    """The shipped MLLM, loaded once; tests must not change it."""
     from evocomp.mllm.hf import FrozenMLLM
 
     return FrozenMLLM.load("nano")

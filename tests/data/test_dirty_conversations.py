@@ -1,4 +1,4 @@
-"""LLaVA files as people have them: each kind is read as its author meant it, or named for what it is."""
+"""Irregular LLaVA files: each variant is read as intended or refused with a clear message."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ def write(folder, records, name="data.json"):
 
 
 def read(folder, record, **settings):
-    """What is made of one record, beside one that is good."""
+    """The examples of one record, in a file with another valid record."""
     good = {"id": "good", "image": "a.png", "conversations": said("good?", "yes")}
     reading = read_conversations(write(folder, [record, good]), **settings)
     assert reading.examples[-1].prompt == "good?"
@@ -90,14 +90,14 @@ def test_one_record_and_mistakes_in_json_lines(folder):
         read_conversations(folder / "digits.json")
 
 
-# ------------------------------------------------------------ what is read
+# ------------------------------------------------------------ valid variants
 
 
 @pytest.mark.parametrize(
     "speakers",
     [("Human", "GPT"), (" human ", "gpt"), ("USER", "Assistant"), ("user", "model"), ("human", "chatgpt")],
 )
-def test_speakers_in_other_spellings(folder, speakers):
+def test_other_names_of_roles(folder, speakers):
     (example,), _ = read(folder, {"image": "a.png", "conversations": said("<image>\nwhat", "cat", speakers=speakers)})
     assert (example.prompt, example.answer) == ("what", "cat")
 
@@ -147,7 +147,7 @@ CAT = ("what is it", "a cat")
         },
     ],
 )
-def test_one_image_however_it_is_written(folder, record):
+def test_all_notations_of_one_image(folder, record):
     (example,), reading = read(folder, record)
     assert (example.prompt, example.answer, example.history, example.placed) == (*CAT, (), ())
     assert example.images == (str(folder / "a.png"),) and example.image_id == "a.png" and reading.bad == []
@@ -214,7 +214,7 @@ def test_an_image_that_comes_in_a_later_turn(folder):
 # ------------------------------------------------------------ several images
 
 
-def test_several_images_stand_where_their_marks_do(folder):
+def test_several_images_are_placed_at_their_placeholders(folder):
     turns = said("<image>\nFirst <image> then, differ?", "yes", "and <image>?", "no")
     record = {"id": 1, "image": ["a.png", "b.png", "sub/c.png"], "conversations": turns}
     (one, two), _ = read(folder, record)
@@ -223,7 +223,7 @@ def test_several_images_stand_where_their_marks_do(folder):
     assert two.placed == ((0, 0), (0, 6), (1, 4)) and two.names == ("a.png", "b.png", "sub/c.png")
 
 
-def test_several_images_without_marks_come_first(folder):
+def test_several_images_without_placeholders_come_first(folder):
     (example,), _ = read(folder, {"image": ["a.png", "b.png"], "conversations": said("differ?", "yes")})
     assert len(example.images) == 2 and example.placed == ()
 
@@ -241,7 +241,7 @@ def test_images_named_in_the_turns(folder):
     assert example.prompt == "Isorred?" and example.placed == ((0, 2), (0, 4)) and example.names == ("a.png", "b.png")
 
 
-def test_images_that_a_question_joins_are_in_one_split(folder):
+def test_images_of_one_question_are_in_one_split(folder):
     names = ["a.png", "b.png", "sub/c.png", "ä.png"]
     records = [{"id": i, "image": n, "conversations": said("q", "a")} for i, n in enumerate(names)]
     records += [{"id": "both", "image": ["a.png", "b.png"], "conversations": said("q", "a")}]
@@ -251,7 +251,7 @@ def test_images_that_a_question_joins_are_in_one_split(folder):
     assert digest(splits.train) == digest(splits.train)
 
 
-# ------------------------------------------------------------ what is named
+# ------------------------------------------------------------ faults
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_images_that_a_question_joins_are_in_one_split(folder):
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, ASKED[1]]}, "part of type"),
     ],
 )
-def test_what_cannot_be_read_is_named(folder, record, what):
+def test_faulty_records_are_reported(folder, record, what):
     assert re.search(what, fault(folder, record)), fault(folder, record)
 
 

@@ -1,4 +1,4 @@
-"""The oracle: one prompt through the decoder layers by hand, without hooks, cache, padding or mask helpers.
+"""Reference implementation: one prompt through the decoder layers in a loop, without hooks, cache, padding or masks.
 
 Tokens that do not stay are cut out before layer `layer`. What goes in is captured from the unmodified model.
 """
@@ -15,7 +15,7 @@ from tests.inference.tiny_models import IMAGE, VIDEO, quiet
 
 @dataclass
 class Row:
-    """One prompt as the unmodified model hands it to its decoder: no padding."""
+    """One prompt as input of the unmodified model's decoder, without padding."""
 
     ids: Tensor  # [S]
     embeds: Tensor  # [S,D]

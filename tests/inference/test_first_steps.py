@@ -1,4 +1,4 @@
-"""What somebody who has trained nothing does first: the shipped model, a drawn scene, a selector by name."""
+"""First steps without training: the shipped model, a drawn scene, a selector by name."""
 
 import socket
 
@@ -86,7 +86,7 @@ def test_drawn_questions_are_of_their_scene_and_kind():
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """Words for `evocomp generate` about a drawn image."""
+    """Arguments of `evocomp generate` for a drawn image."""
     monkeypatch.chdir(tmp_path)
     drawn = draw_question(0)
     drawn.image.save("a.png")

@@ -1,4 +1,4 @@
-"""Kept tokens have the positions that they had, wherever a decoder's layers read them: against the decoder itself on a
+"""Kept tokens keep their position ids, wherever a decoder's layers read them: against the decoder itself on a
 shortened sequence."""
 
 import pytest
@@ -36,7 +36,7 @@ TEXTS = {
     "smollm3": {},  # layers without rotation
     "phi3": {},
     "glm4": HEAD,
-    "doge": {},  # computes with its mask, also where that is causal only
+    "doge": {},  # always needs a mask tensor, even a causal one
 }
 REFUSED = {
     "llama4_text": HEAD | dict(num_local_experts=2, attention_chunk_size=16, intermediate_size_mlp=32),
@@ -64,7 +64,7 @@ def livened(model):
 
 
 def by_the_decoder(model, inputs, kept, sequences):
-    """Logits of the new tokens: the unhooked decoder on the tokens that stay, at their positions, without a cache."""
+    """Logits of the new tokens: the decoder without hooks on the kept tokens, at their positions, without a cache."""
     seen = {}
     hook = model.get_decoder().register_forward_pre_hook(lambda _, __, kw: seen.update(kw), with_kwargs=True)
     answer(model, inputs, max_new_tokens=1)
@@ -94,7 +94,7 @@ def test_every_text_model_inside_an_mllm(kind):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_layers_that_read_more_are_refused(kind):
+def test_layers_with_other_inputs_are_refused(kind):
     with pytest.raises(UserError, match="supports full and sliding-window attention layers only"):
         compress(llava_with(kind, REFUSED[kind]), jumble)
 
@@ -123,7 +123,7 @@ def test_ministral_3_beyond_its_original_length(layer):
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
 def test_gaps_in_positions_are_one_sequence_for_flash_attention(family, layer):
-    # it takes positions that start again for packed sequences
+    # it reads restarting positions as packed sequences
     model, inputs, seen = build(family), one_prompt(family), []
     block = model.get_decoder().layers[-1].self_attn
     with compress(model, jumble, keep=5, layer=layer):
@@ -132,6 +132,6 @@ def test_gaps_in_positions_are_one_sequence_for_flash_attention(family, layer):
         )
         answer(model, inputs, max_new_tokens=1)
         hook.remove()
-    if seen[0] is not None:  # with M-RoPE the layers may be given none
+    if seen[0] is not None:  # with M-RoPE, the layers may get none
         (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(seen[0])
         assert starts.tolist() == [0, seen[0].shape[1]] and longest == seen[0].shape[1]
