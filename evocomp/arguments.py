@@ -126,7 +126,7 @@ def _add_options(verbs: dict[str, _Parser]) -> None:
     add("--compressor", required=True, metavar="DIR", help="compressor folder of a run, or a Hugging Face id")
     add("--image", required=True, metavar="FILE", help="the image")
     add("--prompt", required=True, metavar="TEXT", help="the question")
-    add("--keep", required=True, metavar="N", type=_number(_count_or_share), help="tokens to keep: 16, or a share: 0.3")
+    add("--keep", required=True, metavar="N", type=_number(_count_or_share), help="keep 16 tokens, or the fraction 0.3")
     add("--layer", metavar="L", type=_number(int), default=0, help="LLM layer before which tokens are dropped [0]")
     add("--compare", action="store_true", help="run the uncompressed model too")
     add("--save", metavar="FILE", help="draw the kept tokens into this new image file")

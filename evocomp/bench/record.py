@@ -127,10 +127,10 @@ def _brief(row: dict[str, str]) -> str:
     pairs = ((f"{row.get(f'baseline_{name}')}", f"{row.get(f'ours_{name}')}") for name in ("ms", "mib", "waits"))
     before, after = next(((a, b) for a, b in pairs if b not in ("", "None")), ("nan", "nan"))
     floor = f" floor {float(row['floor_ms']):.2f}" if row.get("floor_ms") else ""
-    apart = f" apart {float(row['largest_difference']):.1g}" if row.get("largest_difference") else ""
+    difference = f" difference {float(row['largest_difference']):.1g}" if row.get("largest_difference") else ""
     ratio = float(row["ratio"] or "nan")
     names = f"{row['bench'][:32]:32} {row['shape'][:36]:36} {row['ours'][:30]:30}"
-    return f"  {names} {float(before):9.3f} {float(after):9.3f} x{ratio:.2f}{floor}{apart}"
+    return f"  {names} {float(before):9.3f} {float(after):9.3f} x{ratio:.2f}{floor}{difference}"
 
 
 if __name__ == "__main__":

@@ -145,15 +145,16 @@ def choose(
     """
     batch, length = numbers.shape
     flat = numbers.flatten()
-    places = list((flat >= 0).nonzero().squeeze(1).split(flat[flat >= 0].bincount().tolist()))
-    rows = [int(place[0]) // length for place in places]
-    images = [tokens.reshape(batch * length, -1)[place] for place in places]
+    # indices of each image's tokens in the flattened batch
+    spans = list((flat >= 0).nonzero().squeeze(1).split(flat[flat >= 0].bincount().tolist()))
+    rows = [int(span[0]) // length for span in spans]
+    images = [tokens.reshape(batch * length, -1)[span] for span in spans]
     separators = [families.newline_rows(model, image) for image in images]
     contents = [(~is_newline).nonzero().squeeze(1) for is_newline in separators]
     prompts = {row: tokens[row, text[row]] for row in set(rows)}
     more = {}
     if getattr(picker, "reads_llm_input", False):
-        indices = [place[content] - row * length for row, place, content in zip(rows, places, contents, strict=True)]
+        indices = [span[content] - row * length for row, span, content in zip(rows, spans, contents, strict=True)]
         more = {"llm_input": LLMInput(tokens, text, numbers >= 0, positions, rows, indices)}
     picks = picker.pick(
         [image[content] for image, content in zip(images, contents, strict=True)],
@@ -164,24 +165,24 @@ def choose(
     kept = torch.zeros(batch * length, dtype=torch.bool, device=tokens.device)
     owner = torch.arange(length, device=tokens.device).repeat(batch)
     record = Compression(*([[] for _ in range(batch)] for _ in range(4)), [0] * batch, [0] * batch)
-    for row, place, content, is_newline, pick in zip(rows, places, contents, separators, picks, strict=True):
-        picked, scores, speaks, merged, origin = Pick(*pick)
+    for row, span, content, is_newline, pick in zip(rows, spans, contents, separators, picks, strict=True):
+        picked, scores, assignment, merged, origin = Pick(*pick)
         stays = is_newline.clone() if newline == "keep" else torch.zeros_like(is_newline)
         stays[content[picked]] = True
-        kept[place] = stays
+        kept[span] = stays
         record.indices[row].append(stays.nonzero().squeeze(1))
         record.picked[row].append(picked)
         record.scores[row].append(scores)
         record.sizes[row].append(None)
-        if speaks is not None:
-            owner[place[content]] = place[content[speaks]] - row * length
-            sizes = torch.ones(len(place), dtype=torch.long, device=tokens.device)
-            sizes[content] = speaks.bincount(minlength=len(content))
+        if assignment is not None:
+            owner[span[content]] = span[content[assignment]] - row * length
+            sizes = torch.ones(len(span), dtype=torch.long, device=tokens.device)
+            sizes[content] = assignment.bincount(minlength=len(content))
             record.sizes[row][-1] = sizes[stays]
         if merged is not None:
-            at = place[content] - row * length
+            at = span[content] - row * length
             record.merged.append(MergedTokens(merged, row, at[picked], at[origin]))
-        record.before[row] += len(place)
+        record.before[row] += len(span)
         record.after[row] += len(record.indices[row][-1])
     merged = any(sizes is not None for row in record.sizes for sizes in row)
     return kept.view(batch, length), owner.view(batch, length) if merged else None, record

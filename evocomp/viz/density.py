@@ -21,7 +21,7 @@ def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
     counts, edges = np.histogram(norm, bins=bins, range=(0, 1))
     weight = (counts > 0) / max(1, (counts > 0).sum())
     figure = new_figure(6.4, 3.8)
-    ax = plain_axes(figure, "gradient norm g = |p - y|", "share")
+    ax = plain_axes(figure, "gradient norm g = |p - y|", "fraction")
     middle = (edges[:-1] + edges[1:]) / 2
     ax.bar(middle, counts / max(1, counts.sum()), width=0.9 / bins, color=COLORS[4], label="of the tokens")
     ax.plot(middle, weight, color=ACCENT, marker="o", linewidth=2.2, label="of GHM's weight")
@@ -44,7 +44,7 @@ def fitness_spread(losses: Sequence[np.ndarray]) -> Figure:
     x = np.linspace(0, max(float(one[-1]) for one in distances), 200)
     shares = np.stack([np.searchsorted(one, x, side="right") / len(one) for one in distances])
     figure = new_figure(6.4, 4.0)
-    ax = plain_axes(figure, "loss above the sample's best [nats]", "share of masks at most that far")
+    ax = plain_axes(figure, "loss above the sample's best [nats]", "fraction of masks below")
     ax.plot(x, shares.T, color=SOFT, linewidth=0.9, alpha=0.6)
     ax.plot(x, np.median(shares, axis=0), color=ACCENT, linewidth=2.8, label="median sample")
     ax.set_xlim(0, x[-1])
