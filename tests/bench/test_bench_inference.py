@@ -70,7 +70,7 @@ def test_rows_are_appended_with_new_columns(tmp_path):
 
 def test_unknown_benchmarks_are_refused(monkeypatch):
     monkeypatch.setitem(record.KINDS, "training", "no_such_module")
-    with pytest.raises(UserError, match="no such benchmark yet"):
+    with pytest.raises(UserError, match="has no such benchmark"):
         record.run_bench("training")
     with pytest.raises(UserError, match="choose one of"):
         record.run_bench("speed")

@@ -131,7 +131,7 @@ def test_searches_diverge_at_ties_only(sample):
     assert label_search.ranked_alike(true, true, torch.float32) == 0
     tie = label_search.ranked_alike(true, scored([1.00001, 1.0, 5.0], (0, 1, 3)), torch.float32)
     assert tie == pytest.approx(1e-5, rel=0.1)
-    with pytest.raises(AssertionError, match="rank all masks alike"):
+    with pytest.raises(AssertionError, match="rank all masks equally"):
         label_search.ranked_alike(true, scored([1.0, 1.00001, 5.0], (0, 1, 3)), torch.float32)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         label_search.ranked_alike(true, scored([1.0, 1.1, 2.0]), torch.float32)

@@ -197,7 +197,7 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["optim.lr=-1"], "optim.lr=-1.0: must be above 0"),
         (["optim.lr=0"], "optim.lr=0.0: must be above 0"),
         (["optim.refresh_lr=-1"], "optim.refresh_lr=-1.0: must not be negative"),
-        (["optim.flat=2"], "optim.flat=2.0: a share"),
+        (["optim.flat=2"], "optim.flat=2.0: must be a fraction"),
         (["optim.ema=1"], "optim.ema=1.0: must lie below 1"),
         (["labels.credit_sizes=[]"], "labels.credit_sizes=.*: give at least one size above 0"),
         (["labels.proposal_sizes=[8,0]"], "labels.proposal_sizes=.*: give at least one size above 0"),

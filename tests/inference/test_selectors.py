@@ -237,7 +237,7 @@ def test_reused_tokens_are_the_same_with_newline_separators(family, newline):
     "record, message",
     [
         (SimpleNamespace(picked=[[torch.tensor([15])]] * 3), "token 15 was kept, but the image has 8"),
-        (SimpleNamespace(picked=[[torch.tensor([1])]]), "1 images were picked"),
+        (SimpleNamespace(picked=[[torch.tensor([1])]]), "1 images in the record"),
         (None, "not as NoneType; give `lambda: handle.last`"),
         ([[torch.tensor([1])]] * 3, "not as list; give `lambda: handle.last`"),
     ],

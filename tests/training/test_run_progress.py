@@ -11,7 +11,7 @@ from evocomp.training.progress import Settled, report_labels
 
 
 def test_time_left_is_that_of_all_stages():
-    """By arithmetic: 50 questions at 0.5 s, 10 batches expected at 1 s, nothing left of what is done."""
+    """By arithmetic: 50 questions at 0.5 s, 10 batches expected at 1 s, nothing left of finished stages."""
     stages = Progress(labels=Stage(100, guess=9.0), training=Stage(10, guess=1.0), done=Stage(5, done=5, guess=7.0))
     assert stages.seconds_left == 100 * 9.0 + 10
     stages.stages["labels"].advance(50, seconds=25.0)
