@@ -143,7 +143,7 @@ class Reader:
         if len(self._left_out) > self.max_bad:
             raise UserError(
                 f"more than data.max_bad={self.max_bad} records have an image that does not decode "
-                f"(last: {error}); mend the data or raise data.max_bad"
+                f"(last: {error}); correct the data or raise data.max_bad"
             ) from None
 
     def _text(self, example: Example) -> tuple[str, bool]:

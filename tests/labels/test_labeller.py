@@ -136,7 +136,7 @@ def test_sigterm_leaves_finished_chunks_and_the_next_start_goes_on(labeller):
         if progress.made == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="finished chunks are stored, the same command goes on"):
+    with pytest.raises(Interrupted, match="finished chunks are stored, run the same command to resume"):
         one.ensure(0, report=stop_in_the_third_chunk)
     assert signal.getsignal(signal.SIGTERM) is handler
     finished = chunks(one.store.path)
@@ -243,10 +243,10 @@ def test_what_labels_depend_on_is_in_the_fingerprint(labeller, nano, tmp_path, s
         from evocomp.mllm.hf import FrozenMLLM
 
         config = load([], [*TINY, setting])
-        with pytest.raises(UserError, match="was made by dtype=float32"):
+        with pytest.raises(UserError, match="was made with dtype=float32"):
             build_labeller(config, FrozenMLLM.load("nano", "bfloat16"), load_splits(config.data), tmp_path / "one")
         return
-    with pytest.raises(UserError, match="was made by"):
+    with pytest.raises(UserError, match="was made with"):
         labeller("one", setting)
 
 
@@ -265,7 +265,7 @@ def test_a_lost_round_that_cannot_be_made_again_is_named(labeller):
     one.ensure(0)
     one.ensure(1)
     one.store.remove(1)
-    with pytest.raises(UserError, match="round 1 of label store .* is gone or broken.*begin anew in another --run_dir"):
+    with pytest.raises(UserError, match="round 1 of label store .* is missing or corrupt.*start a new --run_dir"):
         one.ensure(2)
     assert one.ensure(1) and one.ensure(2)
 
@@ -286,7 +286,7 @@ def test_other_weights_are_another_model(labeller, nano, tmp_path):
     model = copy.deepcopy(nano.model)
     model.get_output_embeddings().weight[0, 0] += 1
     config = load([], TINY)
-    with pytest.raises(UserError, match="was made by weights="):
+    with pytest.raises(UserError, match="was made with weights="):
         build_labeller(config, FrozenMLLM(model, nano.processor, "nano"), load_splits(config.data), tmp_path / "one")
 
 

@@ -176,7 +176,7 @@ def test_round_zero_is_the_other_kinds_and_later_ones_need_a_compressor():
     assert rounds.chunks(0, {}) == [[0, 1]]
     assert [r["id"] for r in rounds.make(0, [0, 1], encode, {}, None)] == [0, 1]
     ids = rounds.chunks(1, {})[0]
-    with pytest.raises(UserError, match="needs a compressor that trains"):
+    with pytest.raises(UserError, match="needs the compressor of a training run"):
         list(rounds.make(1, ids, encode, {}, None))
 
 

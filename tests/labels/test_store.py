@@ -139,7 +139,7 @@ def test_chunks_are_immutable(store, caplog):
     store.write(0, 0, chunk(0))
     assert not caplog.records
     store.write(0, 0, chunk(1))
-    assert "other content" in caplog.text
+    assert "different content" in caplog.text
     assert store.read_chunk(0, 0)[0]["id"] == 0
 
 
@@ -185,7 +185,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(UserError, match="neither empty nor a label store"):
             LabelStore.open(tmp_path, MADE_BY, overwrite)
-    with pytest.raises(UserError, match="cannot be a folder"):
+    with pytest.raises(UserError, match="cannot create label folder"):
         LabelStore.open(tmp_path / "thesis.tmp.tex", MADE_BY)
     assert (tmp_path / "thesis.tmp.tex").exists()
 
@@ -212,7 +212,7 @@ def test_a_damaged_chunk_is_named(store, damage):
 
     if damage in ("cut", "header"):  # seen even before there is a hash
         harm()
-        with pytest.raises(UserError, match="chunk-000001.safetensors is broken or cut short"):
+        with pytest.raises(UserError, match="chunk-000001.safetensors is damaged or truncated"):
             store.read_chunk(0, 1)
         with pytest.raises(UserError, match="chunk-000001.safetensors"):
             store.commit(0, range(2))
@@ -221,7 +221,7 @@ def test_a_damaged_chunk_is_named(store, damage):
     harm()
     if damage != "gone":
         for read in (lambda: store.read(0), lambda: store.read_chunk(0, 1)):
-            with pytest.raises(UserError, match="chunk-000001.safetensors is not what was committed"):
+            with pytest.raises(UserError, match="chunk-000001.safetensors was changed after it was committed"):
                 read()
         assert store.committed(0)
         path.unlink()

@@ -159,5 +159,5 @@ def test_sliding_windows_are_refused_where_they_would_be_lost(monkeypatch):
     monkeypatch.setattr(model.get_decoder().config, "layer_types", ["full_attention", "sliding_attention"])
     with pytest.raises(UserError, match=r"set compressor\.sharp=0, or use evocomp\.compress"):
         AnswerLosses(mllm, settings=ScorerConfig(own_pass=False)).batch([features], kept, context=2)
-    with pytest.raises(UserError, match="sliding windows"):
+    with pytest.raises(UserError, match="do not support context tokens with sliding_attention layers"):
         _answer(mllm, features, shown(features.visual, kept[0, 0], 2))

@@ -91,7 +91,7 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path, monkeypatch, cap
     for _ in range(2):
         assert torch.equal(tokens(model, inputs, cache.encode(inputs)), expected)
     assert caplog.text.count("is full") == 1 and not [path for path in tmp_path.rglob("*") if path.is_file()]
-    with pytest.raises(UserError, match="not even one"):
+    with pytest.raises(UserError, match="no image fits"):
         cache.reserve(10, free=0)
 
 
@@ -102,8 +102,8 @@ def test_room_is_told_and_asked_for_beforehand(tmp_path, caplog):
     size = next(tmp_path.rglob("*.safetensors")).stat().st_size
     with caplog.at_level("INFO", logger="evocomp"):
         cache.reserve(1000, free=999 * size)
-    assert "for 1000 pictures" in caplog.text
-    with pytest.raises(UserError, match="name a folder on a larger disk"):
+    assert "for 1000 images" in caplog.text
+    with pytest.raises(UserError, match="choose a folder on a larger disk"):
         cache.reserve(1000, free=999 * size - 1)
 
 
@@ -111,7 +111,7 @@ def test_several_layers_of_a_tower_are_refused(tmp_path):
     several = copy.deepcopy(build("llava"))
     several.config.vision_feature_layer = [-2, -1]
     for model in (build("qwen3_vl"), several):
-        with pytest.raises(UserError, match="several layers of its vision tower"):
+        with pytest.raises(UserError, match="several layers of their vision tower"):
             FeatureCache(tmp_path, model, "a")
 
 

@@ -219,7 +219,7 @@ def test_families_see_tokens_before_a_gap(family):
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "paligemma"])
 def test_families_that_need_more_than_embeddings_are_refused(family):
     features, _, model = tiny(family)
-    with pytest.raises(UserError, match="labels and panel are not made for"):
+    with pytest.raises(UserError, match="labels and the panel do not support"):
         FrozenMLLM(model, processor=None).answer_logits(features, features.visual[None], everything(features)[None])
 
 
@@ -368,13 +368,13 @@ def test_what_does_not_load_is_one_line(tmp_path):
     for name in ("nanno", str(tmp_path)):
         with pytest.raises(UserError) as caught:
             FrozenMLLM.load(name)
-        assert f"model.name={name} does not load" in str(caught.value) and "\n" not in str(caught.value)
+        assert f"model.name={name} cannot be loaded" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_answers_without_a_token_and_prompts_with_a_placeholder_are_named(nano, questions):
-    with pytest.raises(UserError, match="has no token"):
+    with pytest.raises(UserError, match="has no tokens"):
         nano.features([replace(questions[0], id=11, answer=" ")])
-    with pytest.raises(UserError, match="color of <image> circle.*processor refuses it"):
+    with pytest.raises(UserError, match="color of <image> circle.*rejects it"):
         nano.features([replace(questions[0], id=12, prompt="color of <image> circle")])
 
 

@@ -17,7 +17,7 @@ def test_they_are_listed_once_in_one_line(nano, caplog):
     asked = [Example(i, "x", "x", "who sits there", "a dog", history=turns) for i in range(50)]
     warn_of_unknown_words(nano.processor.tokenizer, texts_of(asked), "nano")
     (line,) = caplog.messages
-    assert line == "nano does not know 5 words, and reads the same unknown token for each: who sits dog it Tuesday"
+    assert line == "nano does not know 5 words and replaces each by the unknown token: who sits dog it Tuesday"
     caplog.clear()
     warn_of_unknown_words(nano.processor.tokenizer, [f"w{i}" for i in range(100)], "nano")
     assert caplog.messages[0].endswith("w19 and 80 more")

@@ -200,7 +200,7 @@ def test_another_picture_with_the_same_system_prompt_uses_its_prefix_again(nano,
 
 def test_shared_scoring_needs_one_picture(nano, encoded):
     others = next(f for f in encoded if f.image_id != encoded[0].image_id)
-    with pytest.raises(UserError, match="agree up to the end of the picture"):
+    with pytest.raises(UserError, match="prompts differ before the end of the image"):
         AnswerLosses(nano).shared([encoded[0], others], masks(encoded[0], 2, 4))
 
 

@@ -25,9 +25,9 @@ SETTINGS = {
     "transformers": ScorerConfig(own_pass=False, shared_prefix="always", prefix_reuse="always"),
 }
 NO_GATES = {
-    "llama, a window that it ignores": "does not follow an explicit attention mask",
-    "lfm2": "layers of type conv cannot be given an attention mask",
-    "qwen3_next": "layers of type linear_attention cannot be given an attention mask",
+    "llama, a window that it ignores": "needs a decoder that follows an explicit attention mask",
+    "lfm2": "layers of type conv do not accept an attention mask",
+    "qwen3_next": "layers of type linear_attention do not accept an attention mask",
 }
 """Decoders of which gradients by gates are refused, and why."""
 APART = ("llama, a window that it ignores", "lfm2", "qwen3_next", "llama4, scaled queries")
@@ -176,7 +176,7 @@ def test_a_kernel_without_masks_scores_questions_apart_and_refuses_gates(monkeyp
     assert TransformersBody(mllm.decoder, torch.float32).packs
     monkeypatch.setattr(mllm.decoder.config, "_attn_implementation_internal", "flash_attention_2")
     assert not TransformersBody(mllm.decoder, torch.float32).packs
-    with pytest.raises(UserError, match="flash_attention_2 takes no explicit attention mask"):
+    with pytest.raises(UserError, match="flash_attention_2 does not accept an explicit attention mask"):
         attention.check_masks(mllm.decoder.config)
 
 

@@ -77,5 +77,5 @@ def test_a_gpu_too_small_for_one_sequence_is_said(nano, encoded, monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(scorer.losses, "candidates", no_room)
-    with pytest.raises(UserError, match="does not hold one sequence"):
+    with pytest.raises(UserError, match="do not fit in the GPU's memory"):
         scorer(encoded[0], masks(3))

@@ -120,7 +120,7 @@ def test_sharing_answers_of_several_tokens(nano, questions):
 def test_questions_about_two_pictures_cannot_share(nano, encoded):
     other = next(f for f in encoded if f.image_id != encoded[0].image_id)
     assert shares_prefix(same_picture(encoded)) and not shares_prefix([encoded[0], other])
-    with pytest.raises(UserError, match="shared scoring needs prompts that agree"):
+    with pytest.raises(UserError, match="prompts differ before the end of the image"):
         AnswerLosses(nano).shared([encoded[0], other], torch.from_numpy(masks(2, 8)))
 
 
