@@ -30,7 +30,7 @@ def test_columns_of_the_visual_tokens(drawn):
 
 
 def test_what_is_missing_is_said(drawn):
-    with pytest.raises(UserError, match="layer 3 was not recorded, only \\[1\\]"):
+    with pytest.raises(UserError, match="layer 3 was not recorded, only layers \\[1\\]"):
         at_layer({1: torch.ones(1)}, 3)
     with pytest.raises(UserError, match="cannot hold 6 visual and 3 text"):
         visual_start(drawn(0, 6, text=3), 8)
