@@ -82,7 +82,7 @@ def a_run(tmp_path):
         (["eval", "--run", "runs/nano", "--panel", "divprune+context"], "has no context tokens; leave out +context"),
         (["eval", "--run", "runs/nano", "--seed", "3"], "give --out DIR"),
         (["train", "--config", "nano", "--seed", "3"], "runs/nano holds a run with other settings (seed: 0 there, 3"),
-        (["label", "--config", "nano", "--seed", "3"], "was made by seed=0 (this run has seed=3)"),
+        (["label", "--config", "nano", "--seed", "3"], "was made with seed=0 (this run has seed=3)"),
     ],
 )
 def test_what_needs_no_torch_is_refused_without_it(a_run, tmp_path, words, says):

@@ -12,7 +12,7 @@ def test_words_that_nano_does_not_know(nano):
     assert unknown_words(tokenizer, texts_of(scene_examples(1, 0, 20, relation=True))) == []
 
 
-def test_they_are_listed_once_in_one_line(nano, caplog):
+def test_unknown_words_are_listed_in_one_warning(nano, caplog):
     turns = (("is it Tuesday", "no"),)
     asked = [Example(i, "x", "x", "who sits there", "a dog", history=turns) for i in range(50)]
     warn_of_unknown_words(nano.processor.tokenizer, texts_of(asked), "nano")
