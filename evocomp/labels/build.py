@@ -36,8 +36,8 @@ def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> No
     def reserve() -> None:
         examples = [*splits.train, *splits.val]
         mllm.readable(examples, most=1)
-        pictures = len({picture_key(example) for example in examples})
-        mllm.cache.reserve(pictures, shutil.disk_usage(mllm.cache.folder).free)
+        images = len({picture_key(example) for example in examples})
+        mllm.cache.reserve(images, shutil.disk_usage(mllm.cache.folder).free)
 
     distributed.from_rank_0(reserve)
 

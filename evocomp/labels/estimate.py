@@ -259,8 +259,8 @@ class Estimate:
 def by_arithmetic(config: RunConfig, target: Target, work: Workload, gpu: GPU) -> Estimate:
     """Estimate from the model's sizes only."""
     length = work.text + work.kept + work.answer
-    a_sample = work.forwards * target.forward(length, work.answer) + target.tower
-    flops = work.samples * a_sample
+    per_sample = work.forwards * target.forward(length, work.answer) + target.tower
+    flops = work.samples * per_sample
     seconds = flops / (gpu.peak * EFFICIENCY) if gpu.peak else 0.0
     return Estimate(
         work,
@@ -290,10 +290,10 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
     `count` samples (after one for warm-up) are labelled now; their labels are not stored. For credits from random masks
     a sample is an image with all its questions, because they are scored together.
     """
-    by_picture = at_random(config)
+    by_image = at_random(config)
     pieces = [
         [example.id for example in group]
-        for _, group in groupby(labeller.examples.values(), key=lambda one: one.image_id if by_picture else one.id)
+        for _, group in groupby(labeller.examples.values(), key=lambda one: one.image_id if by_image else one.id)
     ][: count + 1]
     seconds, made = [], []
     for ids in pieces:
@@ -323,14 +323,14 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
 def _time_of_proposals(config: RunConfig, labeller: Labeller, features: Sequence[Features]) -> float:
     """Seconds per question of an on-policy refresh in which all proposed masks are scored."""
     tokens, rng = len(features[0].visual), np.random.default_rng(0)
-    alike = [one for one in features if len(one.visual) == tokens]
+    same_size = [one for one in features if len(one.visual) == tokens]
     sizes = mask_sizes(config.labels.proposal_sizes, tokens)
     started = time.perf_counter()
     for size in sizes:
         drawn, context = split(size, tokens, config.compressor.sharp)
-        order = rng.random((len(alike), config.labels.proposals, tokens)).argsort(axis=-1)
-        labeller.scorer.each(alike, np.sort(order[..., :drawn]), context)
-    return (time.perf_counter() - started) / len(sizes) / len(alike)
+        order = rng.random((len(same_size), config.labels.proposals, tokens)).argsort(axis=-1)
+        labeller.scorer.each(same_size, np.sort(order[..., :drawn]), context)
+    return (time.perf_counter() - started) / len(sizes) / len(same_size)
 
 
 def _mean_size(config: RunConfig, tokens: int) -> int:
@@ -370,15 +370,15 @@ def round_bytes(config: RunConfig, questions: int, tokens: int) -> float:
 
 def say_disk_use(config: RunConfig, questions: int, tokens: int, folder: Path) -> None:
     """Log the disk space that the labels need, and warn if there may not be enough."""
-    a_round, free = round_bytes(config, questions, tokens), shutil.disk_usage(folder).free
+    per_round, free = round_bytes(config, questions, tokens), shutil.disk_usage(folder).free
     rounds = 1 if config.labels.refresh == "none" else 2  # a refresh reads the previous round
-    logger.info("labels: at most %s per round in %s, %s free", readable(a_round), folder, readable(free))
-    if rounds * a_round > free:
+    logger.info("labels: at most %s per round in %s, %s free", readable(per_round), folder, readable(free))
+    if rounds * per_round > free:
         logger.warning(
             "%d rounds may need %s, more than is free: set --labels.dir to a folder on a larger disk; a full disk "
             "stops the run without damaging the store",
             rounds,
-            readable(rounds * a_round),
+            readable(rounds * per_round),
         )
 
 

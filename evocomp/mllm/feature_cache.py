@@ -91,13 +91,13 @@ class FeatureCache:
             raise UserError(
                 f"model.feature_cache: no image fits on the disk of {self.folder}; choose a folder on a larger disk"
             )
-        a_picture = sum(sizes) / len(sizes)
-        missing = max(0, pictures - len(sizes)) * a_picture
+        per_image = sum(sizes) / len(sizes)
+        missing = max(0, pictures - len(sizes)) * per_image
         logger.info(
             "feature cache: %s for %d images (%s each), %s of it already cached in %s, %s free",
-            readable(pictures * a_picture),
+            readable(pictures * per_image),
             pictures,
-            readable(a_picture),
+            readable(per_image),
             readable(sum(sizes)),
             self.folder,
             readable(free),

@@ -142,14 +142,14 @@ def nano_processor(config: LlavaConfig, words: Sequence[str] = WORDS) -> LlavaPr
         model_max_length=2048,
     )
     size = config.vision_config.image_size
-    pictures = CLIPImageProcessorPil(
+    image_processor = CLIPImageProcessorPil(
         size={"height": size, "width": size},
         do_center_crop=False,
         image_mean=[0.45] * 3,
         image_std=[0.25] * 3,
     )
     return LlavaProcessor(
-        image_processor=pictures,
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",

@@ -161,11 +161,11 @@ class AnswerLosses:
             torch.cat([one.positions[..., part] for one, part in zip(owners, parts, strict=True)], dim=-1),
         )
         sizes = [one.embeds.shape[0] - end for one in tables]
-        picture = prompt_index(first, kept)
-        picture = picture[:, : int((picture[0] < end).sum())]
+        prefix = prompt_index(first, kept)
+        prefix = prefix[:, : int((prefix[0] < end).sum())]
         tails = torch.arange(end, table.embeds.shape[0], device=kept.device)
-        index = torch.cat([picture, tails.expand(len(kept), -1)], dim=1)
-        length = picture.shape[1]
+        index = torch.cat([prefix, tails.expand(len(kept), -1)], dim=1)
+        length = prefix.shape[1]
         packing = Packing.of(length, sizes, kept.device)
         counts = [len(one.answer_ids) for one in features]
         ends = length + torch.tensor(sizes).cumsum(0)

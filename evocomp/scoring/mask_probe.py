@@ -32,8 +32,8 @@ def packs_as_apart(body: Body, config: PreTrainedConfig, device: torch.device) -
     first, second = index[:, : SHARED + OWN], torch.cat([index[:, :SHARED], index[:, SHARED + OWN :]], dim=1)
     with short_windows(config):
         try:
-            apart = [body(table, rows, torch.arange(SHARED + OWN, device=device))[0] for rows in (first, second)]
+            separate = [body(table, rows, torch.arange(SHARED + OWN, device=device))[0] for rows in (first, second)]
             packed = body(table, index, index[0], Packing.of(SHARED, (OWN, OWN), device))[0]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             return False  # the decoder's forward does not accept such masks
-    return same_states(packed, torch.cat([apart[0], apart[1][SHARED:]]), packed.dtype)
+    return same_states(packed, torch.cat([separate[0], separate[1][SHARED:]]), packed.dtype)

@@ -25,7 +25,7 @@ def test_mean_of_each_block_and_three_layers_of_it(n, generator):
 
 @pytest.mark.parametrize(("block", "width"), [(2, 4), (3, 6), (4, 6), (9, 13)])
 def test_widths_of_the_published_code(block, width):
-    """Hidden layers have widths int(factor * K) * D and K * D with factor 2 up to K = 3, else 1.5; no weights start at zero."""
+    """Widths int(factor * K) * D and K * D, with factor 2 up to K = 3, else 1.5; no weight matrix is zero."""
     merger = BlockMerger(8, block)
     shapes = [tuple(parameter.shape) for parameter in merger.parameters() if parameter.ndim == 2]
     assert shapes == [(8 * width, 8 * block), (8 * block, 8 * width), (8, 8 * block)]

@@ -13,8 +13,8 @@ def top_r_index(scores: Tensor, r: int, valid: Tensor | None) -> Tensor:
     keep, equal = ranked > threshold, ranked == threshold
     # padding is ranked below tokens of score -inf
     for candidates in (equal,) if valid is None else (equal & valid, equal & ~valid):
-        room = r - keep.sum(-1, keepdim=True)
-        keep = keep | (candidates & (candidates.cumsum(-1) <= room))
+        remaining = r - keep.sum(-1, keepdim=True)
+        keep = keep | (candidates & (candidates.cumsum(-1) <= remaining))
     # kept tokens go to slots 0..R-1, all others to an extra slot that is cut off: `nonzero` would synchronise the host
     slot = torch.where(keep, keep.cumsum(-1) - 1, r)
     positions = torch.arange(scores.shape[1], device=scores.device).expand_as(slot)
