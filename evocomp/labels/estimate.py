@@ -224,15 +224,15 @@ class Estimate:
     def report(self, gpus: int = 1) -> str:
         """The estimate as text."""
         work = self.work
-        basis = f"{self.timed} samples timed here" if self.timed else f"arithmetic, {EFFICIENCY:.0%} of peak assumed"
+        basis = f"{self.timed} samples timed here" if self.timed else f"calculated, assuming {EFFICIENCY:.0%} of peak"
         forwards = work.samples * work.forwards
         sequence = f"{work.text} text + {work.kept} of {self.tokens} visual + {work.answer} answer tokens"
         return "\n".join(
             [
                 f"round 0 of {work.samples:,} samples on {self.gpu.name} ({basis})",
                 f"  sequence    {sequence}",
-                f"  forwards    {forwards:,} ({work.forwards} a sample)",
-                f"  FLOPs       {self.flops:.3g} ({self.flops / max(1, work.samples):.3g} a sample)",
+                f"  forwards    {forwards:,} ({work.forwards} per sample)",
+                f"  FLOPs       {self.flops:.3g} ({self.flops / max(1, work.samples):.3g} per sample)",
                 *(self._on_cpu() if self.gpu is CPU else self._on_gpus(gpus)),
                 f"  disk        at most {readable(self.disk)}",
             ]
@@ -241,15 +241,15 @@ class Estimate:
     def _on_cpu(self) -> list[str]:
         return [
             f"  time        {in_words(self.seconds)} ({self.work.samples / max(1e-9, self.seconds):.3g} labels/s)",
-            f"  a refresh   at most {in_words(self.refresh)} more",
+            f"  per refresh at most {in_words(self.refresh)} more",
             f"  memory      {readable(self.memory)}",
         ]
 
     def _on_gpus(self, gpus: int) -> list[str]:
         hours, speed = self.seconds / 3600, self.work.samples / max(1e-9, self.seconds)
         return [
-            f"  GPU-hours   {hours:.3g} ({speed:.3g} labels/s and GPU)",
-            f"  a refresh   {self.refresh / 3600:.3g} GPU-hours more",
+            f"  GPU-hours   {hours:.3g} ({speed:.3g} labels/s per GPU)",
+            f"  per refresh {self.refresh / 3600:.3g} GPU-hours more",
             f"  wall hours  {hours / gpus:.3g} on {gpus} GPU{'s' * (gpus > 1)}",
             f"  price       {hours * self.gpu.price:,.2f} USD at {self.gpu.price:g} USD/hour",
             f"  GPU memory  {readable(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),

@@ -141,7 +141,7 @@ def test_comments_in_the_7b_recipes_equal_the_estimate(name, capsys):
     assert cli.main(["label", "--config", str(path), "--estimate", "--gpu", "h100", "--gpus=8"]) == 0
     said = capsys.readouterr().out
     hours = float(re.search(r"GPU-hours +([\d.]+)", said)[1])
-    refresh = float(re.search(r"a refresh +([\d.]+)", said)[1])
+    refresh = float(re.search(r"per refresh +([\d.]+)", said)[1])
     disk = re.search(r"disk +at most (.*)", said)[1]
     head = path.read_text().partition("recipe:")[0]
     assert f"labels {hours:.0f} GPU-hours" in head
@@ -157,7 +157,7 @@ def test_a_cpu_configuration_is_timed_on_this_machine(capsys):
     assert re.search(r"time +\d+ s \([\d.]+ labels/s\)", said) and "USD" not in said and "GPU" not in said
     assert cli.main(["label", "--config", "nano", "--estimate", "--gpu", "h100", *few]) == 0
     said = capsys.readouterr().out
-    assert "of 144 visual" in said and "on H100 (arithmetic" in said
+    assert "of 144 visual" in said and "on H100 (calculated" in said
 
 
 def test_a_refresh_is_timed_by_masks_of_each_question(nano, monkeypatch):
