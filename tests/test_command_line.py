@@ -82,7 +82,7 @@ def a_run(tmp_path):
         (["eval", "--run", "runs/nano", "--panel", "divprune+context"], "has no context tokens; leave out +context"),
         (["eval", "--run", "runs/nano", "--seed", "3"], "give --out DIR"),
         (["train", "--config", "nano", "--seed", "3"], "runs/nano holds a run with different settings: seed=0,"),
-        (["label", "--config", "nano", "--seed", "3"], "was made by seed=0 (this run has seed=3)"),
+        (["label", "--config", "nano", "--seed", "3"], "was made with seed=0 (this run has seed=3)"),
     ],
 )
 def test_checks_without_torch_come_first(a_run, tmp_path, words, says):

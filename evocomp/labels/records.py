@@ -1,4 +1,4 @@
-"""Label records as safetensors bytes: no pickle, mapped by name, the same bytes for the same records."""
+"""Encodes label records as safetensors: no pickle, and the same bytes for the same records."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from evocomp.log import UserError
 
 Record = dict[str, "np.ndarray | int | float"]
-"""What is stored of one sample: an integer "id" and arrays or numbers, with the same fields in a chunk."""
+"""Stored label of one sample: an integer "id", and arrays or numbers. All records of a chunk have the same fields."""
 
 ANEW = "delete this file and run the labelling again: it makes only what is missing"
 
@@ -18,8 +18,8 @@ ANEW = "delete this file and run the labelling again: it makes only what is miss
 def encode(records: list[Record]) -> bytes:
     """Records as safetensors bytes; the same records give the same bytes.
 
-    A number is a column [n]. An array field x is x.data (all records' elements in a row), x.offsets [n+1]
-    and, with several dimensions, x.shape [n, dimensions].
+    A number field is stored as a tensor [n]. An array field x is stored as x.data (the elements of all records,
+    concatenated), x.offsets [n+1] and, if it has several dimensions, x.shape [n, dimensions].
     """
     tensors = {"id": np.array([record["id"] for record in records], dtype=np.int64)}
     names = sorted(records[0].keys() - {"id"}) if records else []
@@ -37,7 +37,7 @@ def encode(records: list[Record]) -> bytes:
         tensors[f"{name}.offsets"] = np.cumsum([0] + [value.size for value in values], dtype=np.int64)
         if values[0].ndim > 1:
             tensors[f"{name}.shape"] = np.array([value.shape for value in values], dtype=np.int64)
-    # no metadata: safetensors keeps it in a hash map, whose order changes from process to process
+    # no metadata: safetensors stores it in a hash map, whose order differs between processes
     return safetensors.numpy.save(tensors)
 
 
@@ -50,7 +50,7 @@ def decode(content: bytes, path: Path) -> list[Record]:
             for record, value in zip(records, tensors[name].tolist(), strict=True):
                 record[name] = value
             continue
-        # a copy: what safetensors gives cannot be written to, and torch warns of such arrays
+        # a copy, because torch warns of read-only arrays, which safetensors returns
         values = np.split(tensors[f"{name}.data"].copy(), tensors[f"{name}.offsets"][1:-1])
         shapes = tensors.get(f"{name}.shape")
         for row, (record, value) in enumerate(zip(records, values, strict=True)):
@@ -59,19 +59,19 @@ def decode(content: bytes, path: Path) -> list[Record]:
 
 
 def tensors_of(content: bytes, path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a chunk; UserError when its bytes are not whole."""
+    """The arrays of a chunk. Raises UserError if its bytes are damaged."""
     try:
         return safetensors.numpy.load(content)
     except SafetensorError as error:
-        raise UserError(f"label chunk {path} is broken or cut short ({error}); {ANEW}") from None
+        raise UserError(f"label chunk {path} is damaged or truncated ({error}); {ANEW}") from None
 
 
 MAY_BE_UNKNOWN = ("best_loss", "first_best", "first_mean", "losses")
-"""Fields that are NaN in labels that were drawn and never scored (`labels.target=random`)."""
+"""Fields that are NaN in random labels, which are never scored (`labels.target=random`)."""
 
 
 def check_finite(records: Sequence[Record]) -> None:
-    """Raise UserError for a record with a number that is not finite: it would make the compressor NaN."""
+    """Raise UserError for a record with a NaN or infinite number, which would make the compressor's weights NaN."""
     for record in records:
         scored = record.get("evaluations", 1) != 0
         for name, value in record.items():
@@ -85,10 +85,10 @@ def check_finite(records: Sequence[Record]) -> None:
 
 
 def kept_by(record: Record, tokens: int, keep: int) -> np.ndarray:
-    """Which of N = `tokens` visual tokens a record would keep: bool [N].
+    """Mask of the N = `tokens` visual tokens that a record keeps: bool [N].
 
-    A searched mask as it is; of credits the `keep` highest; of proposed masks the one with the lowest loss, or
-    nothing if none was proposed.
+    For a search label, its mask; for credits, the `keep` highest; for proposed masks, the one with the lowest loss, or
+    no token if there are no proposals.
 
     >>> kept_by({"id": 1, "credits": np.array([0.1, 0.9, 0.4])}, tokens=3, keep=2).tolist()
     [False, True, True]

@@ -1,7 +1,7 @@
-"""What differs between families of multimodal LLMs: the few policies that transformers does not make uniform.
+"""Differences between families of multimodal LLMs that transformers' API does not hide.
 
 Since transformers 5.18 every family offers `get_image_features(...).pooler_output`, `get_decoder()` and
-`get_input_embeddings()` and takes `mm_encoder_outputs`. The rest is here, keyed by `config.model_type`.
+`get_input_embeddings()`, and takes `mm_encoder_outputs`. The other differences are listed here by `config.model_type`.
 """
 
 import inspect
@@ -22,16 +22,16 @@ MIN_TRANSFORMERS = "5.18"
 
 @dataclass(frozen=True)
 class Policy:
-    """How one family departs from the plain case (LLaVA).
+    """How one family differs from LLaVA.
 
-    newline:   its visual rows contain `image_newline` separators, which are no picture content
+    newline:   its visual rows contain `image_newline` separators, which are not image content
     mrope:     positions have several rows (Qwen: text, time, height, width)
     deepstack: visual features are added again inside the first decoder layers
     blocks:    attention mask is bidirectional inside an image ("image") or over the whole prompt ("prefix")
     image:     what one image is. "entry": one entry of `pooler_output`; "run": one unbroken run of
                placeholders (its tiles are entries); "tiles": all runs up to the global tile, which comes last
-    rewrite_since: transformers from which the family takes fewer visual tokens than its encoder makes
-    forward_offset: added to `position_ids` by the family's own `prepare_inputs_for_generation`
+    rewrite_since: first transformers release in which the family accepts fewer visual tokens than its encoder makes
+    forward_offset: number that the family's `prepare_inputs_for_generation` adds to `position_ids`
     """
 
     newline: bool = False
@@ -67,7 +67,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """A weight as a whole: of a sharded model, the parts of all processes that hold it, which call this together."""
+    """The full weight. For a sharded model this is a collective: all processes that hold a shard must call it."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
@@ -85,7 +85,7 @@ def policy(model: nn.Module) -> Policy:
 def check_supported(model: nn.Module, rewrite: bool = False) -> None:
     """Raise UserError if the family is unknown or transformers is too old.
 
-    rewrite: for giving the model encoded images with tokens left out (`compress_inputs`), not for hooks.
+    rewrite: check for `compress_inputs`, which passes encoded images with tokens removed; not needed for hooks.
     """
     needed = policy(model).rewrite_since if rewrite else MIN_TRANSFORMERS
     if Version(Version(transformers.__version__).base_version) < Version(needed):
@@ -103,7 +103,7 @@ def token_ids(model: nn.Module) -> dict[str, int]:
 
 
 def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Where the visual tokens are: True at image and video placeholders. input_ids [B,S] -> bool [B,S]."""
+    """Mask of the visual tokens: True at image and video placeholders. input_ids [B,S] -> bool [B,S]."""
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in token_ids(model).values():
         mask |= input_ids == token
@@ -111,10 +111,10 @@ def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def position_ids(model: nn.Module, inputs: Mapping[str, Tensor], forward: bool = False) -> Tensor:
-    """Positions of the full prompt as `generate` would make them: [B,S], or [4,B,S] with M-RoPE.
+    """Position ids of the full prompt as `generate` computes them: [B,S], or [4,B,S] with M-RoPE.
 
-    Row 0 of the four counts text order, rows 1-3 are time, height and width. `forward=True` gives what
-    `model.forward` expects where that differs (PaliGemma counts from 1). Leaves the model's state alone.
+    With M-RoPE, row 0 is the index in the sequence and rows 1-3 are time, height and width. `forward=True` returns
+    what `model.forward` expects where that differs (PaliGemma counts from 1). The model's state is not changed.
     """
     model = unwrap(model)
     names = ("attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
@@ -128,9 +128,9 @@ def position_ids(model: nn.Module, inputs: Mapping[str, Tensor], forward: bool =
 
 
 def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, transformers.utils.ModelOutput]:
-    """Run vision tower and projector once: {"image": output, "video": output}, fit for `mm_encoder_outputs`.
+    """Run vision tower and projector once: {"image": output, "video": output}, as `mm_encoder_outputs` takes them.
 
-    `output.pooler_output` holds the visual tokens in the LLM's hidden size. Kinds without pixels are absent.
+    `output.pooler_output` holds the visual tokens in the LLM's hidden size. A kind without pixels has no entry.
     """
     base, encoded = unwrap(model).base_model, {}
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
@@ -144,13 +144,13 @@ def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, transfor
 
 
 def tower(model: nn.Module) -> nn.Module:
-    """The vision tower, which is most of the work of encoding."""
+    """The vision tower, which takes most of the encoding time."""
     base = unwrap(model).base_model
     return next(getattr(base, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(base, name))
 
 
 def read_of_tower(model: nn.Module, output: transformers.utils.ModelOutput) -> Tensor:
-    """What the family reads of its tower's output; Qwen's towers end with the projector, the others come before it."""
+    """The part of the tower's output that the model uses: the projector's input, or in Qwen's towers its output."""
     if policy(model).mrope:
         return output.pooler_output
     layer = getattr(unwrap(model).config, "vision_feature_layer", None)
@@ -158,7 +158,7 @@ def read_of_tower(model: nn.Module, output: transformers.utils.ModelOutput) -> T
 
 
 class _EveryLayer:
-    """Hidden states of a tower of which one layer is read, whichever its number."""
+    """Stands for a tower's tuple of hidden states: every layer index returns the same tensor."""
 
     def __init__(self, states: Tensor):
         self.states = states
@@ -168,17 +168,17 @@ class _EveryLayer:
 
 
 def as_tower_output(read: Tensor) -> transformers.utils.ModelOutput:
-    """An output of which the family reads what `read_of_tower` gave."""
+    """A tower output from which the model uses `read`; the inverse of `read_of_tower`."""
     return BaseModelOutputWithPooling(last_hidden_state=read, pooler_output=read, hidden_states=_EveryLayer(read))
 
 
 def entries(output: transformers.utils.ModelOutput) -> list[Tensor]:
-    """The entries of `pooler_output`, each [n,D], whatever its container (list, tuple or [entries,n,D])."""
+    """The entries of `pooler_output`, each [n,D], from a list, a tuple or a tensor [entries,n,D]."""
     return list(output.pooler_output)
 
 
 def image_numbers(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tensor:
-    """Which image every visual token belongs to. -> [B,S]: 0, 1, ... in order of appearance, -1 at text.
+    """Index of the image that each token belongs to -> [B,S]: 0, 1, ... in order of appearance, -1 for text.
 
     One video counts as one image where the family encodes it as one entry. Raises UserError if the number of
     placeholders differs from the number of encoded tokens.
@@ -200,7 +200,7 @@ def _entry_starts(model: nn.Module, input_ids: Tensor, encoded: Mapping, visual:
         if sum(sizes) != len(place):
             raise UserError(
                 f"the prompt has {len(place)} {kind} placeholders but the vision tower made {sum(sizes)} "
-                "tokens; prepare prompt and pixels together with the model's own processor"
+                "tokens; prepare text and images in one call of the model's own processor"
             )
         first = torch.tensor([0, *sizes], device=place.device).cumsum(0)[:-1]
         starts.view(-1)[place[first[torch.tensor(sizes, device=place.device) > 0]]] = 1
@@ -210,8 +210,8 @@ def _entry_starts(model: nn.Module, input_ids: Tensor, encoded: Mapping, visual:
 def _run_starts(input_ids: Tensor, visual: Tensor, merge_tiles: bool) -> Tensor:
     """int [B,S]: 1 at the first placeholder of every run, or of every image made of tiles.
 
-    In Idefics3 and SmolVLM prompts the token before a run names the tile, and every image ends with its
-    global tile. So the row's last run is a global one, and the token before it tells the others.
+    In Idefics3 and SmolVLM prompts the token before a run identifies the tile, and every image ends with its global
+    tile. The last run of a row is therefore a global tile, and the token before it identifies the other global tiles.
     """
     before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
     starts = visual & ~before
@@ -227,7 +227,7 @@ def _run_starts(input_ids: Tensor, visual: Tensor, merge_tiles: bool) -> Tensor:
 
 
 def visual_tokens(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tensor:
-    """Encoded visual tokens in the order of their placeholders, row after row of the batch. -> [total,D]."""
+    """Encoded visual tokens in the order of their placeholders, concatenated over the batch -> [total,D]."""
     visual = visual_mask(model, input_ids)
     parts = {kind: torch.cat(entries(output)) for kind, output in encoded.items()}
     if len(parts) == 1:
@@ -242,7 +242,7 @@ def visual_tokens(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tens
 def image_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Visual tokens of every image (or video), in order of appearance over the batch: list of [n_i,D].
 
-    `inputs` is what the processor returned. Rows include `image_newline` separators; see `newline_rows`.
+    `inputs` is the processor's output. Rows include `image_newline` separators; see `newline_rows`.
     """
     encoded = encode(model, inputs)
     if not encoded:
@@ -253,7 +253,7 @@ def image_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tenso
 
 
 def newline_rows(model: nn.Module, features: Tensor) -> Tensor:
-    """Which rows are `image_newline` separators. features [n,D] -> bool [n]; all False for most families."""
+    """Mask of the rows that are `image_newline` separators: features [n,D] -> bool [n]; all False in most families."""
     if not policy(model).newline:
         return torch.zeros(len(features), dtype=torch.bool, device=features.device)
     newline = unwrap(model).base_model.image_newline

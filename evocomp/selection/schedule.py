@@ -1,6 +1,6 @@
-"""When an LLM drops visual tokens layer by layer: how many it has processed on average.
+"""Layer averages: the mean number of visual tokens per LLM layer when tokens are dropped between layers.
 
-"192 tokens" is said both of the count at the LLM's door and of this average; a table should print both.
+Papers use "192 tokens" both for the number of tokens in the LLM input and for this average; a table should print both.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """From one layer on, fewer visual tokens."""
+    """A drop of visual tokens before one LLM layer."""
 
     before_layer: int
-    """First LLM layer (0-based) that runs on the shorter sequence."""
+    """Index (0-based) of the first LLM layer that runs on the shorter sequence."""
     visual: int
-    """Visual rows from there on."""
+    """Number of visual tokens from that layer on."""
 
 
 def layer_average(n: int, stages: Sequence[Stage], layers: int = 32) -> float:
-    """Visual tokens per layer, averaged over an LLM of `layers` layers, `n` at its door; stages in order.
+    """Visual tokens per layer, averaged over an LLM of `layers` layers with `n` visual tokens in its input.
 
     >>> layer_average(576, [Stage(before_layer=2, visual=144)], layers=32)
     171.0
@@ -31,12 +31,12 @@ def layer_average(n: int, stages: Sequence[Stage], layers: int = 32) -> float:
 
 
 def kept_for_average(n: int, average: float, before_layer: int, layers: int = 32) -> int:
-    """Tokens to keep in one drop before a layer so that the layer average comes nearest to `average`.
+    """Number of tokens to keep in a single drop before a layer, for the layer average nearest to `average`.
 
-    166, 98, 30 of 576 before layer 2 for 192, 128, 64. Raises ValueError when the layers before the drop
-    alone process more than that.
+    For 192, 128 and 64 it is 166, 98 and 30 of 576 tokens before layer 2. Raises ValueError if the layers before the
+    drop alone exceed `average`.
     """
     kept = round((average * layers - n * before_layer) / (layers - before_layer))
     if not 1 <= kept <= n:
-        raise ValueError(f"no drop of {n} tokens before layer {before_layer} of {layers} averages {average}")
+        raise ValueError(f"no drop of {n} tokens before layer {before_layer} of {layers} gives an average of {average}")
     return kept

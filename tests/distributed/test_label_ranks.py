@@ -86,7 +86,7 @@ def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
     settings, folder = [*SHARDED, "model.shard=2"], str(tmp_path / "labels")
     options = {"signal_rank": 1, "number": signal.SIGTERM, "chunks": 0}
     job = ranks(2, "label", folder=folder, settings=settings, **options)
-    assert job.codes == [2, 2] and all("stopped in labelling" in output for output in job.outputs), job.outputs
+    assert job.codes == [2, 2] and all("stopped during labelling" in output for output in job.outputs), job.outputs
     assert ranks(2, "label", folder=folder, settings=settings).succeeded().results[0]["digest"] == unsharded(
         tmp_path, []
     )
@@ -97,8 +97,8 @@ def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
     [
         (["model.shard=3"], "multiples of 3"),
         (["model.shard=2", "model.name=nowhere"], "model.name=nowhere does not load"),
-        (["model.shard=2", "labels.dtype=bfloat16"], "give labels.dtype=model"),
-        (["model.shard=2", "search.strategy=gradient_seeded"], "needs gradients"),
+        (["model.shard=2", "labels.dtype=bfloat16"], "set labels.dtype=model"),
+        (["model.shard=2", "search.strategy=gradient_seeded"], "gradient_seeded does not support sharded models"),
     ],
 )
 def test_unsupported_settings_of_shard_groups_are_refused_on_all_ranks(ranks, tmp_path, settings, says):
@@ -188,7 +188,7 @@ def test_killed_ranks_and_a_resume_on_another_number(ranks, alone, tmp_path):
 def test_sigterm_leaves_a_clean_store(ranks, alone, tmp_path):
     folder = tmp_path / "labels"
     job = ranks(1, "label", folder=str(folder), signal_rank=0, number=signal.SIGTERM, chunks=0)
-    assert job.codes == [2] and "stopped in labelling" in job.outputs[0]
+    assert job.codes == [2] and "stopped during labelling" in job.outputs[0]
     assert not chunks(folder) and not list(folder.rglob("*.tmp*"))
     assert ranks(1, "label", folder=str(folder)).succeeded().results[0]["digest"] == alone
 

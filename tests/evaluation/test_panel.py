@@ -201,7 +201,7 @@ def test_what_a_model_cannot_do_has_a_row_that_says_why(panel, nano, questions):
     model = FrozenMLLM(build("qwen2_vl"), processor=nano.processor)
     other = Panel(nano, questions[:2])
     other.mllm = model
-    assert "pictures of other sizes are made for LLaVA only" in other.downsampling(8).not_applicable
+    assert "only LLaVA supports images of another size" in other.downsampling(8).not_applicable
 
 
 def test_a_rival_may_have_context_tokens_too(panel, nano):

@@ -41,7 +41,7 @@ def test_shipped_models_load_in_one_line():
         model, processor = evocomp.load_nano(name)
         assert model.config.vision_config.image_size == pixels
         assert processor.tokenizer.decode([3], skip_special_tokens=True) == ""
-    with pytest.raises(UserError, match="no shipped model is called 'micro'; use one of nano, nano576"):
+    with pytest.raises(UserError, match="'micro' is not a shipped model; use one of nano, nano576"):
         evocomp.load_nano("micro")
 
 

@@ -21,11 +21,11 @@ def test_never_more_tokens_than_asked_and_no_larger_image(rows, columns, data):
     keep = data.draw(st.integers(1, rows * columns))
     a, b = downsampled_grid((rows, columns), keep)
     assert 1 <= a <= rows and 1 <= b <= columns and a * b <= keep
-    # one side is the other in the image's own proportion, to the nearest whole token
+    # the grid keeps the image's aspect ratio, rounded to the nearest token
     assert abs(a - max(1, b * rows / columns)) <= 0.5 or abs(b - max(1, a * columns / rows)) <= 0.5
 
 
 @pytest.mark.parametrize("keep,k", [(576, 1), (575, 2), (144, 2), (143, 3), (64, 3), (36, 4), (5, 11)])
-def test_smallest_whole_factor(keep, k):
+def test_smallest_integer_factor(keep, k):
     assert whole_factor(576, keep) == k
     assert 576 / k**2 <= keep and (k == 1 or 576 / (k - 1) ** 2 > keep)

@@ -260,7 +260,7 @@ def test_own_data_with_broken_images_several_images_and_unknown_words(tmp_path, 
     settings = [f"--{word}" for word in [*QUICK, *PLUS, "data.max_bad=40", f"data.source={tmp_path / 'data'}"]]
     assert main(["train", *settings, f"--run_dir={tmp_path / 'run'}"]) == 0
     said = capsys.readouterr().err
-    assert "nano does not know 3 words, and reads the same unknown token for each: or has zebra" in said
+    assert "nano does not know 3 words and replaces each by the unknown token: or has zebra" in said
     named = {line.split(":")[0].split()[-1] for line in said.splitlines() if line.startswith("left out record ")}
     assert named and named <= bad and said.count("left out record ") == len(named)
     rows = json.loads((tmp_path / "run" / "report.json").read_text())
