@@ -72,9 +72,9 @@ def test_samples_without_a_record_do_not_come_up(data, questions):
 
 
 def test_a_round_without_labels_and_an_epoch_without_a_batch_are_told(data):
-    with pytest.raises(UserError, match="round 3 of the label store holds no usable label"):
+    with pytest.raises(UserError, match="round 3 of the label store has no usable label"):
         data().use(3, {}, 0)
-    with pytest.raises(UserError, match="3 training questions make no batch of optim.batch_size=4"):
+    with pytest.raises(UserError, match="3 training questions are too few for a batch of optim.batch_size=4"):
         data(count=3).train_dataloader()
 
 

@@ -220,7 +220,7 @@ def test_sigterm_in_mid_epoch_costs_no_step(whole, steps, tmp_path, recwarn):
     settings, folder, seen = whole
     handler = signal.getsignal(signal.SIGTERM)
     steps.at[10] = stop  # in the third epoch, after a refresh
-    with pytest.raises(Interrupted, match="goes on from this step"):
+    with pytest.raises(Interrupted, match="resume from this step"):
         run(config(tmp_path / "run", *settings))
     assert steps.seen == seen[:11]
     assert not (tmp_path / "run" / DONE).exists() and not (tmp_path / "run" / "compressor").exists()
@@ -433,7 +433,7 @@ def test_two_jobs_in_one_folder_are_refused(steps, tmp_path):
 
 
 def test_a_dry_run_does_not_count_as_the_run(tmp_path, shared_mllm):
-    refused(config(tmp_path / "run", "trainer.fast_dev_run=true"), "try --trainer.max_epochs=1")
+    refused(config(tmp_path / "run", "trainer.fast_dev_run=true"), "use --trainer.max_epochs=1")
     assert not (tmp_path / "run").exists()
 
 
@@ -454,7 +454,7 @@ def test_a_folder_with_other_files_is_refused(steps, tmp_path):
     ("setting", "match"),
     [
         ("data.source=nowhere", "data.source=nowhere: no such file or folder"),
-        ("eval.kept=[8,145]", "eval.kept=145 is more than the 144 visual tokens of a picture"),
+        ("eval.kept=[8,145]", "eval.kept=145 is more than the 144 visual tokens of an image"),
         ("model.name=nowhere", "model.name=nowhere does not load"),
         ("search.population=4", "fewer parents than candidates"),
         ("trainer.max_epoch=3", r"unknown setting trainer.max_epoch; did you mean trainer.max_epochs\?"),
@@ -497,7 +497,7 @@ def test_features_that_do_not_fit_on_the_disk_are_refused(steps, tmp_path, monke
 
 def test_too_few_questions_for_a_batch(steps, tmp_path):
     mine = config(tmp_path / "run", "optim.batch_size=64")
-    refused(mine, "32 training questions make no batch of optim.batch_size=64")
+    refused(mine, "32 training questions are too few for a batch of optim.batch_size=64")
 
 
 def test_seeds_matter(steps, whole, tmp_path):

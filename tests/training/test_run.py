@@ -132,7 +132,7 @@ def test_our_own_recipe_runs_and_costs_are_told_apart(tmp_path):
     train(tmp_path / "plus", *PLUS)
     cost = json.loads((tmp_path / "plus" / "trained.json").read_text())["cost"]
     assert cost["labelling"]["forwards"] == 12 * 2 * 8  # questions x sizes x masks
-    assert cost["labelling"]["packed"] < cost["labelling"]["forwards"], "shared over the questions of a picture"
+    assert cost["labelling"]["packed"] < cost["labelling"]["forwards"], "shared over the questions about an image"
     assert cost["refresh"]["forwards"] == 20 * 4 and cost["training"]["flops"] > 0
     records = LabelStore(tmp_path / "plus" / "labels").read(1)
     assert len(records) == 24 and sum(record["draws"].size > 0 for record in records.values()) <= 20
