@@ -10,7 +10,7 @@ from torch import nn
 from evocomp.config.schema import OptimConfig
 from evocomp.training.muon import FullPrecisionMuon
 
-REFRESH_FLAT = 0.5  # share of steps before the second schedule decays; chosen on the selection split, experiments/LOG.md
+REFRESH_FLAT = 0.5  # share of steps before the second schedule decays; chosen on the selection split (LOG.md)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

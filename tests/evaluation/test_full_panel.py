@@ -55,9 +55,9 @@ def test_a_panel_of_named_rivals(run_folder, tmp_path):
     rows = evaluate_run(run_folder, out=tmp_path, panel="divprune,fastv")
     methods = {row["method"] for row in rows}
     assert {"divprune", "fastv", "random", "full"} < methods and not methods & {"tome", "fastv_inside"}
-    with pytest.raises(UserError, match="'no_such' is none of basic, full, "):
+    with pytest.raises(UserError, match="'no_such' is unknown; choose basic, full, "):
         evaluate_run(run_folder, panel="divprune,no_such")
-    with pytest.raises(UserError, match="cdpruner.*no MLLM carries CLIP's text tower"):
+    with pytest.raises(UserError, match="cdpruner.*MLLMs do not contain CLIP's text tower"):
         evaluate_run(run_folder, panel="divprune,cdpruner")
 
 
@@ -65,7 +65,7 @@ def test_only_a_report_on_the_same_is_replaced(run_folder, tmp_path):
     quick = {"panel": "uniform_stride", "questions": 7}
     evaluate_run(run_folder, out=tmp_path / "new", **quick)
     before = (tmp_path / "new" / "report.json").read_text()
-    with pytest.raises(UserError, match="new holds a report of another run or on other questions; choose another"):
+    with pytest.raises(UserError, match="new contains a report of another run or on other questions; choose another"):
         evaluate_run(run_folder, out=tmp_path / "new", seed=5, **quick)
     assert (tmp_path / "new" / "report.json").read_text() == before
     evaluate_run(run_folder, out=tmp_path / "new", **quick | {"panel": "divprune"})

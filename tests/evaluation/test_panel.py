@@ -79,11 +79,11 @@ def test_the_second_floor_sees_another_picture(panel):
 def test_where_there_is_no_other_picture_the_floor_says_so(nano, questions):
     one = [e for e in questions if e.image_id == questions[0].image_id]
     outcome = Panel(nano, one).wrong_image()
-    assert outcome.not_applicable and "no other picture" in outcome.not_applicable
+    assert outcome.not_applicable and "no other image" in outcome.not_applicable
     two = Panel(nano, [*one[:3], next(e for e in questions if e.image_id != questions[0].image_id)])
     two.asked[3].features = replace(two.asked[3].features, visual=two.asked[3].features.visual[:100])
     two.asked[0].features = replace(two.asked[0].features, visual=two.asked[0].features.visual[:100])
-    assert "2 questions saw their own" in two.wrong_image().note
+    assert "2 questions used their own" in two.wrong_image().note
 
 
 # ------------------------------------------------------------ methods

@@ -91,5 +91,5 @@ def test_a_path_is_found_from_a_folder_below(tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         assert find_path("runs/a") == tmp_path / "runs" / "a"
         assert find_path(tmp_path / "runs") == tmp_path / "runs"
-    with pytest.raises(UserError, match="runs/b is neither in .*deep nor in a folder above it"):
+    with pytest.raises(UserError, match="runs/b is neither in .*deep nor in a parent folder of it"):
         find_path("runs/b")

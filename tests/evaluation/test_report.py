@@ -145,7 +145,7 @@ def test_fractional_scores_and_missing_answers():
 
 def test_a_panel_that_cannot_be_compared_is_refused():
     outcomes, questions = panel()
-    with pytest.raises(ValueError, match="no outcome called 'full'"):
+    with pytest.raises(ValueError, match="there is no outcome of 'full'"):
         summarise(outcomes[1:], questions)
     with pytest.raises(ValueError, match="FastV at 9 kept: expected one score"):
         summarise([*outcomes, Outcome("FastV", 9, np.ones(3))], questions)
@@ -304,7 +304,7 @@ def test_the_verdict_says_where_ours_is_ahead_level_and_behind():
     first, ahead, level = verdict(judged_panel(0.8, 0.4))
     assert first.startswith("With 4 / 2 of 9 visual tokens, EvoComp reaches 80.0 / 80.0 % of the uncompressed accuracy")
     assert "better than every other method" in ahead and "at 2 kept tokens" in ahead
-    assert level.startswith("At 4 kept tokens no method of this kind is better") and "ToMe" in level
+    assert level.startswith("At 4 kept tokens none of these methods is better") and "ToMe" in level
     *_, behind, after = verdict(judged_panel(0.4, 0.8, inside=0.9))
     assert behind == "At 2 kept tokens it is behind ToMe (p < 0.05)."
     assert after.endswith("FastV, inside the LLM is better at 2 kept tokens.")
@@ -317,7 +317,7 @@ def test_too_little_data_is_a_warning_in_the_place_of_a_ranking(images, warned, 
     assert bool(warnings(report)) == warned and (len(verdict(report)) == 1) == warned
     paths = write_report(report, tmp_path)
     for text in (paths["md"].read_text(), paths["html"].read_text(), terminal(report)):
-        assert (f"Only {2 * images} questions about {images} images were judged" in text) == warned
+        assert (f"Only {2 * images} questions about {images} images were evaluated" in text) == warned
 
 
 def test_terminal_table_is_aligned():

@@ -87,7 +87,7 @@ def test_rows(mllm, examples, tmp_path):
     KTokenMerger(mllm, 3).save(folder)
     one, sixteen, five = k_token_outcomes(panel, tmp_path, [48, 16, 5])
     assert one.not_applicable is None and len(one.answers) == 6 and np.isfinite(one.correct).all()
-    assert "not trained" in sixteen.not_applicable and "no equal blocks" in five.not_applicable
+    assert "not trained" in sixteen.not_applicable and "equal blocks" in five.not_applicable
     other = FrozenMLLM(mllm.model, mllm.processor, "another")
     with pytest.raises(UserError, match="trained for model.name=nano"):
         KTokenMerger.load(folder, other)
