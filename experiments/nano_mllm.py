@@ -122,7 +122,7 @@ def main() -> None:
 
 @torch.no_grad()
 def take_over(model: LlavaForConditionalGeneration, smaller: LlavaForConditionalGeneration) -> None:
-    """Copy all weights but position embeddings from a model for smaller images and fewer words; new words stay random."""
+    """Copy all weights except position embeddings from a model with smaller images and fewer words."""
     own = model.state_dict()
     for name, weight in smaller.state_dict().items():
         if "position_embedding" not in name:
