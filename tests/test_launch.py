@@ -1,4 +1,4 @@
-"""Processes for idle cores: how many, what becomes of them, and that results do not depend on them."""
+"""Processes for idle cores: their number, their end, and that results do not depend on them."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ CPU = {"accelerator": "cpu"}
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine of so many cores, so many of them busy."""
+    """A machine with `cores` cores, some of them busy."""
     for name in launch._PLACED_BY:
         monkeypatch.delenv(name, raising=False)
 
@@ -113,5 +113,5 @@ def test_two_processes_give_the_labels_and_about_the_table_of_one(tmp_path):
     one, two = ({(row["method"], row["kept"]): row for row in own} for own in rows)
     assert one.keys() == two.keys()
     for (method, kept), row in one.items():
-        if method != "evocomp":  # rounding moves the trained weights, and an answer with them
+        if method != "evocomp":  # rounding changes the trained weights, and with them an answer
             assert (row["accuracy"], row["n"]) == (two[method, kept]["accuracy"], two[method, kept]["n"]), method

@@ -1,4 +1,4 @@
-"""The script that trains the nano MLLMs: it can be interrupted, and starts from what it says."""
+"""The script that trains the nano MLLMs: resuming, and its initial weights."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ import nano_tower
 
 
 def steps(folder, stops) -> torch.Tensor:
-    """Weights after 8 steps of random work, in as many processes as there are stops; nothing is kept but the file."""
+    """Weights after 8 steps with random data, with a new process after each stop; only the file is kept."""
     for stop in stops:
         torch.manual_seed(0)
         layer, other = torch.nn.Linear(6, 6, bias=False), torch.nn.Linear(6, 2)

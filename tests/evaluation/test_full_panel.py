@@ -1,4 +1,4 @@
-"""`evocomp eval --panel full` on a run folder: every rival has a row, or says why it has none."""
+"""`evocomp eval --panel full` on a run folder: every method has a row, or the reason why it has none."""
 
 import shutil
 
@@ -37,7 +37,7 @@ def test_every_rival_has_a_row(run_folder):
     assert given == {"random_tokens+context", "cls_attention+context", "divprune+context", "evocomp"}
     assert methods == expected | set(FULL) | staged | given
     without = {row["method"] for row in rows if row["not_applicable"]}
-    assert without == {"k_token_merging"}  # nothing was trained
+    assert without == {"k_token_merging"}  # there is no training
     inside = {row["method"] for row in rows if row["group"] == INSIDE_LLM}
     assert inside == staged
     for row in rows:
