@@ -129,7 +129,7 @@ def test_saved_folder_loads_as_any_model_does(tiny, tmp_path):
 
 
 def test_packed_questions_score_as_if_asked_alone(tiny):
-    """Packing does not change results: the logits of each question equal those of a sequence with this question alone."""
+    """Packing does not change results: each question has the logits of a sequence with this question alone."""
     model, processor = tiny
     questions = (
         Question("naming", "color of circle", "red square"),

@@ -38,7 +38,7 @@ def test_groups_are_few_beside_tokens(real):
         groups = vocabulary_groups(tokens, real.table, real.words_mask)
         ids, _ = nearest_words(tokens, real.table, real.words_mask)
         assert groups.count == len(ids.unique())
-        assert 2 <= groups.count <= len(tokens) // 3  # regions share words: neither a single group nor one group per token
+        assert 2 <= groups.count <= len(tokens) // 3  # neither a single group nor one per token
         assert int(groups.sizes.sum()) == len(tokens) == 196
 
 
@@ -62,7 +62,7 @@ def test_vocabulary_mask_takes_hub_tokens_out(real, name):
         assert mask[masked].all() and real.trained[masked].all()
         unaffected = mask[bare]
         assert torch.equal(bare[unaffected], masked[unaffected])
-    assert hubs > 0.01 * real.tokens[..., 0].numel(), "without a mask, some tokens of this fixture must be nearest to hubs"
+    assert hubs > 0.01 * real.tokens[..., 0].numel(), "without a mask, hubs must attract some tokens"
 
 
 def test_leaving_special_tokens_out_is_not_enough(real):

@@ -36,7 +36,7 @@ def means_only(mllm: FrozenMLLM, block: int) -> KTokenMerger:
 
 @torch.no_grad()
 def test_blocks_of_one_are_the_frozen_model(mllm, examples):
-    """With K = 1, initial LoRA and no MLP it is the identity, and the loss equals transformers' loss on answer and <eos>."""
+    """With K = 1, initial LoRA and no MLP it is the identity, with transformers' loss on answer and <eos>."""
     features = mllm.features(examples[:3])
     model = means_only(mllm, 1)
     for one, loss in zip(features, model.losses(features), strict=True):

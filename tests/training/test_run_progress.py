@@ -19,7 +19,7 @@ def test_time_left_is_that_of_all_stages():
 
 
 def test_a_chunk_that_is_scored_at_once_does_not_look_slow():
-    """Two chunks of four questions, 10 s each: the first record arrives after ten seconds, the other three immediately."""
+    """Two chunks of four questions, 10 s each: the first record arrives after 10 s, three more immediately."""
     settled, state = Settled(), LabelProgress(round=1, total=12)
     rates = []
     for _ in range(2):
