@@ -67,13 +67,13 @@ def run(config: RunConfig, answers: int = 0) -> bool:
         settings.
 
     Raises:
-        UserError: the folder holds a run with other settings, or data or settings are invalid.
+        UserError: the folder has a run with other settings, or data or settings are invalid.
     """
     folder = Path(config.run_dir)
     config = resolve_dtypes(config, folder)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
     if config.compressor.lora.r and "fsdp" in str(config.trainer.get("strategy", "")):
-        raise UserError("fsdp cannot shard a LoRA adapter: set trainer.strategy=ddp or compressor.lora.r=0")
+        raise UserError("fsdp cannot shard a LoRA adapter: set trainer.strategy=ddp, or compressor.lora.r=0")
     if is_finished(config, folder):
         logger.info("%s is already trained; choose another --run_dir for a new run", folder)
         return distributed.rank() == 0 and judge_as_asked(config, folder)

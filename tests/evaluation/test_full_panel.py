@@ -70,7 +70,7 @@ def test_only_a_report_on_the_same_is_replaced(run_folder, tmp_path):
     assert (tmp_path / "new" / "report.json").read_text() == before
     evaluate_run(run_folder, out=tmp_path / "new", **quick | {"panel": "divprune"})
     assert "divprune" in (tmp_path / "new" / "report.json").read_text()
-    with pytest.raises(UserError, match="holds other files; choose another folder"):
+    with pytest.raises(UserError, match="contains other files; choose another folder"):
         evaluate_run(run_folder, out=tmp_path, **quick)
     with pytest.raises(UserError, match="give --out"):
         evaluate_run(run_folder, out=run_folder, **quick)

@@ -188,7 +188,7 @@ def test_pictures_made_smaller(panel, nano):
 
     assert outcome.answers == by_hand(panel, smaller)
     assert outcome.kept == 16 and "16 tokens" in outcome.note
-    assert "9 tokens (the most that fit 10)" in panel.downsampling(10).note
+    assert "9 tokens (the largest size of at most 10)" in panel.downsampling(10).note
     # nothing is lost at full size
     assert panel.downsampling(144).answers == panel.full().answers
 
@@ -225,7 +225,7 @@ def test_rows_with_context_stand_where_the_compressor_has_some():
     assert panel_names("divprune,random_tokens+context", context=True) == ("divprune", "random_tokens+context")
     with pytest.raises(UserError, match="no context tokens"):
         panel_names("divprune+context")
-    with pytest.raises(UserError, match="'divprun\\+context' is none of"):
+    with pytest.raises(UserError, match="'divprun\\+context' is unknown"):
         panel_names("divprun+context", context=True)
 
 
