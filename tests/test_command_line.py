@@ -78,7 +78,7 @@ def a_run(tmp_path):
     [
         (["generate", *PICTURED, "--save", "a.png"], "--save=a.png exists; give another name"),
         (["generate", *PICTURED, "--save", "a.foo"], "--save=a.foo has no known image extension"),
-        (["eval", "--run", "runs/nano", "--panel", "divprun"], "--panel=divprun: 'divprun' is none of basic"),
+        (["eval", "--run", "runs/nano", "--panel", "divprun"], "--panel=divprun: 'divprun' is unknown; choose basic"),
         (["eval", "--run", "runs/nano", "--panel", "divprune+context"], "has no context tokens; leave out +context"),
         (["eval", "--run", "runs/nano", "--seed", "3"], "give --out DIR"),
         (["train", "--config", "nano", "--seed", "3"], "runs/nano holds a run with different settings: seed=0,"),

@@ -20,7 +20,7 @@ CPU = {"accelerator": "cpu"}
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with a number of cores, some of them busy."""
+    """A machine with `cores` cores, some of them busy."""
     for name in launch._PLACED_BY:
         monkeypatch.delenv(name, raising=False)
 

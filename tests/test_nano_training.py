@@ -18,7 +18,7 @@ import nano_tower
 
 
 def steps(folder, stops) -> torch.Tensor:
-    """Weights after 8 steps, restarted from the file at each stop with no other state."""
+    """Weights after 8 steps with random data, with a new process after each stop; only the file is kept."""
     for stop in stops:
         torch.manual_seed(0)
         layer, other = torch.nn.Linear(6, 6, bias=False), torch.nn.Linear(6, 2)

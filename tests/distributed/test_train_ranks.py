@@ -112,7 +112,7 @@ def test_no_label_is_stale(uninterrupted):
 def test_a_run_stopped_in_mid_epoch_resumes_exactly(train, uninterrupted):
     job, run, _, settings = uninterrupted
     first, again, _ = train(2, settings, shared_labels=False, workers=2, stop_at=5)
-    assert first.codes == [2, 2] and "stopped in training" in first.outputs[0]
+    assert first.codes == [2, 2] and "training was stopped" in first.outputs[0]
     assert all(result["left"] for result in first.results)
     second, _, _ = train(2, settings, run=again, shared_labels=False, workers=2)
     second.succeeded()

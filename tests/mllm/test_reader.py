@@ -111,11 +111,11 @@ def test_a_panel_with_questions_about_two_images(fresh, two):
 def test_a_wrong_image_is_never_one_of_the_questions_own(fresh, two):
     """Questions that share an image are not used as each other's wrong image."""
     alone = replace(two[0], id=7, prompt="shape of red")
-    assert "no other picture" in Panel(fresh, [two[0], alone]).wrong_image().not_applicable
+    assert "no other image" in Panel(fresh, [two[0], alone]).wrong_image().not_applicable
     a, b = two[1].images
     names = two[1].names[::-1]
     swapped = replace(two[1], id=8, image=b, further_images=(a,), image_ids=names, image_id=" + ".join(names))
-    assert "no other picture" in Panel(fresh, [two[1], swapped]).wrong_image().not_applicable
+    assert "no other image" in Panel(fresh, [two[1], swapped]).wrong_image().not_applicable
 
 
 def _rival(name: str) -> Rival:

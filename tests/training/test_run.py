@@ -1,4 +1,4 @@
-"""The main job end to end on a handful of questions: what it leaves behind, and that it goes on where it was."""
+"""The main job end to end on a few questions: its outputs, and resuming."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from evocomp.training.refresh_labels import RefreshLabels
 
 QUICK = [
     "recipe=published",
-    # named, so that runs which are compared do not depend on a measurement
+    # explicit, so that compared runs do not depend on a measurement
     "labels.dtype=model",
     "optim.muon_dtype=bfloat16",
     "data.max_samples=24",
@@ -132,7 +132,7 @@ def test_our_own_recipe_runs_and_costs_are_told_apart(tmp_path):
     train(tmp_path / "plus", *PLUS)
     cost = json.loads((tmp_path / "plus" / "trained.json").read_text())["cost"]
     assert cost["labelling"]["forwards"] == 12 * 2 * 8  # questions x sizes x masks
-    assert cost["labelling"]["packed"] < cost["labelling"]["forwards"], "shared over the questions of a picture"
+    assert cost["labelling"]["packed"] < cost["labelling"]["forwards"], "shared over the questions about an image"
     assert cost["refresh"]["forwards"] == 20 * 4 and cost["training"]["flops"] > 0
     records = LabelStore(tmp_path / "plus" / "labels").read(1)
     assert len(records) == 24 and sum(record["draws"].size > 0 for record in records.values()) <= 20
@@ -183,7 +183,7 @@ def test_it_runs_from_a_folder_of_conversations(tmp_path):
 
 
 class Seen(L.Callback):
-    """Notes ids and rounds of each batch; saves in mid-epoch and stops, if told to."""
+    """Records ids and rounds of each batch; optionally saves and stops within an epoch."""
 
     def __init__(self, stop_after: int | None = None, path=None):
         self.batches: list[tuple[list[int], int]] = []
@@ -229,7 +229,7 @@ def test_resuming_in_mid_epoch_sees_exactly_what_an_uninterrupted_run_sees(tmp_p
     whole = Seen()
     fit(tmp_path / "whole", whole)
     assert len(whole.batches) == 12
-    assert [round for _, round in whole.batches] == [0] * 6 + [1] * 6, "each epoch trains on its own round"
+    assert [round for _, round in whole.batches] == [0] * 6 + [1] * 6, "each epoch must be trained on its own round"
     part = Seen(stop_after, tmp_path / "mid.ckpt")
     fit(tmp_path / "part", part)
     rest = Seen()
