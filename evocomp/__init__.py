@@ -17,7 +17,7 @@ R     visual tokens kept
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # public name -> module that defines it; imported on first use so that `import evocomp` stays instant
 _PUBLIC = {

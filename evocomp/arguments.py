@@ -1,4 +1,4 @@
-"""What can be said on the command line: one argparse tree for all commands, with their help. Imports no torch."""
+"""Command-line arguments: one argparse tree for all commands, with their help. Does not import torch."""
 
 import argparse
 import difflib
@@ -15,7 +15,7 @@ SETTINGS_VERBS = ("train", "label", "config")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of a command with all its words (`words`); raises `UserError` for what is not understood."""
+    """Parse the words of a command line, command first; raise `UserError` for invalid ones."""
     verb, rest = words[0], list(words[1:])
     parser, verbs = _tree(words)
     if verb in SETTINGS_VERBS:
@@ -23,13 +23,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     try:
         asked, unknown = parser.parse_known_args([verb, *rest])
     except UserError:
-        # a misspelt option is also a missing one: the spelling is what helps
+        # a misspelled required option is also missing: report the misspelling, which helps more
         known = verbs[verb]._option_string_actions
         unknown = [word for word in rest if word.startswith("--") and word.partition("=")[0] not in known]
         if not unknown:
             raise
     if unknown:
-        raise _not_understood(verb, verbs[verb], unknown[0])
+        raise _unknown_option(verb, verbs[verb], unknown[0])
     asked.words = list(words)
     return asked
 
@@ -40,27 +40,27 @@ def help_of_all() -> str:
 
 
 def help_of(verb: str, rest: Sequence[str]) -> str:
-    """Help of a command with the common settings, or those that the word after `--help` names: all, or one section."""
+    """Help of a command. A word after `--help` selects the settings that it shows: all, or those of one section."""
     after = [word for before, word in zip(rest, rest[1:], strict=False) if before in ("-h", "--help")]
     shown = after[0] if after and not after[0].startswith("-") else "common"
     if shown not in ("common", "all", "run", *options.SECTIONS):
-        raise UserError(f"--help {shown}: give all, run, {', '.join(options.SECTIONS)}, or nothing")
+        raise UserError(f"--help {shown}: unknown; give all, run, {', '.join(options.SECTIONS)}, or nothing")
     return _tree((verb,), shown)[1][verb].format_help()
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help at the terminal's width, but not so wide that lines are hard to read."""
+    """Wraps help at the width of the terminal, at most 100 columns."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=26, width=min(100, shutil.get_terminal_size().columns))
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        # the value may be left out (`--labels.overwrite`), but brackets around all of them only distract
+        # values are optional (`--labels.overwrite` means true); no brackets around each
         return str(action.metavar) if action.nargs == "?" else super()._format_args(action, default_metavar)
 
 
 class _Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that knows no abbreviations, and whose errors are `UserError`s."""
+    """An `ArgumentParser` that accepts no abbreviated options and raises errors as `UserError`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=_Formatter, add_help=False, allow_abbrev=False, **kwargs)
@@ -72,10 +72,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _tree(words: Sequence[str], shown: str = "common") -> tuple[_Parser, dict[str, _Parser]]:
-    """The whole tree: the parser of all commands, and each command's own.
+    """Build the argparse tree: returns the main parser and the parser of each command.
 
     Args:
-        words: of the command line, for `options.add_settings`.
+        words: words of the command line, passed to `options.add_settings`.
         shown: which settings the help of a command shows.
     """
     parser = _Parser(prog="evocomp", usage="evocomp COMMAND [options]", description=ABOUT, epilog=EXAMPLES)
@@ -106,9 +106,9 @@ def _tree(words: Sequence[str], shown: str = "common") -> tuple[_Parser, dict[st
 
 
 def _add_options(verbs: dict[str, _Parser]) -> None:
-    """The options of each command beside the settings of a run."""
+    """Add the options of each command that are not settings of a run."""
     add = verbs["label"].add_argument
-    add("--estimate", action="store_true", help="only print what the labels will cost: time, price, memory, disk")
+    add("--estimate", action="store_true", help="only estimate the cost of the labels: time, price, memory, disk")
     add("--gpu", metavar="NAME", help="estimate for h200, h100, a100, l40s, 4090 or l4, or `here` to time this machine")
     add("--gpus", metavar="N", type=_number(int, 1), default=1, help="estimate for this many GPUs [1]")
     add("--price", metavar="USD", type=_number(float, 0), help="rental price of one GPU [USD/hour]")
@@ -116,7 +116,7 @@ def _add_options(verbs: dict[str, _Parser]) -> None:
     add = verbs["eval"].add_argument
     add("--run", required=True, metavar="DIR", help="run folder that evocomp train wrote")
     add("--out", metavar="DIR", help="folder of the report [the run folder]")
-    add("--panel", metavar="NAMES", help="basic, full (every method), or names of methods, comma-separated [basic]")
+    add("--panel", metavar="NAMES", help="basic, full (every selector), or comma-separated names [basic]")
     add("--questions", metavar="N", type=_number(int, 1), help="number of test questions; needs --out")
     add("--seed", metavar="S", type=_number(int, 0, 2**32 - 1), help="seed of other test images; needs --out")
     add("--source", metavar="DATA", help="JSON file, folder, or BENCHMARK:FOLDER to test on; needs --out")
@@ -126,7 +126,7 @@ def _add_options(verbs: dict[str, _Parser]) -> None:
     add("--compressor", required=True, metavar="DIR", help="compressor folder of a run, or a Hugging Face id")
     add("--image", required=True, metavar="FILE", help="the image")
     add("--prompt", required=True, metavar="TEXT", help="the question")
-    add("--keep", required=True, metavar="N", type=_number(_count_or_share), help="tokens to keep: 16, or a share: 0.3")
+    add("--keep", required=True, metavar="N", type=_number(_count_or_share), help="keep 16 tokens, or the fraction 0.3")
     add("--layer", metavar="L", type=_number(int), default=0, help="LLM layer before which tokens are dropped [0]")
     add("--compare", action="store_true", help="run the uncompressed model too")
     add("--save", metavar="FILE", help="draw the kept tokens into this new image file")
@@ -165,16 +165,16 @@ def _number(kind: Callable, least: float | None = None, most: float = 10**9) -> 
 
 
 def _count_or_share(text: str) -> int | float:
-    """16 is a number of tokens; 0.3 and 1.0 are shares of them, as in Python."""
+    """Integers are numbers of tokens; floats, 1.0 included, are fractions of them."""
     try:
         return int(text)
     except ValueError:
         return float(text)
 
 
-def _not_understood(verb: str, parser: _Parser, word: str) -> UserError:
+def _unknown_option(verb: str, parser: _Parser, word: str) -> UserError:
     if not word.startswith("-"):
-        return UserError(f"{word}: not understood here; write --key=value")
+        return UserError(f"unexpected argument {word}; write options as --key=value")
     key = word.lstrip("-").partition("=")[0]
     own = [name[2:] for action in parser._actions if action.dest != "settings" for name in action.option_strings]
     near = difflib.get_close_matches(key, [name for name in own if "." not in name], 1, cutoff=0.7)
@@ -209,8 +209,8 @@ TEXTS = {
         "label, train and evaluate a compressor",
         f"evocomp train {_SETTINGS_USAGE}",
         """Label the training questions, train a compressor, evaluate it and write a
-report. Run again after an interruption, the same command continues; a
-finished run is shown, not repeated.""",
+report. After an interruption, run the same command again to resume. The report
+of a finished run is printed; nothing is trained again.""",
         """      evocomp train --config nano
       evocomp train --config nano --data.source=my/folder --run_dir=runs/mine
 """,
@@ -218,8 +218,8 @@ finished run is shown, not repeated.""",
     "label": (
         "make or complete a label store, or estimate its cost",
         f"evocomp label {_SETTINGS_USAGE} [--estimate]",
-        """Make the label store alone, or complete one that was interrupted. Several
-processes share the work: torchrun --nproc-per-node 8 -m evocomp label ...""",
+        """Make the label store without training, or complete one that was interrupted.
+To use several processes: torchrun --nproc-per-node 8 -m evocomp label ...""",
         """      evocomp label --config nano --labels.dir=labels/nano
       evocomp label --config llava15_7b --estimate --gpu a100 --gpus 8
 """,
@@ -228,9 +228,9 @@ processes share the work: torchrun --nproc-per-node 8 -m evocomp label ...""",
         "evaluate a finished run",
         "evocomp eval --run DIR [--out DIR] [--panel NAMES] [--questions N] ...",
         """Evaluate a finished run on fresh questions; writes report.html, report.md,
-report.json and kept.png. The run's own report is replaced only if --out is
-not given and the questions are the same; of other folders (--out), only an
-earlier report of the same run on the same questions.""",
+report.json and kept.png. Without --out, the report in the run folder is
+replaced if the questions are the same. In an --out folder, only an earlier
+report of the same run on the same questions is replaced.""",
         """      evocomp eval --run runs/nano
       evocomp eval --run runs/nano --out judged --questions 3000 --seed 9001
       evocomp eval --run runs/llava --out judged_pope --source pope:data/pope
@@ -240,8 +240,8 @@ earlier report of the same run on the same questions.""",
         "answer one question with fewer visual tokens",
         "evocomp generate --model NAME --compressor DIR --image FILE --prompt TEXT\n"
         "                        --keep N [--compare] [--save FILE] ...",
-        """Answer one question about one image with fewer visual tokens, and print where
-the time went.""",
+        """Answer one question about one image with fewer visual tokens, and print the
+time of each stage.""",
         """      evocomp generate --model nano --compressor runs/nano/compressor \\
           --image a.png --prompt "color of circle" --keep 16
 """,
@@ -249,14 +249,14 @@ the time went.""",
     "bench": (
         "time label search, ops, inference or training",
         "evocomp bench WHAT [--out FILE] [--shape NAMES]",
-        """Time a part of the project against its straightforward counterpart:
-interleaved runs, reported as ratios.""",
+        """Compare the speed of a part of the project with a straightforward
+implementation: interleaved runs, reported as ratios.""",
         """      evocomp bench ops
       evocomp bench label-search --shape llava15_7b,qwen25_vl_7b
 """,
     ),
     "data": (
-        "write a data set",
+        "write a dataset",
         "evocomp data scenes --out DIR [--count N] [--seed S] [--relation]",
         """Write drawn scenes as a folder in LLaVA's format: data.json and images/.""",
         """      evocomp data scenes --out scenes --count 500

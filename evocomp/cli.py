@@ -1,4 +1,4 @@
-"""The commands. Arguments are parsed and checked before torch is imported, so that mistakes are told at once."""
+"""The commands. Arguments are parsed and checked before torch is imported, so that errors are reported at once."""
 
 import argparse
 import difflib
@@ -17,14 +17,14 @@ from evocomp.launch import end_with_parent
 from evocomp.log import UserError
 
 BROKEN_PIPE = 141
-"""Exit code of a command whose output nobody reads any more: 128 + SIGPIPE, as shells report it."""
+"""Exit code if the reader of the output has exited: 128 + SIGPIPE, as shells report it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code.
+    """Run one command and return its exit code.
 
-    0: success. 2: a mistake of the user, or stopped by SIGTERM (run the same command again to go on). 130: Ctrl-C.
-    141: the reader of the output has gone away, as in `evocomp --help | head -1`.
+    0 success; 2 user error, or stopped by SIGTERM (rerun to resume); 130 Ctrl-C; 141 the reader of the output has
+    exited, as in `evocomp --help | head -1`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     log.setup()
@@ -59,12 +59,12 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _stdout_is_broken() -> bool:
-    """Whether standard output is a pipe that nobody reads any more; if so, what is left to write goes nowhere."""
+    """Whether standard output is a pipe without a reader; if so, further output is redirected to the null device."""
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in watch.poll(0)):
         return False
-    # else the interpreter complains once more when it flushes at exit
+    # otherwise the interpreter reports the broken pipe again when it flushes at exit
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
@@ -73,37 +73,37 @@ def _stdout_is_broken() -> bool:
 
 
 def _writable(option: str, text: str | None, is_file: bool = False) -> Path | None:
-    """Where a result goes (None: nowhere), known to be writable before the work begins, which may take hours."""
+    """Path of an output, None without one. Checks that it can be written before work starts that may take hours."""
     if not text:
         return None
-    place = Path(text)
-    folder = place.parent if is_file else place
-    if is_file and place.is_dir():
-        raise UserError(f"{option}={place} is a folder; give a file")
-    if not is_file and place.is_file():
-        raise UserError(f"{option}={place} is a file; give a folder")
+    path = Path(text)
+    folder = path.parent if is_file else path
+    if is_file and path.is_dir():
+        raise UserError(f"{option}={path} is a folder; give a file")
+    if not is_file and path.is_file():
+        raise UserError(f"{option}={path} is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         why = f"cannot write into {folder} ({error.strerror})"
-        raise UserError(f"{option}={place}: {why}; give another place") from None
-    return place
+        raise UserError(f"{option}={path}: {why}; give another path") from None
+    return path
 
 
 def _new_image(option: str, text: str | None) -> Path | None:
-    """Where an image is to be written: a new file of a known format in a folder that can be written."""
-    place = _writable(option, text, is_file=True)
-    if place is None:
+    """Path of an image to write: a new file of a known format in a writable folder."""
+    path = _writable(option, text, is_file=True)
+    if path is None:
         return None
     from PIL import Image
 
-    if place.exists():
-        raise UserError(f"{option}={place} exists; give another name")
-    if Image.registered_extensions().get(place.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"{option}={place} does not end as a picture does; give a name that ends in .png")
-    return place
+    if path.exists():
+        raise UserError(f"{option}={path} exists; give another name")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"{option}={path} has no known image extension; give a name that ends in .png")
+    return path
 
 
 def _config(asked: argparse.Namespace) -> RunConfig:
@@ -118,8 +118,8 @@ def _config(asked: argparse.Namespace) -> RunConfig:
 def train(asked: argparse.Namespace) -> int:
     """Label the training questions, train a compressor, evaluate it and write a report.
 
-    Run again after an interruption, the same command continues; a finished run is
-    shown, not repeated.
+    After an interruption, run the same command again to resume. The report of a finished
+    run is printed; nothing is trained again.
     """
     config = _config(asked)
     from evocomp.runs.claims import check_before_work
@@ -143,9 +143,9 @@ def _train(config: RunConfig) -> int:
     with distributed.process_group() if launched() > 1 else nullcontext():
         is_new = run(config, _answers(config))
         if launched() == 1 and not log.is_rank_zero():
-            return 0  # of a job that another launcher started, rank 0 evaluates alone
+            return 0  # in a job that another launcher started, only rank 0 evaluates
         if config.model.shard != 1:
-            what_next = f"evocomp eval --run {run_dir} where it fits"
+            what_next = f"run `evocomp eval --run {run_dir}` where one device holds the model"
             log.logger.info("the MLLM is sharded, so the run is not evaluated: %s", what_next)
             return 0
         if config.data.test_samples == 0:
@@ -158,7 +158,7 @@ def _train(config: RunConfig) -> int:
         elif log.is_rank_zero():
             print((run_dir / "report.md").read_text())
         if log.is_rank_zero():
-            _say_what_next(config, run_dir)
+            _log_next_commands(config, run_dir)
     return 0
 
 
@@ -167,14 +167,14 @@ def _has_report(run_dir: Path) -> bool:
 
 
 def _answers(config: RunConfig) -> int:
-    """(question, method) pairs of the evaluation after training."""
+    """Number of (question, selector) pairs in the evaluation after training."""
     from evocomp.evaluation.request import BASIC, rows_of
 
     is_evaluated = config.model.shard == 1
     return is_evaluated * config.data.test_samples * rows_of(config, len(BASIC), len(config.eval.beside))
 
 
-def _say_what_next(config: RunConfig, run_dir: Path) -> None:
+def _log_next_commands(config: RunConfig, run_dir: Path) -> None:
     compress = f"evocomp generate --model {config.model.name} --compressor {run_dir / 'compressor'}"
     log.logger.info(
         "\nreport: %s\nnext:\n  %s\n  %s",
@@ -185,9 +185,9 @@ def _say_what_next(config: RunConfig, run_dir: Path) -> None:
 
 
 def label(asked: argparse.Namespace) -> int:
-    """Make the label store alone, or complete one that was interrupted.
+    """Make the label store without training, or complete one that was interrupted.
 
-    Several processes share the work: torchrun --nproc-per-node 8 -m evocomp label ...
+    To use several processes: torchrun --nproc-per-node 8 -m evocomp label ...
     """
     config = _config(asked)
     if asked.estimate:
@@ -208,16 +208,16 @@ def evaluate(asked: argparse.Namespace) -> int:
     """Evaluate a finished run on fresh questions; writes report.html, report.md,
     report.json and kept.png.
 
-    The run's own report is replaced only if --out is not given and the questions are
-    the same; of other folders (--out), only an earlier report of the same run on the
-    same questions.
+    Without --out, the report in the run folder is replaced if the questions are the same.
+    In an --out folder, only an earlier report of the same run on the same questions is
+    replaced.
     """
     run_dir = Path(asked.run)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"--run={run_dir}: not a run folder (no config.yaml); give what evocomp train wrote")
     out = _writable("--out", asked.out)
     if out is None:
-        _writable("--run", asked.run)  # there the report goes
+        _writable("--run", asked.run)  # the report is written there
     wanted = {"questions": asked.questions, "seed": asked.seed, "panel": asked.panel, "source": asked.source}
     from evocomp.evaluation.request import check_request
 
@@ -227,14 +227,14 @@ def evaluate(asked: argparse.Namespace) -> int:
     try:
         evaluate_run(run_dir, out=out, **wanted)
     except KeyboardInterrupt:
-        print("evocomp: interrupted; nothing is kept of a panel, the same command starts it anew", file=sys.stderr)
+        print("evocomp: interrupted; nothing was saved, run the same command again to restart", file=sys.stderr)
         return 130
     return 0
 
 
 def generate(asked: argparse.Namespace) -> int:
-    """Answer one question about one image with fewer visual tokens, and print where the
-    time went.
+    """Answer one question about one image with fewer visual tokens, and print the
+    time of each stage.
     """
     if not Path(asked.image).is_file():
         raise UserError(f"--image={asked.image}: no such file")
@@ -256,8 +256,8 @@ def generate(asked: argparse.Namespace) -> int:
 
 
 def bench(asked: argparse.Namespace) -> int:
-    """Time a part of the project against its straightforward counterpart: interleaved
-    runs, reported as ratios.
+    """Compare the speed of a part of the project with a straightforward implementation:
+    interleaved runs, reported as ratios.
     """
     if asked.kind not in BENCHES:
         raise UserError(f"evocomp bench needs one of {', '.join(BENCHES)}")
@@ -273,7 +273,7 @@ def bench(asked: argparse.Namespace) -> int:
 def data(asked: argparse.Namespace) -> int:
     """Write drawn scenes as a folder in LLaVA's format: data.json and images/."""
     if asked.kind != "scenes":
-        raise UserError("evocomp data needs the word scenes: evocomp data scenes --out DIR")
+        raise UserError("evocomp data needs the name of a dataset: evocomp data scenes --out DIR")
     if not asked.out:
         raise UserError("evocomp data scenes needs --out; evocomp data --help shows an example")
     out = _writable("--out", asked.out)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever is killed and whenever."""
+"""Atomic file writes: a file is complete or absent, even if a process is killed while it writes."""
 
 import errno
 import itertools
@@ -15,12 +15,13 @@ _numbers = itertools.count(1)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut.
+    """Write a file atomically: it is complete or absent, even after a power failure.
 
-    Several processes may write it at once: temporary name, fsync, rename. Its folder is made if that alone is missing.
+    Several processes may write the same file at once: each writes a temporary file, syncs it to disk and renames it.
+    The parent folder is created if it is missing, but not the folders above it.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: the file cannot be written; the temporary file is deleted.
     """
     with whole_file(path) as file:
         file.write(content)
@@ -47,12 +48,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the disk, or this user's share of it, had no room."""
+    """Whether the write failed because the disk, or this user's quota on it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sweep(temporaries: Iterable[Path]) -> None:
-    """Delete what killed writers left behind (`*.tmp.*`); others may be writing at this moment."""
+    """Delete temporary files (`*.tmp.*`) of killed processes; other processes may be writing at the same time."""
     for path in temporaries:
         name = re.fullmatch(r".+?\.tmp\.(.+)\.(\d{1,9})\.\d+", path.name)
         if name is None or not path.is_file():
@@ -69,7 +70,7 @@ def sweep(temporaries: Iterable[Path]) -> None:
 
 
 def readable(size: float) -> str:
-    """A number of bytes for people.
+    """A number of bytes as text with a decimal unit.
 
     >>> readable(1.18e11)
     '118 GB'
@@ -82,12 +83,12 @@ def readable(size: float) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Put the names in a folder on disk."""
+    """Sync the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems cannot do this for folders
+        # some network file systems cannot sync folders
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

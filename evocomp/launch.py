@@ -1,6 +1,6 @@
-"""Uses the idle cores of a CPU: starts further processes of the same command, beside this one, which is rank 0.
+"""Use the idle cores of a CPU: start more processes of the same command, with this process as rank 0.
 
-Imports no torch, so that all processes start at once.
+Does not import torch, so that all processes start at the same time.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from typing import Any
 from evocomp.log import logger
 
 MOST = 4
-"""Processes at most: each has at least eight questions of a training batch of 32."""
+"""Maximum number of processes: each then has eight questions of a training batch of 32."""
 PATIENCE_SECONDS = 60.0
-"""How long further processes may go on after rank 0 is done."""
+"""How long the other processes may run after rank 0 has finished."""
 _LAUNCHED = "EVOCOMP_PROCESSES"
 _PARENT = "EVOCOMP_PARENT"
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
@@ -27,12 +27,12 @@ _PLACED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMP_NUM_THREA
 
 
 def idle_processes(trainer: Mapping[str, Any], threads: int, batch_size: int) -> int:
-    """How many processes a CPU run should have: one for each idle core, as long as they share a batch evenly.
+    """Number of processes for a run on CPUs: one per idle core, such that a batch divides evenly among them.
 
     Args:
-        trainer: arguments of the Trainer. One process where they place the run themselves, or it may run on a GPU.
-        threads: CPU threads of torch; one process where they are set, here or by `OMP_NUM_THREADS`.
-        batch_size: questions a training step, over all processes.
+        trainer: arguments of the Trainer; one process if they set devices, nodes or a strategy, or allow a GPU.
+        threads: CPU threads of torch; one process if they are set, here or by `OMP_NUM_THREADS`.
+        batch_size: questions per training step, over all processes.
     """
     placed = threads or trainer.get("accelerator") != "cpu" or {"devices", "num_nodes", "strategy"} & set(trainer)
     if placed or any(name in os.environ for name in _PLACED_BY):
@@ -44,7 +44,7 @@ def idle_processes(trainer: Mapping[str, Any], threads: int, batch_size: int) ->
 
 
 def launched() -> int:
-    """Processes that `beside` has started, this one included; 1 if another launcher or none did."""
+    """Number of processes of `beside`, including this one; 1 if another launcher started the job, or none did."""
     return int(os.environ.get(_LAUNCHED, "1"))
 
 
@@ -52,7 +52,8 @@ def launched() -> int:
 def beside(count: int, words: Sequence[str]) -> Iterator[None]:
     """Make this process rank 0 of `count`; the others run `python -m evocomp WORDS` with one thread each.
 
-    They end with rank 0, whatever ends it. What they print is shown if they fail alone.
+    They are terminated when rank 0 ends, for whatever reason. If one of them fails by itself, the last line of its
+    output is logged.
     """
     if count == 1:
         yield
@@ -74,14 +75,14 @@ def beside(count: int, words: Sequence[str]) -> Iterator[None]:
         for process, _ in others:
             process.wait(PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        logger.warning("a process that shared the work did not end and is stopped")
+        logger.warning("a worker process did not finish in time and is terminated")
     finally:
         for process, output in others:
             _end(process)
             output.seek(0)
             lines = output.read().strip().splitlines()
             if process.returncode not in (0, 2, -15) and lines:
-                logger.error("a process that shared the work failed (exit code %d): %s", process.returncode, lines[-1])
+                logger.error("a worker process failed (exit code %d): %s", process.returncode, lines[-1])
             output.close()
         os.environ.clear()
         os.environ |= before
@@ -108,7 +109,7 @@ def _environment(count: int) -> dict[str, str]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return {**place, **address, "OMP_NUM_THREADS": "1", _LAUNCHED: str(count), _PARENT: str(os.getpid())}
 

@@ -1,4 +1,4 @@
-"""Messages to the user: one logger, one terminal, and warnings that are said once."""
+"""Messages to the user: logger, console, one-time warnings, durations, and the exit codes of errors."""
 
 import errno
 import logging
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 logger = logging.getLogger("evocomp")
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks for the job (torchrun, Slurm and Lightning's own launcher set these variables)."""
+    """Whether this process is rank 0, by the variables that torchrun, Slurm and Lightning's launcher set."""
     for variable in ("RANK", "SLURM_PROCID"):
         if variable in os.environ:
             return int(os.environ[variable]) == 0
@@ -25,7 +25,7 @@ def is_rank_zero() -> bool:
 
 @cache
 def console() -> "Console":
-    """Standard error as a terminal, for messages and progress bars alike: a message goes above the bar."""
+    """Console on standard error. Messages and progress bars share it, so that messages are printed above the bar."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
@@ -52,7 +52,7 @@ def one_line(message: object) -> str:
 
 
 class _Handler(logging.Handler):
-    """Writes messages to standard error, in a terminal through `console`."""
+    """Writes messages to standard error; in a terminal, through `console`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -66,7 +66,7 @@ class _Handler(logging.Handler):
 
 
 def setup(level: str = "INFO") -> None:
-    """Send messages of rank 0 to standard error, without decoration."""
+    """Log to standard error as plain text: all messages of rank 0, only errors of other ranks."""
     if not logger.handlers:
         handler = _Handler()
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -76,14 +76,14 @@ def setup(level: str = "INFO") -> None:
 
 
 def warn_once(message: str) -> None:
-    """Warn, but only the first time that this very message comes up in the process."""
-    if message not in _said:
-        _said.add(message)
+    """Log a warning, but only once per process for each message."""
+    if message not in _warned:
+        _warned.add(message)
         logger.warning(message)
 
 
 def in_words(seconds: float) -> str:
-    """A duration for people.
+    """A duration as text with a suitable unit.
 
     >>> in_words(8), in_words(200), in_words(9000), in_words(400_000)
     ('8 s', '3 min', '2.5 h', '4.6 days')
@@ -103,11 +103,11 @@ _NOT_OURS = {
 
 
 class UserError(Exception):
-    """Something the user can put right: printed as one line, exit code 2, no traceback."""
+    """A user-correctable error: printed as one line, exit code 2, no traceback."""
 
 
 def exit_code(command: Callable[[], int | None], name: str) -> int:
-    """Run a command of that name: 0 done (or what it returns), 2 for the user to put right, 130 interrupted."""
+    """Run a command and return its exit code: 0 or what it returns, 2 for a `UserError`, 130 for Ctrl-C."""
     try:
         return command() or 0
     except UserError as error:
@@ -121,5 +121,5 @@ def exit_code(command: Callable[[], int | None], name: str) -> int:
         print(f"{name}: {one_line(place + error.strerror)}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"{name}: interrupted; run the same command again to resume", file=sys.stderr)
         return 130

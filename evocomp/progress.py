@@ -1,4 +1,4 @@
-"""How far a command is and how long all of it will still take: a bar in a terminal, else a line now and then."""
+"""Progress and remaining time of a command: a bar in a terminal, otherwise a log line every 20 seconds."""
 
 import time
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ DRAW_EVERY_SECONDS = 0.2
 
 @dataclass
 class Stage:
-    """One kind of work of a command, in units of its own (questions, batches, ...).
+    """One stage of a command, with its own unit of work (questions, batches, ...).
 
-    total, done: units of the whole command, those of an interrupted start included.
-    timed, seconds: units that were timed since this start, and how long they took.
-    guess: seconds that a unit is expected to take, until some are timed.
+    total, done: units of the whole command, including those done before an interruption.
+    timed, seconds: units timed since this start, and the time they took.
+    guess: expected seconds per unit, used until some are timed.
     """
 
     total: float = 0.0
@@ -26,19 +26,19 @@ class Stage:
 
     @property
     def seconds_left(self) -> float:
-        """Of this kind of work, to the end of the command."""
+        """Estimated time until this stage is finished."""
         each = self.seconds / self.timed if self.timed else self.guess
         return max(0.0, self.total - self.done) * each
 
     def advance(self, units: float, seconds: float) -> None:
-        """So many units more are done, and took so long."""
+        """Record that `units` more units are done and took `seconds`."""
         self.done += units
         self.timed += units
         self.seconds += seconds
 
 
 class Progress:
-    """Shows what is being done, and the time left of the whole command. On ranks other than 0 it shows nothing.
+    """Shows the current activity and the remaining time of the whole command, on rank 0 only.
 
     >>> progress = Progress(labels=Stage(total=100, guess=2.0), training=Stage(total=10, guess=1.0))
     >>> progress.stages["labels"].advance(50, seconds=25.0)  # faster than expected
@@ -54,7 +54,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """Of all stages."""
+        """Estimated time until all stages are finished."""
         return sum(stage.seconds_left for stage in self.stages.values())
 
     @property
@@ -63,7 +63,7 @@ class Progress:
         return "" if unknown else f"about {in_words(self.seconds_left)} left"
 
     def show(self, text: str) -> None:
-        """Say what is being done; draws or writes only if the last time was long enough ago."""
+        """Show what is being done; updates the bar or writes a line at most once per interval."""
         if not is_rank_zero():
             return
         now = time.monotonic()
@@ -76,7 +76,7 @@ class Progress:
             logger.info("%s", ", ".join(filter(None, (text, self._left))))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -93,11 +93,11 @@ class Progress:
 
 
 def _new_bar():
-    """One line, however narrow the terminal is; it goes away when it is stopped."""
+    """A progress bar that takes one line at any terminal width and disappears when it is stopped."""
     from rich import progress, table
 
     def text(template: str, ratio: int | None = None) -> progress.TextColumn:
-        column = table.Column(no_wrap=True, overflow="ellipsis", ratio=ratio)  # one with a ratio takes what is left
+        column = table.Column(no_wrap=True, overflow="ellipsis", ratio=ratio)  # a ratio fills the line
         return progress.TextColumn(template, markup=False, table_column=column)
 
     return progress.Progress(

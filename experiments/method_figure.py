@@ -1,4 +1,4 @@
-"""Draw notebooks/method.png: how both recipes make labels and train the compressor, and what runs at inference.
+"""Draw notebooks/method.png: labels and training in both recipes, and inference.
 
     python -m experiments.method_figure notebooks/method.png
 """
@@ -20,7 +20,7 @@ from evocomp.data.scenes import Scene, draw_scene
 from evocomp.viz.style import ACCENT, COLORS, INK, PAPER, SOFT, new_figure, save_png
 from evocomp.viz.tokens import borders, patch_of_pixel, wash_groups
 
-_WIDE, _HIGH = 120.0, 87.0  # of the canvas, in tenths of an inch
+_WIDE, _HIGH = 120.0, 87.0  # size of the canvas in tenths of an inch
 _WARM, _COOL, _GREY = "#fdf4ec", "#eef5fb", "#f4f5f8"
 _PATCH, _SIDE = 8, 12
 _BLUE = COLORS[0]
@@ -28,7 +28,7 @@ _BLUE = COLORS[0]
 
 @dataclass(frozen=True)
 class _Example:
-    """One scene with masks, losses and scores that illustrate the method; made from the scene, not by a model."""
+    """One scene with masks, losses and scores for illustration; they are computed from the scene, not by a model."""
 
     image: np.ndarray
     question: str
@@ -42,7 +42,7 @@ class _Example:
 
 
 def method_figure(seed: int = 11, index: int = 231, kept: int = 16, context: int = 5) -> Figure:
-    """The schematic, 12 x 8.7 inches, on scene `index` of the sequence `seed`; `kept` tokens, `context` among them."""
+    """The figure, 12 x 8.7 inches, with scene `index` of `seed`; of the `kept` tokens, `context` are context tokens."""
     example = _example(draw_scene(seed, index))
     figure = new_figure(_WIDE / 10, _HIGH / 10)
     ax = figure.add_axes((0, 0, 1, 1))
@@ -89,7 +89,7 @@ def _example(scene: Scene) -> _Example:
 
 
 def _credits(ax: Axes, example: _Example) -> None:
-    """Upper row of `plus`: random masks -> answer losses -> a credit for each token."""
+    """Upper row of `plus`: random masks -> answer losses -> credit of each token."""
     middle = 70.8
     _picture(ax, example.image, 4, middle - 6, 12, np.arange(_SIDE**2))
     _under(ax, 10, middle - 6.8, "image:\nN visual tokens")
@@ -105,7 +105,7 @@ def _credits(ax: Axes, example: _Example) -> None:
 
 
 def _on_policy(ax: Axes, example: _Example) -> None:
-    """Lower row of `plus`, from right to left: the compressor, its proposals, their losses, and back."""
+    """Lower row of `plus`, from right to left: the compressor, the masks that it proposes, their losses, the update."""
     middle = 43.6
     _arrow(ax, (70.5, 59.6), (70.5, 51.4), color=_BLUE)
     ax.text(71.7, 55.8, "1", va="center", fontsize=13, weight="bold", color=_BLUE)
@@ -124,7 +124,7 @@ def _on_policy(ax: Axes, example: _Example) -> None:
 
 
 def _published(ax: Axes, example: _Example) -> None:
-    """The paper's labels: the best mask of an evolutionary search over groups of tokens."""
+    """Labels of the published recipe: the best mask of an evolutionary search over groups of tokens."""
     middle = 67.4
     _picture(ax, wash_groups(example.image, example.groups, (_SIDE, _SIDE)), 83, middle - 5.5, 11, example.groups)
     _under(ax, 88.5, middle - 6.3, "groups: tokens\nnearest to the\nsame word")
@@ -170,7 +170,7 @@ def _inference(ax: Axes, example: _Example, kept: int, context: int) -> None:
 
 
 def _masks(ax: Axes, image: np.ndarray, masks: Sequence[np.ndarray], x: float, middle: float) -> None:
-    """Three masks above each other."""
+    """Three masks in a column."""
     for i, mask in enumerate(masks):
         _picture(ax, _faded(image, mask), x, middle + 3.6 - 6.7 * i, 6, _lit(mask), INK, 0.7)
 
@@ -189,7 +189,7 @@ def _mllm(ax: Axes, x: float, middle: float, leftward: bool = False) -> None:
 def _losses(
     ax: Axes, values: Sequence[float], x: float, middle: float, best: int | None, start: float | None = None
 ) -> None:
-    """A bar for each of three masks; arrows from `start` where they follow the masks at once."""
+    """A bar for the loss of each of three masks; with `start`, arrows from there to the bars."""
     for i, value in enumerate(values):
         y = middle + 6.6 - 6.7 * i
         color = ACCENT if i == best else "#c3c8d4"
@@ -207,7 +207,7 @@ def _lane(ax: Axes, box: tuple[float, float, float, float], color: str, title: s
 
 def _picture(ax: Axes, pixels, x: float, y: float, side: float, cells=None, color=PAPER, line: float = 1.0) -> None:
     """An image with lines between tokens whose `cells` [N] differ."""
-    # most of the file is the noise of the scene: nearly invisible steps of sixteen halve it
+    # most of the file size comes from the noise of the scene: steps of sixteen are nearly invisible and halve it
     pixels = np.minimum(255, (pixels.astype(int) + 8) // 16 * 16).astype(np.uint8)
     ax.imshow(pixels, extent=(x, x + side, y, y + side), interpolation="nearest", aspect="auto", zorder=3)
     if cells is not None:
@@ -280,7 +280,7 @@ def _arrow(ax: Axes, start, stop, color: str = INK, bend: float = 0.0, dashed: b
 
 
 def write(path: str | Path) -> Path:
-    """The figure as a PNG of 256 colours, which are enough for it and make it a third as large."""
+    """Save the figure as a PNG with 256 colours, which are enough and reduce its size to a third."""
     path = save_png(method_figure(), path)
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path

@@ -1,18 +1,18 @@
-"""Train a nano MLLM of `evocomp/assets/`: `nano` from nothing, `nano576` from nano's weights.
+"""Train a nano MLLM of `evocomp/assets/`: `nano` from random weights, `nano576` from the weights of `nano`.
 
     python experiments/nano_mllm.py --model nano --out runs/nano_mllm
     python experiments/nano_mllm.py --model nano576 --out runs/nano576_mllm
 
-Shows: all question types but `relation` at >= 0.93 on fresh scenes, far less with another scene's picture.
-Expect: nano about 12 minutes of one CPU core, 2 GB; nano576 (192 x 192 pixels, 576 tokens, words to read) about 12,
-3 GB. Started again, the command goes on: the tower is kept in OUT/tower.safetensors, the state of both stages in
-OUT/*.state. Recipe:
+Result: accuracy of at least 0.93 on new scenes for all question types except `relation`, and far less with the image of
+another scene. Expected cost: about 12 minutes of one CPU core each; 2 GB for nano, 3 GB for nano576 (192 x 192 pixels,
+576 tokens, words to read). An interrupted command is resumed when it is started again: OUT/tower.safetensors contains
+the trained tower, OUT/*.state the state of both stages. Recipe:
 
-1. tower with throw-away heads (per-patch shape, colour, place; digit, letter and word where they stand; what is in
-   the picture on the CLS token), in place of CLIP's pre-training;
-2. tower frozen, features cached; projector + LLM on packed questions: all questions of a scene share one picture
-   prefix and see the prefix and themselves only. The first phases with few of the visual tokens (all that are
-   written on are among them), the last with all: learning takes off much earlier.
+1. The vision tower is trained with auxiliary heads (shape, colour and position of each patch; digit, letter and word of
+   the patches that have one; the content of the image on the CLS token), instead of CLIP's pre-training.
+2. The tower is frozen and its features are cached. Projector and LLM are trained on packed questions: all questions of
+   a scene share one image prefix, and each attends only to the prefix and to itself. The first phases use few of the
+   visual tokens, including all that show a character; the last phase uses all tokens. The loss then falls much earlier.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from evocomp.data.scenes import KINDS, SPECS, Scene, SceneSpec, draw_scene
 from evocomp.log import exit_code
 from evocomp.mllm.nano import ASSETS, READING_WORDS, WORDS, build_nano, nano_config, nano_processor
 
-TRAIN, HELD_OUT = 11, 12  # seeds of the scenes; 12 is looked at while training, no other seed is
-WORD = {word: i for i, word in enumerate(READING_WORDS)}  # the shorter vocabulary is its beginning
+TRAIN, HELD_OUT = 11, 12  # seeds of the scenes; only seed 12 is evaluated during training
+WORD = {word: i for i, word in enumerate(READING_WORDS)}  # the shorter vocabulary is a prefix of this one
 IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A share of the LLM's steps: visual tokens seen (0 = all), and scenes in a step."""
+    """A phase of the LLM's training: share of its steps, number of visual tokens (0 = all), scenes per step."""
 
     share: float
     tokens: int
@@ -50,7 +50,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one nano MLLM is trained."""
+    """Settings of the training of one nano MLLM."""
 
     spec: SceneSpec
     words: tuple[str, ...]
@@ -60,7 +60,7 @@ class Recipe:
     llm_steps: int
     phases: tuple[Phase, ...]
     start: str = ""
-    """A smaller model whose weights are taken over first."""
+    """Name of a smaller model from whose weights the training starts; empty: random weights."""
 
 
 RECIPES = {
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--model", choices=RECIPES, default="nano")
     parser.add_argument("--out", type=Path, required=True)
     for name in ("scenes", "tower_steps", "llm_steps"):
-        parser.add_argument(f"--{name}", type=int, help="default: the model's own")
+        parser.add_argument(f"--{name}", type=int, help="default: the model's own setting")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     given = {name: getattr(args, name) for name in ("scenes", "tower_steps", "llm_steps")}
@@ -104,7 +104,7 @@ def main() -> None:
     tower = model.model.vision_tower
     if tower_file.exists():
         tower.load_state_dict(load_file(tower_file))
-        print(f"tower taken from {tower_file}", flush=True)
+        print(f"tower loaded from {tower_file}", flush=True)
     else:
         how = (recipe.spec, recipe.tower_steps, recipe.tower_batch, args.seed)
         train_tower(tower, scenes, held_out, *how, args.out / "tower.state")
@@ -122,7 +122,7 @@ def main() -> None:
 
 @torch.no_grad()
 def take_over(model: LlavaForConditionalGeneration, smaller: LlavaForConditionalGeneration) -> None:
-    """The weights of a model for smaller pictures and fewer words; positions and new words stay as they are."""
+    """Copy all weights except position embeddings from a model with smaller images and fewer words."""
     own = model.state_dict()
     for name, weight in smaller.state_dict().items():
         if "position_embedding" not in name:
@@ -130,7 +130,7 @@ def take_over(model: LlavaForConditionalGeneration, smaller: LlavaForConditional
 
 
 def pack(scene: Scene, length: int) -> np.ndarray:
-    """All questions and answers of a scene in one row: ids, question number, offset, target: int16 [4, length]."""
+    """All questions and answers of a scene in one row, int16 [4, length]: id, index of the question, offset, target."""
     row = np.empty((4, length), np.int16)
     row[:] = np.array([WORD["<pad>"], -1, 0, IGNORE])[:, None]
     at = 0
@@ -138,14 +138,14 @@ def pack(scene: Scene, length: int) -> np.ndarray:
         words = [WORD[word] for word in question.text.split()] + [WORD[question.answer]]
         end = at + len(words)
         row[0, at:end], row[1, at:end], row[2, at:end] = words, number, np.arange(len(words))
-        # the answer is read at the last word of the question (one hop), <eos> at the answer
+        # the last word of the question predicts the answer, and the answer predicts <eos>
         row[3, end - 2 : end] = words[-1], WORD["<eos>"]
         at = end
     return row
 
 
 def packed_logits(model, visual: torch.Tensor, positions: torch.Tensor, packed: torch.Tensor, tokens: int):
-    """Logits [B, length, V] of the packed questions; each sees the picture and itself only."""
+    """Logits [B, length, V] of the packed questions; each question attends only to the image and to itself."""
     ids, number, offset = packed[:, 0], packed[:, 1], packed[:, 2]
     llm, count = model.model.language_model, visual.shape[1]
     bos = torch.full((len(ids), 1), WORD["<bos>"])
@@ -201,7 +201,7 @@ def phase_of(recipe: Recipe, step: int) -> Phase:
 
 
 def some_tokens(features, written, count: int, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` tokens of each picture (all that are `written` on and random others; 0 = all) and their positions."""
+    """`count` tokens of each image and their position ids: all in `written` and random others; count 0: all tokens."""
     batch, tokens = features.shape[:2]
     if not count:
         return features, torch.arange(1, tokens + 1).expand(batch, -1)
@@ -213,7 +213,10 @@ def some_tokens(features, written, count: int, draw: torch.Generator) -> tuple[t
 
 @torch.no_grad()
 def encode(model, scenes, spec: SceneSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tower features [S, N, width] in bf16, and the patches that are written on [S, M] (the first one repeated)."""
+    """Tower features [S, N, width] in bfloat16, and indices [S, M] of the patches that show a character.
+
+    Rows with fewer patches are filled by repeating the first index.
+    """
     tower = model.model.vision_tower
     parts = [
         tower(pixel_values=pixels(scenes[start : start + 50])).last_hidden_state[:, 1:].bfloat16()

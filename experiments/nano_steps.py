@@ -1,4 +1,4 @@
-"""Optimiser, schedule and resumption that both stages of `nano_mllm.py` share."""
+"""Optimizer, schedule and checkpoints of both stages of `nano_mllm.py`."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from torch import nn
 
 
 class State:
-    """What a stage needs to go on after an interruption, in one file."""
+    """The state of a stage in one file, for resuming after an interruption."""
 
     def __init__(self, path: Path, parts: dict, rng: np.random.Generator, draw: torch.Generator):
         self.path, self.parts, self.rng, self.draw = path, parts, rng, draw
 
     def load(self) -> int:
-        """Take up what was kept; the number of steps that are done."""
+        """Load the saved state, if there is one; returns the number of finished steps."""
         if not self.path.exists():
             return 0
         kept = torch.load(self.path)
@@ -22,7 +22,7 @@ class State:
             part.load_state_dict(kept[name])
         self.rng.bit_generator.state = kept["rng"]
         self.draw.set_state(kept["draw"])
-        print(f"goes on from step {kept['step']} of {self.path}", flush=True)
+        print(f"resuming from step {kept['step']} of {self.path}", flush=True)
         return kept["step"]
 
     def save(self, step: int) -> None:
@@ -34,7 +34,7 @@ class State:
 
 
 def muon_and_adamw(matrices, everything, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on weight matrices of the layers, AdamW on the rest (measured: clearly faster than AdamW alone)."""
+    """Muon for the weight matrices of the layers, AdamW for the rest (converges clearly faster than AdamW alone)."""
     ours = {id(p) for p in matrices}
     rest = [p for p in everything if id(p) not in ours]
     return [
@@ -44,7 +44,7 @@ def muon_and_adamw(matrices, everything, lr: float) -> list[torch.optim.Optimize
 
 
 def schedule(step: int, steps: int, flat: float) -> float:
-    """Warm-up over 50 steps, constant to `flat` of the way, then linear to 1 %."""
+    """Warm-up over 50 steps, constant for the share `flat` of the steps, then linear decay to 1 %."""
     done = step / steps
     return min(1.0, (step + 1) / 50) * (1 - max(0.0, (done - flat) / (1 - flat))) + 0.01
 

@@ -1,4 +1,4 @@
-"""First stage of `nano_mllm.py`: the vision tower, trained with throw-away heads on what each patch shows."""
+"""First stage of `nano_mllm.py`: the vision tower, trained with auxiliary heads for the content of each patch."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ GLYPHS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 class Heads(nn.Module):
-    """Throw-away heads: what each patch shows, and on the CLS token what the picture holds."""
+    """Auxiliary heads, used only for training: content of each patch, and on the CLS token the content of the image."""
 
     def __init__(self, width: int, side: int, reads: bool):
         super().__init__()
@@ -31,7 +31,7 @@ class Heads(nn.Module):
 
 
 def marks(thing: SceneObject, spec: SceneSpec) -> list[tuple[int, int, str]]:
-    """Patch row, patch column and glyph of all that is written on an object."""
+    """Patch row, patch column and glyph of all characters on an object."""
     row, column = int(thing.y // spec.patch), int(thing.x // spec.patch)
     if thing.word is None:
         return [(row, column, str(thing.digit))]
@@ -39,7 +39,10 @@ def marks(thing: SceneObject, spec: SceneSpec) -> list[tuple[int, int, str]]:
 
 
 def patch_truth(scene: Scene, spec: SceneSpec) -> np.ndarray:
-    """Shape + 1, colour + 1, glyph, glyph here?, word + 1 of each patch: int8 [N, 5]; 0 where there is background."""
+    """Labels of each patch, int8 [N, 5]: shape + 1, colour + 1, glyph, whether it has a glyph, word + 1.
+
+    Background patches have zeros.
+    """
     side = spec.tokens_per_side
     truth = np.zeros((side, side, 5), np.int8)
     centres = (np.arange(side) + 0.5) * spec.patch
@@ -58,7 +61,7 @@ def patch_truth(scene: Scene, spec: SceneSpec) -> np.ndarray:
 
 
 def pixels(scenes: list[Scene]) -> torch.Tensor:
-    """Normalised as the processor does: float [B, 3, height, width]."""
+    """Images normalised as by the processor: float [B, 3, height, width]."""
     batch = torch.from_numpy(np.stack([scene.image for scene in scenes]))
     return batch.permute(0, 3, 1, 2).float().div_(255).sub_(0.45).div_(0.25)
 

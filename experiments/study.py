@@ -1,11 +1,12 @@
-"""Run a study, by default that of `experiments/study/runs.yaml`, and write one row a run and kept count.
+"""Run a study, by default `experiments/study/runs.yaml`, and write one row per run and number of kept tokens.
 
     python experiments/study.py --only published,plus --seeds 0,1,2 --out experiments/results/panel_nano.csv
     python experiments/study.py --split selection --out experiments/results/panel_nano_selection.csv
 
-Runs go to runs/study/NAME-SEED; finished ones are not repeated, interrupted ones go on. `plus` with three seeds takes
-about 35 minutes of one CPU core, `published` about 8. Rows of the same name and seed are replaced. A study that names
-`rivals` has rows of these too, and of the uncompressed model with the right and with another picture.
+Runs are in runs/study/NAME-SEED; finished runs are not repeated and interrupted ones are resumed. `plus` with three
+seeds takes about 35 minutes of one CPU core, `published` about 8. Rows of the same name and seed are replaced. If a
+study has the key `rivals`, rows of these selectors are added, and rows of the uncompressed model with the correct image
+and with another image.
 """
 
 import argparse
@@ -40,10 +41,10 @@ COSTS = ["labelled", *(f"{purpose}_cpu_s" for purpose in PURPOSES), "forwards", 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "study" / "runs.yaml")
-    parser.add_argument("--only", default="", help="names of runs, or rivals, separated by commas; default: all")
-    parser.add_argument("--seeds", default="", help="default: those of the study")
+    parser.add_argument("--only", default="", help="names of runs, or `rivals`, separated by commas; default: all")
+    parser.add_argument("--seeds", default="", help="seeds separated by commas; default: those of the study")
     parser.add_argument(
-        "--split", choices=("test", "selection"), default="test", help="choose on one, report the other"
+        "--split", choices=("test", "selection"), default="test", help="test: for reports; selection: for choices"
     )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "panel_nano.csv")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 class Judge:
-    """The same fresh questions for all runs."""
+    """Evaluates all runs on the same test questions."""
 
     def __init__(self, config: RunConfig, study: dict, split: str):
         data = replace(config.data, relation=True)
@@ -100,7 +101,7 @@ class Judge:
 
     @torch.inference_mode()
     def rivals(self, names: list[str], kept, sharp: float) -> list[dict]:
-        """Rows of the uncompressed model, of another picture in its place, and of training-free methods.
+        """Rows of the uncompressed model with the correct and with another image, and of training-free selectors.
 
         sharp: see `build_rival`.
         """
@@ -130,7 +131,7 @@ class Judge:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Replace rows of the same name and seed."""
+    """Write rows to a CSV file; existing rows of the same name and seed are replaced."""
     old = list(csv.DictReader(path.open())) if path.exists() else []
     new = {(row["name"], str(row["seed"])) for row in rows}
     kept = [row for row in old if (row["name"], row["seed"]) not in new]

@@ -1,6 +1,6 @@
 """Write the tables of RESULTS.md from the rows in results/.
 
-A table stands between the comments `<!-- table NAME -->` and `<!-- end -->`; the text around it stays. A test checks
+Each table is between the comments `<!-- table NAME -->` and `<!-- end -->`; other text is not changed. A test checks
 that the file agrees with the rows.
 
     python experiments/tables.py
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 
 Group = tuple[str, dict[str, str]]
-"""Heading of a group of rows, and the printed name of each method in it."""
+"""Heading of a group of rows, and the methods in it with their printed names."""
 
 NANO: list[Group] = [
     ("references", {"full": "all 144 tokens", "wrong_image": "image of another scene", "no_image": "no image"}),
@@ -92,7 +92,7 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def accuracies(rows: Sequence[dict[str, str]], key: str, column: str = "accuracy") -> dict[str, dict[int, float]]:
-    """{method: {kept: value}} of the rows that have a value; of several seeds the first."""
+    """{method: {kept: value}} of the rows that have a value; only the first of several seeds."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         if row[column]:
@@ -101,7 +101,7 @@ def accuracies(rows: Sequence[dict[str, str]], key: str, column: str = "accuracy
 
 
 def grouped(groups: Sequence[Group], values: dict[str, dict[int, float]], counts: Sequence[int]) -> list[str]:
-    """Lines of a table with one block per group; the highest printed value of a block is bold, ties alike."""
+    """Lines of a table with one block per group; the highest printed value of a block is bold, including ties."""
     lines = ["| | " + " | ".join(f"{count} kept" for count in counts) + " |", "| --- |" + " ---: |" * len(counts)]
     for heading, names in groups:
         lines.append(f"| *{heading}* |" + " |" * len(counts))
@@ -135,7 +135,7 @@ def nano576() -> list[str]:
 
 
 def seeds() -> list[str]:
-    """Ablations with several seeds: range over the seeds, in percent of the uncompressed model."""
+    """Ablations with several seeds: range over the seeds, in percent of the uncompressed accuracy."""
     names = {
         "plus": "`plus`",
         "dropping": "`plus` without context tokens, smaller pool, no probes",
@@ -249,7 +249,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 
 def filled(text: str) -> str:
-    """The text with every table made anew."""
+    """The text with all tables replaced by new ones."""
 
     def table(match: re.Match) -> str:
         return "\n".join([match[1], *TABLES[match[2]](), match[3]])

@@ -39,8 +39,8 @@ grid = grid_of(features[0])
 # %% [markdown]
 # ## Groups of one image, with their nearest words
 #
-# Most of the background falls into a few large groups, objects into many small ones. The number of groups, and with it
-# the number of tokens that a label keeps, depends on the image.
+# Most background tokens fall into a few large groups, tokens of objects into many small ones. The number of groups, and
+# with it the number of tokens that a label keeps, depends on the image.
 
 # %%
 words = [nearest_words(one.visual, mllm.vocabulary)[0].numpy() for one in features]
@@ -54,9 +54,10 @@ groups_over_image(examples[0].image, groups[0].of, grid, names)
 # ## The same with a real vocabulary
 #
 # The nano MLLM has 54 words, SmolLM2 has 49,152 tokens. Here: four scenes of named objects, 196 visual tokens each,
-# encoded by an EfficientNet and projected onto SmolLM2's input embeddings (see `experiments/real`; 2,048 rows of the
-# embeddings are part of the repository). With all rows allowed, as published, many visual tokens are nearest to rows
-# that were never trained: those rows are nearly equal and act as hubs. Each line below leaves more rows out.
+# encoded by an EfficientNet and projected into the space of SmolLM2's input embeddings (see `experiments/real`; 2,048
+# rows of the embeddings are part of the repository). With all rows allowed, as published, many visual tokens are
+# nearest to rows that were never trained: those rows are nearly equal and act as hubs. Each line below excludes more
+# rows.
 
 # %%
 fixture = find_path("experiments/real/vocabulary")
@@ -91,7 +92,7 @@ groups_over_image(np.full((224, 224, 3), 255, np.uint8), real_groups.of, (14, 14
 # %% [markdown]
 # ## The search
 #
-# Answer loss by generation: lowest and mean loss of the population, and lowest loss so far.
+# Answer loss by generation: lowest and mean loss of the population, and the lowest loss so far.
 
 # %%
 scorer = CandidateScorer(mllm)
@@ -101,14 +102,14 @@ results = [
     for one, one_groups in zip(features, groups, strict=True)
 ]
 known = sum(result.saved for result in results)
-print(f"{scorer.forwards} masks scored, {known} candidates were known from an earlier generation")
+print(f"{scorer.forwards} masks scored; {known} candidates had been scored in an earlier generation")
 search_trace(np.stack([result.trace for result in results]))
 
 # %% [markdown]
 # ## How much better is the best mask?
 #
-# For every question, the share of scored masks whose loss is at most so much above the best. Where many masks are as
-# good as the best one, which of them becomes the label is chance.
+# For every question, the share of scored masks whose loss exceeds the best one by at most the value on the horizontal
+# axis. If many masks are nearly as good as the best one, it is a matter of chance which of them becomes the label.
 
 # %%
 losses = [result.scored_losses for result in results]
@@ -119,7 +120,7 @@ fitness_spread(losses)
 # %% [markdown]
 # ## Tokens that most masks keep
 #
-# Share of the masks of the last population that keep each token, as ranks from blue to orange. Outlined: the best mask.
+# Share of the masks in the last population that keep each token, as ranks from blue to orange. Outlined: the best mask.
 
 # %%
 records = [{"groups": g.of, "population": r.population} for g, r in zip(groups, results, strict=True)]

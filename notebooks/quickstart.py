@@ -47,8 +47,8 @@ print(f"answer: {answer.strip()}, from {handle.last.after[0]} of {handle.last.be
 # %% [markdown]
 # ## Which tokens were kept
 #
-# The patches of the kept tokens are bright. Where the compressor has context tokens, some of them are means of several
-# dropped tokens; those are drawn at one of these.
+# The patches of the kept tokens are bright. If the compressor has context tokens, some of the kept tokens are means of
+# several dropped tokens; such a token is drawn at the patch of one of them.
 
 # %%
 side = round(handle.last.before[0] ** 0.5)
@@ -67,4 +67,4 @@ with evocomp.compress(model, f"{RUN}/compressor") as handle:
         print(f"{timed.after:3d} visual tokens kept, prompt of {length} tokens: {timed.text}")
 
 # %% [markdown]
-# This model is too small to become faster. `evocomp bench inference` measures the time of models of real size.
+# This model is too small to become faster. `evocomp bench inference` measures the time for models of real size.

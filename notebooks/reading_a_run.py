@@ -32,7 +32,7 @@ accuracy = pd.DataFrame({title: dict(curves[name]) for title, name in names.item
 accuracy.round(3)
 
 # %% [markdown]
-# The last measurement beside as many random tokens, and beside all tokens (uncompressed).
+# The last measurement, compared with as many random tokens and with all tokens (uncompressed).
 
 # %%
 last = {
@@ -44,8 +44,8 @@ pd.DataFrame(last, index=list(names)).round(3)
 # %% [markdown]
 # ## Losses
 #
-# Each on axes of its own: their scales differ. With the recipe `plus`, the listwise loss is that of the first epochs
-# and the policy loss that of the on-policy rounds after them.
+# Each loss has its own axes, because the scales differ. With the recipe `plus`, the first epochs use the listwise loss
+# and the on-policy rounds after them the policy loss.
 
 # %%
 losses = {name: points for name, points in curves.items() if name.startswith("train/")}
@@ -58,9 +58,9 @@ _ = axes[-1].set_xlabel("optimizer step")
 # %% [markdown]
 # ## Labels
 #
-# One row per question and round. Round 0 is labelled before training, the later rounds during it; of those the store
-# keeps the newest. Losses are answer losses of the frozen MLLM in nats: `best_loss` of the best mask of a question,
-# `first_mean` of its first masks on average, `spread` their standard deviation.
+# One row per question and round. Round 0 is labelled before training, the later rounds during training; the store keeps
+# only the newest of the later rounds. Losses are answer losses of the frozen MLLM in nats: `best_loss` is the loss of
+# the best mask of a question, `first_mean` the mean loss of its first masks, `spread` the standard deviation of losses.
 
 # %%
 labels = pd.DataFrame(label_summaries(read_labels(RUN))).drop(columns="id")
@@ -68,8 +68,8 @@ first = labels[labels["round"] == 0].drop(columns="round").dropna(axis=1, how="a
 first.agg(["mean", "std", "min", "max"]).T.round(3)
 
 # %% [markdown]
-# The later rounds. With the recipe `plus`, a round proposes masks for some of the questions only: `proposals` is 0 for
-# the others.
+# The later rounds. With the recipe `plus`, masks are proposed only for some of the questions of a round; `proposals` is
+# 0 for the others.
 
 # %%
 later = labels[labels["round"] > 0].groupby("round").mean(numeric_only=True)
@@ -97,8 +97,8 @@ retention_curve(rows)
 # %% [markdown]
 # ## Cost
 #
-# Of the first labels (`labelling`), of the labels of later rounds (`refresh`) and of training the compressor.
-# `forwards` counts the masks that the frozen MLLM scored.
+# The cost of the first labels (`labelling`), of the labels of later rounds (`refresh`) and of training the compressor.
+# `forwards` counts the masks that the frozen MLLM has scored.
 
 # %%
 cost = json.loads((RUN / "trained.json").read_text())["cost"]

@@ -1,7 +1,8 @@
 # %% [markdown]
-# # Which tokens are kept: one image, several questions, several methods
+# # Which tokens are kept: one image, several questions, several selectors
 #
-# Needs a trained run: `evocomp train --config experiments/nano.yaml`, or the environment variable `EVOCOMP_RUN`.
+# Needs a trained run: run `evocomp train --config experiments/nano.yaml`, or set the environment variable `EVOCOMP_RUN`
+# to the folder of another run.
 
 # %%
 # %matplotlib inline
@@ -27,8 +28,8 @@ image, grid = examples[0].image, grid_of(panel.asked[0].features)
 # %% [markdown]
 # ## One image, six questions
 #
-# The compressor reads the question and, once it is well trained, keeps other patches for other questions. Bright
-# patches are selected tokens; patches of medium brightness are context tokens, each the mean of several dropped ones.
+# The compressor reads the question; a well-trained one keeps different patches for different questions. Bright patches
+# are selected tokens; patches of medium brightness are context tokens, each the mean of several dropped tokens.
 
 # %%
 kept = panel.compressor_tokens(compressor, KEEP)
@@ -37,7 +38,7 @@ titles = [f"{e.prompt}\n{a} (correct: {e.answer})" for e, a in zip(examples, ans
 kept_row([light_up(image, one.alone, grid, context=one.merged) for one in kept], titles)
 
 # %% [markdown]
-# How much the selections of two questions have in common: 100 % means that the question makes no difference.
+# The overlap of the selections for two questions: 100 % means that the question makes no difference.
 
 # %%
 sets = [set(one.alone.tolist()) for one in kept]
@@ -45,10 +46,10 @@ pairs = [len(a & b) / len(a) for i, a in enumerate(sets) for b in sets[:i]]
 print(f"two questions about this image share {100 * sum(pairs) / len(pairs):.0f} % of their selected tokens on average")
 
 # %% [markdown]
-# ## Training-free methods beside it
+# ## Comparison with training-free selectors
 #
-# Each keeps the same number of tokens, for the first question. Methods that merge all their tokens are left out.
-# FastV reads the attention of the LLM, which has to process all tokens first.
+# Each keeps the same number of tokens for the first question. Methods that merge tokens are left out. FastV reads the
+# attention of the LLM, which has to process all tokens first.
 
 # %%
 names = ("random_tokens", "uniform_stride", "divprune", "cls_attention", "vispruner", "fastv")

@@ -1,4 +1,4 @@
-"""Commands that stand in documents, run through the real command line up to where the work would begin."""
+"""Commands in documents, parsed by the real command line without starting the work."""
 
 import importlib
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evocomp import cli
 
-# what the verbs call when all words are understood
+# functions that the commands call after parsing
 WORK = {
     "evocomp.training.build": ("run", "label_only"),
     "evocomp.evaluation.run": ("evaluate_run",),
@@ -33,7 +33,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def understood(words: list[str], root: Path, folder: Path, monkeypatch) -> None:
-    """Assert that the command line takes the words, from a checkout at `root`; nothing is run.
+    """Assert that the command line accepts the words in a checkout at `root`; nothing is run.
 
     What earlier commands would have made (runs, pictures) is put into `folder` as empty files.
     """
@@ -53,7 +53,7 @@ def understood(words: list[str], root: Path, folder: Path, monkeypatch) -> None:
         for name in names:
             monkeypatch.setattr(importlib.import_module(module), name, lambda *_, **__: called.append(1) or 0)
     if words[0] == "train":
-        # the panel would judge what was not trained
+        # the panel needs a trained run
         monkeypatch.setattr(importlib.import_module("evocomp.evaluation.run"), "evaluate_run", lambda *_, **__: [])
     assert cli.main(words) == 0, words
     assert called or words[0] in ("config",) or "--estimate" in words, words

@@ -27,17 +27,17 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def _fresh_messages():
-    """The command line attaches a handler to the stderr of its moment, and warnings are said once a process."""
+    """Reset the log handler, which refers to the current stderr, and the record of one-time warnings."""
     yield
     log.logger.handlers.clear()
     log.logger.propagate = True
     log.logger.setLevel("NOTSET")
-    log._said.clear()
+    log._warned.clear()
 
 
 @pytest.fixture(scope="session")
 def nano():
-    """The shipped MLLM, loaded once; leave it as you found it."""
+    """The shipped MLLM, loaded once; tests must not change it."""
     from evocomp.mllm.hf import FrozenMLLM
 
     return FrozenMLLM.load("nano")

@@ -1,4 +1,4 @@
-"""The rules that keep the rooms apart, read from the source itself."""
+"""Rules of the architecture, checked in the source code: which package may import which, and size limits."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "evocomp"
 
-# a part imports only parts of lower tiers
+# a package imports only packages of lower tiers
 TIERS = [
     ("config", "log", "files", "launch", "distributed", "progress"),
     ("ops", "data", "selection"),
@@ -26,7 +26,7 @@ TIERS = [
 ]
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 
-# within a tier, and why
+# exceptions within a tier, with reasons
 ALLOWED = {
     ("config", "log"): "mistakes in settings are user errors",
     ("launch", "log"): "that several processes are started is said, and which of them failed",
@@ -36,7 +36,7 @@ ALLOWED = {
     ("compressor", "mllm"): "the layer comes from the target's decoder: the table of families finds it",
 }
 
-# who may import what comes from outside; a pattern of paths below evocomp/
+# which modules may import a third-party library: patterns of paths below evocomp/
 OUTSIDE = {
     "lightning": r"training/.*",
     "pytorch_lightning": r"(?!)",
@@ -52,7 +52,7 @@ OUTSIDE = {
 
 
 def imports(tree: ast.AST, module: str, is_package: bool) -> list[tuple[str, int]]:
-    """Every module that the source names in an import, wherever it stands (functions, TYPE_CHECKING), with its line.
+    """Every module that the source imports, anywhere (also in functions and under TYPE_CHECKING), with its line.
 
     `from a import b` gives both a and a.b: b may be a module.
     """
@@ -114,7 +114,7 @@ def forbidden(module: str, target: str) -> str | None:
     return f"{there} is not below {here}"
 
 
-def test_parts_import_only_parts_below_them():
+def test_packages_import_only_lower_tiers():
     wrong = set()
     for path, module, tree in sources():
         for target, line in imports(tree, module, path.name == "__init__.py"):
@@ -128,7 +128,7 @@ def test_no_cycle_between_modules():
     imported = {}
     for path, module, tree in sources():
         targets = {target for target, _ in imports(tree, module, path.name == "__init__.py")} & modules
-        # `from package import module` needs the module; the package itself, only if it is asked for another name
+        # `from package import module` needs the module; it needs the package only for other names
         packages = {target.rpartition(".")[0] for target in targets}
         imported[module] = {t for t in targets if t not in packages or not module.startswith(f"{t}.")} - {module}
     while leaves := [module for module, targets in imported.items() if not targets & imported.keys()]:
@@ -146,13 +146,13 @@ def test_every_exception_is_in_use():
     assert set(ALLOWED) <= used
 
 
-def test_every_part_has_its_tier():
+def test_every_package_has_a_tier():
     parts = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
     assert parts - {"__init__", "__main__"} <= TIER.keys()
 
 
 @pytest.mark.parametrize("library", OUTSIDE)
-def test_libraries_stay_in_their_rooms(library):
+def test_libraries_are_imported_only_where_allowed(library):
     wrong = set()
     for path, module, tree in sources():
         inside = path.relative_to(PACKAGE).as_posix()
@@ -171,7 +171,7 @@ def test_public_names_lead_to_modules_that_define_them():
         assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
-def test_no_module_is_a_drawer_for_the_rest():
+def test_no_module_is_a_collection_of_utilities():
     names = {"utils", "util", "helpers", "helper", "misc", "common"}
     assert [str(p) for p in PACKAGE.rglob("*") if p.stem in names] == []
 
@@ -184,7 +184,7 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
-# put together, so that this file does not hold them itself
+# concatenated, so that this file does not contain them
 HOMES = ["/" + "work/", "/" + r"home/\w", "/" + r"Users/\w", r"[A-Z]:\\" + r"Users\\", "/" + "root/"]
 MACHINE_PATHS = re.compile("|".join(HOMES))
 
@@ -217,7 +217,7 @@ def test_the_nano_assets_are_small_enough_to_ship():
         ("evocomp.losses.ghm", "from evocomp.grouping import groups", "evocomp.grouping"),
     ],
 )
-def test_the_reader_sees_hidden_imports(module, source, expected):
+def test_hidden_imports_are_found(module, source, expected):
     found = [target for target, _ in imports(ast.parse(source), module, is_package=False)]
     assert expected in found
     assert any(forbidden(module, target) for target in found)

@@ -1,4 +1,4 @@
-"""The command line: quick answers, and one clear line with exit code 2 for everything a user can get wrong."""
+"""The command line: fast responses, and one clear line with exit code 2 for every user error."""
 
 import json
 import os
@@ -39,12 +39,12 @@ def test_help_and_typos_answer_at_once_and_without_torch(words):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, timeout=60)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # CPU seconds of the child: on a busy machine the clock says nothing
+    # CPU seconds of the child, because wall time is meaningless on a busy machine
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def quick(words, folder, code: int, says: str = "") -> None:
-    """The command ends with this code and words, without torch."""
+    """Assert that the command ends with this exit code and output, without importing torch."""
     script = (
         "import sys; from evocomp.cli import main; code = main(sys.argv[1:]); "
         "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules), 'heavy imports'; sys.exit(code)"
@@ -58,7 +58,7 @@ def quick(words, folder, code: int, says: str = "") -> None:
 
 @pytest.fixture
 def a_run(tmp_path):
-    """What a run by nano.yaml leaves behind, as far as checks without torch read it."""
+    """The files of a run of nano.yaml that checks without torch read."""
     from evocomp.config.load import load, save
     from evocomp.labels.fingerprint import from_settings
     from evocomp.labels.store import LabelStore
@@ -77,15 +77,15 @@ def a_run(tmp_path):
     ("words", "says"),
     [
         (["generate", *PICTURED, "--save", "a.png"], "--save=a.png exists; give another name"),
-        (["generate", *PICTURED, "--save", "a.foo"], "--save=a.foo does not end as a picture does"),
-        (["eval", "--run", "runs/nano", "--panel", "divprun"], "--panel=divprun: 'divprun' is none of basic"),
+        (["generate", *PICTURED, "--save", "a.foo"], "--save=a.foo has no known image extension"),
+        (["eval", "--run", "runs/nano", "--panel", "divprun"], "--panel=divprun: 'divprun' is unknown; choose basic"),
         (["eval", "--run", "runs/nano", "--panel", "divprune+context"], "has no context tokens; leave out +context"),
         (["eval", "--run", "runs/nano", "--seed", "3"], "give --out DIR"),
-        (["train", "--config", "nano", "--seed", "3"], "runs/nano holds a run with other settings (seed: 0 there, 3"),
-        (["label", "--config", "nano", "--seed", "3"], "was made by seed=0 (this run has seed=3)"),
+        (["train", "--config", "nano", "--seed", "3"], "runs/nano holds a run with different settings: seed=0,"),
+        (["label", "--config", "nano", "--seed", "3"], "was made with seed=0 (this run has seed=3)"),
     ],
 )
-def test_what_needs_no_torch_is_refused_without_it(a_run, tmp_path, words, says):
+def test_checks_without_torch_come_first(a_run, tmp_path, words, says):
     quick(words, tmp_path, 2, says)
 
 
@@ -100,8 +100,8 @@ def test_labels_of_other_settings_are_refused_before_the_data_are_read(a_run, ca
     assert "labels.credit_masks=32 (this run has labels.credit_masks=8)" in line
 
 
-def test_what_the_machine_has_decided_is_no_other_setting(a_run):
-    """A setting that was `auto` is saved as what it came to."""
+def test_auto_equals_its_measured_value(a_run):
+    """A setting `auto` is saved with its measured value."""
     from evocomp.labels.store import LabelStore
 
     LabelStore.refuse_other(a_run / "labels", {"labels": {"dtype": "auto", "credit_masks": 32}})
@@ -110,7 +110,7 @@ def test_what_the_machine_has_decided_is_no_other_setting(a_run):
 
 
 @pytest.mark.parametrize("verb", ["train", "label"])
-def test_a_verb_that_works_for_minutes_does_nothing_when_it_stands_alone(verb, tmp_path, monkeypatch, capsys):
+def test_long_running_commands_show_help_without_arguments(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([verb]) == 0
     assert f"evocomp {verb} --config nano" in capsys.readouterr().out and not list(tmp_path.iterdir())
@@ -124,7 +124,7 @@ def test_help_fits_the_terminal(verb, what, columns, capsys, monkeypatch):
     words = [verb] * bool(verb) + ["--help"] + (what if verb in ("train", "label", "config") else [])
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    # examples, usage and descriptions are broken by hand, for 80 columns
+    # examples, usage and descriptions have fixed line breaks, for 80 columns
     most = max(columns, 80)
     assert max(map(len, lines)) <= most, [line for line in lines if len(line) > most]
     if not what and columns >= 80:
@@ -148,8 +148,8 @@ def test_help_all_lists_every_setting_with_its_choices(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words", ["train --help all", "--help", "config"])
-def test_a_reader_that_has_gone_away_ends_it_quietly(words):
-    # without a buffer it is a print that fails, with one the flush at the end
+def test_a_closed_pipe_ends_the_command_quietly(words):
+    # without buffering the print fails, with buffering the flush at the end
     for unbuffered in ("", "1"):
         read, write = os.pipe()
         os.close(read)
@@ -181,14 +181,14 @@ def test_help_of_every_verb_shows_an_example(capsys):
         (["train", "--config", "no.yaml"], "no such file"),
         (["train", "--trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
         (["train", "--data.source=nowhere"], "no such file or folder"),
-        (["train", "stray"], "not understood here"),
+        (["train", "stray"], "unexpected argument stray"),
         (["train", "--data.relation=perhaps"], "data.relation: Value 'perhaps'"),
         (["label", "--search.generation=3", "--estimate"], "did you mean search.generations?"),
         (["label", "--gpus", "many", "--estimate"], "--gpus=many: must be a number"),
         (["generate", "--model", "nano"], "needs --compressor"),
         (["generate", *GENERATE, "--keep", "half"], "--keep=half: must be a number"),
         (["generate", *GENERATE, "--keep", "4"], "--image=none.png: no such file"),
-        (["data"], "needs the word scenes"),
+        (["data"], "needs the name of a dataset"),
         (["data", "scenes", "--out", "x", "--count", "0"], "--count=0: must be at least 1"),
         (["data", "scenes", "--out", "x", "--seed", "-1"], "--seed=-1: must be at least 0"),
         (["eval", "--run", "run", "--seed", "-3"], "--seed=-3: must be at least 0"),
@@ -205,7 +205,7 @@ def test_help_of_every_verb_shows_an_example(capsys):
         (["bench", "nothing"], "needs one of"),
     ],
 )
-def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, words, says):
+def test_errors_are_one_line(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
@@ -225,12 +225,12 @@ def test_broken_data_is_named(capsys, tmp_path):
     assert "data.max_bad=2" in line and "does not decode" in line
 
 
-def test_more_kept_than_there_is(capsys, tmp_path):
+def test_keeping_more_tokens_than_the_image_has(capsys, tmp_path):
     line = fails(capsys, "train", f"--run_dir={tmp_path / 'run'}", "--eval.kept=[200,4]", *TINY)
     assert "eval.kept=200 is more than the 144 visual tokens" in line
 
 
-def test_a_label_store_of_others_is_refused_then_replaced_on_demand(capsys, tmp_path):
+def test_a_label_store_of_other_settings_is_refused_then_replaced_on_demand(capsys, tmp_path):
     quick = ["--search.generations=0", "--search.population=4", "--search.parents=2", f"--labels.dir={tmp_path / 'l'}"]
     words = ["label", f"--run_dir={tmp_path / 'run'}", "--data.max_samples=3", "--data.val_samples=0"]
     assert main([*words, *quick]) == 0
@@ -259,7 +259,7 @@ def test_data_scenes_does_not_overwrite(capsys, tmp_path):
         (["bench", "ops", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
         (["bench", "ops", "--out", "folder.csv"], "--out=folder.csv is a folder; give a file"),
         (["generate", *PICTURED, "--save", "/proc/no/k.png"], "--save=/proc/no/k.png: cannot write into /proc/no"),
-        (["generate", *PICTURED, "--save", "k.foo"], "--save=k.foo does not end as a picture does"),
+        (["generate", *PICTURED, "--save", "k.foo"], "--save=k.foo has no known image extension"),
         (["data", "scenes", "--out", "/proc/x"], "--out=/proc/x: cannot write into /proc/x"),
         (["data", "scenes", "--out", "a.png"], "--out=a.png is a file; give a folder"),
     ],
@@ -279,22 +279,22 @@ def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_pa
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--keep", "16.5"], "keep=16.5: a share lies in (0, 1]; for a number of tokens give an int"),
-        (["--keep", "inf"], "keep=inf: a share lies in (0, 1]"),
-        (["--keep", "nan"], "keep=nan: a share lies in (0, 1]"),
+        (["--keep", "16.5"], "keep=16.5: a fraction must lie in (0, 1]; for a number of tokens give an int"),
+        (["--keep", "inf"], "keep=inf: a fraction must lie in (0, 1]"),
+        (["--keep", "nan"], "keep=nan: a fraction must lie in (0, 1]"),
         (["--keep=-1"], "keep=-1: the number of tokens cannot be negative"),
         (["--max_new_tokens", "0"], "--max_new_tokens=0: must be at least 1"),
-        (["--prompt", "what <image> color"], "--prompt has <image> in it"),
+        (["--prompt", "what <image> color"], "--prompt contains the image placeholder <image>"),
     ],
 )
-def test_mistakes_in_what_is_asked_of_a_picture(capsys, tmp_path, monkeypatch, words, says):
+def test_errors_of_generate_are_one_line(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.setattr("evocomp.inference.command.check_name", lambda path: None)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (28, 28)).save("a.png")
     assert says in fails(capsys, "generate", *PICTURED, *words)
 
 
-def test_kept_is_a_number_or_a_share_as_in_python(monkeypatch, tmp_path):
+def test_keep_is_a_number_or_a_fraction(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (28, 28)).save("a.png")
     kept = []
@@ -304,7 +304,7 @@ def test_kept_is_a_number_or_a_share_as_in_python(monkeypatch, tmp_path):
     assert [repr(one) for one in kept] == ["1.0", "1", "0.3", "16"]
 
 
-def test_no_words_show_the_help_and_the_version_is_told(capsys):
+def test_help_without_arguments_and_version(capsys):
     import evocomp
 
     assert main([]) == 0
@@ -322,16 +322,16 @@ def test_resolved_settings_are_printed_as_they_can_be_read_again(capsys, tmp_pat
     assert (config.seed, list(config.eval.kept), config.trainer) == (3, [4], {"max_epochs": 2})
 
 
-def test_an_interruption_is_told_and_has_its_exit_code(capsys, monkeypatch):
+def test_an_interruption_has_its_message_and_exit_code(capsys, monkeypatch):
     def interrupted(words):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(VERBS, "config", interrupted)
     assert main(["config"]) == 130
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
 
 
-def test_an_interrupted_panel_does_not_promise_to_go_on(capsys, monkeypatch, tmp_path):
+def test_an_interrupted_panel_does_not_promise_to_resume(capsys, monkeypatch, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -340,7 +340,7 @@ def test_an_interrupted_panel_does_not_promise_to_go_on(capsys, monkeypatch, tmp
     (tmp_path / "compressor" / "config.json").write_text("{}")
     monkeypatch.setattr("evocomp.evaluation.run.evaluate_run", interrupted)
     assert main(["eval", "--run", str(tmp_path)]) == 130
-    assert "the same command starts it anew" in capsys.readouterr().err
+    assert "run the same command again to restart" in capsys.readouterr().err
 
 
 def test_bugs_are_not_hidden(monkeypatch):

@@ -1,4 +1,4 @@
-"""Every run in experiments/ loads, can begin, and says in its head comment what it is and how it is started."""
+"""Every configuration in experiments/ loads, can start, and has a head comment with its purpose and command."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def head(path: Path) -> str:
     return "\n".join(line.lstrip("# ") for line in lines[:end])
 
 
-def test_the_main_job_is_there():
+def test_the_main_configuration_exists():
     assert {"nano.yaml", "nano_published.yaml"} <= {path.name for path in FILES}
 
 
@@ -39,17 +39,17 @@ def can_begin(config) -> None:
 
 
 @each
-def test_it_loads_and_can_begin(path):
+def test_configurations_load_and_can_start(path):
     can_begin(load([path]))
 
 
 @pytest.mark.parametrize("name", STUDY)
-def test_runs_of_the_study_load_and_can_begin(name):
+def test_runs_of_the_study_load_and_can_start(name):
     can_begin(load([EXPERIMENTS / STUDY[name]["config"]], STUDY[name].get("set", [])))
 
 
 @each
-def test_its_head_says_what_to_expect_and_its_commands_are_understood(path, tmp_path, monkeypatch):
+def test_head_comments_have_cost_and_valid_commands(path, tmp_path, monkeypatch):
     text = head(path)
     assert re.search(r"\bexpect|hours|minutes", text, re.I), "what it costs"
     found = commands(text)
@@ -61,6 +61,6 @@ def test_its_head_says_what_to_expect_and_its_commands_are_understood(path, tmp_
             understood(words, ROOT, folder, patch)
 
 
-def test_no_two_runs_share_a_folder():
+def test_run_folders_are_distinct():
     folders = [load([path]).run_dir for path in FILES]
     assert len(set(folders)) == len(folders)

@@ -1,4 +1,4 @@
-"""The examples in docstrings are true."""
+"""The examples in docstrings give their stated output."""
 
 import doctest
 import importlib
@@ -22,7 +22,7 @@ def test_examples(module):
     assert result.attempted and not result.failed
 
 
-def test_what_newcomers_meet_first_has_an_example():
+def test_the_public_entry_points_have_an_example():
     from evocomp.config.load import load
     from evocomp.data.scenes import draw_scene
     from evocomp.grouping.groups import Groups

@@ -1,4 +1,4 @@
-"""experiments/README.md is an index: nothing is missing, nothing it names is gone."""
+"""experiments/README.md lists all experiments, and all files that it names exist."""
 
 import csv
 import re
@@ -38,7 +38,7 @@ def test_a_run_has_one_row_for_each_kept_count(table):
     rows = list(csv.DictReader((ROOT / "experiments" / "results" / f"{table}.csv").read_text().splitlines()))
     keys = [(row["name"], row["seed"], row["kept"]) for row in rows]
     assert keys and sorted(keys) == sorted(set(keys))
-    # nor does one run stand under two names
+    # no run has two names
     told = ("kept", "accuracy", "relation", "labelling_cpu_s", "training_cpu_s")
     trained = [tuple(row[name] for name in told) for row in rows if row["labelled"]]
     assert len(trained) == len(set(trained))

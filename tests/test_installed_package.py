@@ -44,7 +44,7 @@ def run(*words, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that nothing is left in the checkout; without the network."""
+    """The wheel, built from a copy of the checkout without network access."""
     folder = tmp_path_factory.mktemp("wheel")
     left_out = shutil.ignore_patterns(".git", "runs", "build", "*.egg-info", "__pycache__", ".venv", "tests", "results")
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=left_out)
@@ -72,7 +72,7 @@ def test_it_trains_answers_and_shows_from_an_empty_folder(wheel, tmp_path):
     work.mkdir()
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
-    # what this environment has installed, but not what it links to (.pth files of a .pth entry are not read)
+    # packages of this environment, without those linked by .pth files, which are not read here
     places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     (site,) = venv.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text("".join(f"{place}\n" for place in sorted(places)))

@@ -1,4 +1,4 @@
-"""Processes for idle cores: how many, what becomes of them, and that results do not depend on them."""
+"""Processes for idle cores: their number and their end, and that results do not depend on them."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ CPU = {"accelerator": "cpu"}
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine of so many cores, so many of them busy."""
+    """A machine with `cores` cores, some of them busy."""
     for name in launch._PLACED_BY:
         monkeypatch.delenv(name, raising=False)
 
@@ -45,13 +45,13 @@ def test_one_process_for_each_idle_core_that_shares_a_batch_evenly(machine, core
     ("trainer", "threads"),
     [({}, 0), ({"accelerator": "gpu"}, 0), ({**CPU, "devices": 2}, 0), ({**CPU, "strategy": "ddp"}, 0), (CPU, 1)],
 )
-def test_one_process_where_the_settings_place_the_run_or_name_a_gpu(machine, trainer, threads):
+def test_one_process_if_the_settings_set_devices_or_a_gpu(machine, trainer, threads):
     machine(4)
     assert idle_processes(trainer, threads, 32) == 1
 
 
 @pytest.mark.parametrize("name", launch._PLACED_BY)
-def test_one_process_where_a_launcher_or_the_user_has_decided(machine, monkeypatch, name):
+def test_one_process_under_a_launcher_or_with_set_threads(machine, monkeypatch, name):
     machine(4)
     monkeypatch.setenv(name, "1")
     assert idle_processes(CPU, 0, 32) == 1
@@ -76,7 +76,7 @@ def test_the_others_end_with_rank_0_and_leave_the_environment(monkeypatch):
     assert dict(os.environ) == before and launched() == 1
 
 
-def test_shares_of_the_questions_are_whole_images_and_come_together_in_order(questions):
+def test_shares_of_the_questions_are_full_images_and_are_merged_in_order(questions):
     shares = [own_share(questions, rank, 2) for rank in range(2)]
     assert sorted(sum(shares, [])) == list(range(len(questions)))
     images = [{questions[i].image_id for i in own} for own in shares]
@@ -113,5 +113,5 @@ def test_two_processes_give_the_labels_and_about_the_table_of_one(tmp_path):
     one, two = ({(row["method"], row["kept"]): row for row in own} for own in rows)
     assert one.keys() == two.keys()
     for (method, kept), row in one.items():
-        if method != "evocomp":  # rounding moves the trained weights, and an answer with them
+        if method != "evocomp":  # rounding changes the trained weights, and thus some answers
             assert (row["accuracy"], row["n"]) == (two[method, kept]["accuracy"], two[method, kept]["n"]), method

@@ -1,4 +1,4 @@
-"""The script that trains the nano MLLMs: it can be interrupted, and starts from what it says."""
+"""The script that trains the nano MLLMs: interruption, initial weights, tasks and schedule."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ import nano_tower
 
 
 def steps(folder, stops) -> torch.Tensor:
-    """Weights after 8 steps of random work, in as many processes as there are stops; nothing is kept but the file."""
+    """Weights after 8 steps with random data, with a new process after each stop; only the file is kept."""
     for stop in stops:
         torch.manual_seed(0)
         layer, other = torch.nn.Linear(6, 6, bias=False), torch.nn.Linear(6, 2)
@@ -33,7 +33,7 @@ def steps(folder, stops) -> torch.Tensor:
     return torch.cat([layer.weight.detach().flatten(), other.weight.detach().flatten()])
 
 
-def test_interrupted_training_ends_as_if_it_had_not_been(tmp_path):
+def test_interrupted_training_gives_the_same_weights(tmp_path):
     for name in ("once", "twice", "shorter"):
         (tmp_path / name).mkdir()
     once = steps(tmp_path / "once", [8])
@@ -60,7 +60,7 @@ def test_the_larger_model_starts_from_the_smaller_ones_weights():
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_what_the_tower_is_told_of_each_patch_is_what_is_there(name):
+def test_the_towers_targets_match_the_patches(name):
     spec = SPECS[name]
     scene = draw_scene(3, 0, spec)
     truth = nano_tower.patch_truth(scene, spec).reshape(spec.tokens_per_side, spec.tokens_per_side, 5)
@@ -79,14 +79,14 @@ def test_what_the_tower_is_told_of_each_patch_is_what_is_there(name):
     assert not written
 
 
-def test_the_phases_share_out_all_steps():
+def test_the_phases_cover_all_steps():
     recipe = nano_mllm.RECIPES["nano576"]
     seen = [nano_mllm.phase_of(recipe, step).tokens for step in range(recipe.llm_steps)]
     assert [seen.count(phase.tokens) for phase in recipe.phases] == [1800, 750, 450]
     assert seen == sorted(seen, key=[phase.tokens for phase in recipe.phases].index)
 
 
-def test_few_tokens_hold_all_that_is_written_at_true_places():
+def test_pruned_samples_keep_all_glyphs_at_their_positions():
     features = torch.arange(2 * 50 * 3).reshape(2, 50, 3).float()
     written = torch.tensor([[4, 49, 4], [0, 17, 30]])
     some, positions = nano_mllm.some_tokens(features, written, 6, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Every notebook runs from its percent source, on a run small enough for a busy machine."""
+"""All notebooks run from their percent sources, on a small run."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ for extra in ("jupytext", "nbmake", "ipykernel", "pandas"):
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
-    """A run that has everything a full one has, and has learned little."""
+    """A small run with all the files of a full one."""
     folder = tmp_path_factory.mktemp("notebooks") / "run"
     settings = {
         "run_dir": folder,
@@ -39,7 +39,7 @@ def small_run(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_runs(source, small_run, tmp_path, monkeypatch):
-    # as a user has them: notebooks in a folder beside the runs, and a relative path
+    # as for a user: notebooks and runs in neighbouring folders, and a relative path
     for folder in (small_run, ROOT / "experiments"):
         (tmp_path / folder.name).symlink_to(folder)
     for name, value in {
@@ -53,7 +53,7 @@ def test_a_notebook_runs(source, small_run, tmp_path, monkeypatch):
     notebook = tmp_path / "notebooks" / f"{source.stem}.ipynb"
     notebook.parent.mkdir()
     _run("jupytext", "--set-kernel", "python3", "--to", "ipynb", "--output", str(notebook), str(source))
-    # its own pytest: this one's options and markers are not for notebooks
+    # a separate pytest process: the options and markers of this one do not apply to notebooks
     words = ("--nbmake", "--nbmake-timeout=300", "-q", "-p", "no:cacheprovider", "-c", "/dev/null")
     _run("pytest", *words, "--rootdir", str(tmp_path), str(notebook))
 
@@ -70,4 +70,4 @@ def test_the_notebooks_of_the_readme_are_here():
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_defines_nothing_worth_reusing(source):
     assert not [line for line in source.read_text().splitlines() if line.startswith(("def ", "class "))]
-    assert not list(source.parent.glob("*.ipynb")), "notebooks are kept as percent sources, without outputs"
+    assert not list(source.parent.glob("*.ipynb")), "notebooks must be percent sources without outputs"

@@ -1,4 +1,4 @@
-"""Messages and the progress bar share one terminal: no message is glued to the bar, and the bar stays in one line."""
+"""Messages and the progress bar share one terminal: messages have their own lines, and the bar takes one line."""
 
 import fcntl
 import os
@@ -31,7 +31,7 @@ log.logger.info("the end")
 
 
 def shown(columns: int) -> str:
-    """Everything that a terminal of this width got."""
+    """All output to a terminal of this width."""
     here, there = pty.openpty()
     fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "RANK")}

@@ -1,4 +1,4 @@
-"""README: its commands are understood, its files are there, its two commands are the ones that CI runs."""
+"""README: its commands are valid, its files exist, and its two main commands are those that CI runs."""
 
 import os
 import re
@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [words for block in BLOCKS for words in commands(block)]
 
 
-def test_there_are_the_two_commands():
+def test_the_two_main_commands_are_in_readme_and_ci():
     setup = r"python3 -m venv \.venv && \. \.venv/bin/activate && pip install .*-c constraints\.txt -e "
     whole = [re.sub(r"\\\n\s*", "", block).strip() for block in BLOCKS]
     fresh = [block for block in whole if re.match(setup, block)]
@@ -30,7 +30,7 @@ def test_there_are_the_two_commands():
     assert extras in ci, "CI installs what the second command installs"
 
 
-def test_the_reader_of_commands_sees_them():
+def test_commands_are_found_in_text():
     assert ["train", "--config", "nano"] in COMMANDS and len(COMMANDS) >= 5
     assert commands("a=1 && evocomp eval --run x \\\n  --out y  # why") == [["eval", "--run", "x", "--out", "y"]]
     assert commands("torchrun --nproc-per-node 8 -m evocomp label --seed=1 | tee log") == [["label", "--seed=1"]]
@@ -38,17 +38,17 @@ def test_the_reader_of_commands_sees_them():
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_command_is_understood(words, tmp_path, monkeypatch):
+def test_every_command_is_valid(words, tmp_path, monkeypatch):
     understood(words, ROOT, tmp_path, monkeypatch)
 
 
-def test_what_is_not_understood_is_seen(tmp_path, monkeypatch):
+def test_an_invalid_command_is_found(tmp_path, monkeypatch):
     for words in (["train", "--config", "experiments/none.yaml"], ["train", "--seeed=1"], ["eval", "--rnu", "x"]):
         with pytest.raises(AssertionError):
             understood(words, ROOT, tmp_path, monkeypatch)
 
 
-def test_links_and_pictures_lead_somewhere():
+def test_links_and_images_exist():
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", README)
     local = [target for target in targets if "://" not in target]
     assert local
@@ -56,14 +56,14 @@ def test_links_and_pictures_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_scripts_and_files_in_commands_are_there():
+def test_scripts_and_files_in_commands_exist():
     named = {word for block in BLOCKS for word in re.findall(r"\b(?:experiments|notebooks|tests)/[\w./-]+", block)}
     assert named
     for name in named:
         assert (ROOT / name).exists(), name
 
 
-def test_modules_that_are_named_are_there():
+def test_named_modules_exist():
     for name in re.findall(r"`((?:evocomp|experiments|tests|notebooks)/[\w./-]*)`", README):
         assert (ROOT / name).exists(), name
 

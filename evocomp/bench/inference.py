@@ -1,8 +1,8 @@
-"""Where the time of a compressed answer goes, and from how many kept tokens on pruning does not pay any more.
+"""Time of the stages of a compressed answer, and the number of kept tokens up to which pruning saves time.
 
-Vision tower, selector, prefill and decoding are timed apart, then whole `generate` calls over a grid of batch and
-answer length. Compressed and uncompressed alternate within one run, and only their ratios travel to other machines.
-The uncompressed model runs on the fastest attention kernel that is there, which needs nothing from the selector.
+Vision tower, selector, prefill and decoding are timed separately, then full `generate` calls over a grid of batch sizes
+and answer lengths. Compressed and uncompressed runs alternate, and only their ratios are comparable between machines.
+The uncompressed model uses the fastest attention kernel that is available.
 """
 
 import copy
@@ -29,14 +29,14 @@ SIZES = {
     "mid": {"image_size": 336, "patch": 14, "width": 256, "layers": 4, "heads": 4},
 }
 TEXT = 32
-"""Prompt tokens beside the picture (T)."""
+"""Prompt tokens in addition to the image (T)."""
 KEPT = (1 / 9, 1 / 3, 2 / 3)
-"""Shares of the N visual tokens that are kept."""
+"""Fractions of the N visual tokens that are kept."""
 
 
 @dataclass
 class Prompts:
-    """A batch of equal prompts for a model with random weights, as ids and pixels and as what the LLM reads."""
+    """A batch of equal prompts for a model with random weights, as token ids with pixels, and as LLM input."""
 
     model: nn.Module
     batch: int
@@ -48,8 +48,8 @@ class Prompts:
         side = config.vision_config.image_size
         words = torch.randint(5, config.text_config.vocab_size, (self.batch, TEXT), generator=generator)
         words[:, 0] = config.text_config.bos_token_id
-        places = torch.full((self.batch, count), config.image_token_index)
-        self.ids = torch.cat([words[:, :1], places, words[:, 1:]], dim=1).to(self.device)
+        image = torch.full((self.batch, count), config.image_token_index)
+        self.ids = torch.cat([words[:, :1], image, words[:, 1:]], dim=1).to(self.device)
         self.pixels = torch.randn(self.batch, 3, side, side, generator=generator).to(self.device)
         self.count = count
         self.text = self.model.get_input_embeddings()(words.to(self.device))
@@ -57,7 +57,7 @@ class Prompts:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """For `generate`."""
+        """Arguments of `generate`."""
         return {
             "input_ids": self.ids,
             "pixel_values": self.pixels,
@@ -70,12 +70,12 @@ class Prompts:
         return torch.stack(list(output.pooler_output))
 
     def prefill(self, model: nn.Module, kept: int) -> Callable[[], Any]:
-        """One run of the LLM over the prompt with the first `kept` visual tokens; returns logits and cache."""
+        """A function that runs the LLM on the prompt with `kept` visual tokens and returns logits and cache."""
         embeds = torch.cat([self.text[:, :1], self.visual[:, :kept], self.text[:, 1:]], dim=1)
         return lambda: self._run(model, embeds, None)
 
     def decode(self, model: nn.Module, kept: int) -> Callable[[], Any]:
-        """One more token after that prompt; the cache is cut back to the prompt each time."""
+        """A function that decodes one token after that prompt; it then crops the cache to the prompt."""
         _, cache = self.prefill(model, kept)()
         length, token = cache.get_seq_length(), self.text[:, :1]
 
@@ -99,7 +99,7 @@ def run(
     batches: Sequence[int] = (1, 4),
     answers: Sequence[int] = (1, 8, 32),
 ) -> list[Row]:
-    """All rows; `answers` are lengths of the answer [tokens].
+    """Measure all rows; `answers` are lengths of the answer [tokens].
 
     Rows are those of `timing.compare`: "ratio" above 1 means that the second is faster. Rows "break-even" hold
     in "break_even_kept" the number of kept tokens up to which `generate` with `compress` is faster than without.
@@ -125,7 +125,7 @@ def fastest_attention(device: torch.device) -> str:
 
 
 def build(size: str, device: torch.device) -> nn.Module:
-    """A LLaVA with random weights on the fastest attention."""
+    """A LLaVA with random weights and the fastest attention kernel."""
     model = build_nano(nano_config(**SIZES[size]), torch.Generator().manual_seed(0)).eval().to(device)
     if device.type == "cuda":
         model = model.bfloat16()
@@ -180,7 +180,7 @@ def _generate(
     row: Callable[..., Row],
     shape: str,
 ) -> Iterator[Row]:
-    """Whole calls of `generate` with and without `compress`, from pixels to tokens."""
+    """Full calls of `generate` with and without `compress`, from pixels to tokens."""
     hooked = _sharing_weights(model)
     with compress(hooked, compressor, keep=counts[0]) as handle:
         full, short = (_generation(m, prompts, length) for m in (model, hooked))
@@ -212,9 +212,9 @@ def _generation(model: nn.Module, prompts: Prompts, length: int) -> Callable[[],
 
 
 def break_even(ratios: dict[int, float]) -> float | None:
-    """The number of kept tokens up to which pruning pays, from measured time of all tokens / time when pruned.
+    """The number of kept tokens up to which pruning saves time, from measured ratios of unpruned to pruned time.
 
-    Shares of time saved are joined by straight lines. None if even the fewest kept tokens do not pay.
+    Interpolates linearly between the saved fractions of time. None if no measured number of tokens saves time.
     """
     points = sorted(((kept, 1 - 1 / ratio) for kept, ratio in ratios.items()), reverse=True)
     if points[0][1] >= 0:
@@ -226,13 +226,13 @@ def break_even(ratios: dict[int, float]) -> float | None:
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:
-    """A second model on the same weights, for another attention kernel or for hooks of its own."""
+    """A second model with the same weights, for another attention kernel or separate hooks."""
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, weights)
 
 
 def _same_shape(one: Any, other: Any) -> None:
-    """Answers with other tokens are other answers; what must agree is what was computed."""
+    """Check shapes and finite values only, because different tokens give different answers."""
     one, other = (answer[0] if isinstance(answer, tuple) else answer for answer in (one, other))
     assert one.shape[0] == other.shape[0] and bool(torch.isfinite(other).all())
 
@@ -243,4 +243,4 @@ def _close(one: Any, other: Any) -> None:
 
 
 def _nothing(one: Any, other: Any) -> None:
-    """Two different works: nothing to agree on."""
+    """No check: the two functions compute different things."""

@@ -1,8 +1,9 @@
-"""Two processes on one label queue against one process, beside two that share nothing: what the machine allows.
+"""Speed of two processes on one label queue against one process, with two independent processes as a control.
 
-Every process is kept on a core of its own and has loaded and encoded everything before the clock starts, so that
-start-up does not count. The three ways take turns, in changing order. Wall time is what counts here; whether the
-cores were idle shows in `wall_per_cpu`, which is 1 if nobody else had them. On busy cores look at `ratio_by_cpu`.
+The control shows what the machine allows. Each process is pinned to its own core and has loaded and encoded everything
+before the timing starts, so that start-up is not included. The three variants alternate in changing order. Wall time is
+measured; `wall_per_cpu` shows whether the cores were idle: it is 1 if no other process used them. On busy cores,
+compare `ratio_by_cpu`.
 """
 
 import multiprocessing
@@ -39,26 +40,26 @@ SEARCH = SearchConfig()
 
 @dataclass(frozen=True)
 class Share:
-    """What a process labels into a store, and where in its job it is."""
+    """The questions that a process labels, and the folder of their store."""
 
     folder: str
     ids: list[int]
 
 
 def run(device: str = "cpu", repeats: int = 5, samples: int = 96, search: SearchConfig = SEARCH) -> list[Row]:
-    """Both rows: two processes on the queue, and two without one, against one process.
+    """Measure both rows: two processes on one queue, and two independent processes, each against one process.
 
     Raises:
         UserError: fewer than two cores (or GPUs).
-        AssertionError: the two processes made other labels than the one.
+        AssertionError: the labels of two processes differ from those of one.
     """
-    places = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
-    if places < 2:
+    devices = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    if devices < 2:
         raise UserError(f"evocomp bench label-processes needs two {'GPUs' if device == 'cuda' else 'cores'}")
     ids = [example.id for example in _examples(samples)]
     with _processes(device, samples, search) as (alone, together), tempfile.TemporaryDirectory() as folder:
         runs: dict[str, list[dict]] = {"one": [], "queue": [], "halves": []}
-        for repeat in range(repeats + 1):  # the first warms up: libraries prepare for each new size of matrix
+        for repeat in range(repeats + 1):  # the first is a warm-up: libraries set up kernels for each new matrix size
             for way in list(runs) if repeat % 2 else list(runs)[::-1]:
                 store = f"{folder}/{way}-{repeat}"
                 if way == "one":
@@ -70,11 +71,11 @@ def run(device: str = "cpu", repeats: int = 5, samples: int = 96, search: Search
                     done = _measure(parts)
                 runs[way] += [done] if repeat else []
             digests = {LabelStore(Path(f"{folder}/{way}-{repeat}")).digest(0) for way in ("one", "queue")}
-            assert len(digests) == 1, "two processes made other labels than one"
+            assert len(digests) == 1, "the labels of two processes differ from those of one"
     shape = f"nano {samples} questions q={search.population} L={search.generations} chunks of 1"
     return [
         _row("label processes", shape, "two processes, one queue", runs["one"], runs["queue"], device),
-        _row("label processes, control", shape, "two that share nothing", runs["one"], runs["halves"], device),
+        _row("label processes, control", shape, "two independent processes", runs["one"], runs["halves"], device),
     ]
 
 
@@ -88,7 +89,7 @@ def _row(bench: str, shape: str, ours: str, one: list[dict], two: list[dict], de
         "ratio": middle,
         "ratio_p20": low,
         "ratio_p80": high,
-        # what the ratio of walls would be on idle cores but for waiting in the queue: CPU time of the busier process
+        # expected ratio of wall times on idle cores, without waiting in the queue: by CPU time of the busier process
         "ratio_by_cpu": statistics.median(a["cpu"] / b["busiest"] for a, b in zip(one, two, strict=True)),
         "cpu_seconds_ratio": statistics.median(b["cpu"] / a["cpu"] for a, b in zip(one, two, strict=True)),
         "waited_ms": 1e3 * statistics.median(run["waited"] for run in two),
@@ -100,7 +101,7 @@ def _row(bench: str, shape: str, ours: str, one: list[dict], two: list[dict], de
 
 
 def _measure(shares: dict[Connection, Share]) -> dict[str, float]:
-    """Let processes label their shares at the same time."""
+    """Let the processes label their shares at the same time."""
     for pipe, share in shares.items():
         pipe.send(share)
     done = [pipe.recv() for pipe in shares]
@@ -109,7 +110,7 @@ def _measure(shares: dict[Connection, Share]) -> dict[str, float]:
         "cpu": sum(one["cpu"] for one in done),
         "busiest": max(one["cpu"] for one in done),
         "waited": max(one["waited"] for one in done),
-        # time in the queue is no work
+        # time spent waiting in the queue is not work
         "wall_per_cpu": max((one["end"] - one["start"] - one["waited"]) / one["cpu"] for one in done),
     }
 
@@ -119,7 +120,7 @@ def _measure(shares: dict[Connection, Share]) -> dict[str, float]:
 
 @contextmanager
 def _processes(device: str, samples: int, search: SearchConfig) -> Iterator[tuple[list[Connection], list[Connection]]]:
-    """Pipes to two processes that know nothing of one another, and to two of one job; all ready to begin."""
+    """Pipes to two independent processes and to two processes of one job, all ready to start."""
     context, pipes, started = multiprocessing.get_context("spawn"), [], []
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -127,11 +128,11 @@ def _processes(device: str, samples: int, search: SearchConfig) -> Iterator[tupl
     for world in (1, 2):
         for rank in range(2):
             ours, theirs = context.Pipe()
-            place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+            environ = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
             if world == 2:
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            arguments = (theirs, place, rank, device, samples, search)
+                environ = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            arguments = (theirs, environ, rank, device, samples, search)
             started.append(context.Process(target=_work, args=arguments, daemon=True))
             started[-1].start()
             pipes.append(ours)
@@ -146,9 +147,9 @@ def _processes(device: str, samples: int, search: SearchConfig) -> Iterator[tupl
             process.join(30)
 
 
-def _work(pipe: Connection, place: dict[str, str], number: int, device: str, samples: int, search: SearchConfig):
-    """A process at its place in its job, on a core of its own."""
-    os.environ |= place
+def _work(pipe: Connection, environ: dict[str, str], number: int, device: str, samples: int, search: SearchConfig):
+    """Entry point of a process with the environment variables of its rank, pinned to its own core."""
+    os.environ |= environ
     torch.set_num_threads(1)
     if device == "cpu":
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
@@ -157,7 +158,7 @@ def _work(pipe: Connection, place: dict[str, str], number: int, device: str, sam
 
 
 def _label(pipe: Connection, device: str, samples: int, search: SearchConfig):
-    """Get ready, then label what the pipe says until it says nothing."""
+    """Load the model, then label each share received from the pipe until None is received."""
     mllm = FrozenMLLM.load("nano", device=device)
     examples = _examples(samples)
     known = {example.id: example for example in examples}

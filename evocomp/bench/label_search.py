@@ -1,7 +1,7 @@
-"""Label search against what one would write first: one forward of transformers' model for each mask, all logits.
+"""Label search against a straightforward implementation: one forward pass of transformers per mask, with all logits.
 
-Both ways search with the same strategy and random numbers. Times are CPU time on
-CPUs, where other jobs on the machine would otherwise be counted.
+Both search with the same strategy and random numbers. On CPUs, CPU time is measured, because wall time would include
+other jobs on the machine.
 """
 
 import math
@@ -35,43 +35,43 @@ NONE = ScorerConfig(
     prefix_reuse="never",
     fit_memory=False,
 )
-"""Every saving off."""
+"""All optimizations off."""
 
 LADDER: list[tuple[str, dict[str, Any]]] = [
     ("no saving", {}),
     ("+ head at the answer only", {"answers_only": True}),
     ("+ candidates in one forward", {"batched": True}),
     ("+ batch sized to memory", {"fit_memory": True}),
-    ("+ text before the picture once", {"shared_prefix": "auto"}),
-    ("+ own pass over the layers", {"own_pass": True}),
+    ("+ text before the image once", {"shared_prefix": "auto"}),
+    ("+ own forward pass of the layers", {"own_pass": True}),
     ("+ last layer at the answer only", {"last_layer_at_answers": True}),
-    ("+ first layer once a token", {"first_layer_once": True}),
+    ("+ first layer once per token", {"first_layer_once": True}),
     ("+ oneDNN", {"onednn": True}),
 ]
-"""The ablation: each row has the savings of the rows above it too. Memo and prefix reuse have rows of their own."""
+"""The ablation: each row adds an optimization to those of the rows above. Memo and prefix reuse have separate rows."""
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Largest difference of two losses, as a share of them and in nats; that measured is in the row."""
+"""Maximum difference of two losses, relative and in nats. The row has the measured difference."""
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.1}
-"""The same for any mask that a search may score, bad ones of high loss too: bfloat16 was seen to be off by 0.054."""
+"""The same for all masks of a search, also those with a high loss; the largest observed bfloat16 error is 0.054."""
 
 GAP = {dtype: 2 * error for dtype, error in ERROR.items()}
-"""Largest difference in loss, in nats and as a share of it, of two masks that the two ways may rank otherwise: each may
-be off by `ERROR`."""
+"""Maximum difference in loss, in nats and relative, of two masks that the implementations may rank differently, because
+each loss may have an error of `ERROR`."""
 
 SEARCHES = 20
-"""Questions whose best masks are compared."""
+"""Number of questions whose best masks are compared."""
 
 
 def run(device: str = "cpu", repeats: int = 3, quick: bool = False) -> list[Row]:
-    """All rows; `quick` searches as little as still makes sense, for tests.
+    """Measure all rows; `quick` runs minimal searches, for tests.
 
     Raises:
-        AssertionError: two ways gave one mask different losses.
+        AssertionError: the implementations gave different losses for the same mask.
     """
-    # on one thread: times of several are those of the machine's other jobs
+    # one thread, because times with several threads depend on other jobs of the machine
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -108,12 +108,12 @@ def search_row(
     generations: int,
     dtype: str | None = None,
 ) -> Row:
-    """A whole search both ways; the scorer in `dtype`, if not in the model's own."""
+    """A full search with both implementations; the scorer in `dtype`, by default that of the model."""
     straight: Score = getattr(sample, counterpart)
     scorer = CandidateScorer(sample.mllm, dtype=dtype)
     names = {
-        "removed": "one HF forward a mask, all logits, dropped tokens removed",
-        "masked": "one HF forward a mask from pixels on, all logits, dropped tokens masked",
+        "removed": "one HF forward per mask, all logits, dropped tokens removed",
+        "masked": "one HF forward per mask from pixels, all logits, dropped tokens masked",
     }
     strategy = Published(q=q, p=p)
     return compare(
@@ -132,7 +132,7 @@ def search_row(
 
 
 def ablation(sample: Sample, device: str, repeats: int, candidates: int) -> Iterator[Row]:
-    """Losses of one population, saving by saving, each against the straightforward way."""
+    """Losses of one population, adding one optimization at a time, each against the straightforward implementation."""
     rng = stream(0, 1, 0)
     kept = sample.groups.kept(random_genomes(sample.groups.sizes, rng, candidates))
     settings, ways = NONE, []
@@ -143,7 +143,7 @@ def ablation(sample: Sample, device: str, repeats: int, candidates: int) -> Iter
     yield from compare_all(
         "ablation",
         f"{_sizes(sample)} q={candidates}",
-        ("one HF forward a mask, all logits, dropped tokens removed", lambda: sample.removed(kept)),
+        ("one HF forward per mask, all logits, dropped tokens removed", lambda: sample.removed(kept)),
         ways,
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         device,
@@ -169,14 +169,14 @@ def memo_row(sample: Sample, device: str, repeats: int, q: int, p: int, generati
 
 
 def flips_row(sample: Sample, device: str, repeats: int, q: int) -> Row:
-    """Local search with and without the keys and values of what its candidates have in common."""
+    """Local search with and without reuse of the keys and values that its candidates share."""
     scorer = CandidateScorer(sample.mllm, settings=ScorerConfig(prefix_reuse="always"))
     strategy = HillClimb(q=q)
     plain, reused = _scored(scorer, sample), _scored(scorer, sample, flips=True)
     return compare(
         "hill_climb",
         f"{_sizes(sample)} q={q} L=2",
-        ("whole candidates", lambda: _search(sample, strategy, plain, 2)),
+        ("full candidates", lambda: _search(sample, strategy, plain, 2)),
         ("kept tokens before the flip once", lambda: _search(sample, strategy, reused, 2)),
         lambda a, b: same_best(sample, a, b),
         device,
@@ -186,9 +186,9 @@ def flips_row(sample: Sample, device: str, repeats: int, q: int) -> Row:
 
 
 def slopes(sample: Sample, device: str, candidates: tuple[int, ...]) -> Iterator[Row]:
-    """How time grows with candidates, generations and samples: slopes of its logarithm, 1 is linear.
+    """Growth of time with candidates, generations and samples: slopes in log-log scale, 1 is linear.
 
-    Of few short sequences a forward leaves the device partly idle, so that more of them cost less than their number.
+    A forward pass over few short sequences does not fill the device, so that its time grows less than linearly.
     """
     scorer, least = CandidateScorer(sample.mllm), candidates[0]
 
@@ -216,13 +216,13 @@ def slopes(sample: Sample, device: str, candidates: tuple[int, ...]) -> Iterator
 
 
 def same_best(sample: Sample, one: SearchResult, other: SearchResult, tolerance: float = 1e-5) -> Row:
-    """Whether both found the same mask, and how far apart the losses are, measured in the straightforward way.
+    """Whether both found the same mask, and the difference of the losses by the straightforward implementation.
 
-    Many masks tie within rounding, and which of them a search follows depends on the last bits: it may end elsewhere,
-    in another local optimum. `ranked_alike` tells that from a fault.
+    Many masks tie within rounding, and the last bits decide which of them a search follows: it may end in another local
+    optimum. `ranked_alike` distinguishes this from an error.
 
     Raises:
-        AssertionError: a search claims another loss for its mask than the straightforward way gives it.
+        AssertionError: the loss of a search differs from that of the straightforward implementation.
     """
     losses = sample.removed(np.stack([one.kept, other.kept]))
     np.testing.assert_allclose([one.loss, other.loss], losses, rtol=tolerance, atol=tolerance)
@@ -231,44 +231,44 @@ def same_best(sample: Sample, one: SearchResult, other: SearchResult, tolerance:
 
 
 def ranked_alike(straight: SearchResult, other: SearchResult, dtype: torch.dtype) -> float:
-    """That two searches with the same random numbers part at a tie, if they part: the largest difference in loss of two
-    masks that they ranked otherwise before [nats], 0 where they never did.
+    """Check that two searches with the same random numbers diverge at a tie only. Returns the largest difference in
+    loss [nats] of two masks that they ranked differently before they diverged, 0 if there are none.
 
-    Up to where they part both have scored the same masks, and a search decides by ranks alone.
+    Until they diverge, both have scored the same masks, and a search depends on ranks only.
 
     Args:
-        straight: its losses are taken for the true ones.
-        dtype: number format of the other one's losses, for `ERROR` and `GAP`.
+        straight: reference, whose losses are taken as exact.
+        dtype: number format of the losses of `other`, for `ERROR` and `GAP`.
 
     Raises:
-        AssertionError: before they part a mask has two losses, or two masks are ranked otherwise that differ by more
-            than `GAP`, or none are: then something else than the losses decided.
+        AssertionError: before they diverge, a mask has two different losses; or two masks are ranked differently that
+            differ by more than `GAP`; or no masks are, so that something other than the losses decided.
     """
     shared = min(len(straight.scored_kept), len(other.scored_kept))
     differ = (straight.scored_kept[:shared] != other.scored_kept[:shared]).any(axis=1)
     until = int(differ.argmax()) if differ.any() else shared
     one, two = straight.scored_losses[:until].astype(np.float64), other.scored_losses[:until].astype(np.float64)
     np.testing.assert_allclose(two, one, rtol=ERROR[dtype], atol=ERROR[dtype])
-    apart = one[:, None] - one
-    swapped = np.sign(apart) != np.sign(two[:, None] - two)
-    parted = until < max(len(straight.scored_kept), len(other.scored_kept))
-    assert swapped.any() or not parted, "two searches part although they rank all masks alike"
+    difference = one[:, None] - one
+    swapped = np.sign(difference) != np.sign(two[:, None] - two)
+    diverged = until < max(len(straight.scored_kept), len(other.scored_kept))
+    assert swapped.any() or not diverged, "two searches diverge although they rank all masks equally"
     allowed = GAP[dtype] * (1 + np.maximum(one[:, None], one))
-    apart = np.abs(apart)
-    assert (apart[swapped] <= allowed[swapped]).all(), "two ways of scoring rank masks otherwise that do not tie"
-    return float(apart[swapped].max(initial=0.0))
+    difference = np.abs(difference)
+    assert (difference[swapped] <= allowed[swapped]).all(), "two implementations rank masks differently that do not tie"
+    return float(difference[swapped].max(initial=0.0))
 
 
 def best_masks(
     samples: list[Sample], device: str, q: int, p: int, generations: int, dtype: str | None = None
 ) -> Row:
-    """How often both ways of scoring lead a search to the same mask, and to masks of equal loss (1e-5).
+    """How often both implementations lead a search to the same mask, and to masks of equal loss (1e-5).
 
-    Where they end apart that is chance among ties, or the bench fails: every mask of the straightforward search is
-    scored both ways, and the searches may part only at masks whose losses differ by at most `GAP`.
+    Different results are allowed only after ties, otherwise the benchmark fails: every mask of the straightforward
+    search is scored by both, and the searches may diverge only at masks whose losses differ by at most `GAP`.
 
     Raises:
-        AssertionError: see `ranked_alike` and `same_best`; or a mask has two losses.
+        AssertionError: see `ranked_alike` and `same_best`; or a mask has two different losses.
     """
     rows, ties, errors = [], [], []
     for sample in samples:
@@ -286,8 +286,8 @@ def best_masks(
     return {
         "bench": "best masks",
         "shape": f"{_sizes(samples[0])} q={q} L={generations} searches={len(samples)}",
-        "baseline": "one HF forward a mask, all logits, dropped tokens removed",
-        "ours": "share of searches that end in the same mask" + (f", {dtype}" if dtype else ""),
+        "baseline": "one HF forward per mask, all logits, dropped tokens removed",
+        "ours": "fraction of searches that end in the same mask" + (f", {dtype}" if dtype else ""),
         "ratio": float(np.mean([row["same_best_mask"] for row in rows])),
         "equal_loss": float(np.mean([row["largest_difference"] <= 1e-5 for row in rows])),
         "largest_difference": max(row["largest_difference"] for row in rows),

@@ -1,4 +1,4 @@
-"""Benchmarks of the ops against what one would write without them: small on the CPU, real sizes on a GPU."""
+"""Benchmarks of the ops against straightforward implementations: small sizes on a CPU, real sizes on a GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     R: int
 
 
-# CPU: narrow states, so that all of it ends within a minute on one thread. CUDA: LLaVA-1.5 and LLaVA-NeXT.
+# CPU: narrow states, so that all benchmarks finish within a minute on one thread. CUDA: LLaVA-1.5 and LLaVA-NeXT.
 SHAPES = {
     "cpu": [Shape(B=2, N=576, D=128, V=32_000, R=64), Shape(B=1, N=2880, D=128, V=16_000, R=160)],
     "cuda": [Shape(B=32, N=576, D=4096, V=32_064, R=64), Shape(B=32, N=2880, D=4096, V=32_064, R=160)],
@@ -43,14 +43,14 @@ SHAPES = {
 
 
 def run(device: str = "cpu", repeats: int | None = None, shapes: list[Shape] | None = None) -> Iterator[Row]:
-    """All rows for the device ("cpu" or "cuda"): separation, head, grouping (time and memory), GHM, compaction,
+    """Measure all rows for the device ("cpu" or "cuda"): separation, head, grouping (time and memory), GHM, compaction,
     context clusters.
 
-    Each row holds baseline, ours, times, "ratio" (above 1: ours is faster or smaller), device and versions. On GPUs
-    states are bfloat16, and short ops have a second row in which only the GPU's time counts ("queued").
+    Each row has baseline, ours, times, "ratio" (above 1: ours is faster or smaller), device and versions. On GPUs,
+    states are bfloat16, and short ops have a second row ("queued") that measures the time of the GPU only.
 
     Raises:
-        AssertionError: an op and its baseline disagree; the others are measured all the same.
+        AssertionError: an op and its baseline disagree; it is raised after all others have been measured.
     """
     kind = torch.device(device).type
     repeats = repeats or (20 if kind == "cuda" else 5)
@@ -60,7 +60,7 @@ def run(device: str = "cpu", repeats: int | None = None, shapes: list[Shape] | N
 
 
 def at_shape(name: str, device: str) -> Iterator[Row]:
-    """The same at the sizes of a model of `sizes.SHAPES`, for 32 images."""
+    """Measure all rows at the sizes of a model of `sizes.SHAPES`, for 32 images."""
     shape = shape_named(name)
     text = shape.config().text_config
     return run(device, shapes=[Shape(32, shape.tokens, text.hidden_size, text.vocab_size, shape.kept)])
@@ -71,7 +71,7 @@ def _close(rtol: float = 1e-4, atol: float = 1e-5) -> Callable[[Any, Any], None]
 
 
 def _near(share: float) -> Callable[[Any, Any], None]:
-    """Answers whose distance is at most this share of the baseline's norm, one tensor at a time."""
+    """Check that the distance of each tensor is at most this fraction of the baseline's norm."""
 
     def check(baseline: Sequence[Tensor], ours: Sequence[Tensor]) -> None:
         for one, other in zip(baseline, ours, strict=True):
@@ -82,7 +82,7 @@ def _near(share: float) -> Callable[[Any, Any], None]:
 
 
 def _hidden(shape: Shape, device: str) -> tuple[Tensor, Tensor, float]:
-    """States [B, N, D] that are alike enough to have a cosine, what is retained [B, N], and their rounding."""
+    """States [B, N, D] with positive mean cosine, the mask of retained tokens [B, N], and the rounding tolerance."""
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(shape.B, shape.N, shape.D, generator=generator, device=device).add_(0.5)
     retained = torch.rand(shape.B, shape.N, generator=generator, device=device) < shape.R / shape.N
@@ -91,7 +91,7 @@ def _hidden(shape: Shape, device: str) -> tuple[Tensor, Tensor, float]:
 
 
 def _clocks(device: str) -> list[tuple[str, Clock]]:
-    """(what to add to a bench's name, clock)"""
+    """Suffixes of the benchmark's name, each with its clock."""
     return [("", "wall"), (", queued", "device")] if torch.device(device).type == "cuda" else [("", "wall")]
 
 
@@ -106,7 +106,7 @@ def pairwise_separation(hidden: Tensor, retained: Tensor) -> Tensor:
 
 
 def pairwise_separation_batched(hidden: Tensor, retained: Tensor) -> Tensor:
-    """The same without a host sync: a masked N x N matrix of the whole batch."""
+    """The same without host synchronisation: a masked N x N matrix of the batch."""
     unit = F.normalize(hidden.float(), dim=-1)
     pairs = (~retained)[:, :, None] & retained[:, None, :]
     return (unit @ unit.mT * pairs).sum((1, 2)) / pairs.sum((1, 2))
@@ -138,7 +138,7 @@ def bench_separation(shape: Shape, device: str, repeats: int) -> Rows:
 
 
 def eager_score_separation(hidden: Tensor, weight: Tensor, bias: Tensor, retained: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, N] of a linear head and the separation [B], by mean unit vectors: three lines of torch."""
+    """Logits [B, N] of a linear head and the separation [B], by mean unit vectors in plain torch."""
     logits = F.linear(hidden, weight[None], bias)[..., 0]
     segment = torch.stack([~retained, retained], dim=1).float()
     means = segment @ F.normalize(hidden.float(), dim=-1) / segment.sum(-1, keepdim=True)
@@ -146,7 +146,7 @@ def eager_score_separation(hidden: Tensor, weight: Tensor, bias: Tensor, retaine
 
 
 def bench_head(shape: Shape, device: str, repeats: int) -> Rows:
-    """Head and cosine separation from one read of the states, against the same by torch; forward and both ways."""
+    """Head and cosine separation from one read of the states, against plain torch; forward, and forward + backward."""
     hidden, retained, rounding = _hidden(shape, device)
     generator = torch.Generator(device).manual_seed(1)
     weight = torch.randn(shape.D, generator=generator, device=device).mul_(shape.D**-0.5).to(hidden.dtype)
@@ -177,18 +177,18 @@ def bench_head(shape: Shape, device: str, repeats: int) -> Rows:
 
 
 def full_matrix_argmax(tokens: Tensor, table: Tensor) -> Tensor:
-    """[N] nearest rows through the whole N x V matrix of scores, normalised in place."""
+    """[N] nearest rows through the full N x V matrix of scores, normalised in place."""
     norms = torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32)
     return (tokens @ table.T).float().div_(norms).argmax(-1)
 
 
 def bench_grouping(shape: Shape, device: str, repeats: int) -> Rows:
-    """Nearest vocabulary row, in chunks (on GPUs by the kernel too) against the full matrix: time and memory."""
+    """Nearest vocabulary row, in chunks (on GPUs also by the kernel) against the full matrix: time and memory."""
     generator = torch.Generator(device).manual_seed(0)
     dtype, chunk = number_format(device), shape.V // 8
     tokens = torch.randn(shape.N, shape.D, generator=generator, device=device).to(dtype)
     table = torch.randn(shape.V, shape.D, generator=generator, device=device).to(dtype)
-    regret = 1e-6 if dtype == torch.float32 else 2e-3  # the full matrix rounds its scores to the format
+    regret = 1e-6 if dtype == torch.float32 else 2e-3  # the full matrix rounds its scores to this format
 
     def full() -> Tensor:
         return full_matrix_argmax(tokens, table)
@@ -233,9 +233,9 @@ def bench_ghm(shape: Shape, device: str, repeats: int) -> Rows:
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(32, shape.N, generator=generator, device=device).mul_(2)
     targets = (torch.rand(32, shape.N, generator=generator, device=device) < shape.R / shape.N).float()
-    place = (logits.sigmoid() - targets).abs() * 10
-    # on the edge of a bin, rounding would decide the bin, and the two answers could differ
-    logits[(place - place.round()).abs() < 1e-4] = 0.5
+    position = (logits.sigmoid() - targets).abs() * 10
+    # at the edge of a bin, rounding decides the bin, and the two results could differ
+    logits[(position - position.round()).abs() < 1e-4] = 0.5
     logits.requires_grad_()
 
     def step(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -260,7 +260,7 @@ def bench_ghm(shape: Shape, device: str, repeats: int) -> Rows:
 def nonzero_compact(
     scores: Tensor, r: int, embeddings: Tensor, position_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Top-r by a boolean mask and nonzero, image by image: two host syncs each on GPUs."""
+    """Top-r by a boolean mask and nonzero, image by image: two host synchronisations per image on GPUs."""
     rows, positions = [], []
     for score, row, position in zip(scores, embeddings, position_ids, strict=True):
         mask = torch.zeros_like(score, dtype=torch.bool)
@@ -272,7 +272,7 @@ def nonzero_compact(
 
 
 def bench_compaction(shape: Shape, device: str, repeats: int) -> Rows:
-    """Top-r with original order: static shapes against a mask and nonzero."""
+    """Top-r in original order: static shapes against a mask with nonzero."""
     generator = torch.Generator(device).manual_seed(0)
     scores = torch.randn(shape.B, shape.N, generator=generator, device=device)
     embeddings = torch.randn(shape.B, shape.N, shape.D, generator=generator, device=device).to(number_format(device))
@@ -298,7 +298,7 @@ def bench_compaction(shape: Shape, device: str, repeats: int) -> Rows:
 
 
 def bench_clusters(shape: Shape, device: str, repeats: int) -> Rows:
-    """Clusters for the context tokens of one image, R kept in all and S = N / 4, against one row per centre."""
+    """Clusters of the context tokens of one image, with R kept tokens and S = N / 4, against one step per centre."""
     generator = torch.Generator(device).manual_seed(0)
     visual = torch.randn(1, shape.N, shape.D, generator=generator, device=device).to(number_format(device))
     kept = shape.N * 2 // 9

@@ -1,7 +1,7 @@
 """The stages of a compressed answer at the sizes of real models: tower, compressor, prefill, decoding.
 
-The uncompressed model runs on the fastest attention kernel that is there. Short prefills are bound by what the host
-takes to launch them, so GPUs get rows of CUDA graph replays too.
+The uncompressed model uses the fastest attention kernel that is available. Short prefills are bound by the launch
+overhead of the host, so GPUs have additional rows of CUDA graph replays.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from evocomp.ops import top_r_compact
 
 
 class Stages:
-    """Works without arguments, for a batch of equal prompts."""
+    """The stages as functions without arguments, for a batch of equal prompts."""
 
     def __init__(self, model: nn.Module, shape: ModelShape, batch: int):
         self.model, self.shape, self.batch = model, shape, batch
@@ -34,7 +34,7 @@ class Stages:
         self.pixels = pictures(shape, model, batch) if shape.tiles else None
 
     def see(self) -> Tensor:
-        """Vision tower and projector: visual tokens [B, N, D], without any rows that a family puts between tiles."""
+        """Vision tower and projector: visual tokens [B, N, D], without separators between tiles."""
         base = self.model.base_model
         states = base.vision_tower(self.pixels, output_hidden_states=True).hidden_states
         tokens = base.multi_modal_projector(states[self.model.config.vision_feature_layer][:, 1:])
@@ -45,11 +45,11 @@ class Stages:
         return self._chosen(self.visual, self.wide)
 
     def choose_narrow(self) -> Tensor:
-        """The same by a compressor of a quarter of the LLM's width."""
+        """The same with a compressor of a quarter of the LLM's width."""
         return self._chosen(self.visual, self.narrow)
 
     def prefill(self, kept: Tensor) -> tuple[Tensor, Any]:
-        """The LLM over text with visual tokens [B, n, D]: last logits and cache."""
+        """The LLM on text and visual tokens [B, n, D]: last logits and cache."""
         before = self.shape.before
         embeds = torch.cat([self.text[:, :before], kept, self.text[:, before:]], dim=1)
         return Prompts._run(self.model, embeds, None)
@@ -63,7 +63,7 @@ class Stages:
         return self.prefill(self.visual[:, : self.shape.kept])
 
     def compressed(self) -> tuple[Tensor, Any]:
-        """Compressor, top-r and prefill of what it keeps."""
+        """Compressor, top-r and prefill of the kept tokens."""
         return self.prefill(self.choose())
 
     def compressed_narrow(self) -> tuple[Tensor, Any]:
@@ -71,16 +71,16 @@ class Stages:
         return self.prefill(self.choose_narrow())
 
     def seen_full(self) -> tuple[Tensor, Any]:
-        """From pixels on, all tokens."""
+        """Prefill from pixels with all tokens."""
         return self.prefill(self.see())
 
     def seen_compressed(self) -> tuple[Tensor, Any]:
-        """From pixels on, compressed."""
+        """Prefill from pixels with compression."""
         return self.prefill(self._chosen(self.see(), self.wide))
 
     @torch.inference_mode()
     def decode(self, kept: Tensor) -> Work:
-        """One more token after a prompt; the cache is cut back each time."""
+        """A function that decodes one token after a prompt; it then crops the cache to the prompt."""
         _, cache = self.prefill(kept)
         length, token = cache.get_seq_length(), self.text[:, :1]
 
@@ -96,7 +96,7 @@ class Stages:
 
 
 def at_shape(name: str, device: str, repeats: int = 5, batches: Sequence[int] = (1, 8)) -> Iterator[Row]:
-    """Rows of one model of `sizes.SHAPES`, as they are measured; half the repeats where the batch is large.
+    """Yield the rows of one model of `sizes.SHAPES` as they are measured, with half the repeats for batches above 1.
 
     Raises:
         UserError: an unknown name.
@@ -125,7 +125,7 @@ def _rows(
         return found | {"ceiling_tflops": limits[0] / 1e12, "ceiling_copy_gbs": limits[1] / 1e9}
 
     def floor(tokens: int) -> dict[str, float]:
-        """Of a prefill: its arithmetic, or one read of the weights."""
+        """Lower bound of a prefill: its arithmetic, or one read of the weights."""
         flop = stages.batch * target.forward(tokens + text, 1)
         return {"floor_ms": 1e3 * max(flop / limits[0], target.body * stages.text.itemsize / limits[1])}
 

@@ -1,4 +1,4 @@
-"""`evocomp bench KIND`: run one of the benchmarks, print its rows, and append them to a CSV if one is named."""
+"""`evocomp bench KIND`: run a benchmark, print its rows, and append them to a CSV file if one is given."""
 
 import csv
 import datetime
@@ -19,9 +19,9 @@ KINDS = {
     "inference": "inference",
     "training": "training",
 }
-"""Kind -> module of this package with `run(device)`, which gives rows."""
+"""Kind -> module of this package with `run(device)`, which returns rows."""
 AT_SHAPE = {"label-search": "scorer", "ops": "ops", "inference": "prefill"}
-"""Kind -> module with `at_shape(name, device)`, which gives those at the sizes of a real model."""
+"""Kind -> module with `at_shape(name, device)`, which returns rows at the sizes of a real model."""
 
 Row = dict[str, Any]
 
@@ -32,10 +32,10 @@ def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) ->
     Args:
         kind: a key of `KINDS`.
         out: CSV file, or a folder that gets KIND.csv.
-        shapes: names of real models' sizes (`mllm.sizes.SHAPES`), one after another; none: the usual small sizes.
+        shapes: names of real models' sizes (`mllm.sizes.SHAPES`), run in order; empty: the default small sizes.
 
     Raises:
-        UserError: a benchmark that is not there.
+        UserError: the benchmark does not exist.
     """
     modules = AT_SHAPE if shapes else KINDS
     if kind not in modules:
@@ -46,7 +46,7 @@ def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) ->
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise UserError(f"evocomp bench {kind}: this version has no such benchmark yet") from None
+        raise UserError(f"evocomp bench {kind}: this version has no such benchmark") from None
     path = out / f"{kind}.csv" if out is not None and out.suffix != ".csv" else out
     if path is not None and not path.parent.exists():
         path.parent.mkdir(parents=True)
@@ -57,7 +57,7 @@ def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) ->
             for row in found:
                 rows.append(row)
                 if path is not None:
-                    append(path, [row])  # at once, so that a stop keeps what was measured
+                    append(path, [row])  # immediately, so that an interruption loses no finished row
     finally:
         if rows:
             print(table(rows))
@@ -67,7 +67,7 @@ def run_bench(kind: str, out: Path | None = None, shapes: Sequence[str] = ()) ->
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as text: what was measured, against what, and the ratio with its 20 % and 80 % quantiles."""
+    """Rows as a text table: benchmark, baseline, times, and the ratio with its 20 % and 80 % quantiles."""
     cells = [("bench", "shape", "baseline", "ours", "baseline", "ours", "ratio (p20 to p80)")]
     cells += [(row["bench"], row["shape"], row["baseline"], row["ours"], *_values(row), _ratio(row)) for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -89,14 +89,14 @@ def _values(row: Row) -> tuple[str, str]:
 def _ratio(row: Row) -> str:
     if "break_even_kept" in row:
         kept = row["break_even_kept"]
-        return "never pays at what was measured" if kept is None else f"pays up to {kept:.0f} kept"
+        return "never faster as measured" if kept is None else f"faster up to {kept:.0f} kept"
     spread = f" ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})" if "ratio_p20" in row else ""
     floor = f", floor {row['floor_ms']:.2f} ms" if "floor_ms" in row else ""
     return f"{row['ratio']:.2f}{spread}{floor}"
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows, with the day, to a CSV; columns that are new to it are added to what it holds."""
+    """Append rows with the date to a CSV file; new columns are added to the existing rows as empty cells."""
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     new = [{"day": day} | row for row in rows]
     old: list[Row] = []
@@ -113,7 +113,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 
 def overview(paths: Sequence[Path]) -> str:
-    """What CSV files of benchmarks hold, a short line a row: times, ratio, share of the floor."""
+    """Summary of CSV files of benchmarks, one short line per row: times, ratio, lower bound."""
     lines = []
     for path in paths:
         with path.open(newline="") as file:
@@ -127,10 +127,10 @@ def _brief(row: dict[str, str]) -> str:
     pairs = ((f"{row.get(f'baseline_{name}')}", f"{row.get(f'ours_{name}')}") for name in ("ms", "mib", "waits"))
     before, after = next(((a, b) for a, b in pairs if b not in ("", "None")), ("nan", "nan"))
     floor = f" floor {float(row['floor_ms']):.2f}" if row.get("floor_ms") else ""
-    apart = f" apart {float(row['largest_difference']):.1g}" if row.get("largest_difference") else ""
+    difference = f" difference {float(row['largest_difference']):.1g}" if row.get("largest_difference") else ""
     ratio = float(row["ratio"] or "nan")
     names = f"{row['bench'][:32]:32} {row['shape'][:36]:36} {row['ours'][:30]:30}"
-    return f"  {names} {float(before):9.3f} {float(after):9.3f} x{ratio:.2f}{floor}{apart}"
+    return f"  {names} {float(before):9.3f} {float(after):9.3f} x{ratio:.2f}{floor}{difference}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Questions that label search is measured on, with the ways in which one would score their masks without a scorer."""
+"""Questions for benchmarks of label search, with straightforward implementations of mask scoring as baselines."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from evocomp.scoring.sequences import continued
 
 @dataclass
 class Sample:
-    """A question about a picture, as the scorer gets it and as a user of transformers would hold it."""
+    """A question about an image, as features for the scorer and as inputs of transformers."""
 
     mllm: FrozenMLLM
     features: Features
@@ -26,18 +26,18 @@ class Sample:
     groups: Groups
 
     def removed(self, kept: np.ndarray) -> np.ndarray:
-        """The straightforward way with care: features encoded once, dropped tokens cut out, one forward a mask."""
+        """Losses by a careful baseline: features encoded once, dropped tokens removed, one forward pass per mask."""
         f, model, embeds = self.features, self.mllm.model, self._embeds()
         losses = []
         for row in torch.from_numpy(kept).long().to(f.visual.device):
-            places = torch.cat([f.text_at, f.visual_at[row]]).sort().values
-            places = torch.cat([places, len(f.prompt_ids) + self._answer_places()])
-            positions = continued(f.positions, len(f.prompt_ids) + len(f.answer_ids))[..., None, places]
-            losses.append(self._loss(model, inputs_embeds=embeds[places][None], position_ids=positions))
+            indices = torch.cat([f.text_at, f.visual_at[row]]).sort().values
+            indices = torch.cat([indices, len(f.prompt_ids) + self._answer_indices()])
+            positions = continued(f.positions, len(f.prompt_ids) + len(f.answer_ids))[..., None, indices]
+            losses.append(self._loss(model, inputs_embeds=embeds[indices][None], position_ids=positions))
         return np.array(losses, dtype=np.float32)
 
     def masked(self, kept: np.ndarray) -> np.ndarray:
-        """The straightforward way without: picture and prompt into the model, dropped tokens masked away."""
+        """Losses by a naive baseline: image and prompt in each forward pass, dropped tokens masked."""
         f = self.features
         ids = torch.cat([f.prompt_ids, f.answer_ids])[None]
         losses = []
@@ -65,7 +65,7 @@ class Sample:
         answer = self.features.answer_ids
         return float(F.cross_entropy(logits[-len(answer) - 1 : -1], answer))
 
-    def _answer_places(self) -> Tensor:
+    def _answer_indices(self) -> Tensor:
         return torch.arange(len(self.features.answer_ids), device=self.features.visual.device)
 
     def _embeds(self) -> Tensor:
@@ -76,15 +76,15 @@ class Sample:
 
 
 def middle_sample(device: str = "cpu", groups: int = 120, answer: int = 5) -> Sample:
-    """LLaVA with random weights: LLaMA of 4 layers x 256, 32,000 words, 576 visual tokens, 35 + 60 of text."""
+    """LLaVA with random weights: 4 layers of hidden size 256, vocabulary 32,000, 576 visual and 35 + 60 text tokens."""
     config = nano_config(image_size=336, patch=14, width=256, layers=4, heads=4)
     config.text_config.vocab_size = 32_000
     generator = torch.Generator().manual_seed(0)
     model = build_nano(config, generator).eval().to(device)
     mllm = FrozenMLLM(model, processor=None, name="random LLaMA")
     words = torch.randint(10, 32_000, (95,), generator=generator)
-    picture = torch.full((576,), config.image_token_index)
-    ids = torch.cat([words[:35], picture, words[35 : 95 - answer]])
+    image = torch.full((576,), config.image_token_index)
+    ids = torch.cat([words[:35], image, words[35 : 95 - answer]])
     pixels = torch.randn(1, 3, 336, 336, generator=generator).to(device)
     with torch.no_grad():
         visual = model.base_model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]
@@ -97,12 +97,12 @@ def middle_sample(device: str = "cpu", groups: int = 120, answer: int = 5) -> Sa
         positions=torch.arange(len(ids), device=device),
         answer_ids=words[95 - answer :].to(device),
     )
-    owners = np.random.default_rng(0).integers(0, groups, 576)
-    return Sample(mllm, features, pixels, Groups.from_ids(owners))
+    groups_of_tokens = np.random.default_rng(0).integers(0, groups, 576)
+    return Sample(mllm, features, pixels, Groups.from_ids(groups_of_tokens))
 
 
 def nano_samples(count: int, device: str = "cpu") -> list[Sample]:
-    """Questions for the shipped MLLM, with the groups that labelling would make."""
+    """Questions for the shipped MLLM, with the groups of the labelling."""
     mllm = FrozenMLLM.load("nano", device=device)
     examples = scene_examples(seed=515151, start=0, count=count)
     examples = list({example.image_id: example for example in examples}.values())[:count]

@@ -1,6 +1,6 @@
-"""The candidate scorer at the sizes of real models: against one HF forward a mask, and against the arithmetic.
+"""The candidate scorer at the sizes of real models, against one HF forward pass per mask and the arithmetic bound.
 
-Weights are random, so only losses can be compared, not searches: in bfloat16 candidates differ by less than rounding.
+Weights are random, so only losses are compared, not searches: in bfloat16, candidates differ by less than rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,15 +26,15 @@ from evocomp.search.genome import random_genomes, stream
 Timed = tuple[str, Callable[[], np.ndarray]]
 
 QUESTIONS = 8
-"""About one picture, where they are scored together."""
+"""Number of questions about one image in the benchmark of shared scoring."""
 
 
 def at_shape(name: str, device: str, repeats: int = 3, quick: bool = False) -> Iterator[Row]:
-    """Rows of one model of `sizes.SHAPES`, as they are measured.
+    """Yield the rows of one model of `sizes.SHAPES` as they are measured.
 
     Raises:
         UserError: an unknown name.
-        AssertionError: two ways gave losses further apart than `TOLERANCE`.
+        AssertionError: losses of two implementations differ by more than `TOLERANCE`.
     """
     shape = shape_named(name)
     mllm = FrozenMLLM(random_model(shape, device), processor=None, name=name)
@@ -47,7 +47,7 @@ def _rows(sample: Sample, shape: ModelShape, device: str, repeats: int, count: i
     features = sample.features
     masks = sample.groups.kept(random_genomes(sample.groups.sizes, stream(0, 1, 0), count))
     scorer = CandidateScorer(sample.mllm, settings=ScorerConfig(prefix_reuse="always"))
-    straight = ("one HF forward a mask, all logits, dropped tokens removed", lambda: sample.removed(masks))
+    straight = ("one HF forward per mask, all logits, dropped tokens removed", lambda: sample.removed(masks))
     sizes = label_search._sizes(sample)
 
     def rows(bench: str, baseline: Timed, *ways: Timed, count: int = count) -> list[Row]:
@@ -70,15 +70,15 @@ def _rows(sample: Sample, shape: ModelShape, device: str, repeats: int, count: i
 
     def flips() -> Iterator[Row]:
         near = one_flip(sample, count)
-        plain = ("whole candidates", lambda: scorer(features, near))
+        plain = ("full candidates", lambda: scorer(features, near))
         reused = ("kept tokens before the flip once", lambda: scorer(features, near, True))
         yield from rows("one-flip candidates", plain, reused)
 
     def shared() -> Iterator[Row]:
         questions, some = asked_again(features), masks[: max(2, count // 4)]
-        apart = ("questions apart", lambda: np.stack([scorer(one, some) for one in questions]))
+        separate = ("questions separately", lambda: np.stack([scorer(one, some) for one in questions]))
         together = (f"{QUESTIONS} questions together", lambda: scorer.shared(questions, some))
-        yield from rows("shared scoring", apart, together, count=len(some))
+        yield from rows("shared scoring", separate, together, count=len(some))
 
     def ablation() -> Iterator[Row]:
         few = masks[: max(2, count // 4)]
@@ -92,7 +92,7 @@ def _rows(sample: Sample, shape: ModelShape, device: str, repeats: int, count: i
 
 
 def ladder(sample: Sample) -> Iterator[tuple[str, ScorerConfig]]:
-    """Settings with one saving more each, those that do something for this model on its device."""
+    """Settings with one more optimization each, limited to those that affect this model on its device."""
     own_pass = type(CandidateScorer(sample.mllm).losses.body).__name__ == "LlamaBody"
     settings = NONE
     for name, saving in LADDER:
@@ -103,31 +103,31 @@ def ladder(sample: Sample) -> Iterator[tuple[str, ScorerConfig]]:
 
 
 def target_of(mllm: FrozenMLLM) -> Target:
-    """The model's sizes, as costs are estimated from."""
+    """The model's sizes, from which costs are estimated."""
     return Target.from_config(mllm.model.config.to_dict())
 
 
 def scoring_flop(target: Target, shape: ModelShape, masks: tuple[int, int]) -> float:
-    """What Q masks of R kept tokens cannot do without, the text before the picture being computed once [FLOP].
+    """Necessary arithmetic for Q masks of R kept tokens if the text before the image is computed once [FLOP].
 
-    In the last layer queries, output and MLP are needed at the answer's places only.
+    In the last layer, queries, output and MLP are needed at the answer's tokens only.
     """
     count, kept = masks
     length = shape.before + kept + shape.after - 1
     own, answer = length - shape.before, shape.answer
     keys = 2 * target.hidden * target.kv_heads * target.head_dim
     layer = target.body / target.layers
-    places = (target.layers - 1) * (layer * own) + keys * own + (layer - keys) * answer
+    linear = (target.layers - 1) * (layer * own) + keys * own + (layer - keys) * answer
     pairs = (length**2 - shape.before**2) / 2 * (target.layers - 1) + answer * length
     attention = 4 * pairs * target.heads * target.head_dim
-    return count * (2 * places + attention + 2 * target.vocabulary * target.hidden * answer)
+    return count * (2 * linear + attention + 2 * target.vocabulary * target.hidden * answer)
 
 
 def random_groups(shape: ModelShape) -> Groups:
-    """As many groups as the shape says, of random members."""
-    owners = np.random.default_rng(0).integers(0, shape.groups, shape.tokens)
-    owners[: shape.groups] = np.arange(shape.groups)  # none is empty
-    return Groups.from_ids(owners)
+    """Random groups, as many as the shape specifies."""
+    groups = np.random.default_rng(0).integers(0, shape.groups, shape.tokens)
+    groups[: shape.groups] = np.arange(shape.groups)  # no group is empty
+    return Groups.from_ids(groups)
 
 
 def one_flip(sample: Sample, count: int) -> np.ndarray:
@@ -141,7 +141,7 @@ def one_flip(sample: Sample, count: int) -> np.ndarray:
 
 
 def asked_again(features: Features) -> list[Features]:
-    """`QUESTIONS` questions about the picture, whose words after it differ."""
+    """`QUESTIONS` questions about the same image, with different text after it."""
     end = int(features.visual_at[-1]) + 1
     rows = []
     for number in range(QUESTIONS):

@@ -1,4 +1,4 @@
-"""Honest A/B timing: interleaved, warmed up, quantiles, and the two answers compared in the same run."""
+"""Paired timing of implementations: interleaved, after warm-up, with quantiles and a comparison of the results."""
 
 import json
 import math
@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 import evocomp
 from evocomp.log import logger
 
-# Shorter work is repeated inside the clock: one slice of a busy machine's scheduler takes milliseconds.
+# Shorter work is repeated within a sample, because a time slice of the scheduler takes milliseconds.
 MIN_SAMPLE_SECONDS = 0.03
-# Written before each timed GPU sample, so that inputs come from memory; an L2 cache is smaller (H200: 50 MB).
+# Written before each timed GPU sample to flush the L2 cache, which is smaller (H200: 50 MB).
 FLUSH_BYTES = 256 * 2**20
-# For the clock "device" the GPU spins about this long before a sample, while the host queues it.
+# With the clock "device", the GPU spins for about this long before a sample, while the host queues it.
 SPIN_CYCLES = 8_000_000
 
 Clock = Literal["wall", "process", "device"]
@@ -57,19 +57,19 @@ def compare_all(
     repeats: int = 5,
     clock: Clock = "wall",
 ) -> list[dict[str, Any]]:
-    """Time several ways to the same answer, taking turns, and return a row for each against one common baseline.
+    """Time several implementations in alternation and return a row for each against a common baseline.
 
     Args:
         bench: what is measured, e.g. "cosine separation, forward + backward".
-        shape: the sizes, readable, e.g. "B=2 N=2880 D=256".
-        baseline: (name, function without arguments that returns its answer).
-        ways: the same for each other way.
-        agree: called with the baseline's answer of the warm-up and that of each way; raises AssertionError when they
-            differ; what it returns goes into the row.
+        shape: the sizes as text, e.g. "B=2 N=2880 D=256".
+        baseline: (name, function without arguments that returns its result).
+        ways: the same for each other implementation.
+        agree: called with the baseline's result of the warm-up and that of each implementation; raises AssertionError
+            if they differ; the values that it returns are added to the row.
         device: device that the work runs on.
         repeats: timed rounds, at least 5 for a table.
-        clock: "process" counts this process's CPU time, which other jobs on the machine disturb less; CPUs only.
-            "device" leaves out what the host takes to launch short work: it is queued while the GPU spins.
+        clock: "process" is the CPU time of this process, which other jobs affect less; CPUs only. "device" excludes the
+            launch overhead of the host for short work, which is queued while the GPU spins.
 
     Returns:
         rows with "baseline_ms" and "ours_ms" (medians), their 20 % and 80 % quantiles ("..._p20_ms" and
@@ -77,7 +77,7 @@ def compare_all(
         "ratio_p80", the names, the shape and `environment(device)`.
 
     Raises:
-        AssertionError: answers differ; no time is reported for a wrong answer.
+        AssertionError: results differ; no time is reported for a wrong result.
     """
     device = torch.device(device)
     expected = baseline[1]()
@@ -87,7 +87,7 @@ def compare_all(
     rounds = [_rounds(work, device, clock) for work in works]
     times: list[list[float]] = [[] for _ in works]
     for repeat in range(repeats):
-        order = range(len(works)) if repeat % 2 == 0 else reversed(range(len(works)))  # who goes first alternates too
+        order = range(len(works)) if repeat % 2 == 0 else reversed(range(len(works)))  # the order alternates too
         for i in order:
             times[i].append(_sample(works[i], rounds[i], device, clock))
     settings = {"repeats": repeats, "clock": clock, **environment(device)}
@@ -109,7 +109,7 @@ def _summary(baseline: list[float], ours: list[float]) -> dict[str, float]:
 
 
 def measure(work: Work, device: torch.device | str = "cpu", clock: Clock = "wall") -> float:
-    """Seconds of one call: the least of three samples, which other jobs disturb least."""
+    """Seconds of one call: the minimum of three samples, which is least affected by other jobs."""
     device = torch.device(device)
     work()
     rounds = _rounds(work, device, clock)
@@ -117,7 +117,7 @@ def measure(work: Work, device: torch.device | str = "cpu", clock: Clock = "wall
 
 
 def ceilings(device: torch.device | str) -> tuple[float, float]:
-    """What the device reaches: FLOP/s of a large matrix product in bf16 (CPUs: fp32), byte/s of a copy, both ways."""
+    """Measured peak rates: FLOP/s of a large matrix product in bf16 (CPUs: fp32), byte/s read and written by a copy."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     size, rounds = (8192, 20) if cuda else (512, 1)
@@ -130,10 +130,10 @@ def ceilings(device: torch.device | str) -> tuple[float, float]:
 
 
 def graphed(work: Work) -> Work:
-    """`work` as a CUDA graph: its replays leave out what the host takes to launch it; each overwrites its answer.
+    """`work` as a CUDA graph: replays have no launch overhead per kernel; each replay overwrites the result.
 
     Raises:
-        RuntimeError: work waits for the host.
+        RuntimeError: `work` synchronises with the host.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -153,7 +153,7 @@ def graphed(work: Work) -> Work:
 
 
 def host_waits(work: Work) -> int:
-    """How often work() makes the host wait for the GPU, by the profiler."""
+    """Number of times that work() makes the host wait for the GPU, by the profiler."""
     work()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
@@ -163,10 +163,10 @@ def host_waits(work: Work) -> int:
 
 
 def each(works: Iterable[Callable[[], Iterable[dict[str, Any]]]]) -> Iterator[dict[str, Any]]:
-    """Rows of every work, as they come; one that fails is logged and the others still run.
+    """Yield the rows of every function as they are measured; a failure is logged, and the others still run.
 
     Raises:
-        AssertionError, RuntimeError: the first failure, when all the rest is done.
+        AssertionError, RuntimeError: the first failure, after all others have run.
     """
     failed = None
     for work in works:
@@ -180,7 +180,7 @@ def each(works: Iterable[Callable[[], Iterable[dict[str, Any]]]]) -> Iterator[di
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """20 %, 50 % and 80 % quantiles; of a single value, three times that value."""
+    """20 %, 50 % and 80 % quantiles; a single value is returned three times."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     tenths = statistics.quantiles(values, n=10, method="inclusive")
@@ -188,7 +188,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """What a number depends on: device, threads, versions, commit (EVOCOMP_COMMIT, else that of the checkout)."""
+    """Environment of a measurement: device, threads, versions, commit (EVOCOMP_COMMIT, else that of the checkout)."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     return {
@@ -205,7 +205,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 @cache
 def _commit() -> str | None:
     if named := os.environ.get("EVOCOMP_COMMIT"):
-        return named  # sources that were copied to where they run, perhaps over an older checkout
+        return named  # set for copied sources, which may lie over an older checkout
     folder = Path(evocomp.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None
@@ -214,7 +214,7 @@ def _commit() -> str | None:
 
 
 def peak_memory(work: Work, device: torch.device | str = "cpu") -> int:
-    """Most bytes that torch's allocator held at once during work(), above what it held before."""
+    """Peak number of bytes that torch's allocator held during work(), above the number before."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -236,9 +236,9 @@ def peak_memory(work: Work, device: torch.device | str = "cpu") -> int:
 
 
 def _rounds(work: Work, device: torch.device, clock: str) -> int:
-    """Calls in one timed sample, after warm-up; on a GPU one, between a cold cache and an event."""
+    """Number of calls in one timed sample, after warm-up; one on a GPU, where each starts with a cold cache."""
     if _sample(work, 1, device, clock) >= 10 * MIN_SAMPLE_SECONDS:
-        return 1  # long work, which has been called once before, needs no more of it
+        return 1  # long work needs no further warm-up: it has been called once before
     for _ in range(2):
         work()
     if device.type == "cuda":

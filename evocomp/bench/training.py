@@ -1,4 +1,4 @@
-"""A training step of the compressor with the ops of this project against the same step with the losses as written."""
+"""A training step of the compressor with the ops of this project, against the same step with straightforward losses."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ SIZES: dict[str, list[dict[str, int] | str]] = {
     "cpu": [{"image_size": 96, "patch": 8, "width": 96}, {"image_size": 336, "patch": 14, "width": 256}],
     "cuda": ["llava15_7b", "llava_next_7b"],
 }
-"""Pictures and widths: the nano model, LLaVA-1.5's 576 tokens with a narrow LLM; or the sizes of real models."""
+"""Image sizes and widths of the nano model and of 576 tokens with a narrow LLM; on GPUs, sizes of real models."""
 
 TEXT = 32
 """Prompt tokens (T)."""
@@ -41,10 +41,10 @@ def by_ops(logits: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def run(device: str = "cpu", repeats: int = 3, batch: int = 8, sizes: list | None = None) -> list[Row]:
-    """All rows: time and peak memory of a step both ways, and how the time grows with the batch.
+    """Measure all rows: time and peak memory of a step with both, and the growth of time with the batch size.
 
     Raises:
-        AssertionError: the two give other losses or gradients.
+        AssertionError: losses or gradients differ.
     """
     rows: list[Row] = []
     for size in sizes or SIZES[torch.device(device).type]:

@@ -1,4 +1,4 @@
-"""Configuration of a compressor: everything that `save_pretrained` must remember."""
+"""Configuration of a compressor: everything that `save_pretrained` stores."""
 
 import copy
 import math
@@ -14,25 +14,25 @@ from evocomp.mllm.families import unwrap
 class EvoCompConfig(PreTrainedConfig):
     """Configuration of `EvoCompCompressor`.
 
-    text_config:   the target LLM's own text configuration; the layer's architecture comes from it
+    text_config:   text configuration of the target LLM, which defines the layer's architecture
     num_layers:    decoder layers in the compressor (the paper uses 1)
-    width:         hidden size of the compressor's layers, which one matrix leads to; 0: that of the LLM (the paper).
-                   Heads keep their size, so it is a multiple of hidden size / heads
-    use_text:      whether the prompt is read beside the visual tokens
-    head_norm:     "layer": LayerNorm before the linear head; "none": the head reads the skip sum as it is
-    budget_input:  whether the wanted number of kept tokens is an input
-    balance_text:  whether prompt and picture begin with equal shares of the attention, however many tokens each has
-    dither:        scale of the fixed noise that the scores get before the highest are taken (see keep.py); 0: none
-    sharp:         limit of the number of tokens that are selected, below 1 a share of N; the rest of what is kept are
-                   means of what is dropped (see evocomp/mllm/context.py); 0: all are selected
-    hedge:         share of the selected tokens that a training-free order chooses among what the scores leave; 0: none
+    width:         hidden size of the compressor's layers, after a linear projection; 0: that of the LLM (the paper).
+                   Heads keep their size, so it must be a multiple of hidden size / heads
+    use_text:      whether the compressor reads the prompt in addition to the visual tokens
+    head_norm:     "layer": LayerNorm before the linear head; "none": no normalisation
+    budget_input:  whether the requested number of kept tokens is an input
+    balance_text:  whether prompt and image start with equal shares of the attention, independent of their lengths
+    dither:        scale of the fixed noise that is added to the scores before top-r (see keep.py); 0: none
+    sharp:         maximum number of selected tokens, below 1 a fraction of N; the other kept tokens are means of
+                   dropped tokens (see evocomp/mllm/context.py); 0: all kept tokens are selected
+    hedge:         fraction of the selected tokens that a training-free order chooses among the rest; 0: none
     hedge_by:      name of that order (see evocomp/selection/priority.py)
-    positions:     "original" or "dense": positions of the kept tokens in the LLM, as used for the labels
-    keep:          tokens to keep per image unless the caller says otherwise (int, or a float share in (0, 1])
+    positions:     "original" or "dense": position ids of the kept tokens in the LLM, as used for the labels
+    keep:          default number of tokens to keep per image (int), or fraction in (0, 1] (float)
     prune_layer:   decoder layer before which tokens are dropped (the paper's l)
-    init_layer:    decoder layer of the LLM that the weights started from, None for a random start
+    init_layer:    decoder layer of the LLM from which the weights were initialised, None for random weights
     base_model_name_or_path: the multimodal LLM that the compressor was made for
-    metadata:      free text for the model card, for example data, label settings, results
+    metadata:      additional entries of the model card, for example data, label settings, results
     """
 
     model_type = "evocomp"
@@ -83,7 +83,7 @@ class EvoCompConfig(PreTrainedConfig):
         if metadata is not None and not isinstance(metadata, dict):
             raise UserError(f"compressor configuration: metadata is {_shown(metadata)}; it must be a mapping")
         if not 0 <= hedge < 1:
-            raise UserError(f"hedge is {hedge!r}; give a share of the selected tokens, at least 0 and below 1")
+            raise UserError(f"hedge is {hedge!r}; give a fraction of the selected tokens, at least 0 and below 1")
         if width:
             _check_width(text_config, width)
         self.text_config = text_config
@@ -112,7 +112,7 @@ class EvoCompConfig(PreTrainedConfig):
 
     @property
     def layer_size(self) -> int:
-        """W, the hidden size of the compressor's layers: D unless `width` says otherwise."""
+        """W, the hidden size of the compressor's layers: `width`, or D if that is 0."""
         return self.width or self.hidden_size
 
     @classmethod
@@ -162,7 +162,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_width(text: PreTrainedConfig, width: int) -> None:
-    """Raises UserError for a width that holds no whole number of the LLM's heads."""
+    """Raise UserError unless the width is a whole number of the LLM's heads."""
     step = text.hidden_size // math.gcd(text.hidden_size, text.num_attention_heads)
     if not 0 < width < text.hidden_size or width % step:
         raise UserError(
@@ -172,14 +172,14 @@ def _check_width(text: PreTrainedConfig, width: int) -> None:
 
 
 def _narrow(text: PreTrainedConfig, width: int) -> None:
-    """Fewer heads of the same size, and everything else in proportion."""
+    """Reduce the number of heads of the same size, and all other sizes in proportion."""
     size, heads = text.hidden_size, text.num_attention_heads
-    shared = heads // (getattr(text, "num_key_value_heads", None) or heads)  # queries that read one key
+    shared = heads // (getattr(text, "num_key_value_heads", None) or heads)  # number of query heads per key head
     text.head_dim = getattr(text, "head_dim", None) or size // heads
     text.hidden_size, text.num_attention_heads = width, heads * width // size
     text.intermediate_size = 8 * math.ceil(text.intermediate_size * width / size / 8)
-    whole = text.num_attention_heads % shared == 0
-    text.num_key_value_heads = text.num_attention_heads // (shared if whole else 1)
+    divides = text.num_attention_heads % shared == 0
+    text.num_key_value_heads = text.num_attention_heads // (shared if divides else 1)
 
 
 def layer_config(config: EvoCompConfig) -> PreTrainedConfig:
@@ -188,7 +188,7 @@ def layer_config(config: EvoCompConfig) -> PreTrainedConfig:
     if config.width:
         _narrow(text, config.width)
     text.num_hidden_layers, text.is_causal, text.use_cache = config.num_layers, False, False
-    # transformers warns or fails when special ids lie outside of a vocabulary of one
+    # transformers warns or fails if special token ids are outside of a vocabulary of size one
     text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 1, None, None, None
     text.tie_word_embeddings = False
     if getattr(text, "layer_types", None):

@@ -1,11 +1,9 @@
-"""From scores to what the LLM reads: which tokens are selected, and what becomes of the others.
+"""From scores to kept tokens: top-r selection with optional deterministic noise, priority order and context tokens.
 
-The highest are taken of the scores, or of a spread-out draw from the policy that they stand for.
-
-The listwise loss and the policy gradient train a distribution of masks (Plackett-Luce), of which the r highest scores
-are the mode only. Where many tokens are nearly equal, the mode takes a clump of them, and a sample takes some from
-everywhere. A sample without chance: Gumbel noise (Gumbel top-r, arXiv 1903.06059) whose quantiles are spread over the
-tokens by steps of the golden ratio, so that any run of neighbours has high and low ones. Ours.
+The listwise loss and the policy gradient train a distribution of masks (Plackett-Luce). The r highest scores are only
+its mode: where many tokens have nearly equal scores, the mode selects neighbouring tokens, and a sample spreads over
+the image. `dither` gives a deterministic sample: Gumbel noise (Gumbel top-r, arXiv 1903.06059) whose quantiles advance
+by the golden ratio from token to token, so that neighbours get high and low noise. This is not part of the paper.
 """
 
 from typing import NamedTuple
@@ -20,7 +18,7 @@ from evocomp.selection.top_r import top_r
 
 
 def dither(count: int) -> Tensor:
-    """Fixed noise [count] float32 that follows the standard Gumbel distribution as evenly as can be.
+    """Fixed noise [count] float32 that follows the standard Gumbel distribution evenly (low discrepancy).
 
     >>> noise = dither(1000)  # its mean is Euler's constant, 0.577
     >>> round(float(noise.mean()), 2), bool((noise[:500].mean() - noise[500:].mean()).abs() < 0.02)
@@ -31,11 +29,11 @@ def dither(count: int) -> Tensor:
 
 
 class Budget(NamedTuple):
-    """How the R kept tokens of an image are made up.
+    """Composition of the R kept tokens of an image.
 
-    scored: chosen by the compressor's scores
-    filled: chosen by a training-free order among the rest
-    context: means of what is dropped
+    scored: number of tokens chosen by the compressor's scores
+    filled: number of tokens chosen by a training-free order among the rest
+    context: number of context tokens, which are means of dropped tokens
     """
 
     scored: int
@@ -44,7 +42,7 @@ class Budget(NamedTuple):
 
 
 def budget(keep: int, total: int, config: EvoCompConfig) -> Budget:
-    """Divide `keep` tokens (or all N, if there are fewer) as this configuration says; one token at least is scored.
+    """Divide `keep` tokens (at most N) according to the configuration; at least one token is scored.
 
     >>> budget(16, 144, EvoCompConfig(sharp=1 / 4, hedge=1 / 2))
     Budget(scored=6, filled=5, context=5)
@@ -53,28 +51,28 @@ def budget(keep: int, total: int, config: EvoCompConfig) -> Budget:
 
 
 def hedged(selected: int, context: int, hedge: float) -> Budget:
-    """Divide so many selected tokens between scores and order."""
+    """Divide the selected tokens between scores and training-free order."""
     filled = int(hedge * selected)
     return Budget(selected - filled, filled, context)
 
 
 def selected_count(keep: int, total: int, config: EvoCompConfig) -> int:
-    """Number of tokens that are chosen by score: the budget that a compressor is told."""
+    """Number of tokens that are chosen by score, which is the budget input of the compressor."""
     return budget(keep, total, config).scored
 
 
 def selected_tokens(
     logits: Tensor, keep: int, config: EvoCompConfig, priority: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    """What a compressor of this configuration makes of `keep` tokens (or all N, if there are fewer) of one image.
+    """Select tokens of one image, given the logits of a compressor and `keep`, the number of kept tokens (at most N).
 
     Args:
         logits: [N] scores.
-        priority: [N] order for `config.hedge`, see `evocomp.selection.priority`; needed if that is above 0.
+        priority: [N] order for `config.hedge`, see `evocomp.selection.priority`; required if that is above 0.
 
     Returns:
-        The selected tokens as ascending indices: the highest of the logits plus dither, and the first of the priority
-        order among the others; and the number of context tokens beside them.
+        The selected tokens as ascending indices (the highest logits plus dither, and the first of the priority order
+        among the others), and the number of context tokens in addition.
     """
     total = len(logits)
     scored, filled, context = budget(keep, total, config)
@@ -89,6 +87,6 @@ def selected_tokens(
 def shown_tokens(
     logits: Tensor, visual: Tensor, keep: int, config: EvoCompConfig, priority: Tensor | None = None
 ) -> Shown:
-    """The `keep` tokens (or all N, if there are fewer) the LLM reads of one image [N, D]; see `selected_tokens`."""
+    """The `keep` tokens (at most N) of one image [N, D] that enter the LLM; see `selected_tokens`."""
     selected, context = selected_tokens(logits, keep, config, priority)
     return shown(visual, selected.to(visual.device), context)

@@ -1,6 +1,6 @@
-"""A compressor as a small adapter: LoRA on the copied layer, trained and saved without the layer itself.
+"""A compressor as a small adapter: LoRA on the copied LLM layer, saved without the layer itself.
 
-The layer's weights come from the target LLM, which is present wherever the compressor is used; only the
+The layer's weights are those of the target LLM, which is always available where the compressor is used. Only the
 low-rank updates, the head and the budget vectors are stored (a few MB instead of hundreds for a 7B model).
 """
 
@@ -22,21 +22,21 @@ def add_lora(
 ) -> PeftModel:
     """Freeze the layer and train rank-`r` updates of its matrices, the head and the budget vectors.
 
-    alpha: LoRA scale, default 2 r. Raises UserError for a compressor that did not start from an LLM layer.
+    alpha: LoRA scale, default 2 r. Raises UserError for a compressor that was not initialised from an LLM layer.
     """
     if compressor.config.init_layer is None:
         raise UserError(
-            "LoRA needs a compressor that started from the LLM's layer; "
+            "LoRA needs a compressor that was initialised from a layer of the LLM; "
             "make it with EvoCompCompressor.from_mllm(model, layer=0)"
         )
-    whole = ["score"] + [name for name in ("head_norm", "budget") if _has_weights(getattr(compressor, name))]
+    trained = ["score"] + [name for name in ("head_norm", "budget") if _has_weights(getattr(compressor, name))]
     config = LoraConfig(
         r=r,
         lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules="all-linear",
-        exclude_modules=whole,
-        modules_to_save=whole,
+        exclude_modules=trained,
+        modules_to_save=trained,
     )
     return get_peft_model(compressor, config)
 
@@ -52,12 +52,12 @@ def save_lora(compressor: PeftModel, folder: str | Path) -> None:
 
 
 def is_lora(path: str | Path) -> bool:
-    """Whether a folder or hub id holds an adapter, as `save_lora` writes it, and not a whole compressor."""
+    """Whether a folder or hub id holds an adapter written by `save_lora`, not a full compressor."""
     return cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
 def load_lora(folder: str | Path, model: nn.Module, trainable: bool = False) -> PeftModel:
-    """The compressor of `save_lora`, on a fresh copy of the layer of `model`, the MLLM that it was trained
+    """Load a compressor saved by `save_lora`, on a copy of the layer of `model`, the MLLM that it was trained
     for."""
     config = EvoCompConfig.from_pretrained(folder)
     compressor = EvoCompCompressor(config).init_from_layer(model, config.init_layer)
@@ -71,5 +71,5 @@ def load_lora(folder: str | Path, model: nn.Module, trainable: bool = False) -> 
 
 
 def merge_lora(compressor: PeftModel) -> EvoCompCompressor:
-    """Fold the updates into the layer: an ordinary compressor, to be saved with `save_pretrained`."""
+    """Merge the updates into the layer; returns an ordinary compressor, which `save_pretrained` can save."""
     return compressor.merge_and_unload()

@@ -25,7 +25,7 @@ class CompressorOutput(ModelOutput):
     """What `EvoCompCompressor` returns.
 
     logits: [B,N] retention scores before the sigmoid
-    hidden: [B,N,W] layer output plus the skip, before the head's norm; W is D, the LLM's size, unless `width` is set
+    hidden: [B,N,W] layer output plus skip connection, before the head's norm; W is `width`, or D if that is 0
     """
 
     logits: Tensor | None = None
@@ -33,12 +33,12 @@ class CompressorOutput(ModelOutput):
 
 
 class BudgetInput(nn.Module):
-    """Tells the layer how many tokens R may stay: log2(R / 16) times a learned vector, zero at the start."""
+    """Budget input: adds log2(R / 16) times a learned vector, initially zero, for R kept tokens."""
 
     def __init__(self, hidden_size: int, use_text: bool):
         super().__init__()
         self.visual = nn.Parameter(torch.zeros(hidden_size))
-        # without text this vector would never get a gradient, which DDP refuses
+        # without text this vector would get no gradient, which is an error in DDP
         self.text = nn.Parameter(torch.zeros(hidden_size)) if use_text else None
 
     def forward(self, visual: Tensor, prompt: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +48,10 @@ class BudgetInput(nn.Module):
 
 
 class EvoCompCompressor(PreTrainedModel):
-    """Scores visual tokens: which are worth keeping for this prompt.
+    """Scores visual tokens by their importance for a prompt.
 
-    A new one starts from normal weights of standard deviation 0.7 / sqrt(fan-in); `init_from_layer` starts it
-    from a layer of the LLM instead.
+    New weights are normal with standard deviation 0.7 / sqrt(fan-in); `init_from_layer` copies a layer of the LLM
+    instead.
     """
 
     config_class = EvoCompConfig
@@ -59,7 +59,7 @@ class EvoCompCompressor(PreTrainedModel):
     main_input_name = "visual"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     supports_gradient_checkpointing = True
-    # scores that differ little must not tie
+    # float32, so that nearly equal scores do not tie
     _keep_in_fp32_modules_strict = {"score", "head_norm"}
 
     def __init__(self, config: EvoCompConfig):
@@ -93,13 +93,13 @@ class EvoCompCompressor(PreTrainedModel):
 
     @property
     def hidden_size(self) -> int:
-        """D, the hidden size of the LLM that it reads tokens of."""
+        """D, the hidden size of the target LLM."""
         return self.config.hidden_size
 
     @torch.no_grad()
     def reset_layers(self) -> None:
-        """Normal weights of standard deviation 0.7 / sqrt(fan-in) in all matrices of layers and head; a matrix that
-        narrows the tokens has 1 / sqrt(fan-in), which leaves their size as it is (Johnson-Lindenstrauss)."""
+        """Initialise all matrices of layers and head with normal weights of standard deviation 0.7 / sqrt(fan-in), the
+        projection to `width` with 1 / sqrt(fan-in), which preserves norms (Johnson-Lindenstrauss)."""
         for weight in [*self.encoder.layers.parameters(), self.score.weight]:
             if weight.ndim == 2:
                 weight.normal_(0.0, 0.7 / math.sqrt(weight.shape[1]))
@@ -118,10 +118,10 @@ class EvoCompCompressor(PreTrainedModel):
         """Score visual tokens.
 
         visual, prompt: [B,N,D] and [B,T,D]
-        masks: bool [B,T] and [B,N], True at real tokens; padding may lie anywhere, it has no influence
+        masks: bool [B,T] and [B,N], True at real tokens; padding may be anywhere and has no influence
         position_ids: [B,N+T], or [3,B,N+T] / [4,B,N+T] for M-RoPE; by default 1..n for the n real visual
             tokens, then n+1.. for the prompt
-        budget: number of tokens to be kept, float [B] or one number; needed with `budget_input`
+        budget: number of tokens to keep, float [B] or one number; required with `budget_input`
         """
         batch, n_visual, _ = visual.shape
         if prompt is None or not self.config.use_text:
@@ -143,8 +143,8 @@ class EvoCompCompressor(PreTrainedModel):
 
     @staticmethod
     def _balanced(mask: Tensor | None, source: Tensor, n_visual: int) -> Tensor:
-        """Added to the attention logits [B,1,1,N+T]: log(n/t) at the t text tokens, so that text and picture begin
-        with equal shares of the attention; minus infinity at padding."""
+        """Bias of the attention logits [B,1,1,N+T]: log(n/t) at the t text tokens, so that text and image start with
+        equal shares of the attention; minus infinity at padding."""
         real = _mask_or_ones(mask, source)
         text = real[:, n_visual:].sum(1, keepdim=True).clamp(min=1)
         bias = source.new_zeros(real.shape, dtype=torch.float32)
@@ -168,7 +168,7 @@ class EvoCompCompressor(PreTrainedModel):
         return mask.long().cumsum(1).clamp(min=1)
 
     def init_from_layer(self, model: nn.Module, layer: int = 0) -> "EvoCompCompressor":
-        """Copy decoder layers `layer`, `layer` + 1, ... of a multimodal LLM, strictly. Returns itself.
+        """Copy the weights of decoder layers `layer`, `layer` + 1, ... of a multimodal LLM. Returns self.
 
         Raises:
             UserError: this compressor is narrower than the LLM.
@@ -184,16 +184,16 @@ class EvoCompCompressor(PreTrainedModel):
 
     @classmethod
     def from_mllm(cls, model: nn.Module, layer: int | None = None, **kwargs) -> "EvoCompCompressor":
-        """A new compressor for a multimodal LLM: from its decoder layer `layer`, or from random weights.
+        """Create a compressor for a multimodal LLM from its decoder layer `layer`, or with random weights (None).
 
-        Further keywords go to `EvoCompConfig`.
+        Further keyword arguments are passed to `EvoCompConfig`.
         """
         compressor = cls(EvoCompConfig.from_mllm(model, **kwargs))
         return compressor if layer is None else compressor.init_from_layer(model, layer)
 
 
 def _autocast(tokens: Tensor) -> bool:
-    """Whether the layer's queries, and so its attention bias, are of a shorter format than its input."""
+    """Whether autocast is on, so that queries and attention bias have another dtype than the input."""
     return torch.is_autocast_enabled(tokens.device.type)
 
 

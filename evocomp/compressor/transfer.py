@@ -1,4 +1,4 @@
-"""Reuse across models: a compressor at another hidden size, and the picks of a small model in a big one.
+"""Transfer between models: a compressor at another hidden size, and the kept tokens of a small model in a large one.
 
 Source: EvoComp, arXiv 2604.17087, transfer experiments: indices chosen on LLaVA-1.5-7B serve the 13B model,
 and a compressor serves Qwen2.5-VL by adaptive pooling over the hidden size.
@@ -15,9 +15,9 @@ from evocomp.log import UserError
 
 
 class PooledCompressor(nn.Module):
-    """A compressor behind adaptive average pooling of the features, for a model of hidden size `hidden_size`.
+    """A compressor with adaptive average pooling of its input features, for a model of hidden size `hidden_size`.
 
-    Works in both directions: larger sizes are averaged down, smaller ones repeat entries. It adds no weights.
+    Larger sizes are averaged, smaller ones repeat entries. It adds no weights.
     """
 
     def __init__(self, compressor: EvoCompCompressor, hidden_size: int):
@@ -40,22 +40,22 @@ class PooledCompressor(nn.Module):
 
 
 class Picked(Protocol):
-    """What a handle's record (`last`) says of the picks: [row][image] -> [r] ascending, counted without separators."""
+    """Kept tokens in a handle's record (`last`): [row][image] -> [r] ascending, counted without separators."""
 
     picked: list[list[Tensor]]
 
 
 class ReusedPicks:
-    """A selector that keeps what was kept elsewhere: a small model's choice in a big one with the same vision
-    grid.
+    """A selector that reuses the tokens kept in another model, for example those of a small model in a large one
+    with the same vision grid.
 
         with compress(small, compressor, keep=64) as chosen:
             small.generate(**inputs, max_new_tokens=1)
         with compress(big, ReusedPicks(lambda: chosen.last), keep=64):
             big.generate(**inputs)
 
-    `source()` returns the record of the same rows and images in the same order as the prompt of the
-    big model. It is no list of indices: those of `last.indices` count newline separators, which no selector sees.
+    `source()` returns the record of the same rows and images, in the same order as in the prompt of the large model.
+    Lists of indices are not accepted, because `last.indices` counts newline separators, which selectors do not see.
     """
 
     def __init__(self, source: Callable[[], Picked]):
@@ -66,18 +66,18 @@ class ReusedPicks:
         record = self.source()
         if not hasattr(record, "picked"):
             raise UserError(
-                f"picks come as a record, not as {type(record).__name__}; give `lambda: handle.last` of a handle whose "
-                "last prompt had images"
+                f"kept tokens must be a record, not {type(record).__name__}; give `lambda: handle.last`; the last "
+                "prompt of the handle must have images"
             )
         indices = [image for row in record.picked for image in row]
         if len(indices) != len(visual):
             raise UserError(
-                f"{len(indices)} images were picked from, this prompt has {len(visual)}; use the same prompt"
+                f"{len(indices)} images in the record, {len(visual)} in this prompt; use the same prompt"
             )
         for chosen, rows in zip(indices, visual, strict=True):
             if len(chosen) and int(chosen.max()) >= len(rows):
                 raise UserError(
-                    f"token {int(chosen.max())} was picked but the image has {len(rows)} here; "
-                    "picks can be reused between models with the same vision grid only"
+                    f"token {int(chosen.max())} was kept, but the image has {len(rows)} tokens here; "
+                    "use models with the same vision grid"
                 )
         return [(chosen.to(rows.device), None) for chosen, rows in zip(indices, visual, strict=True)]

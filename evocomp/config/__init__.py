@@ -1,1 +1,1 @@
-"""Settings: `schema` says what there is, `load` reads it, `options` makes it command-line options."""
+"""Settings: `schema` defines them, `load` reads them, `options` turns them into command-line options."""

@@ -1,4 +1,4 @@
-"""What settings must satisfy, alone and together; every failure is one line that says what to change."""
+"""Constraints on settings, single and combined; each error is one line that says what to change."""
 
 import math
 from dataclasses import fields, is_dataclass
@@ -79,7 +79,7 @@ def numbers(config: Any, prefix: str, *names: str) -> None:
 
 
 def at_least(config: Any, least: float, prefix: str, *names: str) -> None:
-    """Raise `UserError` for a setting of these names that is smaller than `least`."""
+    """Raise `UserError` if one of the named settings is smaller than `least`."""
     for name in names:
         value = getattr(config, name)
         what = "not be negative" if least == 0 else f"be at least {least}"
@@ -87,11 +87,11 @@ def at_least(config: Any, least: float, prefix: str, *names: str) -> None:
 
 
 def require_consistent(config: Any) -> None:
-    """Raise `UserError` if settings of a `RunConfig` that are each fine do not go together."""
+    """Raise `UserError` if settings of a `RunConfig` are valid one by one but not in combination."""
     scenes = {"nano": "small", "nano576": "large"}.get(config.model.name, config.data.scenes)
     require(
         config.data.source != "scenes" or config.data.scenes == scenes,
-        f"model.name={config.model.name} was made for {scenes} scenes: set data.scenes={scenes}",
+        f"model.name={config.model.name} needs {scenes} scenes: set data.scenes={scenes}",
     )
     credit = config.labels.target == "credit"
     require(
@@ -100,24 +100,24 @@ def require_consistent(config: Any) -> None:
     )
     require(
         config.labels.refresh != "on_policy" or credit,
-        "labels.refresh=on_policy goes on from credits: set labels.target=credit",
+        "labels.refresh=on_policy requires labels.target=credit",
     )
     require(
         config.labels.refresh != "search" or not credit,
-        "labels.refresh=search goes on from searched masks: use labels.refresh=on_policy or none with credits",
+        "labels.refresh=search requires searched masks: with credits, set labels.refresh=on_policy or none",
     )
     require(
         not config.compressor.sharp or config.model.attention != "flash_attention_2",
-        "compressor.sharp gives tokens weights in the attention, and flash_attention_2 takes none: set "
+        "compressor.sharp > 0 needs an attention bias, which flash_attention_2 does not support: set "
         "model.attention=sdpa or compressor.sharp=0",
     )
     at_random = credit and config.labels.credit_masks_from == "random"
     require(
         config.labels.credit_of != "group" or (at_random and config.loss.name == "listwise"),
-        "labels.credit_of=group is made for labels.target=credit of random masks and loss.name=listwise",
+        "labels.credit_of=group requires labels.target=credit, labels.credit_masks_from=random and loss.name=listwise",
     )
     require(
         config.loss.name != "listwise" or credit,
-        f"loss.name=listwise needs labels.target=credit, not {config.labels.target}; for the paper's set "
+        f"loss.name=listwise needs labels.target=credit, not {config.labels.target}; for the paper's recipe set "
         "recipe=published, else choose another loss",
     )

@@ -1,4 +1,4 @@
-"""From YAML files and command line to one frozen `RunConfig`; every mistake is one clear line."""
+"""Build a frozen `RunConfig` from YAML files and the command line; each error is one line."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ from evocomp.config.schema import RunConfig
 from evocomp.log import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent / "experiments"
-"""In a checkout a link to its folder `experiments`; an installed package has the files themselves."""
+"""In a checkout, a link to its folder `experiments`; in an installed package, a folder of files."""
 
 
 NOT_SETTINGS = (OmegaConfBaseException, ValueError, TypeError, RecursionError)
@@ -31,16 +31,16 @@ def shipped() -> list[str]:
 
 
 def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunConfig:
-    """Defaults, the recipe's settings, then the YAML files in order, then `a.b=v`; resolved, checked, frozen.
+    """Merge defaults, the recipe's settings, the YAML files in order and then `settings`; resolve, check and freeze.
 
-    The recipe is the last one that a file or the command line names.
+    The recipe is the last one named in a file or on the command line.
 
     Args:
         files: YAML files, or names of installed ones (see `shipped`).
-        settings: `section.key=value` each.
+        settings: items of the form `section.key=value`.
 
     Raises:
-        UserError: unknown key (with a suggestion), wrong type, value that is not allowed, unreadable file.
+        UserError: unknown key (with a suggestion), wrong type, invalid value, unreadable file.
 
     >>> load(settings=["search.population=24", "eval.kept=[16,8]"]).eval.kept
     (16, 8)
@@ -86,7 +86,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def _find(file: str | Path) -> Path:
-    """A file of this name, else the installed configuration of this name."""
+    """The file of this name, else the installed configuration of this name."""
     path = Path(file)
     if path.is_file():
         return path
@@ -152,7 +152,7 @@ def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
         return OmegaConf.merge(config, change)
     except OmegaConfBaseException as error:
         text = _one_line(error)
-        # OmegaConf does not always say where; a setting of the command line is one key
+        # OmegaConf does not always name the key; a setting of the command line has a single one
         named = text if len(keys) > 1 or text.startswith(keys[0]) else f"{keys[0]}: {text}"
         raise UserError(f"{origin}: {named}") from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -161,7 +161,7 @@ def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
 
 @cache
 def _known() -> list[str]:
-    """Every setting by its dotted key; once a process, for a saved run names about a hundred."""
+    """Dotted keys of all settings; cached, because a saved run checks about a hundred keys."""
     return [setting.key for setting in options.settings()]
 
 

@@ -1,4 +1,4 @@
-"""Settings as options of the command line: `--section.key` for each, with its choices, default and meaning."""
+"""Settings as command-line options: `--section.key` for each, with choices, default and description."""
 
 import argparse
 import ast
@@ -32,7 +32,7 @@ COMMON = (
     "eval.kept",
     "trainer",
 )
-"""Settings that a short help shows."""
+"""Settings that the short help shows."""
 
 TITLES = {
     "": "run",
@@ -41,7 +41,7 @@ TITLES = {
     "grouping": "grouping (groups of visual tokens, for searched labels)",
     "search": "search (masks of kept tokens, for searched labels)",
     "labels": "labels (what the compressor learns from)",
-    "scorer": "scorer (speed of scoring; losses stay the same but for rounding)",
+    "scorer": "scorer (speed of scoring; losses change by rounding only)",
     "compressor": "compressor (the network that is trained)",
     "loss": "loss",
     "optim": "optim (optimizer and schedule)",
@@ -66,7 +66,7 @@ class Setting:
 
     @property
     def placeholder(self) -> str:
-        """What stands for the value in a help text."""
+        """Placeholder of the value in the help text."""
         if typing.get_origin(self.kind) is typing.Literal:
             return "NAME"
         if typing.get_origin(self.kind) is tuple:
@@ -75,7 +75,7 @@ class Setting:
 
     @property
     def help(self) -> str:
-        """Choices, meaning and default in one paragraph."""
+        """Description, choices and default in one paragraph."""
         choices = typing.get_args(self.kind) if typing.get_origin(self.kind) is typing.Literal else ()
         listed = f" Choices: {', '.join(choices)}." if choices else ""
         default = f" (default: {readable(self.default)})" if self.default not in (None, {}) else ""
@@ -83,7 +83,7 @@ class Setting:
 
 
 def settings(cls: type = RunConfig, prefix: str = "") -> Iterator[Setting]:
-    """Every setting, in the order of the schema."""
+    """All settings, in the order of the schema."""
     kinds, texts = typing.get_type_hints(cls), _attribute_docstrings(cls.__name__)
     for item in fields(cls):
         default = item.default_factory() if callable(item.default_factory) else item.default
@@ -94,7 +94,7 @@ def settings(cls: type = RunConfig, prefix: str = "") -> Iterator[Setting]:
 
 
 def readable(value: Any) -> str:
-    """A value as it can be given on the command line, floats to three digits.
+    """A value in command-line syntax, floats with three digits.
 
     >>> readable((1 / 18, 4)), readable(True), readable(2e-3)
     ('[0.0556,4]', 'true', '0.002')
@@ -109,10 +109,10 @@ def readable(value: Any) -> str:
 
 
 def add_settings(parser: argparse.ArgumentParser, words: Sequence[str], shown: str = "common") -> None:
-    """Add every setting to a parser; what is given is collected in the namespace's `settings` as `key=value`.
+    """Add all settings to a parser; given ones are collected in the namespace's `settings` as `key=value`.
 
     Args:
-        words: of the command line; arguments of Lightning's Trainer in it (`--trainer.NAME`) become options too.
+        words: words of the command line; arguments of Lightning's Trainer (`--trainer.NAME`) become options too.
         shown: which settings the help shows: "common", "all", or one section.
     """
     parser.set_defaults(settings=())
@@ -120,14 +120,14 @@ def add_settings(parser: argparse.ArgumentParser, words: Sequence[str], shown: s
     for setting in settings():
         visible = shown == "all" or shown == (setting.section or "run") or (shown == "common" and setting.key in COMMON)
         group = groups[setting.section]
-        name = "trainer.NAME" if setting.key == "trainer" else setting.key  # its entries are options, not it itself
+        name = "trainer.NAME" if setting.key == "trainer" else setting.key  # its entries are options, not itself
         _add(group, name, setting.placeholder, setting.help if visible else argparse.SUPPRESS)
     for name in sorted({found[1] for word in words if (found := re.match(r"--(trainer\.[\w.]+)(=|$)", word))}):
         _add(parser, name, "TEXT", argparse.SUPPRESS)
 
 
 def with_dashes(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """The words with `key=value` written `--key=value`, unless it is the value of the option before it."""
+    """Rewrite `key=value` as `--key=value`, unless it is the value of the preceding option."""
     known = parser._option_string_actions
     found = []
     for before, word in zip(["", *words], words, strict=False):
@@ -138,13 +138,13 @@ def with_dashes(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[s
 
 
 def _add(group, key: str, placeholder: str, text: str) -> None:
-    # a key alone means true
+    # a key without a value means true
     text = text if text is argparse.SUPPRESS else text.replace("%", "%%")
     group.add_argument(f"--{key}", nargs="?", const="true", metavar=placeholder, help=text, action=_Collect)
 
 
 class _Collect(argparse.Action):
-    """Keeps settings in the order in which they were given, since later ones win."""
+    """Collects settings in the given order, because later ones override earlier ones."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         namespace.settings = (*namespace.settings, f"{option_string[2:]}={values}")

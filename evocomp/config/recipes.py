@@ -1,4 +1,4 @@
-"""The two recipes as settings: `plus` is what `RunConfig` begins with, `published` is what differs from it."""
+"""The two recipes as settings: `plus` has the defaults of `RunConfig`, `published` lists the differences."""
 
 from typing import Any
 
@@ -11,4 +11,4 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim": {"refresh_lr": 0.0, "ema": 0.0},
     },
 }
-"""Name -> settings that it changes. A file or the command line may change them again."""
+"""Name -> settings that it changes. Files and the command line may override them."""

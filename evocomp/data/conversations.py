@@ -3,8 +3,8 @@
     [{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\ncolor of circle"},
                                                      {"from": "gpt", "value": "red"}, ...]}, ...]
 
-Each answered turn becomes one `Example` with the earlier turns as its history. No image is opened here: one that does
-not decode is found when the model reads it, see `evocomp.mllm.reader`.
+Each answered turn becomes one `Example` with the earlier turns as its history. Images are not opened here: a file that
+cannot be decoded is reported when the model reads it, see `evocomp.mllm.reader`.
 """
 
 import json
@@ -28,13 +28,13 @@ _TURNS = ("conversations", "messages")
 
 @dataclass
 class Reading:
-    """What came of a file.
+    """Result of reading a file.
 
     Attributes:
         examples: the questions.
-        text_only: records without an image, which are left out.
-        bad: "record NAME: what is wrong" of each record that is left out as faulty.
-        left_out: why single turns are left out, with the names of their records.
+        text_only: number of records without an image, which are skipped.
+        bad: "record NAME: what is wrong" for each faulty record, which is skipped.
+        left_out: reason -> names of the records from which turns were skipped for it.
     """
 
     examples: list[Example] = field(default_factory=list)
@@ -46,13 +46,13 @@ class Reading:
 def read_conversations(source: str | Path, image_folder: str | Path | None = None, max_bad: int = 10) -> Reading:
     """Read a file in LLaVA's format, or a folder that holds `data.json` or `data.jsonl`.
 
-    Text-only records are counted and left out. A record with a fault (a missing image, a video, two answers in a row,
-    another number of image marks than of images, ...) is reported with its id and left out, until there are more than
+    Text-only records are counted and skipped. A faulty record (a missing image, a video, two answers in a row, a number
+    of image placeholders that differs from the number of images, ...) is reported with its id and skipped, up to
     `max_bad` of them.
 
     Raises:
-        UserError: no such file, broken JSON (with file and line), a record without conversations, too many faulty
-            records, nothing left.
+        UserError: no such file, invalid JSON (with file and line), a record without conversations, too many faulty
+            records, no usable question.
     """
     path = _file(Path(source), source)
     records = read_records(path, lambda content: isinstance(content, dict) and _turns_of(content) is not None)
@@ -70,22 +70,22 @@ def read_conversations(source: str | Path, image_folder: str | Path | None = Non
             continue
         reading.text_only += examples is None
         for example in examples or ():
-            if example.id not in seen:  # a record that stands there twice is labelled once
+            if example.id not in seen:  # a duplicate record is labelled once
                 seen.add(example.id)
                 reading.examples.append(example)
-    _say(path, reading)
+    _log_skipped(path, reading)
     if not reading.examples:
-        raise UserError(f"{path}: no usable question about a picture in {len(records)} records{_reasons(reading)}")
+        raise UserError(f"{path}: no usable question about an image in {len(records)} records{_reasons(reading)}")
     return reading
 
 
 def write_scenes(
     out: Path, seed: int, count: int, relation: bool = False, spec: SceneSpec = SceneSpec()
 ) -> int:
-    """Write `count` scenes as a LLaVA-format folder; returns the number of records (one a question).
+    """Write `count` scenes as a LLaVA-format folder; returns the number of records (one per question).
 
     Raises:
-        UserError: `out` already holds a data set.
+        UserError: `out` already holds a dataset.
     """
     if (out / "data.json").exists():
         raise UserError(f"--out={out} already holds data.json; choose another folder")
@@ -109,7 +109,7 @@ def write_scenes(
 
 
 def _file(path: Path, source: str | Path) -> Path:
-    """The file of a source, which may be a folder."""
+    """The data file of a source, which may be a folder."""
     if path.is_dir():
         found = [path / name for name in ("data.json", "data.jsonl") if (path / name).is_file()]
         path = found[0] if found else path / "data.json"
@@ -125,14 +125,14 @@ def _turns_of(record: dict[str, Any]) -> Any:
 
 
 def _name(record: dict[str, Any], number: int) -> str:
-    """What a record is called in messages: its id, or its number where it has none."""
+    """Name of a record in messages: its id, or its index if it has none."""
     name = record.get("id")
     text = str(number if name is None or name == "" else name)
     return f"record {printable(' '.join(text.split())[:80])[:90]}"
 
 
 def _check_form(path: Path, number: int, record: Any) -> None:
-    """Raise UserError for what is no record at all: then the file is of another kind."""
+    """Raise UserError unless this is a record with turns: otherwise the file has another format."""
     if not isinstance(record, dict) or not isinstance(_turns_of(record), list):
         raise UserError(f"{path}: record {number} has no list `conversations` (or `messages`)")
     if not all(isinstance(turn, dict) for turn in _turns_of(record)):
@@ -146,19 +146,19 @@ def _leave_out(reading: Reading, fault: str, path: Path, max_bad: int) -> None:
     if len(reading.bad) > max_bad:
         raise UserError(
             f"{path}: more than data.max_bad={max_bad} records have a missing image or another fault "
-            f"(last: {fault}); mend the data or raise data.max_bad"
+            f"(last: {fault}); correct the data or raise data.max_bad"
         )
 
 
-def _say(path: Path, reading: Reading) -> None:
+def _log_skipped(path: Path, reading: Reading) -> None:
     if reading.text_only:
         logger.info("%s: %d text-only records left out", path, reading.text_only)
     for reason, names in reading.left_out.items():
-        logger.info("%s: %d turns left out (%s), first of %s", path, len(names), reason, names[0])
+        logger.info("%s: %d turns left out (%s), first in %s", path, len(names), reason, names[0])
 
 
 def _reasons(reading: Reading) -> str:
-    """Why there is no question."""
+    """Reasons for which there is no question."""
     reasons = [f"{reading.text_only} text-only"] if reading.text_only else []
     reasons += [f"left out {fault}" for fault in reading.bad[:1]]
     reasons += [f"{len(names)} turns left out ({reason})" for reason, names in reading.left_out.items()]
@@ -190,17 +190,17 @@ def _examples(
 
 
 def _sources(named: list[Any], marks: list[Mark]) -> list[Any]:
-    """What the images of a record are called, one for each mark. Raises Fault if names and marks do not fit."""
+    """Sources of a record's images, one per placeholder. Raises Fault if sources and placeholders do not match."""
     own = [mark.source for mark in marks if mark.source is not None]
     if own and len(own) < len(marks):
-        raise Fault("has image marks of which some name a file and some do not")
+        raise Fault("has image placeholders of which only some name a file")
     if own and named and own != named:
-        raise Fault("names other images in its turns than in `image`")
+        raise Fault("names different images in its turns and in `image`")
     sources = own or named
     if not sources:
-        raise Fault("has an image mark (<image>) but names no image")
+        raise Fault("has an image placeholder (<image>) but names no image")
     if marks and len(marks) != len(sources):
-        raise Fault(f"has {_count(len(marks), 'image mark')} (<image>) for {_count(len(sources), 'image')}")
+        raise Fault(f"has {_count(len(marks), 'image placeholder')} (<image>) for {_count(len(sources), 'image')}")
     return sources
 
 
@@ -220,12 +220,12 @@ def _answered(
 
     Args:
         found: path and name of each image.
-        places: for each, the question and the character in it before which it stands.
+        places: for each image, the index of its question and the character before which it is inserted.
     """
     history: list[tuple[str, str]] = []
     for question, answer in zip(turns[::2], turns[1::2], strict=False):
         turn = len(history)
-        seen = [number for number, (place, _) in enumerate(places) if place <= turn]
+        seen = [number for number, (first, _) in enumerate(places) if first <= turn]
         if not seen:
             left_out.setdefault("before the first image", []).append(name)
         elif question.is_null:
@@ -234,11 +234,11 @@ def _answered(
             left_out.setdefault("no answer", []).append(name)
         else:
             paths, names = zip(*(found[number] for number in seen), strict=True)
-            # one image goes before its question wherever the mark stands in it, as in LLaVA's own code
+            # a single image is placed before its question, wherever the placeholder is, as in LLaVA's own code
             placed = tuple(places[number] if len(found) > 1 else (places[number][0], 0) for number in seen)
             image_id = " + ".join(names)
             yield Example(
-                # with the words: LLaVA's mixture names several records after one COCO picture
+                # with the text, because several records of LLaVA's mixture have the id of the same COCO image
                 id=stable_id("conversation", record.get("id", ""), image_id, turn, question.text, answer.text),
                 image=paths[0],
                 image_id=image_id,
@@ -249,7 +249,7 @@ def _answered(
                 extra={"record": name},
                 further_images=paths[1:],
                 image_ids=names if len(names) > 1 else (),
-                placed=placed if any(place != (0, 0) for place in placed) else (),
+                placed=placed if any(where != (0, 0) for where in placed) else (),
             )
         history.append((question.text, answer.text))
     if len(turns) % 2 or not turns:

@@ -1,4 +1,4 @@
-"""The unit of work: one question about one image or several, with the answer that the MLLM should give."""
+"""A training or test example: one question about one or several images, with the answer that the MLLM should give."""
 
 import hashlib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def stable_id(*parts: Any) -> int:
-    """A 63-bit integer that depends on nothing but `parts`; the same in every process and version.
+    """A 63-bit integer that depends on `parts` only; the same in every process and version.
 
     >>> stable_id("train", 3) == stable_id("train", 3)
     True
@@ -20,7 +20,7 @@ def stable_id(*parts: Any) -> int:
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image, or about several.
+    """One question about one or several images.
 
     Attributes:
         id: stable 63-bit integer; labels, priorities and random streams are keyed by it.
@@ -31,11 +31,11 @@ class Example:
         kind: the question's type; accuracies are reported by it.
         history: earlier (question, answer) turns of the conversation.
         choices: the answers a multiple-choice question offers, else empty.
-        extra: what a task needs besides (other accepted answers, target object, the record's name, ...).
+        extra: additional data of a task (other accepted answers, target object, name of the record, ...).
         further_images: the images after the first.
-        image_ids: of several images the name of each; empty for one image, whose name is `image_id`.
-        placed: for each image the turn (0 = the first question) and the character of that turn's question before
-            which it stands; empty: all of them before the first question.
+        image_ids: name of each image if there are several; empty for a single image, whose name is `image_id`.
+        placed: for each image, the turn (0 = the first question) and the character of that turn's question before
+            which the image is inserted; empty: all images before the first question.
     """
 
     id: int
@@ -53,7 +53,7 @@ class Example:
 
     @property
     def images(self) -> tuple[str | np.ndarray, ...]:
-        """All images, in the order in which they stand in the conversation."""
+        """All images, in the order of the conversation."""
         return (self.image, *self.further_images)
 
     @property
@@ -63,14 +63,14 @@ class Example:
 
     @property
     def record(self) -> str:
-        """What the example is called in messages: its record in the user's file where it is known, else its id."""
+        """Name of the example in messages: its record in the user's file if known, else its id."""
         return str(self.extra.get("record", f"example {self.id}"))
 
 
 def image_groups(examples: Iterable[Example]) -> dict[str, str]:
-    """Name of each image -> name of its group: images that a question is about together are in one group.
+    """Name of each image -> name of its group: images of the same question are in the same group.
 
-    Questions about different groups have no image in common. An image that comes alone is a group of its own name.
+    Questions about different groups have no image in common. An image without a partner forms a group of its name.
 
     >>> pair = Example(1, "a.png", "a + b", "?", "yes", further_images=("b.png",), image_ids=("a", "b"))
     >>> image_groups([pair, Example(2, "b.png", "b", "?", "no"), Example(3, "c.png", "c", "?", "no")])

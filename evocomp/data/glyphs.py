@@ -1,4 +1,4 @@
-"""A dot-matrix font of digits and capitals, five dots wide and seven high; nothing depends on fonts of the system."""
+"""A dot-matrix font of digits and capitals, five dots wide and seven high, independent of system fonts."""
 
 from functools import lru_cache
 
@@ -45,7 +45,7 @@ _ROWS = {
 
 @lru_cache(maxsize=len(_ROWS))
 def dots(glyph: str) -> tuple[tuple[int, int], ...]:
-    """Inked dots (column 0..4, row 0..6) of a digit or a small letter, which is drawn as its capital.
+    """Filled dots (column 0..4, row 0..6) of a digit or of a lowercase letter, which is drawn as a capital.
 
     >>> len(dots("i"))
     11

@@ -1,4 +1,4 @@
-"""From what a record calls its images to files that are there, without opening any of them."""
+"""Resolve the image names of a record to existing files, without opening them."""
 
 import base64
 import binascii
@@ -14,20 +14,20 @@ from evocomp.data.turns import Fault
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _LEAST_BASE64 = 64
-"""Characters from which a name that is no file may be base64: the smallest PNG takes more."""
+"""Minimum length of a string that may be base64 content: the smallest PNG is longer."""
 
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 
 
 def named_images(record: dict[str, Any]) -> list[Any]:
-    """What a record calls its images, by `image` or `images`: names, not yet checked; empty for none.
+    """Image names of a record, from `image` or `images`, not yet checked; empty without images.
 
     Raises:
-        Fault: it has a video or sound, a list within a list, or two keys that differ.
+        Fault: the record has a video or audio, a nested list, or two keys that differ.
     """
     for key in _OTHER_MEDIA:
         if record.get(key):
-            raise Fault(f"has `{key}`, which is not supported; only images are")
+            raise Fault(f"has `{key}`, which is not supported; use records with images only")
     given = [_as_list(record.get(key)) for key in ("image", "images")]
     if given[0] and given[1] and given[0] != given[1]:
         raise Fault("has both `image` and `images`, and they differ")
@@ -35,10 +35,10 @@ def named_images(record: dict[str, Any]) -> list[Any]:
 
 
 class ImageFolder:
-    """Finds images by name. Each folder is listed once, so that hundreds of thousands of names take no time.
+    """Finds images by name. Each folder is listed only once, which is fast for hundreds of thousands of names.
 
     Args:
-        folder: what names are relative to.
+        folder: folder to which the names are relative.
     """
 
     def __init__(self, folder: Path):
@@ -49,18 +49,18 @@ class ImageFolder:
         """Path (or `data:` URI) of an image and its name.
 
         Raises:
-            Fault: it is not there, or no file.
+            Fault: the image is missing or is not a file.
         """
         if isinstance(source, dict):
             source = source.get("path") or source.get("url") or source.get("bytes")
         if not isinstance(source, str):
-            raise Fault(f"names its image by {type(source).__name__}, not by text")
+            raise Fault(f"names its image by {type(source).__name__}; give a string")
         if source.startswith("data:"):
             return _data_uri(source, source.partition(",")[2])
         path = self.folder / _local(source)
         if self._is_file(path):
             return str(path), source
-        other = self.folder / source.replace("\\", "/")  # written on Windows
+        other = self.folder / source.replace("\\", "/")  # a path from Windows
         if "\\" in source and self._is_file(other):
             return str(other), source
         if len(source) >= _LEAST_BASE64 and _signature(source):
@@ -72,23 +72,23 @@ class ImageFolder:
         parent, name = os.path.split(path)
         if parent not in self._listed:
             self._listed[parent] = _files_in(parent)
-        # what is not listed may still be there: under another spelling of its letters, or behind ".."
+        # an unlisted name may still exist: in another Unicode normalisation or letter case, or with ".." in its path
         return self._listed[parent].get(name) or os.path.isfile(path)
 
 
 def _as_list(given: Any) -> list[Any]:
-    if given is None or given == "" or given == [] or given != given:  # NaN, as pandas writes it for nothing
+    if given is None or given == "" or given == [] or given != given:  # NaN, which pandas writes for a missing value
         return []
     items = given if isinstance(given, list) else [given]
     if any(isinstance(item, list) for item in items):
-        raise Fault("has a list of images within a list; give names only")
+        raise Fault("has a nested list of images; give a flat list of names")
     if any(item is None or item == "" for item in items):
         raise Fault("has an image without a name in its list")
     return items
 
 
 def _local(source: str) -> str:
-    """The path that a name stands for; a `file:` URI is one too."""
+    """The path of a name, which may be a `file:` URI."""
     scheme = _SCHEME.match(source)
     if scheme is None or "\n" in source[:200]:
         return source
@@ -101,7 +101,7 @@ def _local(source: str) -> str:
 
 
 def _files_in(folder: str) -> dict[str, bool]:
-    """Names of the files in a folder; links are left for a second look."""
+    """Names of the regular files in a folder; symbolic links are checked separately."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name: True for entry in entries if entry.is_file(follow_symlinks=False)}
@@ -110,7 +110,7 @@ def _files_in(folder: str) -> dict[str, bool]:
 
 
 def _signature(text: str) -> bool:
-    """Whether base64 text begins as an image file does."""
+    """Whether base64 text starts with the signature of an image format."""
     try:
         head = base64.b64decode(text[:_LEAST_BASE64], validate=True)
     except (binascii.Error, ValueError):

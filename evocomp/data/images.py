@@ -1,11 +1,12 @@
-"""Opening images: the one place where a file becomes pixels, for labels, training, judging, reports and commands.
+"""Reading images. Labels, training, evaluation, reports and commands all read image files here.
 
-The result is that of `transformers.image_utils.load_image`, so that labels are made of what the model's own pipeline
-sees: the EXIF orientation is applied, then the image is converted to RGB (alpha is dropped, palettes and CMYK are
-resolved, of an animation the first frame is taken). Two departures, both where transformers gives a useless image:
+The result equals that of `transformers.image_utils.load_image`, so that labels are made of the images that the
+model's own pipeline sees: the EXIF orientation is applied, then the image is converted to RGB (alpha is dropped,
+palettes and CMYK are converted, the first frame of an animation is used). There are two exceptions, where
+transformers returns a useless image:
 
-- 16-bit grey (PNG, PGM, TIFF) is scaled to 8 bits by 1/257; Pillow's conversion clips, so that nearly all is white.
-- 32-bit integers above 255 and floating-point images are refused: which value is white is not known.
+- 16-bit grey (PNG, PGM, TIFF) is scaled to 8 bits by 1/257; Pillow's conversion clips, so nearly all pixels are white.
+- 32-bit integers above 255 and floating-point images are refused, because the value of white is unknown.
 """
 
 import base64
@@ -20,21 +21,21 @@ from PIL import Image, ImageOps
 from evocomp.log import UserError
 
 ImageSource = str | Path | np.ndarray | Image.Image
-"""A file, `data:image/...;base64,...`, pixels [height, width, 3] uint8, or an opened image."""
+"""A file, a `data:image/...;base64,...` URI, pixels [height, width, 3] uint8, or an opened image."""
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BrokenImage(UserError):
-    """The content of an image cannot be decoded. Reading it again gives the same: such a record may be left out."""
+    """The content of an image cannot be decoded. The error is permanent, so such a record may be skipped."""
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """The image as RGB, upright.
+    """The image in RGB, with its EXIF orientation applied.
 
     Raises:
-        BrokenImage: its bytes are no image that Pillow can decode.
-        UserError: it cannot be read at all (missing, no permission, a failing disk).
+        BrokenImage: Pillow cannot decode the content.
+        UserError: the file cannot be read (missing, no permission, disk error).
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source).convert("RGB")
@@ -46,7 +47,7 @@ def read_image(source: ImageSource) -> Image.Image:
             return _upright_rgb(image, source)
     except BrokenImage:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, IndexError, ...
+    except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, IndexError, ...
         reason = "it is empty" if not content else _reason(error)
         raise BrokenImage(f"image {name_of(source)} does not decode ({reason})") from None
 
@@ -57,12 +58,12 @@ def as_array(source: ImageSource) -> np.ndarray:
 
 
 def is_base64(source: object) -> bool:
-    """Whether a string holds the image itself, as `data:` URI."""
+    """Whether a string holds the image content, as a `data:` URI."""
     return isinstance(source, str) and source.startswith("data:")
 
 
 def name_of(source: ImageSource) -> str:
-    """What an image is called in messages."""
+    """Name of an image in messages."""
     if is_base64(source):
         return f"given as base64 text of {len(str(source))} characters"
     return str(source) if isinstance(source, str | Path) else "given as pixels"
@@ -84,13 +85,13 @@ def _content(source: str | Path) -> bytes:
 
 
 def _upright_rgb(image: Image.Image, source: ImageSource) -> Image.Image:
-    kind = image.format  # transposing forgets it
+    kind = image.format  # transposing resets it
     image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BITS or (image.mode == "I" and kind in ("PNG", "PPM")):
         image = _eight_bits(image)
     elif image.mode == "F" or (image.mode == "I" and not _fits_eight_bits(image)):
         raise BrokenImage(
-            f"image {name_of(source)} has 32 bits a channel, of which it is not known what is white: save it with 8"
+            f"image {name_of(source)} has 32 bits per channel with an unknown value range; save it with 8 bits"
         )
     return image.convert("RGB")
 
@@ -108,17 +109,17 @@ def _fits_eight_bits(image: Image.Image) -> bool:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image format that Pillow knows"
+        return "not an image format that Pillow supports"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def size_on_disk(source: str | np.ndarray) -> int | list[int] | None:
-    """Bytes of a file (None if it is not there), or height and width of pixels."""
+    """Size of a file in bytes (None if it is missing), or height and width of pixels."""
     if not isinstance(source, str):
         return list(source.shape[:2])
     if is_base64(source):
         return len(source)
     try:
         return os.path.getsize(source)
-    except (OSError, ValueError):  # whoever opens it says so
+    except (OSError, ValueError):  # the error is reported when the image is opened
         return None

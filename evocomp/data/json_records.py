@@ -1,4 +1,4 @@
-"""JSON and JSON Lines as people have them: with a byte-order mark, one record a line, under any file name."""
+"""Read JSON and JSON Lines, with or without a byte-order mark, under any file name."""
 
 import json
 from collections.abc import Callable
@@ -14,21 +14,21 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The records of a JSON Lines file, one a line; empty lines are skipped. Raises UserError with file and line."""
+    """The records of a JSON Lines file, one per line; empty lines are skipped. Raises UserError with file and line."""
     return _lines(_text(path), path)
 
 
 def read_records(path: Path, is_record: Callable[[Any], bool]) -> list[Any]:
-    """The records of a file that is a JSON list, or JSON Lines, whatever it is called.
+    """The records of a JSON list or of a JSON Lines file, independent of the file name.
 
     Args:
-        is_record: tells a single record from other objects, for a JSON Lines file with one line.
+        is_record: whether an object is a single record, for a JSON Lines file with one line.
 
     Raises:
-        UserError: neither of the two, with file and line.
+        UserError: the file has neither format; the message names file and line.
     """
     text = _text(path)
-    # two objects one after another are JSON Lines; of a list that is broken its own mistake is told
+    # an object on the first line suggests JSON Lines; for a broken list, the error of the list is reported
     if path.suffix == ".jsonl" or (text.lstrip()[:1] == "{" and _is_json(text.lstrip().partition("\n")[0])):
         records = _lines(text, path)
         if len(records) > 1 or path.suffix == ".jsonl":
@@ -38,7 +38,7 @@ def read_records(path: Path, is_record: Callable[[Any], bool]) -> list[Any]:
         return content
     if is_record(content):
         return [content]
-    raise UserError(f"{path}: must be a list of records, or one record a line, as LLaVA's files are")
+    raise UserError(f"{path}: must be a list of records, or one record per line, as in LLaVA's format")
 
 
 def _text(path: Path) -> str:
@@ -51,20 +51,20 @@ def _text(path: Path) -> str:
 
 
 def _lines(text: str, path: Path) -> list[Any]:
-    # not splitlines: JSON strings may hold U+2028 and the like
+    # not splitlines, because JSON strings may contain U+2028 and similar characters
     return [_parsed(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _parsed(text: str, path: Path, line: int = 0) -> Any:
-    """`line`: of JSON Lines, the number of the line that `text` is."""
+    """Parse JSON; `line`: line number of `text` in a JSON Lines file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "; one record a line is expected" if line else ""
+        hint = "; expected one record per line" if line else ""
         raise UserError(f"{path}:{line or error.lineno}: not valid JSON ({error.msg}){hint}") from None
     except RecursionError:
-        raise UserError(f"{path}: lists or objects lie too deeply within one another") from None
-    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: lists or objects are nested too deeply") from None
+    except ValueError as error:  # for example a number with thousands of digits
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 

@@ -1,7 +1,7 @@
-"""Drawn scenes with known answers: an endless, seeded benchmark in which the picture matters.
+"""Drawn scenes with known answers: an unlimited, seeded benchmark whose questions cannot be answered without the image.
 
-A scene is a grid of coloured shapes, each with a digit at its centre, on a noisy background; larger scenes hold
-signs too, plates with a word of three letters, one letter a patch. Object centres fall on patch centres (to within
+A scene is a grid of coloured shapes, each with a digit at its centre, on a noisy background. Large scenes also have
+signs: plates with a word of three letters, one letter per patch. Object centres fall on patch centres (to within
 a pixel), so that a patch-8 vision tower of less than half a million parameters can learn to see them.
 """
 
@@ -26,28 +26,27 @@ COLORS = {
     "pink": (250, 140, 190),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIGN = "sign"  # the shape of things that bear a word in place of a digit
+SIGN = "sign"  # shape of objects with a word in place of a digit
 SIGN_WORDS = tuple("ant bee box bus cat cup dog egg fox hat ice jam key map owl pen sky sun tea van".split())
-# types that a two-hop-free reader can answer, and `relation`, which needs two hops and is reported apart;
-# `read` needs signs
+# one-hop questions, and `relation`, which needs two hops and is reported separately; `read` needs signs
 KINDS = ("color", "shape", "digit", "find", "exist", "count", "read", "relation")
 PLACES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 _SUPERSAMPLE = 2
-_DEMO = 404  # seed of the scenes of `draw_question`; 101, 202 and 303 are those of the recipes
+_DEMO = 404  # seed of the scenes of `draw_question`; the recipes use 101, 202 and 303
 _INK = (15, 15, 15)
 
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What a scene may hold. Sizes in pixels."""
+    """Parameters of scenes. Sizes are in pixels."""
 
     size: int = 96
     patch: int = 8
     grid: int = 3
     min_objects: int = 4
     max_objects: int = 8
-    # questions of each kind that are asked of one scene, at most
+    # maximum number of questions of each kind per scene
     color: int = 2
     shape: int = 2
     digit: int = 3
@@ -55,7 +54,7 @@ class SceneSpec:
     exist: int = 2
     count: int = 2
     relation: int = 3
-    # how many colours and shapes one scene may show
+    # number of colours and of shapes that one scene may have
     palette: int = 6
     forms: int = 5
     min_signs: int = 0
@@ -63,7 +62,7 @@ class SceneSpec:
     read: int = 0
 
     def __str__(self) -> str:
-        """What ids are made of: fields that came later stand here only where they are used, so older ids stay."""
+        """Text from which ids are made. Newer fields appear only if not at their default, so older ids stay."""
         later = ("palette", "forms", "min_signs", "max_signs", "read")
         shown = [f.name for f in fields(self) if f.name not in later or getattr(self, f.name) != f.default]
         return f"SceneSpec({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
@@ -73,7 +72,7 @@ class SceneSpec:
         return self.size // self.patch
 
 
-# by name: the shipped nano's scenes, and those of 576 patches with words to read
+# by name: the scenes of the shipped nano model, and scenes of 576 patches with words to read
 SPECS = {
     "small": SceneSpec(),
     "large": SceneSpec(
@@ -95,7 +94,7 @@ SPECS = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; `x`, `y`, `radius` in pixels, `row`, `column` its cell. It bears a digit or, as a sign, a word."""
+    """One object; `x`, `y`, `radius` in pixels, `row`, `column`: its cell. It has a digit or, if a sign, a word."""
 
     color: str
     shape: str
@@ -110,7 +109,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer; `target` is the index of the object that is asked about, if there is one."""
+    """A question with its answer; `target` is the index of the object that it is about, if there is one."""
 
     kind: str
     text: str
@@ -120,7 +119,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture [size, size, 3] uint8 with what is in it and what may be asked."""
+    """An image [size, size, 3] uint8 with its objects and questions."""
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
@@ -128,7 +127,7 @@ class Scene:
 
 
 def draw_scene(seed: int, index: int, spec: SceneSpec = SceneSpec()) -> Scene:
-    """Scene number `index` of the endless sequence `seed`.
+    """Scene number `index` of the unlimited sequence of a seed.
 
     >>> scene = draw_scene(seed=1, index=0)
     >>> scene.image.shape, scene.questions[0].kind
@@ -148,7 +147,7 @@ def draw_scene(seed: int, index: int, spec: SceneSpec = SceneSpec()) -> Scene:
 def scene_examples(
     seed: int, start: int, count: int, spec: SceneSpec = SceneSpec(), relation: bool = False
 ) -> list[Example]:
-    """All questions of `count` scenes from number `start` on. `relation` questions only if asked for."""
+    """All questions of `count` scenes, starting with scene `start`; `relation` questions only if requested."""
     examples = []
     for index in range(start, start + count):
         scene = draw_scene(seed, index, spec)
@@ -179,14 +178,14 @@ class DrawnQuestion(NamedTuple):
 
 
 def draw_question(number: int = 0, kind: str | None = None) -> DrawnQuestion:
-    """A scene that no recipe trains or tests on, with a question about it and the answer, for trying a model.
+    """A scene with a question and its answer, for trying a model. No recipe trains or tests on these scenes.
 
     Args:
-        number: which scene.
-        kind: one of `KINDS` but "read"; None: the first question that the scene has.
+        number: index of the scene.
+        kind: one of `KINDS` except "read"; None: the first question of the scene.
 
     Raises:
-        UserError: a negative number, or a kind that this scene has no question of.
+        UserError: a negative number, or the scene has no question of this kind.
 
     >>> draw_question(2).image.size
     (96, 96)
@@ -223,7 +222,7 @@ def _place_objects(rng: np.random.Generator, spec: SceneSpec) -> tuple[SceneObje
     palette = rng.permutation(list(COLORS))[: spec.palette]
     shapes = rng.permutation(list(SHAPES))[: spec.forms]
     words = rng.permutation(SIGN_WORDS)[:signs] if signs else ()
-    patches = spec.size // spec.grid // spec.patch  # patches along a cell
+    patches = spec.size // spec.grid // spec.patch  # patches per side of a cell
     taken: set[tuple[str, str]] = set()
     objects = []
     for number, cell in enumerate(cells):
@@ -236,17 +235,17 @@ def _place_objects(rng: np.random.Generator, spec: SceneSpec) -> tuple[SceneObje
         taken.add(pair)
         row, column = divmod(int(cell), spec.grid)
         radius = rng.uniform(1.0, 1.4) * spec.patch
-        # inner patches of the cell only, so that neighbours never touch; one pixel of jitter
+        # only inner patches of the cell, so that neighbours never touch; one pixel of jitter
         px = column * patches + int(rng.integers(1, patches - 1))
         py = row * patches + int(rng.integers(1, patches - 1))
         jitter = spec.patch / 8
         x = (px + 0.5) * spec.patch + rng.uniform(-jitter, jitter)
         y = (py + 0.5) * spec.patch + rng.uniform(-jitter, jitter)
         if sign:
-            radius, bears = 1.5 * spec.patch, (None, str(words[number - count]))  # half the length of its plate
+            radius, mark = 1.5 * spec.patch, (None, str(words[number - count]))  # half the length of its plate
         else:
-            bears = (int(rng.integers(10)), None)
-        objects.append(SceneObject(*pair, bears[0], row, column, x, y, radius, bears[1]))
+            mark = (int(rng.integers(10)), None)
+        objects.append(SceneObject(*pair, mark[0], row, column, x, y, radius, mark[1]))
     return tuple(objects)
 
 
@@ -277,12 +276,12 @@ def _draw_object(draw: ImageDraw.ImageDraw, thing: SceneObject, rng: np.random.G
     if thing.word is None:
         _draw_glyph(draw, str(thing.digit), x, y + (0.12 * r if thing.shape == "triangle" else 0.0))
     else:
-        for place, letter in enumerate(thing.word):
-            _draw_glyph(draw, letter, x + 2 * r * (place - 1) / 3, y)  # one letter a patch
+        for index, letter in enumerate(thing.word):
+            _draw_glyph(draw, letter, x + 2 * r * (index - 1) / 3, y)  # one letter per patch
 
 
 def _draw_glyph(draw: ImageDraw.ImageDraw, glyph: str, x: float, y: float) -> None:
-    dot = _SUPERSAMPLE  # one pixel of the final picture; neighbouring dots overlap a little, which makes it bold
+    dot = _SUPERSAMPLE  # one pixel of the final image; neighbouring dots overlap slightly, which makes the glyph bold
     left, top = round(x - 2.5 * dot), round(y - 3.5 * dot)
     for i, j in dots(glyph):
         draw.rectangle((left + i * dot, top + j * dot, left + (i + 1) * dot, top + (j + 1) * dot - 1), fill=_INK)
@@ -338,7 +337,7 @@ def _ask_existence(rng, objects, number) -> list[Question]:
         return [Question("exist", f"any {thing.color} {thing.shape}", "yes", number[id(thing)])]
     present = {(thing.color, thing.shape) for thing in objects}
     for _ in range(20):
-        # hard negatives: four of five colours and shapes are in the scene, though not together
+        # hard negatives: four of five colours and shapes occur in the scene, but not together
         color = objects[rng.integers(len(objects))].color if rng.random() < 0.8 else list(COLORS)[rng.integers(8)]
         shape = objects[rng.integers(len(objects))].shape if rng.random() < 0.8 else SHAPES[rng.integers(6)]
         if (color, shape) not in present:

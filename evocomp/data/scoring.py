@@ -1,4 +1,4 @@
-"""Scores in [0, 1] of one answer, by the rules that the benchmarks publish."""
+"""Score of one answer in [0, 1], by the published rules of the benchmarks."""
 
 import re
 
@@ -9,48 +9,48 @@ _NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".spli
 
 
 def score_answer(example: Example, answer: str) -> float:
-    """The example's own rule (`extra["scoring"]`), exact match where it names none."""
+    """Score by the rule of the example (`extra["scoring"]`), by default exact match."""
     rule = example.extra.get("scoring", "exact")
     return RULES[rule](example, answer)
 
 
 def exact_match(example: Example, answer: str) -> float:
-    """1 if the normalised texts agree (GQA, scenes)."""
+    """1 if the normalised texts are equal (GQA, scenes)."""
     return float(normalise(answer) == normalise(example.answer))
 
 
 def yes_no(example: Example, answer: str) -> float:
-    """POPE: an answer with a "no" or "not" in its first sentence means no, everything else yes."""
+    """POPE: an answer with "no" or "not" in its first sentence counts as no, any other as yes."""
     words = normalise(re.split(r"[.!?\n]", answer.strip(), maxsplit=1)[0]).split()
-    said = "no" if {"no", "not"} & set(words) else "yes"
-    return float(said == normalise(example.answer))
+    given = "no" if {"no", "not"} & set(words) else "yes"
+    return float(given == normalise(example.answer))
 
 
 def multiple_choice(example: Example, answer: str) -> float:
-    """MMBench, MMStar, MMMU, ScienceQA: the letter that is named, else the only option whose text is named."""
+    """MMBench, MMStar, MMMU, ScienceQA: the letter in the answer, else the only option whose text is in the answer."""
     return float(chosen_letter(answer, example.choices) == example.answer.strip().upper())
 
 
 def vqa_soft(example: Example, answer: str) -> float:
-    """VQAv2, VizWiz, TextVQA: mean over annotators left out in turn of min(1, agreeing others / 3)."""
+    """VQAv2, VizWiz, TextVQA: mean of min(1, agreeing others / 3) over each annotator left out in turn."""
     accepted = [normalise(text) for text in example.extra.get("answers", [example.answer])]
-    said = normalise(answer)
+    given = normalise(answer)
     if len(accepted) == 1:
-        return float(said == accepted[0])
+        return float(given == accepted[0])
     shares = []
     for left_out in range(len(accepted)):
-        agreeing = sum(text == said for i, text in enumerate(accepted) if i != left_out)
+        agreeing = sum(text == given for i, text in enumerate(accepted) if i != left_out)
         shares.append(min(1.0, agreeing / 3))
     return sum(shares) / len(shares)
 
 
 def one_of(example: Example, answer: str) -> float:
-    """MMMU's open questions: 1 if the normalised text is an accepted one."""
+    """MMMU's open questions: 1 if the normalised text is one of the accepted answers."""
     return float(normalise(answer) in {normalise(text) for text in example.extra.get("answers", [example.answer])})
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation or articles, small numbers as digits.
+    """Convert to lower case, without punctuation and articles, and with small numbers as digits.
 
     >>> normalise("The red circle.")
     'red circle'
@@ -61,23 +61,23 @@ def normalise(text: str) -> str:
 
 
 def chosen_letter(answer: str, choices: tuple[str, ...]) -> str:
-    """The option letter that an answer names; "" if it names none, or several.
+    """The option letter in an answer; "" if it has none or several.
 
     >>> chosen_letter("(B) a dog", ("a cat", "a dog")), chosen_letter("a cat", ("a cat", "a dog"))
     ('B', 'A')
     """
     letters = [chr(ord("A") + i) for i in range(len(choices) or 5)]
-    said = normalise(answer)
+    given = normalise(answer)
     texts = [normalise(text) for text in choices]
-    if said and texts.count(said) == 1:  # before letters: "A dog" names the dog, and not option A
-        return letters[texts.index(said)]
+    if given and texts.count(given) == 1:  # before letters: "A dog" means the option "a dog", not option A
+        return letters[texts.index(given)]
     found = re.match(r"\s*\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
     if found and found[1] in letters:
         return found[1]
     found = re.search(r"\b(?i:answer|option)(?: is)?:?\s+\(?([A-Z])\)?(?:[.:),\s]|$)", answer)
     if found and found[1] in letters:
         return found[1]
-    named = [letter for letter, text in zip(letters, texts, strict=False) if text and text in said]
+    named = [letter for letter, text in zip(letters, texts, strict=False) if text and text in given]
     return named[0] if len(named) == 1 else ""
 
 

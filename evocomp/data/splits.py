@@ -1,4 +1,4 @@
-"""Training, selection and test questions. Choices are made on the selection split, results come from the test."""
+"""Training, validation and test questions. Choices are made on the validation split, results are of the test split."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from evocomp.log import UserError, logger
 
 @dataclass(frozen=True)
 class Splits:
-    """Questions of the three splits; no picture is in two of them."""
+    """Questions of the three splits; no image is in more than one split."""
 
     train: list[Example]
     val: list[Example]
@@ -45,8 +45,8 @@ def load_splits(data: DataConfig) -> Splits:
 def _all_types(data: DataConfig) -> Splits:
     """The three splits with questions of all types.
 
-    A source without selection or test source of its own gives up some pictures: at most a quarter for the test,
-    an eighth for selection, chosen by a hash of the picture's name.
+    Without a separate validation or test source, images are held out of the training source: at most a quarter for
+    the test split, an eighth for validation, chosen by a hash of the image's name.
     """
     if data.source == "scenes":
         return Splits(
@@ -65,12 +65,12 @@ def _all_types(data: DataConfig) -> Splits:
         else:
             held_out[name], examples = _hold_out(examples, wanted, share, name)
     if not examples:
-        raise UserError(f"data.source={data.source}: no picture is left for training; give data.test_source")
+        raise UserError(f"data.source={data.source}: no image is left for training; give data.test_source")
     return Splits(examples[: data.max_samples or None], held_out["val"], held_out["test"])
 
 
 def test_questions(data: DataConfig, questions: int | None = None, seed: int | None = None) -> list[Example]:
-    """The test split, or another one of its kind: as many questions as wanted, drawn from another seed."""
+    """The test split, optionally with another number of questions or, for scenes, another seed."""
     changed = replace(
         data,
         test_samples=data.test_samples if questions is None else questions,
@@ -84,10 +84,10 @@ def test_questions(data: DataConfig, questions: int | None = None, seed: int | N
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Hash of what is asked, in order, and of the pictures' sizes: part of a label store's fingerprint.
+    """Hash of the questions, in order, and of the image sizes: part of a label store's fingerprint.
 
-    Of files the bytes are counted, of pixels height and width; of long lists of examples, of a thousand among them, for
-    each file is a round trip where it lies on a network.
+    The size of a file is its number of bytes, that of pixels is height and width. In long lists only about a thousand
+    examples are checked, because each file is a round trip on network storage.
     """
     total = hashlib.sha256()
     for example in examples:
@@ -101,12 +101,12 @@ def digest(examples: Sequence[Example]) -> str:
 
 
 def drawn(data: DataConfig, seed: int, count: int, per_image: int = 0) -> list[Example]:
-    """`count` questions about drawn scenes, at most `per_image` of one scene (0 = all of its questions)."""
+    """`count` questions about drawn scenes, at most `per_image` per scene (0 = all of its questions)."""
     spec, index = SPECS[data.scenes], 0
     examples: list[Example] = []
     while len(examples) < count:
         asked = scene_examples(seed, index, 1, spec, data.relation)
-        if per_image:  # by a hash of the id, so that all kinds come up equally
+        if per_image:  # by a hash of the id, so that all kinds are equally frequent
             asked = sorted(asked, key=lambda example: example.id)[:per_image]
         examples.extend(asked)
         index += 1
@@ -125,7 +125,7 @@ def _sized(source: str | None, data: DataConfig, seed: int, count: int) -> list[
 
 
 def _some(examples: list[Example], count: int, source: str) -> list[Example]:
-    """At most `count` questions, by a hash of their ids: a file's first ones are often all of one kind."""
+    """At most `count` questions, chosen by a hash of their ids: the first ones of a file are often of one kind."""
     if len(examples) <= count:
         return examples
     logger.info("%s: %d of its %d questions, chosen by hash; raise the count for all", source, count, len(examples))
@@ -134,9 +134,9 @@ def _some(examples: list[Example], count: int, source: str) -> list[Example]:
 
 
 def _hold_out(examples: list[Example], wanted: int, share: int, name: str) -> tuple[list, list]:
-    """Take images, in the order of their hashes, until `wanted` questions or 1/`share` of the images are out.
+    """Hold out images, in the order of their hashes, until `wanted` questions or 1/`share` of the images are held out.
 
-    Images that one question is about go together.
+    Returns the held-out and the remaining questions. Images of the same question stay together.
     """
     group = image_groups(examples)
     groups = sorted(set(group.values()), key=lambda one: stable_id(name, one))

@@ -1,8 +1,8 @@
-"""One record's turns: who speaks, the text without image marks, and where the images stand.
+"""The turns of one record: role, text without image placeholders, and positions of the images.
 
-Read are LLaVA's `{"from": "human", "value": "<image>\\nWhat is it?"}` and the chat format of OpenAI and Hugging Face,
+Supported: LLaVA's `{"from": "human", "value": "<image>\\nWhat is it?"}` and the chat format of OpenAI and Hugging Face,
 `{"role": "user", "content": [{"type": "image_url", "image_url": {"url": ...}}, {"type": "text", "text": ...}]}`.
-What can be read in two ways is a `Fault`, never a guess.
+Ambiguous input raises `Fault`; nothing is guessed.
 """
 
 import math
@@ -16,12 +16,12 @@ _ROLES = {"human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT,
 _ROLES |= {"chatgpt": ASSISTANT, "model": ASSISTANT}
 
 MARK = re.compile(r"<im_start>\s*<image>\s*<im_end>|<image(?:-placeholder)?>", re.IGNORECASE)
-"""What stands for an image in a text: LLaVA's token, also between its start and end tokens, and its placeholder."""
+"""Image placeholders in a text: LLaVA's token, optionally between its start and end tokens, and its placeholder."""
 
 _CONTROL = re.compile(
     r"<im_(?:start|end|patch)>|<\|\w+\|>|<image(?:_token|_placeholder|_soft_token|here|[ _-]?\d+)>", re.IGNORECASE
 )
-"""Tokens of other chat formats and models, which a tokenizer may take for a command or for an image."""
+"""Tokens of other chat formats and models, which a tokenizer may read as control or image tokens."""
 
 _OTHER_MEDIA = re.compile(r"<(video|audio)(?:-placeholder)?>", re.IGNORECASE)
 _IMAGE_TYPES = ("image", "image_url", "input_image")
@@ -29,12 +29,12 @@ _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
 class Fault(ValueError):
-    """What is wrong with a record, for the user to read after the record's name."""
+    """A fault of a record. The message follows the name of the record."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """An image in a turn, with its own source where the turn names one."""
+    """An image in a turn, with its source if the turn names one."""
 
     source: Any = None
 
@@ -44,10 +44,10 @@ class Turn:
     """One turn.
 
     Attributes:
-        text: without image marks and without blanks at either end; empty if there is none.
-        marks: (character of `text` before which it stands, the mark) of each image.
-        number: its place in the record, from 1.
-        is_null: nothing was given: null, or the key is missing.
+        text: text without image placeholders, stripped; may be empty.
+        marks: for each image, the character of `text` before which it is inserted, and its `Mark`.
+        number: index of the turn in the record, from 1.
+        is_null: whether the content is null or missing.
     """
 
     role: str
@@ -58,10 +58,10 @@ class Turn:
 
 
 def read_turns(turns: list[dict[str, Any]]) -> list[Turn]:
-    """Questions and answers in alternation. System turns are left out: the model's own template has one, or none.
+    """Alternating questions and answers. System turns are skipped, because the model's chat template sets its own.
 
     Raises:
-        Fault: a speaker that is unknown, a text that is none, two turns of one speaker in a row, an image or a token of
+        Fault: an unknown role, content that is not text, two turns of the same role in a row, an image or a token of
             another chat format in an answer, ...
     """
     found = [turn for turn in (_turn(number, raw) for number, raw in enumerate(turns, 1)) if turn.role != SYSTEM]
@@ -73,7 +73,7 @@ def read_turns(turns: list[dict[str, Any]]) -> list[Turn]:
 
 
 def speaks_of_image(turns: list[dict[str, Any]]) -> bool:
-    """Whether a question has a mark for an image, a video or sound, in whatever form."""
+    """Whether a question refers to an image, video or audio, in any of the supported forms."""
     return any(_has_media(turn.get("value", turn.get("content"))) for turn in turns if _role(turn) == USER)
 
 
@@ -97,7 +97,7 @@ def _turn(number: int, raw: dict[str, Any]) -> Turn:
     role = _role(raw)
     if role is None:
         speaker = raw.get("from", raw.get("role"))
-        raise Fault(f"turn {number} is by {_short(speaker)}; only human (user), gpt (assistant) and system are known")
+        raise Fault(f"turn {number} has the role {_short(speaker)}; use human (user), gpt (assistant) or system")
     content = raw["value"] if "value" in raw else raw.get("content")
     if role == SYSTEM:
         return Turn(role, "", number)
@@ -116,13 +116,13 @@ def _turn(number: int, raw: dict[str, Any]) -> Turn:
 
 
 def _pieces(content: Any, number: int) -> Iterator[str | Mark]:
-    """Texts and marks of a turn's content, in order."""
+    """Texts and image marks of a turn's content, in order."""
     if content is None:
         return
     if isinstance(content, str):
         yield from _split(content)
     elif isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content):
-        yield str(content)  # an answer such as 3 that was written without quotation marks
+        yield str(content)  # an answer such as 3, written without quotation marks
     elif isinstance(content, list | dict):
         yield from _parts(content if isinstance(content, list) else [content], number)
     else:
@@ -130,7 +130,7 @@ def _pieces(content: Any, number: int) -> Iterator[str | Mark]:
 
 
 def _parts(parts: list[Any], number: int) -> Iterator[str | Mark]:
-    """Parts of a list as in OpenAI's format; texts that follow one another stand on lines of their own."""
+    """Parts of a list as in OpenAI's format; adjacent texts are separated by a line break."""
     follows_text = False
     for part in parts:
         kind = part.get("type", "text" if "text" in part else None) if isinstance(part, dict) else "text"
@@ -141,7 +141,7 @@ def _parts(parts: list[Any], number: int) -> Iterator[str | Mark]:
         text = part.get("text") if isinstance(part, dict) else part
         if kind not in _TEXT_TYPES or not isinstance(text, str):
             what = f"a part of type {_short(kind)}" if isinstance(part, dict) else f"{_short(part)} in its list"
-            raise Fault(f"turn {number} has {what}; only texts and images can be read")
+            raise Fault(f"turn {number} has {what}; use texts and images only")
         if follows_text:
             yield "\n"
         yield from _split(text)
@@ -156,7 +156,7 @@ def _source_of(part: dict[str, Any], number: int) -> Any:
         if source:
             return source
     if any(part.get(key) for key in ("file_id", "bytes", "data", "source")):
-        raise Fault(f"turn {number} has an image that is neither a file nor a data: URI")
+        raise Fault(f"turn {number} has an image that is neither a file nor a data: URI; give one of these")
     return None
 
 
@@ -172,19 +172,19 @@ def _split(text: str) -> Iterator[str | Mark]:
 def _check(text: str, role: str, marks: list[Any], number: int) -> None:
     what = "question" if role == USER else "answer"
     if marks and role == ASSISTANT:
-        raise Fault(f"turn {number} has an image mark in an answer")
+        raise Fault(f"turn {number} has an image placeholder in an answer")
     token = _CONTROL.search(text)
     if token:
-        raise Fault(f"the {what} of turn {number} holds the token {token[0]} of a chat format or model; take it out")
+        raise Fault(f"the {what} of turn {number} holds the token {token[0]} of a chat format or model; remove it")
     other = _OTHER_MEDIA.search(text) if role == USER else None
     if other:
-        raise Fault(f"turn {number} has a mark for {other[1].lower()}, which is not supported")
+        raise Fault(f"turn {number} has a placeholder for {other[1].lower()}, which is not supported")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Fault(f"the {what} of turn {number} holds half of a surrogate pair, which is no character") from None
+        raise Fault(f"the {what} of turn {number} holds an unpaired surrogate, not a valid character") from None
 
 
 def _short(value: Any) -> str:
-    text = "nobody" if value is None else repr(value)
+    text = "none" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

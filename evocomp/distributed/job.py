@@ -117,7 +117,7 @@ def _object_device() -> torch.device | None:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's CPU threads; 0: the idle cores, at most four, or one where each core has a process of its own."""
+    """Set torch's CPU threads; 0: one per idle core, at most four. In a job that `evocomp` started itself: one."""
     if launched() > 1:
         threads = 1
     if threads == 0 and "OMP_NUM_THREADS" not in os.environ:

@@ -37,8 +37,8 @@ class ShardGroup:
             return cls()
         if world_size() % size or local_size() % size:
             raise UserError(
-                f"model.shard={size}: the job has {world_size()} processes, {local_size()} of them on this node, no "
-                f"multiples of {size}; start such a number with experiments/launch/, or choose a divisor"
+                f"model.shard={size}: the job has {world_size()} processes, {local_size()} of them on this node; both "
+                f"must be multiples of {size}: start such a number with experiments/launch/, or choose a divisor"
             )
         starts = range(0, world_size(), size)
         groups = [dist.new_group(list(range(start, start + size))) for start in starts]

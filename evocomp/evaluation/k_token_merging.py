@@ -1,4 +1,4 @@
-"""K-Token Merging as rows of the panel: a rival that is trained, and adapts the LLM."""
+"""Rows of K-Token Merging in the panel: a trained method that also adapts the LLM."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ NAME = "k_token_merging"
 
 @torch.inference_mode()
 def k_token_outcomes(panel: Panel, run: Path, kept: Sequence[int]) -> list[Outcome]:
-    """A row for each kept count, from the mergers that were trained for the run; else why there is none."""
+    """One outcome per number of kept tokens, from the mergers trained for the run; not applicable if one is missing."""
     outcomes = []
     for count in kept:
         folder = run / NAME / str(count)
@@ -30,9 +30,9 @@ def k_token_outcomes(panel: Panel, run: Path, kept: Sequence[int]) -> list[Outco
 
 def _missing(panel: Panel, run: Path, kept: int) -> Outcome:
     n = len(panel.asked[0].features.visual)
-    reason = f"{n} tokens make no equal blocks for {kept}"
+    reason = f"{n} tokens cannot be divided into {kept} equal blocks"
     if n % kept == 0:
-        reason = f"not trained; python -m evocomp.training.k_token_merging --run {run}"
+        reason = f"not trained; train it with python -m evocomp.training.k_token_merging --run {run}"
     return Outcome(NAME, kept, np.zeros(0), group=ADAPTED, not_applicable=reason)
 
 
@@ -43,5 +43,5 @@ def _outcome(panel: Panel, model: KTokenMerger, kept: int) -> Outcome:
         part = [asked.features for asked in panel.asked[start : start + panel.batch]]
         answers += model.answer(part, panel.max_new_tokens)
     scores = [score_answer(asked.example, text) for asked, text in zip(panel.asked, answers, strict=True)]
-    note = f"blocks of K = {model.block}; LoRA of rank {model.r} on the LLM, trained on answers"
+    note = f"blocks of K = {model.block}; LoRA of rank {model.r} on the LLM, trained on the answers"
     return Outcome(NAME, kept, np.array(scores), answers, group=ADAPTED, note=note)

@@ -1,15 +1,15 @@
 """lmms-eval's models with fewer visual tokens: `lmms_eval --model evocomp_hf --model_args pretrained=...,keep=192`.
 
-lmms-eval finds them by the entry point `lmms_eval.models`. Each is the stock class with four more arguments:
+lmms-eval finds them by the entry point `lmms_eval.models`. Each is a class of lmms-eval with four more arguments:
 
     compressor=FOLDER_OR_ID   a trained compressor, or
-    method=NAME               a training-free selector of `evocomp.selection` that the model has the inputs for;
-                              with neither, the model runs uncompressed: the row to compare with
+    method=NAME               a training-free selector of `evocomp.selection` whose inputs the model provides;
+                              with neither, the model runs uncompressed, as the reference
     keep=N                    visual tokens kept per image, a number or a share
-    layer=L                   decoder layer before which they drop out
+    layer=L                   decoder layer before which the other tokens are dropped
 
-Stock classes swallow errors of `generate` and score an empty answer. Here such an error ends the run. Nothing of
-lmms-eval is imported until one of the classes is asked for.
+The classes of lmms-eval catch errors of `generate` and score an empty answer. Here such an error ends the run.
+lmms-eval is not imported until one of the classes is used.
 """
 
 import functools
@@ -26,7 +26,7 @@ from evocomp.inference.hooks import compress
 from evocomp.log import UserError, logger
 from evocomp.selection import selector
 
-# our class -> the stock class that it wraps
+# our class -> the class of lmms-eval that it extends
 STOCK = {
     "LlavaHf": "lmms_eval.models.simple.llava_hf.LlavaHf",
     "LlavaHfChat": "lmms_eval.models.chat.llava_hf.LlavaHf",
@@ -43,11 +43,11 @@ MODELS = {
 
 
 class GenerationFailed(SystemExit):
-    """`generate` raised. No `Exception`, since stock models and lmms-eval's command catch those and go on."""
+    """`generate` raised an error. Not an `Exception`, because lmms-eval catches those and continues."""
 
 
 class Compressed:
-    """Comes before a stock class in the order of inheritance."""
+    """Mixin that compresses a model; it comes before a class of lmms-eval in the method resolution order."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Compressed:
         if not (compressor or method) and (keep is not None or layer is not None):
             raise UserError("keep= and layer= need compressor= or method=")
         if os.environ.get("WORLD_SIZE", "1") == "1":
-            # stock LlavaHf passes an empty device_map, which transformers 5 refuses
+            # lmms-eval's LlavaHf passes an empty device_map, which transformers 5 rejects
             stock.setdefault("device_map", stock.get("device", "cuda"))
         super().__init__(**stock)
         self._selector = _method(method) if method else compressor
@@ -80,7 +80,7 @@ class Compressed:
         logger.info("compressing to %s visual tokens before layer %d", self.handle.keep, self.handle.layer)
 
     def loglikelihood(self, requests: list) -> list:
-        """As the stock class, which slices logits by the prompt's full length."""
+        """As in the base class, with logits of the full prompt length, because the base class slices them by it."""
         self._attach(restore_length=True)
         try:
             return super().loglikelihood(requests)
@@ -89,9 +89,10 @@ class Compressed:
 
 
 def _method(name: str):
-    """A training-free selector, by name; for chance, scores that are the same whenever the same image comes.
+    """The name of a training-free selector, or for random tokens a function whose scores depend only on the image.
 
-    Raises UserError for a name that is not in `SELECTORS`.
+    Raises:
+        UserError: the name is not in `SELECTORS`.
     """
     if name != "random_tokens":
         selector(name)
@@ -106,7 +107,7 @@ def _method(name: str):
 
 
 def _number(keep: int | float | str | None) -> int | float | None:
-    """lmms-eval hands numbers on as they look; text that is none is told."""
+    """Convert `keep` to a number; lmms-eval passes some numbers as text."""
     if keep is None or isinstance(keep, int | float):
         return keep
     try:
@@ -128,7 +129,7 @@ def _loud(generate: Callable) -> Callable:
 
 
 def manifests() -> list:
-    """What the entry point `lmms_eval.models` names."""
+    """The model manifests for the entry point `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     def path(name: str | None) -> str | None:
@@ -141,7 +142,7 @@ def manifests() -> list:
 
 
 def __getattr__(name: str) -> type:
-    """The wrapped classes, made when they are asked for."""
+    """Create an extended class on first use."""
     if name not in STOCK:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, stock = STOCK[name].rpartition(".")

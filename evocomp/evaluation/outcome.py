@@ -1,4 +1,4 @@
-"""Input of a report: an outcome per method, kept count and seed, and the questions that all of them answer."""
+"""Input of a report: one outcome per method, number of kept tokens and seed, and the questions that they answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,37 +11,37 @@ WITH_CONTEXT = "select before the LLM, with context tokens"
 AFTER_LLM = "select before the LLM, after an extra LLM pass over all tokens"
 INSIDE_LLM = "enter the LLM with all tokens; drop some between layers"
 GROUPS = (REFERENCE, WITH_CONTEXT, BEFORE_LLM, AFTER_LLM, INSIDE_LLM)
-"""Headings of the tables, in this order; a group that is not listed comes last."""
+"""Headings of the groups in the tables, in this order; groups that are not listed come last."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Answers of one method at one kept count with one seed; seeds are averaged question by question."""
+    """Answers of one method at one number of kept tokens with one seed; seeds are averaged for each question."""
 
     method: str
     kept: int
-    """Number of visual tokens that enter the LLM (R); for image downsampling, the most that may."""
+    """Number of visual tokens that enter the LLM (R); an upper limit for image downsampling."""
     correct: np.ndarray
     """Scores [n] between 0 (wrong) and 1 (correct)."""
     answers: Sequence[str] = ()
-    """Answers [n]; empty if only their scores are known."""
+    """Answers [n]; empty if only the scores are known."""
     kept_average: float | None = None
-    """Visual tokens averaged over the LLM's layers; None = `kept`."""
+    """Number of visual tokens averaged over the layers of the LLM; None = `kept`."""
     needs_llm: bool = False
     """Whether the LLM has to process all visual tokens before the method can select."""
     group: str = ""
-    """Heading in the tables; empty: `BEFORE_LLM`, or `AFTER_LLM` if `needs_llm`."""
+    """Heading of its group in the tables; empty: `BEFORE_LLM`, or `AFTER_LLM` if `needs_llm`."""
     note: str = ""
     not_applicable: str | None = None
-    """Why the method cannot run on this model; `correct` is ignored then."""
+    """Reason why the method cannot run on this model, else None; if given, `correct` is ignored."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The n questions that every outcome answers, in the same order."""
+    """The n questions that all outcomes answer, in the same order."""
 
     images: Sequence[str]
-    """Image id of each question [n]; questions about one image are resampled together."""
+    """Image ids [n]; questions about the same image are resampled together."""
     kinds: Sequence[str]
     gold: Sequence[str]
     prompts: Sequence[str] = ()
@@ -52,7 +52,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Roles:
-    """Names of the methods that the others are compared with."""
+    """Names of the methods with a special role in the report."""
 
     ours: str = "evocomp"
     full: str = "full"

@@ -1,4 +1,4 @@
-"""report.json, report.md and report.html on disk; the last two from one list of blocks by jinja2 templates."""
+"""Writes report.json, report.md and report.html; the last two from one list of blocks with jinja2 templates."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ from evocomp.viz.names import display_name
 
 @dataclass(frozen=True)
 class Block:
-    """One part of the report. `kind`: warning, paragraph, list, chart, images or table; `content` is what it shows."""
+    """One part of the report. `kind`: warning, verdict, paragraph, list, chart, images or table."""
 
     kind: str
     content: Any
@@ -27,14 +27,14 @@ class Block:
 
 
 def write_report(report: Report, folder: str | Path, sheet: str | Path | None = None) -> dict[str, Path]:
-    """Write report.json, report.md and report.html; each replaces an older one in one step.
+    """Write report.json, report.md and report.html; each replaces an existing file atomically.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         sheet: PNG of images with their kept tokens; embedded in report.html, linked in report.md.
 
     Returns:
-        The paths by suffix.
+        Paths of the files, with the suffix as key.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_report(report: Report, folder: str | Path, sheet: str | Path | None = 
 
 
 def build_blocks(report: Report, sheet: Path | None = None) -> list[Block]:
-    """The report in the order of reading: verdict, chart, images, tables, how the numbers are made."""
+    """The blocks in the order of the page: warnings, verdict, chart, images, tables, explanation of the numbers."""
     blocks = [Block("warning", text) for text in warnings(report)]
     blocks += [Block("verdict", " ".join(verdict(report)))]
     if any(row["relative"] is not None for row in report.rows):  # else the uncompressed accuracy is 0
@@ -61,13 +61,13 @@ def build_blocks(report: Report, sheet: Path | None = None) -> list[Block]:
     tables = [main_table(report), lead_table(report), measures_table(report), kinds_table(report)]
     blocks += [Block("table", table, table.title) for table in [*tables, *case_tables(report)] if table is not None]
     paragraphs = how_made(report)
-    blocks += [Block("paragraph", text, "How the numbers are made" * (i == 0)) for i, text in enumerate(paragraphs)]
+    blocks += [Block("paragraph", text, "How the numbers are computed" * (i == 0)) for i, text in enumerate(paragraphs)]
     listed = notes(report)
     return blocks + [Block("list", listed, "Notes")] * bool(listed)
 
 
 def page(report: Report, blocks: list[Block]) -> str:
-    """report.html: one file that needs no other."""
+    """The content of report.html, which is self-contained."""
     environment = _environment(autoescape=True)
     environment.filters["svg"] = to_svg
     environment.filters["data_url"] = _data_url
@@ -76,7 +76,7 @@ def page(report: Report, blocks: list[Block]) -> str:
 
 
 def markdown(report: Report, blocks: list[Block], folder: Path = Path()) -> str:
-    """report.md; `folder` is where it lies, to which the path of the images is relative."""
+    """The content of report.md. folder: its folder; the path of the images is relative to it."""
     environment = _environment(finalize=escape_markdown)
     environment.filters["relative"] = lambda path: os.path.relpath(path, folder)
     template = environment.get_template("report.md.jinja")
@@ -84,7 +84,7 @@ def markdown(report: Report, blocks: list[Block], folder: Path = Path()) -> str:
 
 
 def escape_markdown(value: object) -> str:
-    """Text that Markdown shows as it is: one line, no markup, no HTML, no column of a table.
+    """Escape text for Markdown, so that it is shown literally, in one line and in one cell of a table.
 
     >>> print(escape_markdown("a|b <i>*c*_d_"))
     a\\|b \\<i\\>\\*c\\*\\_d\\_

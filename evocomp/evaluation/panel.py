@@ -1,4 +1,4 @@
-"""The panel: every method answers the same questions with the same number of visual tokens."""
+"""The panel: all methods answer the same questions with the same numbers of visual tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from evocomp.selection.downsample import downsample
 
 @dataclass
 class Asked:
-    """One question with what the frozen MLLM made of it."""
+    """One question with the features that the frozen MLLM computed for it."""
 
     example: Example
     features: Features
@@ -34,10 +34,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Rival:
-    """A training-free method as it stands in the table.
+    """A training-free selector with its settings in the table.
 
-    sharp: limit of the tokens that are the method's own choice, the others being means of what it drops; see
-        `evocomp.mllm.context.split`. Our addition, to tell what that is worth without training; 0: as published.
+    Attributes:
+        method: the selector.
+        label: name in the table.
+        seed: seed of selectors that draw random numbers.
+        note: note in the report.
+        sharp: maximum number of selected tokens; the other kept tokens are context tokens, means of dropped tokens (see
+            `evocomp.mllm.context.split`). This is our addition, a control for the effect of context tokens without
+            training. 0: no context tokens, as published.
     """
 
     method: Selector
@@ -52,10 +58,10 @@ class Panel:
 
     Args:
         mllm: the frozen model.
-        examples: the questions.
-        batch: questions answered in one forward.
-        max_new_tokens: longest answer.
-        report: told what is being run; long panels show progress with it.
+        examples: the questions; those whose images cannot be decoded are left out.
+        batch: number of questions that are answered in one batch.
+        max_new_tokens: largest number of tokens of an answer.
+        report: called with the name of each row when it starts, to show progress.
     """
 
     def __init__(
@@ -72,12 +78,12 @@ class Panel:
         self.report = report
         self.asked = [Asked(example, features) for example, features in mllm.readable(examples)]
         if not self.asked:
-            raise UserError("no question is left to judge on: no image decodes; mend the data")
+            raise UserError("none of the images of the questions can be decoded; check the data")
         self.probes = Probes(mllm)
 
     @property
     def questions(self) -> Questions:
-        """What every outcome answers."""
+        """The questions that all outcomes answer."""
         examples = [asked.example for asked in self.asked]
         group = image_groups(examples)
         return Questions(
@@ -87,14 +93,14 @@ class Panel:
             prompts=[e.prompt for e in examples],
         )
 
-    # ------------------------------------------------------------ references and floors
+    # ------------------------------------------------------------ references
 
     def full(self) -> Outcome:
-        """Every visual token kept."""
+        """All visual tokens, uncompressed."""
         return self._outcome("full", self._tokens(), lambda i, asked: _everything(asked.features), group=REFERENCE)
 
     def no_image(self) -> Outcome:
-        """No visual token at all: what the question alone gives away."""
+        """No visual token: the accuracy that the question alone allows."""
 
         def nothing(i: int, asked: Asked) -> Shown:
             visual = asked.features.visual
@@ -103,7 +109,7 @@ class Panel:
         return self._outcome("no_image", 0, nothing, group=REFERENCE)
 
     def wrong_image(self) -> Outcome:
-        """All tokens of another question's picture: what a model that looks, but at nothing useful, gets right."""
+        """All tokens of another question's image: the accuracy with an image that has no useful information."""
         by_size: dict[int, list[int]] = {}
         alone: list[int] = []
         for i, asked in enumerate(self.asked):
@@ -121,14 +127,14 @@ class Panel:
 
         outcome = self._outcome("wrong_image", self._tokens(), other, group=REFERENCE)
         if len(alone) == len(self.asked):
-            return _not_applicable("wrong_image", self._tokens(), "there is no other picture of as many tokens")
-        note = f"{len(alone)} questions saw their own: no other picture has as many tokens" if alone else ""
+            return _not_applicable("wrong_image", self._tokens(), "no other image has the same number of tokens")
+        note = f"{len(alone)} questions used their own image: no other one has as many tokens" if alone else ""
         return replace(outcome, note=note)
 
     # ------------------------------------------------------------ methods
 
     def downsampling(self, kept: int) -> Outcome:
-        """The picture made smaller before the vision tower, to at most `kept` tokens."""
+        """The image downsampled before the vision tower, to at most `kept` tokens."""
         sizes: list[int] = []
         known: dict[str, Tensor] = {}
 
@@ -145,14 +151,14 @@ class Panel:
             outcome = self._outcome("downsampling", kept, smaller)
         except UserError as error:
             return _not_applicable("downsampling", kept, str(error))
-        return replace(outcome, note=f"picture resized to {max(sizes)} tokens (the most that fit {kept})")
+        return replace(outcome, note=f"image resized to {max(sizes)} tokens (the largest size of at most {kept})")
 
     def selectors(self, methods: Sequence[Rival], kept: Sequence[int]) -> list[Outcome]:
-        """Training-free methods at several counts, their selections made before the LLM.
+        """Outcomes of training-free selectors at several numbers of kept tokens, applied before the LLM.
 
-        Question by question, so that what several methods read (attention, keys) is gathered once.
+        Runs question by question, so that inputs that several selectors need (attention, keys) are computed once.
         """
-        self.report(f"selecting with {len(methods)} methods")
+        self.report(f"selecting with {len(methods)} selectors")
         chosen: dict[tuple[int, int], list[Shown]] = {}
         reasons: dict[int, str] = {}
         known: dict[tuple[int, int], tuple[PictureKey, Shown]] = {}
@@ -163,9 +169,9 @@ class Panel:
                 try:
                     for count in kept:
                         place, key = (number, count), picture_key(asked.example)
-                        # neither question nor chance: the same for all questions about a picture
-                        by_picture = not rival.method.text_aware and "generator" not in rival.method.needs
-                        if not by_picture or known.get(place, ("",))[0] != key:
+                        # depends neither on the question nor on random numbers: one selection for each image
+                        by_image = not rival.method.text_aware and "generator" not in rival.method.needs
+                        if not by_image or known.get(place, ("",))[0] != key:
                             known[place] = (key, self._select(rival, asked, count))
                         chosen.setdefault(place, []).append(known[place][1])
                 except NotApplicable as error:
@@ -195,18 +201,18 @@ class Panel:
         if selection.indices is not None:
             return shown(visual, selection.indices, context)
         if context:
-            raise UserError(f"{rival.method.name} merges tokens itself; context tokens go with methods that drop them")
+            raise UserError(f"{rival.method.name} merges tokens itself; context tokens need one that drops tokens")
         order = selection.positions.argsort(stable=True)
         return Shown(selection.tokens[order], selection.positions[order])
 
     def given(
         self, label: str, kept: int, choose: Callable[[int, Asked, int], Tensor], sharp: float = 0.0
     ) -> Outcome:
-        """A selection made by the caller, for instance one that knows where the answer is.
+        """Outcome of a selection made by the caller, for instance an oracle that knows where the answer is.
 
         Args:
-            choose: (number of the question, the question, R) -> indices [R] of the selected tokens.
-            sharp: limit of the selected tokens; see `Rival`.
+            choose: (index of the question, the question, R) -> indices [R] of the selected tokens.
+            sharp: maximum number of selected tokens; see `Rival`.
         """
 
         def compressed(i: int, asked: Asked) -> Shown:
@@ -218,22 +224,22 @@ class Panel:
 
     @torch.no_grad()
     def chosen(self, rival: Rival, kept: int) -> list[Tensor]:
-        """The places [R] that a training-free method's tokens take, of each question.
+        """Indices [R] of the tokens that a training-free selector keeps, for each question.
 
         Raises:
-            NotApplicable: the method needs what this model does not have.
+            NotApplicable: the model does not provide an input of the selector.
         """
         return [self._select(rival, asked, kept).places for asked in self.asked]
 
     def compressor(self, compressor: EvoCompCompressor, kept: int, name: str = "evocomp") -> Outcome:
-        """A trained compressor: its top r tokens, some of which may be context tokens."""
+        """Outcome of a trained compressor with its own share of context tokens."""
         rows = self.compressor_tokens(compressor, kept)
         group = WITH_CONTEXT if compressor.config.sharp else ""
         return self._outcome(name, kept, lambda i, asked: rows[i], group)
 
     @torch.no_grad()
     def compressor_tokens(self, compressor: EvoCompCompressor, kept: int) -> list[Shown]:
-        """What a compressor lets through of each question's picture."""
+        """The kept tokens of each question with a trained compressor."""
         compressor.eval()
         config = compressor.config
         found: list[Shown] = []
@@ -242,13 +248,13 @@ class Panel:
             part = [asked.features for asked in batch]
             visual, visual_mask = pad_right([f.visual.float() for f in part])
             prompt, prompt_mask = pad_right([self.mllm.prompt_embeds(f).float() for f in part])
-            told = torch.tensor([float(selected_count(kept, len(f.visual), config)) for f in part])
+            budgets = torch.tensor([float(selected_count(kept, len(f.visual), config)) for f in part])
             logits = compressor(
                 visual,
                 prompt,
                 None if bool(prompt_mask.all()) else prompt_mask,
                 None if bool(visual_mask.all()) else visual_mask,
-                budget=told.to(visual.device) if config.budget_input else None,
+                budget=budgets.to(visual.device) if config.budget_input else None,
             ).logits
             for row, asked in zip(logits, batch, strict=True):
                 visual, order = asked.features.visual, None
@@ -257,7 +263,7 @@ class Panel:
                 found.append(shown_tokens(row[: len(visual)], visual, kept, config, order))
         return found
 
-    # ------------------------------------------------------------ inside
+    # ------------------------------------------------------------ private
 
     def _tokens(self) -> int:
         return max(len(asked.features.visual) for asked in self.asked)
@@ -273,8 +279,8 @@ class Panel:
             texts, logits = self.mllm.answer(prompts, self.max_new_tokens)
             if bool(logits.isnan().any()):
                 raise UserError(
-                    f"the logits of {self.mllm.name} are not finite ({method} at {kept} tokens); its number format "
-                    "overflows or its weights are damaged: try model.dtype=float32"
+                    f"the logits of {self.mllm.name} are not finite ({method} at {kept} tokens): its dtype overflows "
+                    "or its weights are damaged; try model.dtype=float32"
                 )
             answers.extend(texts)
         scores = [score_answer(asked.example, text) for asked, text in zip(self.asked, answers, strict=True)]
@@ -286,7 +292,7 @@ def _everything(features: Features) -> Shown:
 
 
 def _spread(grid: tuple[int, int], smaller: tuple[int, int]) -> Tensor:
-    """The places of `grid` that lie under the middles of `smaller`'s cells, row-major."""
+    """Indices of the cells of `grid` that contain the centres of the cells of `smaller`, row-major."""
     rows = ((torch.arange(smaller[0]) + 0.5) * grid[0] / smaller[0]).long()
     columns = ((torch.arange(smaller[1]) + 0.5) * grid[1] / smaller[1]).long()
     return (rows[:, None] * grid[1] + columns).flatten()
@@ -297,7 +303,7 @@ def _not_applicable(method: str, kept: int, reason: str) -> Outcome:
 
 
 def picture(example: Example) -> np.ndarray:
-    """The example's image, or its first one, as pixels [height, width, 3] small enough for a sheet."""
+    """The first image of an example as pixels [height, width, 3], at most 448 pixels wide and high."""
     pixels = as_array(example.image)
     longest = max(pixels.shape[:2])
     if longest <= 448:

@@ -1,4 +1,4 @@
-"""Progress of an evaluation: rows of the table, and the time left."""
+"""Progress of an evaluation: finished rows of the table, and the time left."""
 
 import time
 
@@ -6,10 +6,10 @@ from evocomp.progress import Progress, Stage
 
 
 class EvaluationProgress:
-    """Counts the rows that a panel begins; a context manager, so that its bar goes away however the panel ends.
+    """Counts the rows that a panel starts. A context manager that always removes the progress bar at its end.
 
     Args:
-        rows: methods times numbers of kept tokens.
+        rows: number of rows: methods times numbers of kept tokens.
     """
 
     def __init__(self, rows: int):
@@ -19,7 +19,7 @@ class EvaluationProgress:
         self._started = time.monotonic()
 
     def row(self, name: str) -> None:
-        """A row begins, so those before it are done."""
+        """Called when a row starts: all rows before it are finished."""
         self._begun += 1
         self._stage.done = self._stage.timed = min(self._begun, self._stage.total)
         self._stage.seconds = time.monotonic() - self._started

@@ -1,4 +1,4 @@
-"""Curves, labels and rows of a finished or running run as plain lists and dicts, ready for data frames."""
+"""Reads the curves, labels and report rows of a finished or unfinished run as plain lists and dicts."""
 
 import csv
 import json
@@ -18,26 +18,25 @@ Point = tuple[int, float]
 
 
 def find_path(path: str | Path) -> Path:
-    """The path itself if it exists, else the same relative path from the nearest parent of the working directory.
+    """The path itself if it exists, else the same relative path in the nearest parent of the working directory.
 
-    Notebooks run in the folder that they are in; with this, `runs/nano` is also found from `notebooks/`.
+    Jupyter runs a notebook in the folder of its file; with this function, `runs/nano` is also found from `notebooks/`.
 
     Raises:
-        UserError: it exists in none of them.
+        UserError: the path exists in none of these folders.
     """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / path).exists():
             return folder / path
-    raise UserError(f"{path} is neither in {here} nor in a folder above it; give the full path, or train it first")
+    raise UserError(f"{path} is neither in {here} nor in a parent folder of it; give the full path, or train it first")
 
 
 def read_curves(run_dir: str | Path) -> dict[str, list[Point]]:
-    """Every scalar that a run logged, by name, in the order of steps; from TensorBoard's event files or the CSV file.
+    """All scalars that a run logged, by name and ordered by step, from TensorBoard's event files or the CSV file.
 
-    A run that was stopped and resumed has several event files, whose curves are joined; where a step was run twice
-    the later value counts. The names of baselines, which TensorBoard has as runs of their own, begin with theirs:
-    `random/accuracy/kept_16`.
+    A resumed run has several event files, whose curves are joined; if a step was logged twice, the later value is used.
+    Baselines are separate runs in TensorBoard; here their names are prefixes, as in `random/accuracy/kept_16`.
 
         frame = pandas.DataFrame(read_curves("runs/nano")["accuracy/kept_16"], columns=["step", "accuracy"])
 
@@ -51,13 +50,13 @@ def read_curves(run_dir: str | Path) -> dict[str, list[Point]]:
     events = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.name)
     tables = sorted(folder.rglob("metrics.csv"))
     if not events and not tables:
-        raise UserError(f"{folder} holds no curves; give the folder of a run with logger=tensorboard or logger=csv")
+        raise UserError(f"{folder} has no curves; give the folder of a run with logger=tensorboard or logger=csv")
     curves: dict[str, dict[int, float]] = {}
     folders = {path.parent for path in events}
     for path in events:
         own = path.parent.with_name("compressor")
         prefix = f"{path.parent.name}/" if own in folders - {path.parent} else ""
-        # 0 = every value: the default keeps a sample of long curves
+        # 0 = all values: by default only a sample of long curves is loaded
         reader = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 1, "images": 1, "histograms": 1})
         reader.Reload()
         for name in reader.Tags()["scalars"]:
@@ -81,30 +80,31 @@ def _csv_curves(path: Path) -> dict[str, dict[int, float]]:
 
 
 def read_labels(run_dir: str | Path) -> dict[int, dict[int, Record]]:
-    """The label records that are still stored: complete round -> sample id -> record.
+    """The label records of all complete rounds in the store: round -> sample id -> record.
 
         rounds = read_labels("runs/nano")
         frame = pandas.DataFrame(label_summaries(rounds))
 
     Args:
-        run_dir: what `evocomp train` or `evocomp label` wrote, or a label store itself.
+        run_dir: a run folder of `evocomp train` or `evocomp label`, or the folder of a label store.
 
     Raises:
-        UserError: there is no label store, or it is broken.
+        UserError: there is no label store, or it is damaged.
     """
     folder = Path(run_dir)
     place = next((path for path in (folder / "labels", folder) if (path / "meta.json").is_file()), None)
     if place is None:
-        raise UserError(f"{folder} holds no label store; give a run folder, or the folder given as --labels.dir")
+        raise UserError(f"{folder} has no label store; give a run folder, or the folder given as --labels.dir")
     store = LabelStore(place)
     return {round: store.read(round) for round in store.rounds()}
 
 
 def label_summaries(rounds: dict[int, dict[int, Record]]) -> list[dict[str, Any]]:
-    """A row for each round and sample: its numbers as they are, of its arrays what one looks at.
+    """One row per round and sample, with all scalars of its record and summaries of its arrays.
 
-    `groups` G, `kept` tokens kept, `tokens` N, `population_mean` loss, `distinct` masks in the last population,
-    `proposals` K, and every number of the record (`best_loss`, `first_mean`, `spread`, ...). Losses in nats.
+    The summaries: `groups`, number of groups; `kept`, number of kept tokens; `tokens`, number of tokens;
+    `population_mean`, mean loss of the last population; `distinct`, number of different masks in it; `proposals`,
+    number of proposed masks. Scalars of the record are `best_loss`, `first_mean`, `spread`, ... Losses are in nats.
 
     >>> groups, population = np.array([0, 1, 1]), np.array([[0, 0], [0, 1]])
     >>> record = {"id": 7, "groups": groups, "kept": np.array([0, 2]), "population": population, "best_loss": 0.5}
@@ -133,7 +133,11 @@ def _summary(round: int, record: Record) -> dict[str, Any]:
 
 
 def agreement(records: list[Record], tokens: int) -> np.ndarray:
-    """Share of the last populations' masks that keep each token [N]; records of searches on N = `tokens` tokens.
+    """Share of the masks in the last populations that keep each token [N].
+
+    Args:
+        records: records of searches.
+        tokens: number of tokens N of each record.
 
     >>> record = {"groups": np.array([0, 1, 1]), "population": np.array([[0, 0], [0, 1], [0, 1], [0, 1]])}
     >>> agreement([record], 3).tolist()
@@ -151,9 +155,9 @@ def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's report.json: method, kept, accuracy, low, high, relative, ...
 
     Raises:
-        UserError: the run has not been judged.
+        UserError: the run has no report.
     """
     path = Path(run_dir) / "report.json"
     if not path.is_file():
-        raise UserError(f"{run_dir} has no report; make it: evocomp eval --run {run_dir}")
+        raise UserError(f"{run_dir} has no report; make it with evocomp eval --run {run_dir}")
     return json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What a report holds; `evocomp.evaluation.page` writes it."""
+"""The contents of a report; `evocomp.evaluation.page` writes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from evocomp.evaluation.statistics import compression_hard
 
 @dataclass(frozen=True)
 class Case:
-    """One question whose answer compression changed, as an example for the reader."""
+    """One question for which compression changed whether the answer is correct, shown as an example."""
 
     image: str
     kind: str
@@ -27,13 +27,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the files show.
+    """Everything that the report files show.
 
     Attributes:
-        budgets: kept counts, the columns of the tables.
-        detail: the kept count of the tables that show one only.
-        subject: what was judged (run, model, recipe), for the head of the page.
-        remarks: the last notes.
+        pictures: number of images.
+        budgets: numbers of kept tokens, the columns of the tables.
+        detail: the number of kept tokens in tables that show only one.
+        subject: what was evaluated (run, model, recipe), for the head of the page.
+        remarks: shown after the notes on methods.
     """
 
     rows: list[Row]
@@ -62,7 +63,7 @@ def make_report(
     subject: str = "",
     remarks: Sequence[str] = (),
 ) -> Report:
-    """The report on these outcomes; see `Report`. detail: None for the middle kept count."""
+    """Build the report from outcomes; see `Report`. detail: None for the middle number of kept tokens."""
     rows = summarise(outcomes, questions, roles, resamples, seed)
     budgets = _budgets(rows, roles)
     detail = budgets[len(budgets) // 2] if detail is None else detail
@@ -84,14 +85,14 @@ def make_report(
 
 
 def _budgets(rows: list[Row], roles: Roles) -> tuple[int, ...]:
-    """The kept counts of ours, or of all methods if ours is not there, most tokens first."""
+    """Numbers of kept tokens of our method, or of all methods if ours is missing, in descending order."""
     ours = {row["kept"] for row in rows if row["method"] == roles.ours}
     several = {row["kept"] for row in rows if row["method"] not in (roles.full, roles.floor)}
     return tuple(sorted(ours or several or {row["kept"] for row in rows}, reverse=True))
 
 
 def _cases(runs, questions: Questions, roles: Roles, detail: int, most: int = 12) -> list[Case]:
-    """Up to `most` questions of each kind of `Case`, evenly spaced over those that there are."""
+    """Up to `most` cases that were lost and as many that were won, evenly spaced over all such questions."""
     full, ours = only(runs, roles.full), runs.get((roles.ours, detail))
     small = runs.get((roles.downsampled, detail))
     if ours is None or ours.first.not_applicable is not None or not (full.answers and ours.answers):

@@ -1,23 +1,23 @@
-"""Outcomes to rows: every number of the report with its interval and its comparisons.
+"""Converts outcomes to rows: all numbers of the report with intervals and comparisons.
 
-A row is a plain dict, one per method and kept count; `report.json` is the list of them. All shares are fractions.
+A row is a plain dict, one per method and number of kept tokens; `report.json` is the list of them. Shares: 0 to 1.
 
 ====================================  ======================================================================
 method, kept, group, note, needs_llm  see `Outcome`; `kept` is the number of visual tokens that enter the LLM
 accuracy, low, high, n                mean score over n questions with its interval (images resampled)
 relative                              accuracy / accuracy of the uncompressed model
 retention_above_chance                (accuracy - no image) / (uncompressed - no image)
-loyalty                               share of questions answered as the uncompressed model answers them
-hard, hard_n                          accuracy on the questions that need detail, and their number: right with
-                                      all tokens, wrong with image downsampling to the same kept count
+loyalty                               share of questions with the same answer as the uncompressed model
+hard, hard_n                          accuracy on the questions that need detail, and their number: correct with
+                                      all tokens, wrong with image downsampling to the same number of tokens
 difference_vs_evocomp, _low, _high    this method minus EvoComp at the same kept count, per question
-p_vs_evocomp, mcnemar_vs_evocomp      two-sided p of it, paired over images (bootstrap; for few images the exact
-                                      sign-flip test); McNemar's, exact
+p_vs_evocomp, mcnemar_vs_evocomp      two-sided p of this difference, paired over images (bootstrap; for few images
+                                      the exact sign-flip test); exact p of McNemar's test
 difference_vs_full, _low, _high       this method minus the uncompressed model; `p_vs_full` as above
 by_kind                               accuracy by question type
-kept_average                          visual tokens averaged over the LLM's layers
-seeds, seed_std                       runs that were averaged, and the spread of their accuracies
-not_applicable                        why there is no number (then all numbers are None), else None
+kept_average                          visual tokens averaged over the layers of the LLM
+seeds, seed_std                       number of averaged seeds, and the standard deviation of their accuracies
+not_applicable                        reason why there are no numbers (then all of them are None), else None
 ====================================  ======================================================================
 """
 
@@ -42,13 +42,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A method at a kept count, its seeds joined."""
+    """A method at one number of kept tokens, with all its seeds."""
 
     first: Outcome
     scores: np.ndarray
     """[seeds, n]"""
     answers: list[Sequence[str]]
-    """[n] of each seed whose answers are known."""
+    """Answers [n] of each seed, if known."""
 
     @property
     def mean(self) -> np.ndarray:
@@ -65,14 +65,14 @@ def summarise(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[Row]:
-    """One row per method and kept count, in the order of the outcomes.
+    """One row per method and number of kept tokens, in the order of the outcomes.
 
     Raises:
         ValueError: the uncompressed model is missing, or an outcome does not have one score per question.
     """
     runs = join_seeds(outcomes, questions)
     if only(runs, roles.full) is None:
-        raise ValueError(f"no outcome called {roles.full!r}: no accuracy to be relative to")
+        raise ValueError(f"there is no outcome of {roles.full!r}, to which accuracies are relative")
     bootstrap = ImageBootstrap(questions.images, resamples, seed)
     scored = [key for key, run in runs.items() if run.first.not_applicable is None]
     drawn = bootstrap.means(np.stack([runs[key].mean for key in scored], axis=1))
@@ -81,7 +81,7 @@ def summarise(
 
 
 def join_seeds(outcomes: Sequence[Outcome], questions: Questions) -> Runs:
-    """Outcomes by (method, kept); several of the same method and kept count are its seeds."""
+    """Group outcomes by (method, kept); several with the same key are seeds."""
     together: dict[tuple[str, int], list[Outcome]] = {}
     for outcome in outcomes:
         together.setdefault((outcome.method, outcome.kept), []).append(outcome)
@@ -99,14 +99,14 @@ def join_seeds(outcomes: Sequence[Outcome], questions: Questions) -> Runs:
 
 
 def only(runs: Runs, method: str) -> Run | None:
-    """The run of a method that has one kept count; the one with most tokens if there are several."""
+    """The run of a method with a single number of kept tokens; if there are several, the one with most tokens."""
     found = [run for (name, _), run in runs.items() if name == method and len(run.scores)]
     return max(found, key=lambda run: run.first.kept, default=None)
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """All runs with the resampled means of each [resamples]."""
+    """All runs with their resampled means [resamples]."""
 
     runs: Runs
     drawn: dict[tuple[str, int], np.ndarray]
@@ -155,7 +155,7 @@ class _Panel:
 
     @staticmethod
     def _mcnemar(run: Run, ours: Run) -> Row:
-        """For scores of 0 and 1 only: None for averages over seeds and for fractional scores."""
+        """McNemar's test, which needs scores of 0 and 1: None for averages over seeds and for fractional scores."""
         binary = np.isin(np.concatenate([run.mean, ours.mean]), (0.0, 1.0)).all()
         return {"mcnemar_vs_evocomp": mcnemar(run.mean, ours.mean) if binary else None}
 

@@ -1,4 +1,4 @@
-"""Judge a finished run: the panel on fresh questions, and the report."""
+"""Evaluates a finished run: the panel of methods on test questions, and the report."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ from evocomp.viz import SheetItem, kept_sheet
 from evocomp.viz.names import display_name
 
 JUDGED = "judged.json"
-"""Says, in a folder of --out, which run and which questions its report is about."""
+"""File in a folder of --out that records the run and the questions of its report."""
 
 
 def evaluate_run(
@@ -50,15 +50,15 @@ def evaluate_run(
     """Run the panel on a run's compressor and write report.json, report.md, report.html and kept.png.
 
     Args:
-        run_dir: what `evocomp train` wrote.
-        out: where the report goes, a folder with nothing in it, or with an earlier report of this run on the same
-            questions; default: the run folder.
-        questions, seed: other test questions than the run's settings say.
-        panel: "basic" (floors and simple baselines, the default), "full" (every rival), or selectors by name with
-            commas between them, which leaves out those that drop tokens inside the LLM, one prompt at a time.
-            `NAME+context` gives a method context tokens, as many as the run's compressor has; "full" has three
-            such rows where it has any.
-        source: another `data.test_source`, for a run that is judged on several benchmarks.
+        run_dir: run folder written by `evocomp train`.
+        out: folder for the report; it must be empty or contain an earlier report of this run on the same questions.
+            Default: the run folder.
+        questions, seed: number and seed of the test questions, if they differ from the run's settings.
+        panel: "basic" (references and simple selectors, the default), "full" (all selectors and methods), or names of
+            selectors separated by commas. Only "full" runs methods that drop tokens between the layers of the LLM;
+            they are slow, because they process one prompt at a time. `NAME+context` adds as many context tokens to a
+            selector as the run's compressor has; if it has any, "full" includes several such rows.
+        source: overrides `data.test_source`, to evaluate a run on several benchmarks.
 
     Returns:
         The rows of report.json.
@@ -95,7 +95,7 @@ def evaluate_run(
                 return []
             judge = Panel(mllm, examples, batch, longest)
             outcomes = together(shares)
-            outcomes.insert(2, judge.wrong_image())  # shows images of all shares
+            outcomes.insert(2, judge.wrong_image())  # needs the images of all ranks
     apart = questions_apart(judge, config.eval.apart)
     main = ~np.logical_or.reduce([*apart.values(), np.zeros(len(judge.questions), dtype=bool)])
     subject = f"run {run_dir} · model {config.model.name} · recipe {config.recipe}"
@@ -133,15 +133,15 @@ def folder_name(kind: str) -> str:
 
 
 def own_share(examples: Sequence[Example], rank: int, world: int) -> list[int]:
-    """Which examples one of several processes judges: all questions about every world-th image."""
+    """Indices of the examples that a rank evaluates: all questions about every world-th image."""
     numbers = {image: number for number, image in enumerate(dict.fromkeys(one.image_id for one in examples))}
     return [i for i, one in enumerate(examples) if numbers[one.image_id] % world == rank]
 
 
 def together(shares: Sequence[tuple[list[int], list[Outcome]]]) -> list[Outcome]:
-    """Outcomes on all questions, from those of processes that had a share of the questions each.
+    """Join the outcomes of ranks that evaluated different questions.
 
-    A method that one of them cannot run counts as one that none can.
+    A method is not applicable if any of the ranks could not run it.
     """
     order = np.argsort(np.concatenate([own for own, _ in shares]))
     found = []
@@ -157,31 +157,31 @@ def together(shares: Sequence[tuple[list[int], list[Outcome]]]) -> list[Outcome]
 
 
 def questions_apart(judge: Panel, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-    """Which questions [n] have a report of their own, by kind; not a kind that none or all of them are of."""
+    """Masks [n] of the question types with a separate report; types that none or all questions have are left out."""
     found = {kind: np.array(judge.questions.kinds) == kind for kind in kinds}
     return {kind: own for kind, own in found.items() if own.any() and not own.all()}
 
 
 def read_compressor(run_dir: Path) -> EvoCompCompressor:
-    """The compressor of a run, for judging. Raises `UserError` for weights that cannot be read or are not finite."""
+    """The trained compressor of a run. Raises `UserError` if its weights cannot be read or are not finite."""
     folder = run_dir / "compressor"
     with weights_of(folder):
         return EvoCompCompressor.from_pretrained(folder).eval()
 
 
 def check_place(out: Path, judged: str) -> None:
-    """Raise `UserError` if a folder holds anything but a report on what is to be judged, which may be replaced."""
+    """Raise `UserError` unless a folder is empty or has a report on the same run and questions, which is replaced."""
     try:
         earlier = (out / JUDGED).read_text()
     except (OSError, UnicodeDecodeError):
         earlier = ""
     if earlier != judged and out.is_dir() and any(out.iterdir()):
         what = "a report of another run or on other questions" if earlier else "other files"
-        raise UserError(f"--out={out} holds {what}; choose another folder")
+        raise UserError(f"--out={out} contains {what}; choose another folder")
 
 
 def part(outcomes: Sequence[Outcome], questions: Questions, own: np.ndarray) -> tuple[list[Outcome], Questions]:
-    """Outcomes and questions of those that `own` [n] marks."""
+    """Outcomes and questions restricted to the questions in the mask `own` [n]."""
 
     def pick(values: Sequence) -> list:
         return [value for value, marked in zip(values, own, strict=True) if marked] if len(values) else []
@@ -200,17 +200,17 @@ def part(outcomes: Sequence[Outcome], questions: Questions, own: np.ndarray) -> 
 def siblings(
     config: RunConfig, run_dir: Path, own: EvoCompCompressor
 ) -> tuple[dict[str, EvoCompCompressor], list[str]]:
-    """Compressors of `eval.beside`, and a remark on each that is not there; named by their recipes."""
+    """Compressors of the run folders in `eval.beside` by name (recipe), and remarks, also on missing ones."""
     found: dict[str, EvoCompCompressor] = {}
     remarks = [f"EvoComp is this run: recipe {config.recipe}, {run_dir}{_cost(run_dir)}."]
     for place in config.eval.beside:
         folder = Path(place)
         if not (folder / "compressor" / "config.json").is_file():
-            remarks.append(f"{folder} (setting eval.beside) has not been trained yet and is not compared.")
+            remarks.append(f"{folder} (setting eval.beside) has not been trained yet and is skipped.")
             continue
         other = read_compressor(folder).to(own.device)
         if other.config.hidden_size != own.config.hidden_size:
-            remarks.append(f"{folder} (setting eval.beside) is for another model and is not compared.")
+            remarks.append(f"{folder} (setting eval.beside) is for another model and is skipped.")
             continue
         name = f"evocomp_{other.config.metadata.get('recipe', folder.name)}"
         name = name if name not in found else f"evocomp_{folder.name}"
@@ -220,7 +220,7 @@ def siblings(
 
 
 def _cost(run_dir: Path) -> str:
-    """What a run has cost, in words."""
+    """The cost of a run as text."""
     try:
         cost = json.loads((run_dir / "trained.json").read_text())["cost"]
     except (OSError, KeyError, ValueError, TypeError):
@@ -244,9 +244,10 @@ def all_outcomes(
     names: Sequence[str],
     inside: bool = False,
 ) -> list[Outcome]:
-    """Every method of the panel at every kept count; `inside` adds those that drop tokens between the LLM's layers.
+    """Outcomes of all methods of the panel at all numbers of kept tokens.
 
-    A process that has a share of the questions leaves out the one that shows other questions' images.
+    `inside` adds methods that drop tokens between the layers of the LLM. With several ranks the reference "wrong image"
+    is left out, because it needs the images of all ranks.
     """
     kept = config.eval.kept
     rivals = [Rival(selector("random_tokens"), "random", seed) for seed in range(config.eval.seeds)]
@@ -264,11 +265,11 @@ def all_outcomes(
 
 
 def build_rival(name: str, mllm: FrozenMLLM, sharp: float = 0.0) -> Rival:
-    """A rival at its published settings; layers beyond the LLM's depth come down to its last.
+    """A training-free selector with its published settings; layer indices are clamped to the depth of the LLM.
 
     Args:
-        name: of a selector, with `GIVEN_CONTEXT` at its end for one that gets context tokens.
-        sharp: limit of what it selects then.
+        name: name of the selector, with the suffix `GIVEN_CONTEXT` to add context tokens.
+        sharp: maximum number of selected tokens if context tokens are added.
     """
     plain = name.removesuffix(GIVEN_CONTEXT)
     method = selector_for_depth(plain, len(mllm.decoder.layers))
@@ -276,25 +277,25 @@ def build_rival(name: str, mllm: FrozenMLLM, sharp: float = 0.0) -> Rival:
 
 
 def middle(kept: Sequence[int]) -> int:
-    """The middle of the kept counts."""
+    """The middle one of the numbers of kept tokens."""
     return sorted(kept)[len(kept) // 2]
 
 
 def draw_sheet(
     judge: Panel, outcomes: Sequence[Outcome], compressor: EvoCompCompressor, count: int, kept: int, path: Path
 ) -> None:
-    """A sheet of images with the kept tokens highlighted, the question and both answers under each."""
+    """Draw a sheet of images with the kept tokens highlighted, and below each image its question and both answers."""
     answers = {(o.method, o.kept): o.answers for o in outcomes if o.not_applicable is None}
     full = next(o.answers for o in outcomes if o.method == "full")
     ours = answers["evocomp", kept]
     shown = judge.compressor_tokens(compressor, kept)
-    # one question about each image
-    by_picture: dict[str, list[int]] = {}
+    # one question for each image
+    by_image: dict[str, list[int]] = {}
     for i, asked in enumerate(judge.asked):
-        by_picture.setdefault(asked.example.image_id, []).append(i)
+        by_image.setdefault(asked.example.image_id, []).append(i)
     items = []
-    for number, own in enumerate(list(by_picture.values())[:count]):
-        i = own[number % len(own)]  # a different one each time, so that all question types appear
+    for number, own in enumerate(list(by_image.values())[:count]):
+        i = own[number % len(own)]  # vary the index, so that all question types appear
         asked = judge.asked[i]
         lit, grid = first_image(asked.features, shown[i].alone.cpu().numpy())
         items.append(

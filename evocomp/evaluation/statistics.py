@@ -1,9 +1,9 @@
-"""How sure an accuracy is: intervals over images, paired tests, and what is left above chance.
+"""Uncertainty of accuracies: intervals over images, paired tests, retention above chance.
 
-Several questions share an image and stand or fall together, so images are resampled, not questions: the cluster
-bootstrap (Davison & Hinkley 1997, section 3.8). With few images a bootstrap claims more than they can tell (seven of
-them give p < 0.001), so the p of a difference is then that of the exact sign-flip test over images. Scores are 0/1 or
-anything between, one a question. n questions, M columns of scores, K images.
+Questions about the same image are not independent, so images are resampled instead of questions: the cluster
+bootstrap (Davison & Hinkley 1997, section 3.8). With few images the p values of a bootstrap are too small (seven images
+can give p < 0.001), so the p value of a difference then comes from the exact sign-flip test over images. Each question
+has one score from 0 to 1. n questions, M columns of scores, K images.
 """
 
 import math
@@ -14,12 +14,12 @@ from functools import lru_cache
 import numpy as np
 
 EXACT_UP_TO = 25
-"""Images up to which the p of a difference is exact; beyond, its smallest value is below that of the bootstrap."""
+"""Largest number of images for the exact test; with more images the bootstrap is precise enough."""
 
 TOO_FEW = 10
-"""Images below which a percentile interval means nothing: it is far too narrow to cover what it claims."""
+"""Below this number of images percentile intervals are far too narrow for their nominal coverage."""
 
-_CHUNK = 2**22  # counts drawn at a time: bounds the memory at 32 MiB
+_CHUNK = 2**22  # counts drawn at a time; limits memory to 32 MiB
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A mean paired difference with its interval, and the two-sided p of "there is no difference"."""
+    """A mean paired difference with its interval, and the two-sided p value of the hypothesis of no difference."""
 
     p: float
 
 
 @dataclass(frozen=True)
 class Spread:
-    """What several seeds gave: `std` is the sample standard deviation, 0 for a single seed."""
+    """Summary of several seeds: `std` is the sample standard deviation, 0 for a single seed."""
 
     mean: float
     std: float
@@ -50,10 +50,10 @@ class Spread:
 
 
 class ImageBootstrap:
-    """Resamples pictures with replacement; every score handed to one instance sees the same resamples."""
+    """Resamples images with replacement; all scores passed to one instance use the same resamples."""
 
     def __init__(self, images: Sequence, resamples: int = 2000, seed: int = 0, level: float = 0.95):
-        """`images`: the picture of each question [n], hashable ids. `level`: coverage of the intervals."""
+        """`images`: image of each question [n], as hashable ids. `level`: coverage of the intervals."""
         if len(images) == 0 or resamples < 1:
             raise ValueError("a bootstrap needs at least one question and one resample")
         first = {}
@@ -63,22 +63,22 @@ class ImageBootstrap:
 
     @property
     def clusters(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self._size)
 
     def means(self, scores: np.ndarray) -> np.ndarray:
         """Mean score of each resample: [n] -> [resamples], [n, M] -> [resamples, M]."""
         scores = np.asarray(scores, dtype=np.float64)
         columns = scores.reshape(len(scores), -1)
-        assert len(columns) == len(self._cluster), "one score a question"
-        pictures = len(self._size)
-        sums = np.stack([np.bincount(self._cluster, column, pictures) for column in columns.T], axis=1)
+        assert len(columns) == len(self._cluster), "expected one score per question"
+        clusters = len(self._size)
+        sums = np.stack([np.bincount(self._cluster, column, clusters) for column in columns.T], axis=1)
         rng = np.random.Generator(np.random.Philox(self.seed))
-        drawn, step = [], max(1, _CHUNK // pictures)
+        drawn, step = [], max(1, _CHUNK // clusters)
         for start in range(0, self.resamples, step):
             rows = min(step, self.resamples - start)
-            picks = rng.integers(0, pictures, (rows, pictures)) + pictures * np.arange(rows)[:, None]
-            times = np.bincount(picks.ravel(), minlength=rows * pictures).reshape(rows, pictures)
+            picks = rng.integers(0, clusters, (rows, clusters)) + clusters * np.arange(rows)[:, None]
+            times = np.bincount(picks.ravel(), minlength=rows * clusters).reshape(rows, clusters)
             drawn.append((times @ sums) / (times @ self._size)[:, None])
         return np.concatenate(drawn).reshape(self.resamples, *scores.shape[1:])
 
@@ -87,51 +87,51 @@ class ImageBootstrap:
         return self.interval_of(np.mean(scores), self.means(scores))
 
     def difference(self, first: np.ndarray, second: np.ndarray) -> Difference:
-        """Mean of `first - second` over the same questions [n], its interval and its p; see `difference_of`."""
+        """Mean of `first - second` over the same questions [n], with interval and p value; see `difference_of`."""
         gap = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
         return self.difference_of(gap, self.means(gap))
 
     def interval_of(self, mean: float, drawn: np.ndarray) -> Interval:
-        """The interval when the resampled means [resamples] are known already."""
+        """The interval for given resampled means [resamples]."""
         tail = (1 - self.level) / 2
         low, high = np.quantile(drawn, (tail, 1 - tail))
         return Interval(float(mean), float(low), float(high))
 
     def difference_of(self, gap: np.ndarray, drawn: np.ndarray) -> Difference:
-        """The mean of paired differences [n] when its resamples [resamples] are known already.
+        """The mean of paired differences [n] with interval and p value, for given resampled means [resamples].
 
-        Up to `EXACT_UP_TO` images p is that of `sign_flip` over their sums. Beyond, it is twice the share of resamples
-        on the far side of zero, one resample added to either count (Davison & Hinkley 1997, section 4.4), so that it
-        is never below 2 / (resamples + 1).
+        Up to `EXACT_UP_TO` images the p value comes from `sign_flip` on the sums of the images. For more images it is
+        twice the share of resamples on the other side of zero, with one added to numerator and denominator (Davison &
+        Hinkley 1997, section 4.4), so that it is never below 2 / (resamples + 1).
         """
         gap = np.asarray(gap, dtype=np.float64)
         interval = self.interval_of(gap.mean(), drawn)
         if self.clusters <= EXACT_UP_TO:
             p = sign_flip(np.bincount(self._cluster, gap, self.clusters))
         else:
-            rounding = 1e-12  # means of fractional scores that are equal may differ in the last bit
+            rounding = 1e-12  # equal means of fractional scores may differ in the last bit
             far = min(np.count_nonzero(drawn <= rounding), np.count_nonzero(drawn >= -rounding))
             p = min(1.0, 2 * (far + 1) / (self.resamples + 1))
         return Difference(interval.mean, interval.low, interval.high, p)
 
 
 def sign_flip(sums: np.ndarray) -> float:
-    """Two-sided exact p of "the differences are as likely positive as negative", from their sum for each image [K].
+    """Exact two-sided p value of a symmetric distribution of differences around 0, from their sums per image [K].
 
-    Under that hypothesis every image's sum could as well have had the other sign. p is the share of the 2^K ways to set
-    the signs whose total is at least as far from zero as the one found (Fisher 1935, section 21), so at least 2 / 2^K.
-    The ways are counted by halves, 2^(K/2) totals each.
+    Under this hypothesis the sum of each image has either sign with the same probability. p is the share of the 2^K
+    sign assignments whose total is at least as far from zero as the observed one (Fisher 1935, section 21), so at least
+    2 / 2^K. To count them, the images are split into halves with 2^(K/2) totals each.
 
-    >>> sign_flip(np.ones(7))  # seven images, all in favour
+    >>> sign_flip(np.ones(7))  # seven images, all positive
     0.015625
     """
     sums = np.asarray(sums, dtype=np.float64)
-    sums = sums[sums != 0]  # without influence on either side
+    sums = sums[sums != 0]  # zeros do not change any total
     if len(sums) > 2 * EXACT_UP_TO:
-        raise ValueError(f"{len(sums)} images are too many to count all signs")
+        raise ValueError(f"{len(sums)} images are too many for the exact test")
     half = len(sums) // 2
     left, right = np.sort(_totals(sums[:half])), _totals(sums[half:])
-    found = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()  # totals that are equal may differ by rounding
+    found = abs(sums.sum()) - 1e-9 * np.abs(sums).sum()  # equal totals may differ by rounding
     if found <= 0:
         return 1.0
     high = len(left) - np.searchsorted(left, found - right, side="left")
@@ -140,7 +140,7 @@ def sign_flip(sums: np.ndarray) -> float:
 
 
 def _totals(sums: np.ndarray) -> np.ndarray:
-    """The total for each way to set the signs [2^K]."""
+    """The totals of all sign assignments [2^K]."""
     totals = np.zeros(1)
     for one in sums:
         totals = np.concatenate([totals + one, totals - one])
@@ -148,13 +148,13 @@ def _totals(sums: np.ndarray) -> np.ndarray:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided exact p of McNemar's test on right/wrong answers [n] to the same questions.
+    """Exact two-sided p value of McNemar's test on correct/wrong answers [n] to the same questions.
 
-    A question that only one of the two gets right falls to either with p = 1/2 if they are equally good, so
-    these questions are binomial (McNemar 1947). This takes questions for independent; where several share an
-    image, `ImageBootstrap.difference` is the safer test.
+    If both methods are equally good, a question that only one of them answers correctly is won by either with
+    probability 1/2, so their number is binomial (McNemar 1947). The test assumes independent questions; if several
+    share an image, `ImageBootstrap.difference` is safer.
 
-    >>> mcnemar(np.array([1, 1, 1, 1, 1, 0]), np.array([0, 0, 0, 0, 0, 0]))  # five questions to none
+    >>> mcnemar(np.array([1, 1, 1, 1, 1, 0]), np.array([0, 0, 0, 0, 0, 0]))  # five questions against none
     0.0625
     """
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
@@ -164,7 +164,7 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
 @lru_cache(maxsize=4096)
 def _binomial_two_sided(fewer: int, trials: int) -> float:
-    """Chance that `trials` fair coins split at least as unevenly as `fewer` to the rest."""
+    """Probability that `trials` fair coin tosses split at least as unevenly as `fewer` to `trials - fewer`."""
     if 2 * fewer >= trials:
         return 1.0
     log_chances = [
@@ -175,30 +175,30 @@ def _binomial_two_sided(fewer: int, trials: int) -> float:
 
 
 def retention_above_chance(accuracy: float, floor: float, full: float) -> float | None:
-    """Share of what the picture is worth that is kept: (accuracy - floor) / (full - floor).
+    """Share of the accuracy gained by the image that remains: (accuracy - floor) / (full - floor).
 
-    `floor` is the accuracy without the picture. None where the picture is worth nothing (full <= floor).
+    `floor` is the accuracy without the image. None if the image brings no gain (full <= floor).
     """
     return (accuracy - floor) / (full - floor) if full > floor else None
 
 
 def loyalty(answers: Sequence[str], reference: Sequence[str]) -> float:
-    """Share of questions [n] that get the same answer as in `reference`, right or wrong (EffiVLM-Bench)."""
+    """Share of questions [n] with the same answer as in `reference`, correct or not (EffiVLM-Bench)."""
     assert len(answers) == len(reference) > 0
     same = [a.strip().casefold() == b.strip().casefold() for a, b in zip(answers, reference, strict=True)]
     return sum(same) / len(same)
 
 
 def compression_hard(full: np.ndarray, downsampled: np.ndarray) -> np.ndarray:
-    """Which questions [n] need detail: right with all tokens, wrong with a smaller picture of equal tokens.
+    """Mask [n] of the questions that need detail: correct with all tokens, wrong with an image downsampled to R tokens.
 
-    Group A of VTC-Bench (arXiv 2510.07143). Fractional scores count as right from 0.5 on.
+    Group A of VTC-Bench (arXiv 2510.07143). A score of at least 0.5 counts as correct.
     """
     return (np.asarray(full) >= 0.5) & (np.asarray(downsampled) < 0.5)
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, sample standard deviation and range of one number a seed."""
+    """Mean, sample standard deviation and range of one number per seed."""
     array = np.asarray(values, dtype=np.float64)
     deviation = float(array.std(ddof=1)) if len(array) > 1 else 0.0
     return Spread(float(array.mean()), deviation, float(array.min()), float(array.max()), len(array))

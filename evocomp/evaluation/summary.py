@@ -1,4 +1,4 @@
-"""The sentences of a report: what was judged, the verdict, warnings, how numbers are made, notes on methods."""
+"""The sentences of a report: subject, verdict, warnings, explanation of the numbers, notes on methods."""
 
 from collections.abc import Sequence
 
@@ -16,27 +16,27 @@ LEVEL = 0.05
 
 
 def judged(report: Report) -> str:
-    """One line: run, model and recipe if known, and how much was judged."""
+    """One line: run, model and recipe if known, and the numbers of questions and images."""
     counts = f"{report.questions:,} questions about {report.pictures:,} images"
     return f"{report.subject} · {counts}" if report.subject else counts
 
 
 def warnings(report: Report) -> list[str]:
-    """Why the numbers must not be trusted, if too little was judged."""
+    """A warning if there are too few questions or images for reliable numbers."""
     if report.questions >= FEWEST_QUESTIONS and report.pictures >= FEWEST_IMAGES:
         return []
     text = (
-        f"Only {report.questions:,} questions about {report.pictures:,} images were judged. Intervals, p values and "
-        f"the order of methods are unreliable below {FEWEST_QUESTIONS} questions or {FEWEST_IMAGES} images: judge "
+        f"Only {report.questions:,} questions about {report.pictures:,} images were evaluated. Intervals, p values and "
+        f"the order of methods are unreliable below {FEWEST_QUESTIONS} questions or {FEWEST_IMAGES} images: evaluate "
         "more of them (evocomp eval --questions N --out DIR)."
     )
     if report.pictures < TOO_FEW:
-        text += f" With so few images no two-sided p can be below {2 / 2**report.pictures:.2g}."
+        text += f" With so few images, no two-sided p value can be below {2 / 2**report.pictures:.2g}."
     return [text]
 
 
 def verdict(report: Report) -> list[str]:
-    """What the report shows, in a few sentences; no ranking where `warnings` has something to say."""
+    """What the report shows, in a few sentences; without a ranking if there are `warnings`."""
     ours = {row["kept"]: row for row in report.rows if row["method"] == report.roles.ours}
     ours = {budget: ours[budget] for budget in report.budgets if budget in ours}
     full = next((row for row in report.rows if row["method"] == report.roles.full), None)
@@ -55,7 +55,7 @@ def verdict(report: Report) -> list[str]:
 
 
 def _ranking(report: Report, budgets: Sequence[int]) -> list[str]:
-    """Where ours is ahead of, level with and behind the others, each sentence only if it is so anywhere."""
+    """Sentences on where our method is better than, equal to and worse than the others; empty cases are left out."""
     before = {budget: _others(report, budget, (BEFORE_LLM, WITH_CONTEXT)) for budget in budgets}
     before = {budget: rows for budget, rows in before.items() if rows}
     ahead = [b for b, rows in before.items() if all(_sign(row) < 0 for row in rows)]
@@ -71,7 +71,7 @@ def _ranking(report: Report, budgets: Sequence[int]) -> list[str]:
         )
     if level:
         found.append(
-            f"At {_listed(list(level))} kept tokens no method of this kind is better, and the difference to "
+            f"At {_listed(list(level))} kept tokens none of these methods is better, and the difference to "
             f"{_names(level)} is not significant."
         )
     if behind:
@@ -80,7 +80,7 @@ def _ranking(report: Report, budgets: Sequence[int]) -> list[str]:
     after = {b: better for b, rows in after.items() if (better := [row for row in rows if _sign(row) > 0])}
     if after:
         found.append(
-            f"Of the methods for which the LLM processes more tokens, {_names(after)} "
+            f"Of the methods that let the LLM process more tokens, {_names(after)} "
             f"{'are' if len(_methods(after)) > 1 else 'is'} better at {_listed(list(after))} kept tokens."
         )
     return found
@@ -118,12 +118,12 @@ def _listed(items: Sequence) -> str:
 
 
 def how_made(report: Report) -> list[str]:
-    """How the numbers are made, a paragraph each."""
+    """How the numbers are computed; one paragraph per item."""
     return [
         f"All methods answered the same {report.questions:,} questions about {report.pictures:,} images "
         f"({report.questions / report.pictures:.1f} questions per image). Kept tokens are the visual tokens that "
         "enter the LLM. Methods that drop or merge tokens between the layers of the LLM process more of them on "
-        "average; the notes and the further measures say how many.",
+        "average; the notes and the table of further measures give the numbers.",
         f"The 95 % intervals are a bootstrap over images ({report.resamples:,} resamples with replacement): the "
         "questions about one image are not independent and are resampled together. Differences between two methods "
         "are paired by question and use the same resamples, so they are more precise than a comparison of two "
@@ -134,11 +134,11 @@ def how_made(report: Report) -> list[str]:
 def _tests(report: Report) -> str:
     if report.pictures > EXACT_UP_TO:
         return "All p values are two-sided"
-    return "All p values come from the exact sign-flip test over images, which suits few images; they are two-sided"
+    return "All p values come from the exact sign-flip test over images, because there are few; they are two-sided"
 
 
 def notes(report: Report) -> list[str]:
-    """A line for each method that has a note, then the remarks of the report."""
+    """One line for each method that has a note, then the remarks of the report."""
     lines = []
     for method, rows in by_method(report.rows).items():
         texts = list(dict.fromkeys(row["note"] for row in rows if row["note"]))

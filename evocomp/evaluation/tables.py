@@ -1,4 +1,4 @@
-"""The tables of a report as data: report.html, report.md and the terminal print the same cells."""
+"""The tables of a report as data; report.html, report.md and the terminal print the same cells."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ NOTHING = "-"
 
 
 class Cell(NamedTuple):
-    """`detail` is an interval, printed smaller, in lines of its own, or shown on hover."""
+    """One cell. `detail` is an interval, printed in smaller type below the text, or shown on hover."""
 
     text: str
     detail: str = ""
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table. `ours`: it is that of the judged compressor."""
+    """One row of a table. `ours`: whether it is the evaluated compressor."""
 
     name: str
     cells: list[Cell]
@@ -35,11 +35,11 @@ class Table:
     """Lines under the headings of their groups.
 
     Attributes:
-        header: names of the columns, that of the lines' names first.
+        header: names of the columns; the first column has the names of the lines.
         groups: (heading, lines); an empty heading is not printed.
-        caption: how to read the cells.
-        detail: what `Cell.detail` is, where it is shown on hover; empty: it is printed below the number.
-        text: the cells hold words rather than numbers.
+        caption: explanation of the cells.
+        detail: name of `Cell.detail` if it is shown on hover; empty: it is printed below the number.
+        text: whether the cells contain words instead of numbers.
     """
 
     title: str
@@ -51,18 +51,18 @@ class Table:
 
 
 def main_table(report: Report) -> Table:
-    """Accuracy of every method at every kept count; the best of each group is strong, ties alike."""
+    """Accuracy of all methods at all numbers of kept tokens; the best of each group is bold, including ties."""
     best = _best_of_groups(report)
 
     def cells(method: str, rows: list[Row]) -> list[Cell]:
         at = {row["kept"]: row for row in rows}
-        if not set(at) & set(report.budgets):  # a reference, which has one token count
+        if not set(at) & set(report.budgets):  # a reference, which has a single number of tokens
             return [_accuracy(rows[0]), *[Cell("")] * (len(report.budgets) - 1)]
         return [_accuracy(at.get(budget), best) for budget in report.budgets]
 
     caption = (
-        "Share of questions answered correctly, in brackets as a percentage of the uncompressed accuracy. "
-        "Bold: the best of a group at that number of kept tokens, and all that equal it."
+        "Share of questions answered correctly, in parentheses as a percentage of the uncompressed accuracy. "
+        "Bold: the best of a group at that number of kept tokens, including ties."
     )
     header = ["method", *(f"{budget} kept" for budget in report.budgets)]
     groups = _groups(report, report.rows, cells, with_tokens=True)
@@ -70,7 +70,7 @@ def main_table(report: Report) -> Table:
 
 
 def lead_table(report: Report) -> Table | None:
-    """Accuracy of ours minus that of each other method, in points, with interval and p."""
+    """Accuracy of our method minus that of each other method, in percentage points, with interval and p value."""
     ours = {row["kept"]: row for row in report.rows if row["method"] == report.roles.ours}
 
     def cells(method: str, rows: list[Row]) -> list[Cell]:
@@ -92,7 +92,7 @@ def lead_table(report: Report) -> Table | None:
 
 
 def measures_table(report: Report) -> Table:
-    """At one kept count: average over layers, accuracy above chance, same answers, hard questions, seeds."""
+    """Further measures at one number of kept tokens: average over layers, accuracy above chance, loyalty, ..."""
 
     def cells(method: str, rows: list[Row]) -> list[Cell]:
         row = _at_detail(report, rows)
@@ -114,7 +114,7 @@ def measures_table(report: Report) -> Table:
 
 
 def kinds_table(report: Report) -> Table:
-    """At one kept count: accuracy by question type."""
+    """Accuracy by question type at one number of kept tokens."""
     kinds = list(report.kind_counts)
 
     def cells(method: str, rows: list[Row]) -> list[Cell]:
@@ -127,7 +127,7 @@ def kinds_table(report: Report) -> Table:
 
 
 def case_tables(report: Report) -> list[Table]:
-    """Questions that compression decided, one table for those it lost and one for those it won."""
+    """Example questions: one table of answers that compression lost and one of answers that it won."""
     name = display_name(report.roles.ours)
     titles = {
         True: f"Correct when uncompressed, wrong with {name} at {report.detail} kept tokens",
@@ -147,7 +147,7 @@ def _case(case: Case) -> Line:
 def _groups(
     report: Report, rows: list[Row], cells: Callable[[str, list[Row]], list[Cell]], with_tokens: bool = False
 ) -> list[tuple[str, list[Line]]]:
-    """Methods under the headings of their groups; ours comes first in its group."""
+    """Methods under the headings of their groups; our method comes first in its group."""
     ours = report.roles.ours
     by_group: dict[str, dict[str, list[Row]]] = {group: {} for group in GROUPS}
     for method, of_method in by_method(rows).items():
@@ -167,7 +167,7 @@ def _groups(
 
 
 def by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows of each method, in order."""
+    """Rows of each method, in the given order."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["method"], []).append(row)
@@ -175,7 +175,7 @@ def by_method(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _detail_rows(report: Report) -> list[Row]:
-    """Rows at the kept count of the closer look, and those of methods that have one token count."""
+    """Rows at `report.detail` kept tokens, and those of methods with a single number of tokens."""
     return [
         row
         for row in report.rows
@@ -188,7 +188,7 @@ def _at_detail(report: Report, rows: list[Row]) -> Row:
 
 
 def _best_of_groups(report: Report) -> dict[tuple[str, int], float]:
-    """The best accuracy by (group, kept count), as it is printed; only where several methods have one."""
+    """The best accuracy by (group, kept tokens), rounded as printed; only where there are several methods."""
     found: dict[tuple[str, int], list[float]] = {}
     for row in report.rows:
         if row["accuracy"] is not None and row["group"] != REFERENCE:
@@ -207,7 +207,7 @@ def _accuracy(row: Row | None, best: dict[tuple[str, int], float] | None = None)
 
 
 def _lead(row: Row | None, other: str, sign: int) -> Cell:
-    """The row's difference to `other`, times `sign` (rows hold method - ours and method - uncompressed)."""
+    """The row's difference to `other`, times `sign` (rows contain method - ours and method - uncompressed)."""
     name = f"difference_vs_{other}"
     if row is None or row[name] is None:
         return Cell(NOTHING)

@@ -6,7 +6,7 @@ from evocomp.evaluation.tables import main_table
 
 
 def terminal(report: Report) -> str:
-    """Accuracy and % of uncompressed by kept tokens, without intervals; below it the warnings and the verdict."""
+    """Accuracy and percentage of the uncompressed accuracy by kept tokens, then the warnings and the verdict."""
     table = main_table(report)
     grid = [["", *table.header[1:]]]
     grid += [[line.name, *(cell.text for cell in line.cells)] for _, lines in table.groups for line in lines]

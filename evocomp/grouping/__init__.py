@@ -1,4 +1,4 @@
-"""Which visual tokens mean the same: groups of them, of which a candidate mask keeps one token each."""
+"""Groups of visual tokens with similar meaning; a candidate mask keeps one token of each group."""
 
 from evocomp.grouping.groups import Groups
 from evocomp.grouping.vocabulary import nearest_words, vocabulary_groups

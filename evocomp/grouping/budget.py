@@ -1,8 +1,8 @@
-"""Groups to a wanted number: split the widest, or merge the smallest. Ours; the paper takes what it gets.
+"""Splits or merges groups to reach a given number. Not in the paper, which does not control the number of groups.
 
-Groups of equal weight are not better by themselves: in our small benchmark the best masks of split groups had
-a lower loss, and hard labels made of them still gave a worse compressor. A large background group that spends
-one token on half of the image tells the label what does not matter.
+Groups of similar size are not better in general: in our small benchmark the best masks of split groups had a lower
+loss, but hard labels made from them gave a worse compressor. A large background group, which keeps one token of half
+the image, tells the compressor which tokens do not matter.
 """
 
 import numpy as np
@@ -11,15 +11,16 @@ import torch
 from evocomp.grouping.groups import Groups
 from evocomp.log import UserError
 
-# rounds of 2-means per split; more do not change the groups visibly
+# iterations of 2-means per split; more hardly change the groups
 ROUNDS = 3
 
 
 def fit_groups(tokens: torch.Tensor, groups: Groups, count: int) -> Groups:
-    """Split or merge the groups of the visual tokens [N, D] until there are `count` (N if that is fewer).
+    """Split or merge the groups of the visual tokens [N, D] until there are `count` groups (at most N).
 
-    Too few: the group of largest summed squared deviation is split in two, again and again. Too many: the
-    smallest group joins the one of nearest mean. Tokens are compared after scaling to length 1.
+    If there are too few, the group with the largest sum of squared deviations is split in two, repeatedly. If there are
+    too many, the smallest group is merged with the group of nearest mean, repeatedly. Tokens are normalised to length
+    1.
     """
     if count < 1:
         raise UserError(f"grouping needs at least 1 group, got {count}")
@@ -46,18 +47,18 @@ def _split(points: np.ndarray, of: np.ndarray, present: int, count: int) -> None
 
 
 def _deviation(points: np.ndarray) -> float:
-    # -1: a single token cannot be split, while equal tokens (0) can
+    # -1 because a single token cannot be split; a group of equal tokens (0) can
     return float(np.square(points - points.mean(0)).sum()) if len(points) > 1 else -1.0
 
 
 def _halves(points: np.ndarray) -> np.ndarray:
-    """Which of the points [M, D], M > 1, belong to the second half: 2-means from two far points."""
+    """Mask of the points [M, D], M > 1, in the second cluster of 2-means, initialised with two distant points."""
     first = points[np.square(points - points.mean(0)).sum(1).argmax()]
     second = points[np.square(points - first).sum(1).argmax()]
     for _ in range(ROUNDS):
         right = np.square(points - second).sum(1) < np.square(points - first).sum(1)
         if right.all() or not right.any():
-            # equal points: by position
+            # all points are equal: split by index
             return np.arange(len(points)) >= len(points) // 2
         first, second = points[~right].mean(0), points[right].mean(0)
     return right
@@ -77,4 +78,4 @@ def _merge(points: np.ndarray, of: np.ndarray, present: int, count: int) -> None
         of[of == smallest] = target
         sums[target] += sums[smallest]
         sizes[target] += sizes[smallest]
-        sizes[smallest] = np.inf  # gone: never the smallest again
+        sizes[smallest] = np.inf  # merged: never the smallest again

@@ -1,4 +1,4 @@
-"""From the settings to groups of a picture's visual tokens."""
+"""Groups the visual tokens of an image according to the settings."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ from evocomp.grouping.vocabulary import vocabulary_groups
 
 
 class Grouper:
-    """Groups visual tokens [N, D] of one picture as the settings say.
+    """Groups the visual tokens [N, D] of an image.
 
     Args:
-        config: method, and how many groups.
+        config: settings: method and number of groups.
         table: the LLM's input embeddings [V, D].
-        special_ids: rows of the table that are left out if `config.mask_special`.
+        special_ids: rows of the table that are excluded if `config.mask_special`.
     """
 
     def __init__(self, config: GroupingConfig, table: Tensor, special_ids: Sequence[int] = ()):

@@ -1,4 +1,4 @@
-"""Groups by density peaks: the clustering that the paper's vocabulary groups are compared with.
+"""Groups by density-peak clustering: the baseline that the paper's vocabulary groups are compared with.
 
 DPC-KNN: Du, Ding and Jia, "Study on density peaks clustering based on k-nearest neighbors and principal
 component analysis", Knowledge-Based Systems 2016; for visual tokens: TCFormer, arXiv 2204.08680.
@@ -12,11 +12,11 @@ from evocomp.log import UserError
 
 @torch.no_grad()
 def dpc_knn_groups(tokens: torch.Tensor, count: int, neighbours: int = 5) -> Groups:
-    """Cluster the visual tokens [N, D] of one image into `count` groups (N if that is fewer).
+    """Cluster the visual tokens [N, D] of one image into `count` groups (at most N).
 
-    Density of a token: exp(-mean squared distance to its nearest neighbours). A centre is dense and far from
-    every denser token: the `count` largest products of density and distance to the nearest denser token.
-    Every token joins its nearest centre. Distances are divided by sqrt(D); ties go to the first token.
+    The density of a token is exp(-mean squared distance to its nearest neighbours). The centres are the `count` tokens
+    with the largest product of density and distance to the nearest denser token. Every token is assigned to its nearest
+    centre. Distances are divided by sqrt(D); ties go to the token of lower index.
     """
     if count < 1 or neighbours < 1:
         raise UserError(f"dpc_knn needs at least 1 group and 1 neighbour, got {count} and {neighbours}")
@@ -26,7 +26,7 @@ def dpc_knn_groups(tokens: torch.Tensor, count: int, neighbours: int = 5) -> Gro
     distance = torch.cdist(tokens, tokens) / tokens.shape[1] ** 0.5
     to_others = distance.clone().fill_diagonal_(torch.inf)
     nearest = to_others.topk(min(neighbours, num_tokens - 1), largest=False).values
-    # one token alone has no neighbours; its density does not matter
+    # a single token has no neighbours; its density does not matter
     density = (-nearest.square().mean(-1)).exp().nan_to_num(1.0)
     rank = torch.empty(num_tokens, dtype=torch.long, device=tokens.device)
     rank[density.argsort(descending=True, stable=True)] = torch.arange(num_tokens, device=tokens.device)
@@ -35,6 +35,6 @@ def dpc_knn_groups(tokens: torch.Tensor, count: int, neighbours: int = 5) -> Gro
     separation = torch.where(rank == 0, distance.max(), separation)
     centres = (density * separation).argsort(descending=True, stable=True)[:count].sort().values
     joined = distance[:, centres].argmin(-1)
-    # a centre that equals an earlier one still has its own group
+    # a centre that equals an earlier one must keep its own group
     joined[centres] = torch.arange(count, device=tokens.device)
     return Groups.from_ids(joined.cpu().numpy())

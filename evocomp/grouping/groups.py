@@ -1,4 +1,4 @@
-"""A partition of the visual tokens, and the masks that keep one token of each part."""
+"""A partition of the visual tokens into groups, and the masks that keep one token of each group."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +10,12 @@ import numpy as np
 class Groups:
     """Disjoint groups that cover the N visual tokens of one image (EvoComp, arXiv 2604.17087, section 3).
 
-    A genome is an int array [G]: the place inside each group of the token that is kept. Places count the
-    members of a group in position order, so "one place left" is the member before it in the image.
+    A genome is an int array [G]: for each group, the index of the kept token among the group's tokens, which are in the
+    order of the image.
 
     Args:
-        of: [N] group id of each visual token. Ids are 0..G-1, numbered by first appearance; use
-            `Groups.from_ids` for ids that are not.
+        of: [N] group id of each visual token. Ids are 0..G-1, numbered by first appearance; use `Groups.from_ids` for
+            other ids.
 
     >>> groups = Groups.from_ids([7, 3, 7, 7, 3])
     >>> groups.of.tolist(), groups.count, groups.sizes.tolist()
@@ -29,7 +29,7 @@ class Groups:
     def __post_init__(self) -> None:
         of = np.array(self.of, dtype=np.int32)
         assert of.ndim == 1 and of.size > 0, f"group ids must be [N] with N > 0, got shape {of.shape}"
-        # a new id may only be one more than the largest id so far: compact, first appearance
+        # a new id must be one more than the largest id so far
         highest = np.maximum.accumulate(of)
         assert of.min() >= 0 and of[0] == 0 and (np.diff(highest) <= 1).all(), "group ids are not compact"
         of.flags.writeable = False
@@ -37,7 +37,7 @@ class Groups:
 
     @classmethod
     def from_ids(cls, ids: np.ndarray) -> "Groups":
-        """Groups of tokens that share an id; `ids` [N] may be any integers (nearest word ids, say)."""
+        """Groups of tokens with equal ids; `ids` [N] may be any integers (for instance ids of nearest words)."""
         _, first, inverse = np.unique(np.asarray(ids), return_index=True, return_inverse=True)
         rank = np.empty(len(first), dtype=np.int32)
         rank[np.argsort(first)] = np.arange(len(first))
@@ -45,12 +45,12 @@ class Groups:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """Number of tokens N."""
         return len(self.of)
 
     @cached_property
     def count(self) -> int:
-        """G."""
+        """Number of groups G."""
         return int(self.of.max()) + 1
 
     @cached_property
@@ -60,30 +60,30 @@ class Groups:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """[N] token indices, group after group, in position order inside a group."""
+        """[N] token indices sorted by group, ascending within a group."""
         return np.argsort(self.of, kind="stable").astype(np.int32)
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """[G] where each group starts in `order`."""
+        """[G] index in `order` at which each group starts."""
         return (np.cumsum(self.sizes) - self.sizes).astype(np.int32)
 
     @cached_property
     def places(self) -> np.ndarray:
-        """[N] place of each token inside its group."""
+        """[N] index of each token within its group."""
         places = np.empty(self.num_tokens, dtype=np.int32)
         places[self.order] = np.arange(self.num_tokens, dtype=np.int32) - self.offsets[self.of[self.order]]
         return places
 
     @cached_property
     def members(self) -> np.ndarray:
-        """[G, M] token indices of each group in position order, padded with -1; M is the largest size."""
+        """[G, M] token indices of each group, ascending, padded with -1; M is the size of the largest group."""
         members = np.full((self.count, int(self.sizes.max())), -1, dtype=np.int32)
         members[self.of, self.places] = np.arange(self.num_tokens, dtype=np.int32)
         return members
 
     def kept(self, genomes: np.ndarray) -> np.ndarray:
-        """Token indices that the genomes keep: genomes [Q, G] (or [G]) -> ascending int32 of that shape."""
+        """Indices of the kept tokens: genomes [Q, G] (or [G]) -> int32 of the same shape, ascending."""
         return np.sort(self.order[self.offsets + genomes], axis=-1)
 
     def genomes(self, kept: np.ndarray) -> np.ndarray:

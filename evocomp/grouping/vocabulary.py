@@ -1,7 +1,7 @@
-"""Groups by nearest word: tokens whose most similar word embedding is the same share a group.
+"""Groups by nearest word: visual tokens with the same most similar word embedding form a group.
 
-EvoComp (arXiv 2604.17087), section 3. The centred and whitened variants are ours: visual tokens lie in a
-narrow cone, so with few words the raw cosine puts most of them into one group.
+Source: EvoComp (arXiv 2604.17087), section 3. The centred and whitened variants are ours. Visual tokens lie in a narrow
+cone; with a small vocabulary, the plain cosine therefore puts most of them into one group.
 """
 
 import torch
@@ -10,8 +10,8 @@ from evocomp.grouping.groups import Groups
 from evocomp.log import UserError
 from evocomp.ops.vocabulary_argmax import vocabulary_argmax
 
-# share of the mean variance that is added to every direction before whitening: an image has fewer tokens
-# than dimensions, and the directions without variance must not blow up
+# fraction of the mean variance that is added in every direction before whitening: an image has fewer tokens than
+# dimensions, and directions without variance must not be scaled to infinity
 WHITENING_SHRINKAGE = 0.1
 
 
@@ -23,9 +23,9 @@ def vocabulary_groups(
     whiten: bool = False,
     chunk: int = 8192,
 ) -> Groups:
-    """Group the visual tokens [N, D] of one image by their nearest row of the word table [V, D].
+    """Group the visual tokens [N, D] of one image by the nearest row of the word embedding table [V, D].
 
-    See `nearest_words` for the arguments. The number of groups follows from the image.
+    See `nearest_words` for the arguments. The number of groups depends on the image.
     """
     index, _ = nearest_words(tokens, table, mask, centre, whiten, chunk)
     return Groups.from_ids(index.cpu().numpy())
@@ -45,12 +45,12 @@ def nearest_words(
     Args:
         tokens: [N, D] aligned visual tokens of one image.
         table: [V, D] input embeddings of the LLM.
-        mask: [V] bool, rows that may win (leave out the rows beyond the tokenizer and the image marker).
-        centre: subtract the mean token from the tokens and the mean word from the table first.
-        whiten: also scale both by the inverse square root of the tokens' covariance; implies `centre`.
-        chunk: words compared at a time, so that no [N, V] matrix exists.
+        mask: [V] bool, True for allowed rows (exclude rows beyond the tokenizer's vocabulary, and the image token).
+        centre: first subtract the mean token from the tokens and the mean word from the table.
+        whiten: also multiply both by the inverse square root of the tokens' covariance; implies `centre`.
+        chunk: number of words compared at a time, which avoids an [N, V] matrix.
 
-    Ties go to the lowest id; a row of norm 0 never wins. Centring copies the table in float32.
+    Ties go to the lowest id; rows of norm 0 are never the nearest. Centring copies the table in float32.
     """
     if centre or whiten:
         rows = table if mask is None else table[mask]
@@ -61,17 +61,17 @@ def nearest_words(
     index, cosine = vocabulary_argmax(tokens, table, mask, chunk)
     if not torch.isfinite(cosine).all():
         raise UserError(
-            "visual tokens cannot be grouped: a token is not finite, or no word may win; "
-            "load the model in bfloat16 or float32 and check which words are left out"
+            "visual tokens cannot be grouped: a token is not finite, or no word is allowed; "
+            "load the model in bfloat16 or float32, and check which words are excluded"
         )
     return index, cosine
 
 
 def _whitened(tokens: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply (C + s I)^(-1/2) to both; C is the tokens' covariance, known through their thin SVD."""
+    """Apply (C + s I)^(-1/2) to both; the tokens' covariance C is given by their thin SVD."""
     _, singular, directions = torch.linalg.svd(tokens, full_matrices=False)
     variance = singular.square() / len(tokens)
     floor = (WHITENING_SHRINKAGE * variance.sum() / tokens.shape[1]).clamp_min(torch.finfo(tokens.dtype).tiny)
-    # scaled so that directions without variance keep their length: cosines do not see the common factor
+    # scaled so that directions without variance keep their length; a common factor does not affect cosines
     gain = (floor / (variance + floor)).sqrt() - 1.0
     return tuple(x + (x @ directions.T * gain) @ directions for x in (tokens, table))

@@ -1,4 +1,4 @@
-"""What a handle knows about the call that is running, and where the prompt of that call ends."""
+"""The state of the model call in progress, and where its prompt ends."""
 
 import threading
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ PromptLength = int | Sequence[int] | Tensor
 class Generation:
     """One call of `generate`.
 
-    length: columns of the `input_ids` that it was given, which are the prompt; None if it was given embeddings
+    length: number of columns of its `input_ids`, which are the prompt; None for a call with embeddings
     pictured: whether they contain image placeholders
-    choice: what was chosen, for the later steps of a generation without a cache
+    choice: the kept tokens, which later steps of a generation without a cache reuse
     """
 
     length: int | None
@@ -29,7 +29,7 @@ class Generation:
 
 
 class Calls(threading.local):
-    """The state of the running call, one for each thread.
+    """The state of the call in progress, separate for each thread.
 
     labels, logits_to_keep, prompt_length: what the multimodal model was given
     pending: from the hook of the base model to the hook of the decoder
@@ -48,7 +48,7 @@ class Calls(threading.local):
     last: Compression | None = None
 
     def forget(self) -> None:
-        """The call of the multimodal model is over."""
+        """Reset the arguments after a call of the multimodal model."""
         self.labels = self.logits_to_keep = self.prompt_length = self.pending = None
 
     def __deepcopy__(self, memo) -> "Calls":
@@ -59,12 +59,12 @@ class Calls(threading.local):
 
 
 def prompt_lengths(calls: Calls, given: PromptLength | None, ids: Tensor, training: bool) -> Tensor | None:
-    """How many columns of ids [B,S] are the prompt, for each row [B]; None: all, or all that `labels` leave.
+    """Number of columns of ids [B,S] that are the prompt, per row [B]; None: all, or all that `labels` do not cover.
 
-    The first of these that is there says it: `prompt_length` of the call or of the handle (`given`), the input of
+    The first of these that is given decides: `prompt_length` of the call or of the handle (`given`), the input of
     `generate`, `labels`, `logits_to_keep` (k rows of logits start at the last token of the prompt).
 
-    Raises UserError in training mode if there is none, and if a prompt length does not fit.
+    Raises UserError if none is given in training mode, or if a prompt length does not fit.
     """
     batch, length = ids.shape
     given = given if calls.prompt_length is None else calls.prompt_length
@@ -89,7 +89,7 @@ def _checked(given: PromptLength, batch: int, length: int) -> Tensor:
     try:
         lengths = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError):
-        lengths = torch.empty(0)  # fits nothing
+        lengths = torch.empty(0)  # a shape that is refused below
     fits = lengths.dtype in (torch.int32, torch.int64) and lengths.shape in ((), (batch,))
     if not fits or bool((lengths < 1).any()) or bool((lengths > length).any()):
         raise UserError(
@@ -100,7 +100,7 @@ def _checked(given: PromptLength, batch: int, length: int) -> Tensor:
 
 
 def check_whole(generation: Generation | None, length: int) -> None:
-    """Raise UserError if `generate` hands over only the first `length` tokens of a prompt with images."""
+    """Raise UserError if `generate` passes only the first `length` tokens of a prompt with images."""
     if generation is not None and generation.pictured and length < generation.length:
         raise UserError(
             f"prefill_chunk_size={length} splits a prompt of {generation.length} tokens, and the selector must read "

@@ -1,5 +1,5 @@
-"""The model card of a compressor: what it was made for and from, and how it did, in the README of its
-folder."""
+"""The model card of a compressor, written to README.md of its folder: base model, data, training settings and
+results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,14 +47,14 @@ def save(
 ) -> None:
     """Save weights (or the LoRA adapter), configuration and card to `folder`.
 
-    panel: results, one mapping of column to value per row, the same columns in each.
-    metadata: joins `config.metadata`. The card knows `data` and `notes` (text), `labels` and `training`
-    (settings: mappings).
+    panel: results, one mapping of column to value per row, all with the same columns.
+    metadata: added to `config.metadata`. The card shows `data` and `notes` (text), `labels` and `training`
+    (mappings of settings).
     """
     adapter = not isinstance(compressor, EvoCompCompressor)
     config = compressor.get_base_model().config if adapter else compressor.config
     if panel:
-        # lists, because the file sorts the keys of mappings and columns have an order
+        # lists, because the file sorts the keys of mappings, which would lose the order of the columns
         metadata["panel"] = [list(panel[0]), *([row.get(column, "") for column in panel[0]] for row in panel)]
     config.metadata = {**config.metadata, **metadata}
     try:
@@ -68,7 +68,7 @@ def save(
 
 
 def card(config: EvoCompConfig) -> str:
-    """The card as Markdown with Hugging Face front matter. What was not recorded is said to be missing."""
+    """The card as Markdown with Hugging Face front matter. Missing entries are shown as "Not recorded"."""
     known, base = config.metadata, _public_name(config.base_model_name_or_path)
     front = ["---", "library_name: evocomp", "tags:", "- visual-token-compression", "- image-text-to-text"]
     front += [f"base_model: {base}"] if base else []
@@ -80,15 +80,15 @@ def card(config: EvoCompConfig) -> str:
         "reads the prompt": "yes" if config.use_text else "no",
         "reads the budget": "yes" if config.budget_input else "no",
         "kept per image (default)": config.keep,
-        "selected at most (share or number)": f"{config.sharp:.3g}" if config.sharp else "all that are kept",
+        "maximum of selected tokens (or fraction)": f"{config.sharp:.3g}" if config.sharp else "all that are kept",
         "dropped before layer": config.prune_layer,
         "positions of kept tokens": config.positions,
     }
     parts = [
         "\n".join([*front, "---"]),
         f"# EvoComp compressor for {base or 'a multimodal LLM'}",
-        "Scores the visual tokens of an image for a prompt; the highest stay, "
-        + ("means of the rest stand beside them." if config.sharp else "the rest never reach the LLM."),
+        "Scores the visual tokens of an image for a prompt. The highest are kept, "
+        + ("together with means of dropped tokens." if config.sharp else "the others never reach the LLM."),
         USE.format(
             load=(LOAD_SHIPPED if base in SHIPPED_MODELS else LOAD).format(base=base or "the target model"),
             keep=config.keep,
@@ -110,7 +110,7 @@ def _settings(values: Mapping[str, Any] | None) -> str:
 
 
 def _public_name(name: str | None) -> str | None:
-    """A hub id as it is; of a path on some machine its last part only."""
+    """A hub id unchanged; of a local path only the last part."""
     if not name:
         return None
     is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
@@ -118,7 +118,7 @@ def _public_name(name: str | None) -> str | None:
 
 
 def table(lines: Sequence[Sequence[Any]]) -> str:
-    """Lines of cells as a Markdown table; the first holds the column names."""
+    """A Markdown table of lines of cells; the first line holds the column names."""
     ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in ruled)
 

@@ -1,4 +1,4 @@
-"""From a prompt with images to the tokens that stay: shared by hooks (`compress`) and rewriting
+"""Choice of the kept tokens of a prompt with images, shared by hooks (`compress`) and rewriting
 (`compress_inputs`)."""
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ Positions = Literal["original", "dense"]
 
 
 class Settings(NamedTuple):
-    """Arguments of `compress` and `compress_inputs`, whole and checked."""
+    """Arguments of `compress` and `compress_inputs`, with defaults filled in and checked."""
 
     keep: int | float
     layer: int
@@ -34,9 +34,9 @@ class Settings(NamedTuple):
         positions: Positions | None,
         newline: Newline,
     ) -> "Settings":
-        """What is None becomes what the picker's compressor was saved with, else 192, 0, "original".
+        """Arguments that are None default to those saved with the compressor, else to 192, 0, "original".
 
-        Raises UserError for a value that the model or its family does not take.
+        Raises UserError for a value that the model or its family does not support.
         """
         saved = getattr(getattr(picker, "compressor", None), "config", None)
         keep = getattr(saved, "keep", 192) if keep is None else keep
@@ -58,9 +58,10 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedTokens:
-    """New tokens of one image, as a selector that merges tokens made them.
+    """New tokens of one image, from a selector that merges tokens.
 
-    tokens: [r, D]; row: of the batch; index: where they stand in it [r]; origin: whose position each takes [r]
+    tokens: [r, D]; row: row of the batch; index: their indices in the row [r]; origin: indices of the tokens whose
+    position ids they take [r]
     """
 
     tokens: Tensor
@@ -69,7 +70,7 @@ class MergedTokens:
     origin: Tensor
 
     def write(self, kwargs: dict) -> None:
-        """Put them into the decoder's keywords `inputs_embeds` and `position_ids`."""
+        """Write them into the decoder's keyword arguments `inputs_embeds` and `position_ids`."""
         embeds = kwargs["inputs_embeds"]
         row = torch.full_like(self.index, self.row)
         kwargs["inputs_embeds"] = embeds.index_put((row, self.index), self.tokens.to(embeds))
@@ -88,11 +89,11 @@ class Compression:
     """What was kept of one batch of prompts, [row][image].
 
     indices: kept tokens of an image, ascending, counted within the image (newline separators included)
-    picked:  what the selector picked of an image, ascending, counted without separators
+    picked:  tokens of an image that the selector chose, ascending, counted without separators
     scores:  the selector's scores [n] of the image's tokens without separators, None if it has none
-    sizes:   how many tokens each kept one stands for, counted likewise; None: one each
-    before, after: visual tokens per row, in the prompt and kept
-    merged:  new tokens of the images, if the selector makes any; they stand at `indices`
+    sizes:   number of tokens averaged into each kept token of `indices`; None: one each
+    before, after: number of visual tokens per row, in the prompt and kept
+    merged:  new tokens of the images, if the selector makes any; they replace the tokens at `indices`
     """
 
     indices: list[list[Tensor]]
@@ -105,22 +106,22 @@ class Compression:
 
 
 def check_keep(keep: int | float) -> int | float:
-    """Raise UserError unless `keep` is a whole number >= 0 or a share in (0, 1]."""
+    """Raise UserError unless `keep` is an integer >= 0 or a fraction in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, Integral | float):
-        raise UserError(f"keep={keep!r}: give the number of tokens per image (int) or their share (float)")
+        raise UserError(f"keep={keep!r}: give the number (int) or the fraction (float) of tokens to keep per image")
     if isinstance(keep, float) and not 0 < keep <= 1:
-        raise UserError(f"keep={keep}: a share lies in (0, 1]; for a number of tokens give an int")
+        raise UserError(f"keep={keep}: a fraction must lie in (0, 1]; for a number of tokens give an int")
     if keep < 0:
         raise UserError(f"keep={keep}: the number of tokens cannot be negative")
     return keep
 
 
 def kept_count(keep: int | float, n: int) -> int:
-    """How many of n tokens stay."""
+    """Number of tokens to keep of an image of n tokens."""
     if isinstance(keep, float):
         return max(1, round(keep * n)) if n else 0
     if keep > n:
-        warn_once(f"keep={keep} is more than some images have tokens; those images stay whole")
+        warn_once(f"keep={keep} is more than the number of tokens of some images; all tokens of those images are kept")
     return min(keep, n)
 
 
@@ -135,24 +136,25 @@ def choose(
     text: Tensor,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Compression]:
-    """Ask the picker about every image of a batch.
+    """Let the selector choose the kept tokens of every image of a batch.
 
-    tokens [B,S,D]: the merged input embeddings; numbers [B,S]: image of each visual token, -1 elsewhere (see
+    tokens [B,S,D]: the merged input embeddings; numbers [B,S]: index of each visual token's image, -1 elsewhere (see
     `families.image_numbers`); text [B,S]: the tokens that the selector may read; positions: position ids of the
-    decoder, None: 0, 1, ... Returns bool [B,S], True at visual tokens that are kept; the index [B,S] of the kept token
-    that each one is averaged into, or None if kept tokens are no means; and the record of what was kept.
+    decoder, None: 0, 1, ... Returns bool [B,S], True at kept visual tokens; the cluster assignment [B,S], the index of
+    the kept token that each one is averaged into, or None without context tokens; and the record of what was kept.
     """
     batch, length = numbers.shape
     flat = numbers.flatten()
-    places = list((flat >= 0).nonzero().squeeze(1).split(flat[flat >= 0].bincount().tolist()))
-    rows = [int(place[0]) // length for place in places]
-    images = [tokens.reshape(batch * length, -1)[place] for place in places]
+    # indices of each image's tokens in the flattened batch
+    spans = list((flat >= 0).nonzero().squeeze(1).split(flat[flat >= 0].bincount().tolist()))
+    rows = [int(span[0]) // length for span in spans]
+    images = [tokens.reshape(batch * length, -1)[span] for span in spans]
     separators = [families.newline_rows(model, image) for image in images]
     contents = [(~is_newline).nonzero().squeeze(1) for is_newline in separators]
     prompts = {row: tokens[row, text[row]] for row in set(rows)}
     more = {}
     if getattr(picker, "reads_llm_input", False):
-        indices = [place[content] - row * length for row, place, content in zip(rows, places, contents, strict=True)]
+        indices = [span[content] - row * length for row, span, content in zip(rows, spans, contents, strict=True)]
         more = {"llm_input": LLMInput(tokens, text, numbers >= 0, positions, rows, indices)}
     picks = picker.pick(
         [image[content] for image, content in zip(images, contents, strict=True)],
@@ -163,38 +165,38 @@ def choose(
     kept = torch.zeros(batch * length, dtype=torch.bool, device=tokens.device)
     owner = torch.arange(length, device=tokens.device).repeat(batch)
     record = Compression(*([[] for _ in range(batch)] for _ in range(4)), [0] * batch, [0] * batch)
-    for row, place, content, is_newline, pick in zip(rows, places, contents, separators, picks, strict=True):
-        picked, scores, speaks, merged, origin = Pick(*pick)
+    for row, span, content, is_newline, pick in zip(rows, spans, contents, separators, picks, strict=True):
+        picked, scores, assignment, merged, origin = Pick(*pick)
         stays = is_newline.clone() if newline == "keep" else torch.zeros_like(is_newline)
         stays[content[picked]] = True
-        kept[place] = stays
+        kept[span] = stays
         record.indices[row].append(stays.nonzero().squeeze(1))
         record.picked[row].append(picked)
         record.scores[row].append(scores)
         record.sizes[row].append(None)
-        if speaks is not None:
-            owner[place[content]] = place[content[speaks]] - row * length
-            sizes = torch.ones(len(place), dtype=torch.long, device=tokens.device)
-            sizes[content] = speaks.bincount(minlength=len(content))
+        if assignment is not None:
+            owner[span[content]] = span[content[assignment]] - row * length
+            sizes = torch.ones(len(span), dtype=torch.long, device=tokens.device)
+            sizes[content] = assignment.bincount(minlength=len(content))
             record.sizes[row][-1] = sizes[stays]
         if merged is not None:
-            at = place[content] - row * length
+            at = span[content] - row * length
             record.merged.append(MergedTokens(merged, row, at[picked], at[origin]))
-        record.before[row] += len(place)
+        record.before[row] += len(span)
         record.after[row] += len(record.indices[row][-1])
     merged = any(sizes is not None for row in record.sizes for sizes in row)
     return kept.view(batch, length), owner.view(batch, length) if merged else None, record
 
 
 def short_index(stays: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each place of the shortened, left-padded batch comes from.
+    """Indices of the kept tokens as a left-padded batch.
 
-    stays bool [B,S] -> index [B,L] into the S places (original order), and valid bool [B,L], False at
+    stays bool [B,S] -> index [B,L] into the S tokens (original order), and valid bool [B,L], False at
     padding; L is the largest number of kept tokens of a row.
     """
     count = stays.sum(1)
     length = int(count.max())
-    # a stable sort puts dropped places first and leaves the order within both groups as it is
+    # a stable sort puts dropped tokens first and preserves the order within both groups
     index = torch.argsort(stays.to(torch.int8), dim=1, stable=True)[:, stays.shape[1] - length :]
     valid = torch.arange(length, device=stays.device)[None] >= (length - count)[:, None]
     return index, valid

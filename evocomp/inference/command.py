@@ -1,4 +1,4 @@
-"""`evocomp generate`: one question about one picture, with and without compression."""
+"""`evocomp generate`: answer one question about one image, with and without compression."""
 
 from pathlib import Path
 
@@ -31,30 +31,30 @@ def answer_from_command_line(
     max_new_tokens: int,
     context: float | None = None,
 ) -> None:
-    """Print the answer, tokens before and after, and where the time went; see the verb's help.
+    """Print the answer, the number of tokens before and after, and the time of each stage; see the command's help.
 
-    compressor: what `evocomp.compress` takes by name: a selector ("divprune"), a shipped compressor, a folder or an id.
+    compressor: a name as for `evocomp.compress`: a selector ("divprune"), a shipped compressor, a folder or an id.
     """
     check_keep(keep)  # before anything is loaded
     try:
-        picture = read_image(image)
+        pil_image = read_image(image)
     except UserError as error:
         raise UserError(f"--image: {error}") from None
     if save is not None and save.exists():
         raise UserError(f"--save={save} exists; give another name")
     if save is not None and Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"--save={save} does not end as a picture does; give a name that ends in .png")
+        raise UserError(f"--save={save} has no known image extension; give a name that ends in .png")
     check_name(compressor)
     check_context(context)
     set_threads(0)
     mllm = FrozenMLLM.load(model)
     token, templated = getattr(mllm.processor, "image_token", None), getattr(mllm.processor, "chat_template", None)
-    if token and prompt.count(token) > (0 if templated else 1):  # without a template the user may place the picture
-        raise UserError(f"--prompt has {token} in it, which stands for the picture; leave it out, it is put there")
+    if token and prompt.count(token) > (0 if templated else 1):  # without a template the prompt may place the image
+        raise UserError(f"--prompt contains the image placeholder {token}; remove it, it is inserted automatically")
     warn_of_unknown_words(mllm.processor.tokenizer, [prompt], model)
-    full = _timed(mllm, picture, prompt, None, max_new_tokens) if compare else None
+    full = _timed(mllm, pil_image, prompt, None, max_new_tokens) if compare else None
     with compress(mllm.model, compressor, keep=keep, layer=layer, context=context) as handle:
-        ours = _timed(mllm, picture, prompt, handle, max_new_tokens)
+        ours = _timed(mllm, pil_image, prompt, handle, max_new_tokens)
         kept = handle.last.indices[0][0].cpu().numpy()
     print(ours.text)
     print(_describe("compressed", ours))
@@ -65,13 +65,13 @@ def answer_from_command_line(
         if full.total < ours.total:
             print("This LLM, or its prompt, is too small for compression to save time; large LLMs gain.")
     if save is not None:
-        _draw(picture, kept, ours.before, save)
+        _draw(pil_image, kept, ours.before, save)
         print(f"kept tokens drawn in {save}")
 
 
-def _timed(mllm: FrozenMLLM, picture: Image.Image, prompt: str, handle, max_new_tokens: int) -> TimedAnswer:
-    timed_generate(mllm.model, mllm.processor, picture, prompt, handle, 1)  # warm up
-    return timed_generate(mllm.model, mllm.processor, picture, prompt, handle, max_new_tokens)
+def _timed(mllm: FrozenMLLM, pil_image: Image.Image, prompt: str, handle, max_new_tokens: int) -> TimedAnswer:
+    timed_generate(mllm.model, mllm.processor, pil_image, prompt, handle, 1)  # warm up
+    return timed_generate(mllm.model, mllm.processor, pil_image, prompt, handle, max_new_tokens)
 
 
 def _describe(name: str, answer: TimedAnswer) -> str:
@@ -80,7 +80,7 @@ def _describe(name: str, answer: TimedAnswer) -> str:
     return f"{name:12} {answer.before} -> {answer.after} visual tokens   {times}"
 
 
-def _draw(picture: Image.Image, kept: np.ndarray, tokens: int, path: Path) -> None:
+def _draw(pil_image: Image.Image, kept: np.ndarray, tokens: int, path: Path) -> None:
     side = round(tokens**0.5)
     if side * side != tokens:
         raise UserError(f"--save draws square grids of tokens only; this picture has {tokens}")

@@ -1,8 +1,8 @@
-"""`compress` on a model that is compiled with `torch.compile`, before or after.
+"""`compress` on a model that is compiled with `torch.compile`, before or after `compress`.
 
-By default compiled code does not notice hooks that are registered or removed later: it would go on without them, or
-with those of an earlier handle. So compiled code is dropped at both moments and made again at the next call, where the
-compiler sees the hooks that there are. The hooks themselves run in Python, between the compiled parts.
+By default, compiled code ignores hooks that are registered or removed after compilation: it would run without them, or
+with those of an earlier handle. Therefore compiled code is dropped when hooks are added or removed, and the next call
+compiles again with the current hooks. The hooks themselves run in Python, between the compiled parts.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ in_python = torch.compiler.disable(reason=REASON)
 
 @contextmanager
 def no_full_graph() -> Iterator[None]:
-    """Turn the compiler's report that a hook cannot be part of its one graph into a `UserError`."""
+    """Turn the compiler's error that a hook cannot be part of a full graph into a `UserError`."""
     try:
         yield
     except torch._dynamo.exc.Unsupported as error:
@@ -38,9 +38,9 @@ def without_compile(module: nn.Module) -> nn.Module:
 
 
 def drop_compiled_code() -> None:
-    """Drop the code that `torch.compile` has made so far in this process, so that it is made again when next called.
+    """Drop all code that `torch.compile` has made in this process, so that the next call compiles again.
 
-    From then on compiled code also checks for hooks itself: two models of one class share it, and may differ in hooks.
+    Code compiled from now on also has guards on hooks: models of one class share code, and may differ in hooks.
     """
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     torch._dynamo.reset()

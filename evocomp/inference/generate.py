@@ -1,4 +1,4 @@
-"""One answer with its clock: how long encoding, compressing, prefill and decoding took."""
+"""Generate one answer and time its stages: encoding, token selection, prefill and decoding."""
 
 import time
 from contextlib import contextmanager
@@ -14,17 +14,17 @@ from evocomp.mllm import families
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """An answer. Times in seconds, measured after the device has finished; the first call pays for warming
-    up.
+    """An answer and its times in seconds, measured after the device has finished; the first call includes
+    warm-up.
 
     text:         the answer
-    new_tokens:   tokens of the answer
-    prompt:       tokens of the prompt, images included
-    before, after: visual tokens in the prompt, and kept of them
-    encode:       vision tower and projector
-    compressor:   choosing the tokens (0.0 without a handle)
-    prefill:      the LLM on the prompt up to the first new token, without the compressor
-    decode:       all further tokens
+    new_tokens:   number of tokens of the answer
+    prompt:       number of tokens of the prompt, visual tokens included
+    before, after: number of visual tokens in the prompt, and number of kept ones
+    encode:       time of vision tower and projector
+    compressor:   time of token selection (0.0 without a handle)
+    prefill:      time of the LLM from the prompt to the first new token, without token selection
+    decode:       time of all further tokens
     """
 
     text: str
@@ -39,12 +39,12 @@ class TimedAnswer:
 
     @property
     def total(self) -> float:
-        """Seconds in all."""
+        """Sum of all stages."""
         return self.encode + self.compressor + self.prefill + self.decode
 
 
 class Stopwatch(BaseStreamer):
-    """Reads the clock when `generate` starts and at every new token."""
+    """Records the time when `generate` starts and at every new token."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -58,7 +58,7 @@ class Stopwatch(BaseStreamer):
 
 
 def now(device: torch.device) -> float:
-    """The clock in seconds, once everything queued on the device is done."""
+    """The time in seconds after all work queued on the device is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
@@ -68,12 +68,12 @@ def now(device: torch.device) -> float:
 def timed_generate(
     model: nn.Module, processor, image, prompt: str, handle: Handle | None = None, max_new_tokens: int = 64
 ) -> TimedAnswer:
-    """Answer a question about an image, greedily, and time the stages.
+    """Answer a question about an image by greedy decoding, and time the stages.
 
     Args:
         model: a supported multimodal LLM; compressed if `handle` is the one that `compress` returned for it.
-        image: a PIL image (or whatever the processor takes).
-        prompt: the question; the processor's chat template is put around it, if it has one.
+        image: a PIL image, or another form that the processor accepts.
+        prompt: the question; the processor's chat template is applied, if it has one.
     """
     device = families.decoder(model).device
     inputs = question(processor, image, prompt).to(device, families.unwrap(model).dtype)
@@ -111,7 +111,7 @@ def timed_generate(
 
 @contextmanager
 def timed_picks(handle: Handle | None, device: torch.device, spent: list[float]):
-    """Append to `spent` the seconds of every call of the handle's picker."""
+    """Append to `spent` the seconds of every call of the handle's selector."""
     if handle is None:
         yield
         return
@@ -134,7 +134,7 @@ def timed_picks(handle: Handle | None, device: torch.device, spent: list[float])
 
 
 def question(processor, image, prompt: str):
-    """Processor output for one image and a question, in the model's chat template if there is one."""
+    """Processor output for one image and a question, with the model's chat template if there is one."""
     if getattr(processor, "chat_template", None) is None:
         token = getattr(processor, "image_token", None)
         # PaliGemma's processor has no template and places the image itself
@@ -147,6 +147,6 @@ def question(processor, image, prompt: str):
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
     bos = getattr(processor.tokenizer, "bos_token", None)
-    # templates that write the start token must not get a second one
+    # if the template writes the start token, the tokenizer must not add a second one
     special = not (bos and text.startswith(bos))
     return processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=special)

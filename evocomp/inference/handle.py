@@ -34,7 +34,7 @@ class Handle:
     trust: "table" if the family is in the table of supported ones, "checked" if its policy was derived from the model
         and is checked on the first prompt with images
     last: what the last prefill of this thread kept (`Compression`), or of any thread if this one has made no call;
-        None before the first, after prompts without images and after a prefill that failed
+        None before the first prefill, after prompts without images and after a prefill that failed
 
     Calls from several threads are independent of each other.
     """
@@ -68,16 +68,16 @@ class Handle:
         ]
         self._hooks.append(self._base.register_forward_hook(self._after_base))
         for module in {model, self.model, self._base}:
-            # even after an error: the next call of the decoder may be the caller's own
+            # also after an error: the next call of the decoder may be a direct one by the caller
             self._hooks.append(module.register_forward_hook(self._forget, always_call=True))
         self._hooks.append(self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
-        # `generate` alone knows the whole prompt: hooks see its parts, with drafts or a beginning of the answer
+        # only `generate` knows the whole prompt: hooks see parts of it, or drafts and answer tokens after it
         self._generate_before = vars(self.model).get("generate")
         self.model.generate = self._generate
         drop_compiled_code()
 
     def _places(self, model: nn.Module) -> Iterator[tuple[nn.Module, object]]:
-        # PEFT calls the wrapped model's `forward` past its hooks: hook wrapper and wrapped
+        # PEFT calls the wrapped model's `forward` directly, without its hooks: hook both models
         for outer in {id(m): m for m in (model, self.model) if m is not self._base}.values():
             yield outer, self._before_model
         yield self._base, self._before_base
@@ -101,7 +101,7 @@ class Handle:
         self._calls.known, self._calls.last, self._latest = True, last, last
 
     def remove(self) -> None:
-        """Undo `compress`: the model is as it was before. Calling it again does nothing."""
+        """Undo `compress` and restore the model. Further calls do nothing."""
         if not self._hooks:
             return
         for hook in self._hooks:
@@ -120,12 +120,12 @@ class Handle:
     def __exit__(self, *exception) -> None:
         self.remove()
 
-    # --- around `generate`: note where the prompt ends ---
+    # --- around `generate`: record where the prompt ends ---
 
     def _generate(self, *args, **kwargs):
-        """The model's own `generate`."""
+        """Call the model's own `generate`, with the length of the prompt recorded."""
         generate = self._generate_before or partial(type(self.model).generate, self.model)
-        if not self._hooks:  # removed, but somebody else has replaced `generate` since and calls this one
+        if not self._hooks:  # removed, but code that wrapped `generate` later still calls this one
             return generate(*args, **kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         known = isinstance(ids, Tensor) and ids.ndim == 2
@@ -162,7 +162,7 @@ class Handle:
             return (), kwargs
         self._record(None)
         if hasattr(cache, "evocomp_state"):
-            del cache.evocomp_state  # of what the cache held before its reset
+            del cache.evocomp_state  # it belongs to the content before the cache was reset
         if ids is not None:
             check_whole(calls.generation, ids.shape[1])
         if ids is not None and ids.shape[1] > 1 and bool(families.visual_mask(self.model, ids).any()):
@@ -175,25 +175,25 @@ class Handle:
                 self._exact = True
             calls.pending = prompt
         elif ids is None and kwargs.get("inputs_embeds") is not None:
-            warn_once("compress() finds images by input_ids; prompts given as embeddings stay whole")
+            warn_once("compress() finds images by input_ids; prompts given as embeddings are not compressed")
         return (), kwargs
 
     def _find_images(self, kwargs: dict, training: bool) -> Prompt | None:
         encoded = kwargs.get("mm_encoder_outputs")
         pixels = _pixels(kwargs)
         if not encoded and not pixels:
-            return None  # placeholders without a picture are ordinary tokens
+            return None  # placeholders without an image are ordinary tokens
         ids = kwargs["input_ids"]
         lengths = prompt_lengths(self._calls, self.prompt_length, ids, training)
         if not encoded and self._policy.image == "entry":
-            # the sizes of images are known once they are encoded; the model then takes the result as it is
+            # the number of tokens per image is known only after encoding; the model then reuses the encoded images
             encoded = kwargs["mm_encoder_outputs"] = families.encode(self.model, kwargs)
             kwargs.update(dict.fromkeys(pixels))
         numbers = families.image_numbers(self.model, ids, encoded if isinstance(encoded, Mapping) else {})
         mask = kwargs.get("attention_mask")
         real = padding_mask(mask, ids.shape[1])
         own = isinstance(mask, Tensor) and mask.ndim == 4
-        # a mask prepared for a static cache is no mask of the caller's own
+        # a plain causal mask that was prepared for a static cache does not count as the caller's own
         own = own and (self._policy.blocks is not None or not is_plain(mask, real, self._decoder.config))
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
         cached = cache_of(kwargs) is not None
@@ -203,7 +203,7 @@ class Handle:
         """Decoding, or a further turn over a cache that holds `seen` tokens in its first attention layer."""
         cache, ids = cache_of(kwargs), kwargs.get("input_ids")
         if ids is not None and (_pixels(kwargs) or kwargs.get("mm_encoder_outputs")):
-            # without pixels a placeholder is an ordinary token, which a draft or an answer may repeat
+            # without pixels a placeholder is an ordinary token, which may occur in a draft or an answer
             if bool(families.visual_mask(self.model, ids).any()):
                 raise UserError(
                     "a prompt with images must start with an empty cache; leave out past_key_values and give the "
@@ -234,7 +234,7 @@ class Handle:
     def _forget(self, *call) -> None:
         self._calls.forget()
 
-    # --- before the decoder: choose ---
+    # --- before the decoder: choose the kept tokens ---
 
     @in_python
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -288,7 +288,7 @@ class Handle:
             generation.choice = Choice.make(prompt, generation.length, tokens, self.keep, *chosen)
         return chosen
 
-    # --- before the layers: shorten ---
+    # --- before the layers: shorten the sequence ---
 
     @in_python
     def _before_layer(self, number: int, module: nn.Module, args: tuple, kwargs: dict):
@@ -303,7 +303,7 @@ class Handle:
         if run.prefill:
             if number == self.layer:
                 hidden = run.state.shorten(hidden)
-                if run.record is not None:  # not again where gradient checkpointing runs the layer a second time
+                if run.record is not None:  # not again when gradient checkpointing recomputes the layer
                     self._record(run.record)
                     run.record = None
                 if cache is not None:
@@ -357,7 +357,7 @@ class Handle:
             return output
         output.last_hidden_state = run.state.restored(output.last_hidden_state)
         if output.get("hidden_states") is not None:
-            # the first is what layer 0 read, number i what layer i - 1 gave; None: not asked for
+            # item 0 is the input of layer 0, item i the output of layer i - 1; None: not requested
             first = self.layer + 1 if self.layer else 0
             output.hidden_states = tuple(
                 state if state is None or number < first else run.state.restored(state)

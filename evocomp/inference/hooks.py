@@ -1,10 +1,10 @@
-"""`compress`: visual tokens drop out inside an unchanged Hugging Face MLLM, by forward pre-hooks.
+"""`compress`: drop visual tokens inside an unmodified Hugging Face MLLM, by forward pre-hooks.
 
-Hooked are the multimodal model (it sees `input_ids`: where the images are), its decoder (it sees the merged
-embeddings: what the selector reads) and every decoder layer from `layer` on (there the sequence, its rotary
-embedding and its mask become short). No class is changed: `generate`, pipelines, PEFT and `save_pretrained` work as
-before, and `handle.remove()` leaves nothing behind. The one method that is wrapped, on this model alone, is `generate`:
-it knows the whole prompt, where hooks see a draft after it, a chunk of it, or a prompt that grows without a cache.
+Hooks are registered on the multimodal model (its `input_ids` show where the images are), on its decoder (its input
+embeddings are what the selector reads) and on every decoder layer from `layer` on (where the sequence, its rotary
+embedding and its mask are shortened). No class is changed: `generate`, pipelines, PEFT and `save_pretrained` work as
+before, and `handle.remove()` removes everything. Only `generate` of this one model is wrapped: it knows the whole
+prompt, whereas hooks may see a draft after it, a chunk of it, or a prompt that grows without a cache.
 """
 
 from torch import nn
@@ -31,7 +31,7 @@ def compress(
     prompt_length: PromptLength | None = None,
     trust: Trust = "checked",
 ) -> Handle:
-    """Compress the visual tokens of a multimodal LLM from now on.
+    """Compress the visual tokens of a multimodal LLM until the returned handle is removed.
 
     >>> from evocomp import load_nano
     >>> model, processor = load_nano()
@@ -39,7 +39,7 @@ def compress(
     ...     handle.keep, handle.layer
     (16, 0)
 
-    With a trained compressor, on the model's own `generate`:
+    With a trained compressor and the model's own `generate`:
 
         with evocomp.compress(model, "path/to/compressor", keep=192) as handle:
             model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
@@ -47,22 +47,22 @@ def compress(
 
     Args:
         model: any supported `...ForConditionalGeneration` (see `evocomp.mllm.families`), PEFT-wrapped or not.
-            It may be compiled with `torch.compile`, before or after: compiled code is dropped when hooks come and go,
-            and made again around them. `fullgraph=True` is refused.
+            It may be compiled with `torch.compile`, before or after: compiled code is dropped when hooks are added
+            or removed, and compiled again at the next call. `fullgraph=True` is refused.
         selector: the name of a training-free selector (`evocomp.selection.SELECTORS`) or of a shipped compressor
             ("nano"), a compressor, its folder or hub id, or a function: see `evocomp.inference.selectors`.
-        keep: visual tokens kept per image, a number or a share in (0, 1]. Images with fewer stay whole.
-        layer: decoder layer before which they drop out (the paper's l): 0 is fastest, 2 keeps more accuracy.
-        positions: "original" positions of kept tokens, or "dense" ones (layer 0, families without M-RoPE).
-        newline: whether `image_newline` separators stay, on top of `keep`, or drop out (LLaVA-NeXT and
+        keep: visual tokens kept per image: a number, or a fraction in (0, 1]. Images with fewer keep all.
+        layer: decoder layer before which tokens are dropped (the paper's l): 0 is fastest, 2 is more accurate.
+        positions: position ids of kept tokens: "original", or "dense" without gaps (layer 0, no M-RoPE).
+        newline: whether `image_newline` separators are kept, in addition to `keep`, or dropped (LLaVA-NeXT and
             LLaVA-OneVision).
-        restore_length: logits and hidden states (of every layer) of the original length, with zeros at dropped
-            tokens, for callers that compute a loss or slice by the prompt's length.
+        restore_length: return logits and hidden states (of every layer) in the original length, with zeros at
+            dropped tokens, for callers that compute a loss or slice by the prompt's length.
         context: use context tokens: of R kept tokens R S / (R + S) are selected, and the others are means of dropped
-            tokens, weighed in the attention by how many tokens each stands for (`handle.last.sizes`). `context` is S,
-            a share of the image's tokens (below 1) or their number; 0: none. See `evocomp.mllm.context`.
-        prompt_length: columns of `input_ids` that are the prompt, for calls of the model that show an answer too; see
-            below.
+            tokens, weighted in the attention by the number of tokens in each (`handle.last.sizes`). `context` is S, a
+            fraction of the image's tokens (below 1) or a number; 0: none. See `evocomp.mllm.context`.
+        prompt_length: number of columns of `input_ids` that are the prompt, for calls whose input also contains an
+            answer; see below.
 
         trust: which models are taken: with "table" those of the families in `evocomp.mllm.policy.FAMILIES`; with
             "checked" also similar ones, whose policy is derived from the model. The first prompt with images then
@@ -74,8 +74,8 @@ def compress(
     from `prompt_length`, of the call (`model(..., prompt_length=n)`), the handle or this function. Without any of them
     the whole input is the prompt, except in training mode, where that is refused.
 
-    `keep`, `layer`, `positions` and `context` default to what the compressor was saved with, else to 192, 0, "original"
-    and 0.
+    `keep`, `layer`, `positions` and `context` default to the values saved with the compressor, else to 192, 0,
+    "original" and 0.
 
     Raises:
         UserError: unsupported family or transformers version, a second handle on the same model, a compressor

@@ -1,4 +1,4 @@
-"""K-Token Merging at use: an LLM with LoRA reads each block of K visual tokens as one (arXiv 2604.15153)."""
+"""K-Token Merging at inference: an LLM with LoRA reads each block of K visual tokens as one (arXiv 2604.15153)."""
 
 import copy
 import json
@@ -19,19 +19,19 @@ from evocomp.selection.k_token_merging import BlockMerger
 
 
 class KTokenMerger:
-    """A merger and an adapted LLM. The base weights are those of `mllm`, shared and never changed.
+    """A merger of token blocks and an LLM with LoRA. The base weights are shared with `mllm` and never changed.
 
-    The merger is that of the authors' code. Theirs has LoRA of rank 4 (alpha 16, dropout 0.05) on the output head
-    besides; here the head, which keeps its vocabulary, stays frozen.
+    The merger is that of the authors' code. Their code also has LoRA of rank 4 (alpha 16, dropout 0.05) on the output
+    head; here the head stays frozen, because its vocabulary does not change.
 
     Args:
-        mllm: the frozen model that is adapted; it stays as it is and can be used beside this.
-        block: K, visual tokens that become one.
+        mllm: the frozen model to adapt; it is not modified and can still be used.
+        block: K, number of visual tokens that are merged into one.
         r: rank of LoRA on every linear layer of the LLM's decoder layers.
 
     Attributes:
-        mllm: the adapted model: the same tower and weights, and LoRA.
-        merger: the block encoder, in training precision (float32).
+        mllm: the adapted model: the same tower and weights, with LoRA.
+        merger: the block encoder, in float32.
     """
 
     def __init__(self, mllm: FrozenMLLM, block: int, r: int = 8):
@@ -47,20 +47,20 @@ class KTokenMerger:
         self.train(False)
 
     def train(self, on: bool = True) -> None:
-        """Whether merger and LoRA take gradients; nothing else ever does."""
+        """Enable or disable gradients of merger and LoRA; all other weights stay frozen."""
         for weight in (*self.lora.values(), *self.merger.parameters()):
             weight.requires_grad_(on)
 
     def merge(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Merged tokens [ceil(N / K), D] and the places that they take among the N, ascending."""
+        """Merged tokens [ceil(N / K), D] and their indices among the N tokens, ascending."""
         visual = features.visual
         merged = self.merger(visual.float()).to(visual.dtype)
         return merged, self.merger.positions(len(visual)).to(visual.device)
 
     def losses(self, features: Sequence[Features]) -> Tensor:
-        """Mean negative log-likelihood of each question's answer and end mark [B], float32 [nats], with gradients.
+        """Mean negative log-likelihood of each question's answer and end token [B], float32 [nats], with gradients.
 
-        An LLM that is adapted without the end mark forgets to stop.
+        Without the end token in the loss, the adapted LLM would no longer end its answers.
         """
         stop = features[0].answer_ids.new_tensor(self.mllm._stop_ids()[:1])
         features = [replace(one, answer_ids=torch.cat([one.answer_ids, stop])) for one in features]
@@ -74,7 +74,7 @@ class KTokenMerger:
             rows.append((torch.cat([embeds, tail], dim=1), positions))
             ends.append(rows[-1][0].shape[1])
         longest = max(ends)
-        # padded on the right, where a causal decoder never looks back from
+        # padding on the right has no influence on earlier tokens in a causal decoder
         embeds = torch.cat([F.pad(e, (0, 0, 0, longest - end)) for (e, _), end in zip(rows, ends, strict=True)])
         positions = torch.cat([F.pad(p, (0, longest - end)) for (_, p), end in zip(rows, ends, strict=True)], -2)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -82,9 +82,9 @@ class KTokenMerger:
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
         counts = [len(one.answer_ids) for one in features]
-        said = [row[end - count : end] for row, end, count in zip(hidden, ends, counts, strict=True)]
+        answers = [row[end - count : end] for row, end, count in zip(hidden, ends, counts, strict=True)]
         target = torch.cat([one.answer_ids for one in features])
-        each = F.cross_entropy(self.mllm.head(torch.cat(said)).float(), target, reduction="none")
+        each = F.cross_entropy(self.mllm.head(torch.cat(answers)).float(), target, reduction="none")
         return torch.stack([part.mean() for part in each.split(counts)])
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class KTokenMerger:
         return texts
 
     def save(self, folder: Path) -> None:
-        """Write merger and LoRA, some megabytes, to `folder`."""
+        """Write merger and LoRA (a few megabytes) to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {f"merger.{name}": tensor for name, tensor in self.merger.state_dict().items()}
         weights |= {f"lora.{name}": tensor.detach() for name, tensor in self.lora.items()}
@@ -103,7 +103,7 @@ class KTokenMerger:
 
     @classmethod
     def load(cls, folder: Path, mllm: FrozenMLLM) -> "KTokenMerger":
-        """What `save` wrote, for the model that it was trained on. Raises UserError for another one."""
+        """Load what `save` wrote. Raises UserError if it was trained on another model."""
         config = json.loads((folder / "config.json").read_text())
         if config["model"] != mllm.name:
             raise UserError(f"{folder} was trained for model.name={config['model']}, not {mllm.name}")
@@ -113,7 +113,7 @@ class KTokenMerger:
         expected = {name: tensor.shape for name, tensor in found.merger.state_dict().items()}
         if {name: tensor.shape for name, tensor in merger.items()} != expected:
             raise UserError(
-                f"{folder} holds a merger of another form, from an earlier version; delete it and train again"
+                f"{folder} holds a merger of an earlier version with other weights; delete it and train again"
             )
         found.merger.load_state_dict(merger)
         for name, weight in found.lora.items():

@@ -33,7 +33,7 @@ LAYER_INPUTS = {
 
 
 def check_layers(decoder: nn.Module) -> None:
-    """Raise UserError if a decoder's layers take other inputs along the sequence than `compress` shortens.
+    """Raise UserError if a decoder's layers take sequence inputs that `compress` cannot shorten.
 
     Such are queries that are scaled by a further input, and layers that read two masks or a mask of their own kind.
     """
@@ -61,9 +61,9 @@ def check_shared_keys(config: PreTrainedConfig, layer: int) -> None:
 
 
 def always_masks(decoder: nn.Module) -> bool:
-    """Whether a decoder's attention computes with its mask (Doge), and so gets one where others do without.
+    """Whether a decoder's attention always needs a mask tensor because it computes with it (Doge).
 
-    Nothing but the call in its source tells, which asks for a mask in any case.
+    The only sign of this is a call in the decoder's source code that requests a mask in all cases.
     """
     try:
         source = inspect.getsource(sys.modules[type(without_compile(decoder)).__module__])
@@ -75,8 +75,8 @@ def always_masks(decoder: nn.Module) -> bool:
 def padding_mask(attention_mask, length: int) -> Tensor | None:
     """Which tokens of the prompt are real, bool [B,length]; None if all are.
 
-    attention_mask: what the model was given: None, [B,S], a prepared [B,1 or heads,S,columns], or a dict of these
-    by layer type (with a static cache masks are prepared before the model is called).
+    attention_mask: argument of the model: None, [B,S], a prepared [B,1 or heads,S,columns], or a dict of these
+    by layer type (with a static cache, masks are prepared before the model is called).
     """
     if isinstance(attention_mask, dict):
         given = [attention_mask.get("full_attention"), *attention_mask.values()]
@@ -85,7 +85,7 @@ def padding_mask(attention_mask, length: int) -> Tensor | None:
         return None
     if attention_mask.ndim == 2:
         return attention_mask[:, -length:].bool()
-    # a token that no other one sees is padding, but for the last, which none comes after
+    # a token that no other token attends to is padding; the last one has no later token, so it counts as real
     seen = _is_open(attention_mask[..., :length, :length]).any(1)
     alone = torch.eye(length, dtype=torch.bool, device=seen.device)
     alone[-1, -1] = False
@@ -93,8 +93,8 @@ def padding_mask(attention_mask, length: int) -> Tensor | None:
 
 
 def is_plain(mask: Tensor, real: Tensor, config: PreTrainedConfig) -> bool:
-    """Whether a prepared mask is what `causal_mask` makes, in every layer: it hides what comes later, lies beyond
-    the sliding window or is padding.
+    """Whether a prepared mask equals that of `causal_mask` in every layer: it hides exactly later tokens, tokens beyond
+    the sliding window, and padding.
 
     mask [B or 1,1 or heads,S,columns] (bool, or 0 and a large negative number); real bool [B or 1,S]
     """
@@ -149,7 +149,7 @@ def _is_open(mask: Tensor) -> Tensor:
 def gathered_mask(
     full: Tensor, index: Tensor, valid: Tensor, window: int | None, window_spares_blocks: bool, columns: int
 ) -> Tensor:
-    """Rows and columns of a prepared mask that stay: keeps the bidirectional blocks of images and prefixes.
+    """Rows and columns of a prepared mask for the kept tokens, with its bidirectional blocks of images and prefixes.
 
     full [B or 1,H,S,columns'], H 1 or heads (bool, or 0 and a large negative number); index, valid [B,L]; window:
     sliding window counted over the shortened sequence, or None; window_spares_blocks: whether blocks reach beyond it;
@@ -159,14 +159,14 @@ def gathered_mask(
     heads, keys = full.shape[1], full.shape[-1]
     rows = full.expand(batch, -1, -1, -1).gather(2, index[:, None, :, None].expand(-1, heads, -1, keys))
     short = rows.gather(3, index[:, None, None, :].expand(-1, heads, length, -1))
-    place = torch.arange(length, device=full.device)
+    column = torch.arange(length, device=full.device)
     allowed = valid[:, None, None, :].expand(-1, 1, length, -1)
     if window is not None:
-        near = place[:, None] - place[None, :] < window
-        # two tokens that see each other are in one block
+        near = column[:, None] - column[None, :] < window
+        # two tokens that attend to each other are in one block
         allowed = allowed & (near | _is_open(short).transpose(2, 3) if window_spares_blocks else near)
-    # padding must see something: a row without any key would be NaN, and NaN spreads even with weight zero
-    lonely = (~valid)[:, None, :, None] & (place[:, None] == place[None, :])
+    # padding must attend to something: a row without keys would be NaN, and NaN spreads even with weight zero
+    lonely = (~valid)[:, None, :, None] & (column[:, None] == column[None, :])
     if short.dtype == torch.bool:
         return pad((short & allowed) | lonely, (0, columns - length), value=False)
     lowest = torch.finfo(short.dtype).min

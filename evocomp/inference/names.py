@@ -1,4 +1,4 @@
-"""What a name given to `compress` stands for: a selector, a shipped compressor, a folder or a Hugging Face id."""
+"""Resolve a name given to `compress`: a selector, a shipped compressor, a folder or a Hugging Face id."""
 
 import difflib
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from evocomp.mllm.weights import reason
 from evocomp.selection import SELECTORS
 
 SHIPPED = {"nano": ASSETS / "nano_compressor"}
-"""Compressors that come with the package: name -> folder with weights, configuration and model card (README.md)."""
+"""Compressors installed with the package: name -> folder with weights, configuration and model card (README.md)."""
 
 
 def is_selector(name: str | Path) -> bool:
-    """Whether a name is that of a training-free selector. A folder of the same name is given as ./NAME."""
+    """Whether a name is that of a training-free selector. To use a folder of the same name, give ./NAME."""
     return isinstance(name, str) and name in SELECTORS
 
 
 def compressor_folder(name: str | Path) -> str | Path:
-    """The folder of a shipped compressor, or the folder or Hugging Face id that was given.
+    """The folder of a shipped compressor; a folder or Hugging Face id is returned unchanged.
 
-    Raises UserError for a name that can be none of these.
+    Raises UserError for a name that is none of these.
     """
     if not isinstance(name, str):
         return name
@@ -37,7 +37,7 @@ def compressor_folder(name: str | Path) -> str | Path:
 
 
 def unknown(name: str) -> str:
-    """What is said of a name that stands for nothing."""
+    """Error message for an unknown name."""
     near = difflib.get_close_matches(name, [*SELECTORS, *SHIPPED], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return (
@@ -47,13 +47,13 @@ def unknown(name: str) -> str:
 
 
 def check_name(name: str | Path) -> None:
-    """Raise `UserError`, with what to do, unless a name can be used by `compress`. Loads no weights."""
+    """Raise `UserError` unless `compress` accepts the name. Loads no weights."""
     if not is_selector(name):
         check_is_compressor(compressor_folder(name))
 
 
 def check_is_compressor(path: str | Path) -> None:
-    """Raise `UserError`, with what to do, unless a folder or hub id holds the configuration of a compressor."""
+    """Raise `UserError` unless a folder or hub id holds the configuration of a compressor."""
     folder = Path(path)
     if not (folder / "config.json").is_file() and (folder / "compressor" / "config.json").is_file():
         raise UserError(f"{path} holds a run; give its compressor: {folder / 'compressor'}")
@@ -63,7 +63,7 @@ def check_is_compressor(path: str | Path) -> None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     if not folder.is_dir() and not config:
-        # transformers takes what is no folder for a hub id, and complains of its form
+        # transformers treats a missing folder as a hub id, and its error would be about the form of the id
         may_be_id = not folder.is_absolute() and str(path)[0] not in ".~" and str(path).count("/") == 1
         reason = f"no such folder, and as a hub id: {reason}" if may_be_id else "no such folder"
     if not config:
@@ -79,7 +79,7 @@ def check_is_compressor(path: str | Path) -> None:
 
 @contextmanager
 def weights_of(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong while weights are read from a folder or hub id into a `UserError`."""
+    """Turn errors of reading weights from a folder or hub id into a `UserError`."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""The common form of everything that chooses visual tokens, and what it may be told of the prompt."""
+"""The interface of everything that selects visual tokens, and the prompt data that it may read."""
 
 from typing import NamedTuple, Protocol
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class Pick(NamedTuple):
-    """What is kept of one image of n tokens.
+    """The kept tokens of one image of n tokens.
 
     kept:   kept tokens [r], ascending
     scores: scores [n] of all tokens, None if there are none
-    owner:  the kept token [n] that each token is averaged into, None if kept tokens are no means
-    tokens: new tokens [r, D] that stand in place of the kept ones, None if they stay as they are
-    origin: with `tokens`: the token [r] whose position each of them takes
+    owner:  cluster assignment [n]: index of the kept token that each token is averaged into, None without averaging
+    tokens: new tokens [r, D] that replace the kept ones, None if the kept ones are unchanged
+    origin: with `tokens`: index [r] of the token whose position id each of them takes
     """
 
     kept: Tensor
@@ -24,14 +24,14 @@ class Pick(NamedTuple):
 
 
 class LLMInput(NamedTuple):
-    """The batch of prompts that the images belong to, as it goes into the decoder.
+    """The LLM input that the images belong to, a batch of prompts.
 
     embeds:    input embeddings [B, S, D], visual tokens included
-    text:      text that a selector may read, bool [B, S]
-    visual:    visual tokens, bool [B, S]
+    text:      mask of the text that a selector may read, bool [B, S]
+    visual:    mask of the visual tokens, bool [B, S]
     positions: position ids [B or 1, S] (more rows with M-RoPE), None: 0, 1, ...
-    rows:      the row of each image
-    indices:   where the tokens of each image stand in its row [n], ascending
+    rows:      row of each image
+    indices:   indices [n] of the tokens of each image in its row, ascending
     """
 
     embeds: Tensor
@@ -43,23 +43,24 @@ class LLMInput(NamedTuple):
 
 
 class Picker(Protocol):
-    """Optional: `reads_llm_input = True` gets `pick` a fourth argument `llm_input`; `merges = True` says that it
-    returns new tokens; `watch()` returns hooks that live as long as the compression."""
+    """Interface of a selector. Optional members: with `reads_llm_input = True`, `pick` gets a fourth argument
+    `llm_input`; `merges = True` declares that it returns new tokens; `watch()` returns hooks that stay registered
+    until the compression ends."""
 
     def pick(self, visual: list[Tensor], text: list[Tensor], keep: list[int]) -> list[Pick]: ...
 
 
 def top_r(scores: Tensor, r: int) -> Pick:
-    """The r highest of scores [n], in original order, and the scores; of equals the earlier token stays."""
+    """The r highest scores [n], in original order; of equal scores the earlier token is kept."""
     order = torch.argsort(scores, descending=True, stable=True)
     return Pick(order[:r].sort().values, scores)
 
 
 def nothing(visual: Tensor) -> Pick:
-    """No token of an image."""
+    """A `Pick` that keeps no token of the image."""
     return Pick(torch.zeros(0, dtype=torch.long, device=visual.device))
 
 
 def name_of(selector) -> str:
-    """What a selector or picker is called in messages."""
+    """Name of a selector in messages."""
     return getattr(selector, "name", type(selector).__name__)

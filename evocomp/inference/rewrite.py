@@ -1,7 +1,7 @@
-"""`compress_inputs`: the stateless way for layer 0. Shorter inputs for the model as it is.
+"""`compress_inputs`: compression before layer 0 without hooks. It returns shorter inputs for the unmodified model.
 
-For labelling, training, export and compiled decoding, where hooks are in the way. `compress` is the way for
-everything else; both give the same answers.
+Use it for labelling, training, export and compiled decoding, where hooks are not possible, and `compress` for
+everything else. Both give the same answers.
 """
 
 import copy
@@ -21,7 +21,7 @@ from evocomp.mllm import families
 
 
 class ShortInputs(dict):
-    """Inputs for `generate` or `forward`, and in `compression` the record of what was kept."""
+    """Inputs for `generate` or `forward`; `compression` is the record of what was kept."""
 
     compression: Compression | None = None
 
@@ -34,7 +34,7 @@ def compress_inputs(
     positions: Positions | None = None,
     newline: Newline = "keep",
 ) -> ShortInputs:
-    """Encode the images of a prompt, choose, and return inputs without the dropped tokens.
+    """Encode the images of a prompt, choose the kept tokens, and return inputs without the dropped ones.
 
         inputs = processor(images=image, text=prompt, return_tensors="pt")
         short = compress_inputs(model, inputs, compressor, keep=192)
@@ -42,27 +42,27 @@ def compress_inputs(
 
     Args:
         model, selector, keep, positions, newline: as in `evocomp.compress`, with the same defaults.
-        inputs: what the processor returned, [B,S] tensors and pixels; `labels` are shortened too, and tokens
-            with a label other than -100 (the answer) are hidden from the selector.
+        inputs: output of the processor, [B,S] tensors and pixels; `labels` are shortened too, and tokens with a
+            label other than -100 (the answer) are hidden from the selector.
 
     Returns:
         The rows, left-padded to the longest [B,L], with `attention_mask`, `position_ids` and sliced
         `mm_encoder_outputs` in place of pixels. Positions are those of `generate`; PaliGemma's `forward`
-        counts from 1 (`families.policy(model).forward_offset`). Inputs without images come back as they are.
+        counts from 1 (`families.policy(model).forward_offset`). Inputs without images are returned unchanged.
 
-    Without a cache call `forward` (the mask keeps transformers from taking gaps in the positions for borders
-    of packed sequences), not `generate(use_cache=False)`, which drops a mask without padding.
-    With beams, give families whose encoder returns one tensor (InternVL, Gemma3, PaliGemma) images that keep
-    equally many tokens, or use `compress`: `generate` cannot repeat unequal ones.
+    Without a cache, call `forward`, not `generate(use_cache=False)`, which drops a mask without padding: without the
+    mask, transformers reads gaps in the positions as borders of packed sequences.
+    For beam search with families whose encoder returns one tensor (InternVL, Gemma3, PaliGemma), all images must keep
+    equally many tokens, because `generate` cannot repeat unequal ones; otherwise use `compress`.
 
     Raises:
-        UserError: as `evocomp.compress`; and a compressor with context tokens, whose weights inputs cannot carry.
+        UserError: as `evocomp.compress`; also for context tokens, whose attention weights cannot be part of the inputs.
     """
     families.check_supported(model)
     picker = picker_for(selector, model)
     settings = Settings.of(model, picker, keep, 0, positions, newline)
     if getattr(picker, "merges", False):
-        raise UserError(f"{name_of(picker)} merges tokens, which inputs cannot carry; use evocomp.compress")
+        raise UserError(f"{name_of(picker)} merges tokens, which compress_inputs cannot do; use evocomp.compress")
     watching = watched(picker)
     try:
         return _shortened(model, inputs, picker, settings)
@@ -87,7 +87,7 @@ def _shortened(model: nn.Module, inputs: Mapping[str, Any], picker: Picker, sett
     )
     if owner is not None:
         raise UserError(
-            "this compressor has context tokens, whose weights in the attention inputs cannot carry; use "
+            "this compressor has context tokens, whose attention weights cannot be part of the inputs; use "
             "evocomp.compress, or set compressor.config.sharp = 0"
         )
     index, valid = short_index(real & (kept | ~visual))
@@ -96,9 +96,9 @@ def _shortened(model: nn.Module, inputs: Mapping[str, Any], picker: Picker, sett
     short["attention_mask"] = valid.long()
     short["position_ids"] = _positions(model, inputs, index, valid, dense=settings.positions == "dense")
     short["mm_encoder_outputs"] = {
-        kind: _slice(output, kept[place], numbers[place & kept])
+        kind: _slice(output, kept[own], numbers[own & kept])
         for kind, output in encoded.items()
-        for place in [ids == families.token_ids(model)[kind]]
+        for own in [ids == families.token_ids(model)[kind]]
     }
     return short
 
@@ -132,16 +132,16 @@ def _merged(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, enco
 def _shorten_tensors(
     model: nn.Module, inputs: Mapping[str, Any], index: Tensor, valid: Tensor
 ) -> dict[str, Any]:
-    """[B,S] tensors gathered, what the vision tower read left out, everything else as it is."""
+    """[B,S] tensors at the kept tokens; inputs of the vision tower are removed, all others unchanged."""
     padding = {"input_ids": _pad_id(model), "labels": -100}
     base, shape = families.base(model), inputs["input_ids"].shape
     eaten = {"position_ids", "attention_mask"}
     for kind in ("image", "video"):
         if (function := getattr(base, f"get_{kind}_features", None)) is not None:
-            eaten |= set(inspect.signature(function).parameters)
+            consumed |= set(inspect.signature(function).parameters)
     short = {}
     for name, value in inputs.items():
-        if name in eaten:
+        if name in consumed:
             continue
         same = isinstance(value, Tensor) and value.shape == shape
         short[name] = value.gather(1, index).masked_fill(~valid, padding.get(name, 0)) if same else value
@@ -158,7 +158,7 @@ def _pad_id(model: nn.Module) -> int:
 def _positions(
     model: nn.Module, inputs: Mapping[str, Any], index: Tensor, valid: Tensor, dense: bool
 ) -> Tensor:
-    """[B,L], or [4,B,L] with M-RoPE."""
+    """Position ids of the kept tokens: [B,L], or [4,B,L] with M-RoPE."""
     rank = (valid.cumsum(1) - 1).clamp(min=0)
     if dense:
         return rank
@@ -166,22 +166,22 @@ def _positions(
     if positions.ndim == 2:
         return positions.gather(1, index).masked_fill(~valid, 0)
     short = positions.gather(2, index.expand(len(positions), -1, -1)).masked_fill(~valid, 0)
-    # the text row tells masks where packed sequences start: no gaps
+    # transformers detects packed sequences by gaps in the text row, so it must have none
     short[0] = rank
     return short
 
 
 def _slice(output, kept: Tensor, numbers: Tensor):
-    """A copy of an encoder's output with the visual tokens that stay.
+    """A copy of an encoder's output with the kept visual tokens only.
 
-    kept bool [total]: its tokens, entry after entry; numbers [tokens that stay]: the image of each.
+    kept bool [total]: mask of its tokens, entry after entry; numbers [kept tokens]: index of each one's image.
     """
     entries = families.entries(output)
     masks = kept.split([len(entry) for entry in entries])
     short = copy.copy(output)
     rows = [entry[mask] for entry, mask in zip(entries, masks, strict=True)]
     if isinstance(output.pooler_output, Tensor):
-        # a tensor has to stay one: of images if they keep equally many tokens, else of all tokens
+        # a tensor must stay a tensor: stacked by image if all keep equally many tokens, else one row of all tokens
         sizes = numbers.unique(return_counts=True)[1].tolist()
         images = len(sizes) if sizes and min(sizes) == max(sizes) else 1
         short.pooler_output = torch.cat(rows).unflatten(0, (images, -1)) if sizes else torch.cat(rows)[None]

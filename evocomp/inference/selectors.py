@@ -1,17 +1,17 @@
-"""What may choose which visual tokens are kept: a compressor, a selector of `evocomp.selection`, or any function.
+"""What can be passed as a selector: a compressor, a selector of `evocomp.selection`, or any function.
 
-All are brought to one form, a picker. `pick(visual, text, keep)` gets three lists with one entry per image and returns
-a `Pick` per image; see `evocomp.inference.pick`. What may be given as a selector:
+All are converted to one interface, `Picker`: `pick(visual, text, keep)` gets three lists with one entry per image and
+returns a `Pick` per image; see `evocomp.inference.pick`. A selector may be:
 
 - the name of a training-free selector ("divprune", ...) or of a shipped compressor ("nano"): `evocomp.inference.names`;
 - an `EvoCompCompressor` (plain, with LoRA, or in a `PooledCompressor`), or a folder or hub id to load it from;
 - a function `(visual [n,D], text [T,D], keep: int) -> scores [n]`, called once per image; the highest are kept;
 - an object with `needs`, a collection of fields of `SelectionInputs`, that takes a `SelectionInputs` and `keep` and
   returns a `Selection` (the selectors of `evocomp.selection`); see `evocomp.inference.training_free`;
-- an object with a `pick` method of the form above.
+- an object with a `pick` method as above.
 
-`visual` holds the image's tokens as the LLM would see them, without newline separators. `text` holds the
-prompt's other embeddings (the whole template, without padding and without the answer; see `evocomp.compress`).
+`visual` holds the image's tokens as in the LLM input, without newline separators. `text` holds the prompt's
+other embeddings (the whole template, without padding and without the answer; see `evocomp.compress`).
 """
 
 import copy
@@ -39,9 +39,10 @@ from evocomp.selection.priority import priority_order
 
 
 class CompressorPicker:
-    """Scores all images of a batch in one padded pass of the compressor.
+    """Scores all images of a batch in one padded forward pass of the compressor.
 
-    context: replaces the limit of selected tokens that the compressor was saved with (`config.sharp`); None: that one.
+    context: overrides the maximum number of selected tokens that was saved with the compressor (`config.sharp`);
+        None: no override.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class CompressorPicker:
 
     @property
     def config(self) -> EvoCompConfig:
-        """How it selects."""
+        """Configuration of the compressor, with `context` in place of its `sharp` if given."""
         config = self.compressor.config
         if self.context is not None:
             config = copy.copy(config)
@@ -76,7 +77,7 @@ class CompressorPicker:
         try:
             logits = self.compressor(tokens, prompt, prompt_mask, mask, budget=budget).logits.float()
         finally:
-            self.compressor.train(training)  # it may be in the middle of its training
+            self.compressor.train(training)  # it may be called during training
         rows = zip(logits, visual, keep, orders, strict=True)
         return [self._one(row[: len(v)], v, r, order) for row, v, r, order in rows]
 
@@ -85,7 +86,7 @@ class CompressorPicker:
         return [] if self._tower is None else self._tower.watch()
 
     def _priority(self, image: int, visual: Tensor) -> Tensor | None:
-        """Order of the image's tokens for `config.hedge`, if that is above 0."""
+        """Priority order of the image's tokens, if `config.hedge` is above 0."""
         config = self.config
         if not config.hedge:
             return None
@@ -98,7 +99,7 @@ class CompressorPicker:
 
 
 def with_context(pick: Pick, visual: Tensor, context: int) -> Pick:
-    """A pick and so many context tokens beside it, or as many as there are dropped tokens; visual [n, D]."""
+    """Add `context` context tokens to a pick, at most as many as there are dropped tokens; visual [n, D]."""
     context = min(context, len(visual) - len(pick.kept))
     if not context:
         return pick
@@ -107,14 +108,14 @@ def with_context(pick: Pick, visual: Tensor, context: int) -> Pick:
 
 
 class ContextPicker:
-    """Another picker's choice of some of the kept tokens, and the rest of them as means of what it drops.
+    """Adds context tokens to another selector: it selects some of the kept tokens, the rest are means of dropped ones.
 
-    limit: S, which `evocomp.mllm.context.split` divides the kept tokens by.
+    limit: S, the maximum number of selected tokens; see `evocomp.mllm.context.split`.
     """
 
     def __init__(self, picker: Picker, limit: float):
         if getattr(picker, "merges", False):
-            raise UserError(f"{name_of(picker)} merges tokens itself; context tokens go with selectors that drop them")
+            raise UserError(f"{name_of(picker)} merges tokens itself; context tokens need a selector that drops them")
         self.picker, self.limit = picker, limit
         self.reads_llm_input = getattr(picker, "reads_llm_input", False)
 
@@ -126,18 +127,18 @@ class ContextPicker:
         counts = [split(r, len(v), self.limit) for r, v in zip(keep, visual, strict=True)]
         picks = [Pick(*pick) for pick in self.picker.pick(visual, text, [selected for selected, _ in counts], **given)]
         if any(pick.owner is not None or pick.tokens is not None for pick in picks):
-            raise UserError("this selector merges tokens itself; context tokens go with selectors that drop them")
+            raise UserError("this selector merges tokens itself; context tokens need a selector that drops them")
         return [with_context(pick, v, context) for pick, v, (_, context) in zip(picks, visual, counts, strict=True)]
 
 
 def watched(picker: Picker) -> list:
-    """Hooks that a picker needs on the model, now in place; each ends by `remove()`."""
+    """Register the hooks that a selector needs on the model; `remove()` of each one ends it."""
     watch = getattr(picker, "watch", None)
     return watch() if watch else []
 
 
 def _padded(rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """[B,n,D] and bool [B,n], or no mask if nothing was padded."""
+    """Padded rows [B,n,D] and their mask, bool [B,n]; None without padding."""
     padded = pad_sequence([row.to(dtype) for row in rows], batch_first=True)
     sizes = torch.tensor([len(row) for row in rows])
     if bool((sizes == padded.shape[1]).all()):
@@ -146,7 +147,7 @@ def _padded(rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | No
 
 
 class FunctionPicker:
-    """Asks a scoring function once per image."""
+    """Calls a scoring function once per image and keeps the highest scores."""
 
     def __init__(self, function):
         self.function = function
@@ -167,9 +168,10 @@ class FunctionPicker:
 
 
 def picker_for(selector, model: nn.Module, context: float | None = None) -> Picker:
-    """Bring a selector for `model` to the common form, with context tokens if `context` is given and not 0.
+    """Convert a selector for `model` to a `Picker`, with context tokens if `context` is given and not 0.
 
-    Raises UserError if it is no selector, needs what the model lacks, or is a compressor made for another hidden size.
+    Raises UserError if it is not a selector, needs inputs that the model does not provide, or is a compressor for
+    another hidden size.
     """
     check_context(context)
     if is_selector(selector):
@@ -189,8 +191,8 @@ def check_context(context: float | None) -> None:
         return
     if isinstance(context, bool) or not isinstance(context, int | float) or not 0 <= context < math.inf:
         raise UserError(
-            f"context={context!r}: give the most tokens that are selected, as a share of an image's tokens (below 1) "
-            "or their number, or 0 for no context tokens"
+            f"context={context!r}: give the maximum number of selected tokens, as a number or as a fraction "
+            "(below 1) of an image's tokens, or 0 for no context tokens"
         )
 
 
@@ -211,15 +213,15 @@ def _check_fits(compressor: EvoCompCompressor | PooledCompressor, model: nn.Modu
     made_for, size = compressor.hidden_size, decoder(model).config.hidden_size
     if made_for != size:
         raise UserError(
-            f"this compressor was made for hidden size {made_for}, the model has {size}; transfer it by "
+            f"this compressor was made for hidden size {made_for}, the model has {size}; transfer it with "
             f"evocomp.compressor.transfer.PooledCompressor(compressor, {size}), or train a new one"
         )
-    if isinstance(compressor, EvoCompCompressor):  # one that is pooled was moved to another model on purpose
+    if isinstance(compressor, EvoCompCompressor):  # a pooled compressor was moved to another model on purpose
         _warn_of_another_model(compressor, model)
 
 
 def _warn_of_another_model(compressor: EvoCompCompressor, model: nn.Module) -> None:
-    """Models of one width cannot be told apart by their shapes; their names say more, where they are recorded."""
+    """Warn if the recorded model name differs: models of equal hidden size cannot be told apart by shape."""
     trained_for = _last_part(compressor.config.base_model_name_or_path)
     given = _last_part(getattr(unwrap(model).config, "_name_or_path", None))
     if trained_for and given and trained_for != given:
@@ -227,7 +229,7 @@ def _warn_of_another_model(compressor: EvoCompCompressor, model: nn.Module) -> N
 
 
 def _last_part(name: str | None) -> str:
-    """Of a model's path or hub id, for it may lie elsewhere on this machine; in the hub's cache a hash comes last."""
+    """Name of a model without its folder, which depends on the machine; in the hub's cache the last part is a hash."""
     path = Path(name or "")
     return path.parent.parent.name.rsplit("--", 1)[-1] if path.parent.name == "snapshots" else path.name
 
@@ -235,11 +237,9 @@ def _last_part(name: str | None) -> str:
 def load_compressor(path: str | Path, model: nn.Module) -> EvoCompCompressor | PeftModel:
     """Load a compressor, or a LoRA adapter of one, from a folder or a hub id, or a shipped one by its name.
 
-    It gets the dtype of `model`.
+    It gets the dtype of `model`, except for the head, which stays in float32: scores in bfloat16 would tie.
 
-    The head stays in float32: scores in bfloat16 would tie.
-
-    Raises UserError if there is none.
+    Raises UserError if there is no compressor at `path`.
     """
     path = compressor_folder(path)
     check_is_compressor(path)

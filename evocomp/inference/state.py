@@ -1,4 +1,4 @@
-"""What a handle knows during a call, and what travels with the KV cache from the prefill to later calls."""
+"""The state of a call, and the state that is stored with the KV cache from the prefill to later calls."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,11 @@ from evocomp.log import UserError
 
 @dataclass
 class Prompt:
-    """A prompt with images on its way to the decoder.
+    """A prompt with images, before it enters the decoder.
 
-    numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding; lengths [B]:
-    columns of each row that are the prompt, None if no more is known than `labels` say; mask
-    [B or 1,1 or heads,S,columns]: the caller's own attention mask, which holds for every layer, None if it has none
+    numbers [B,S]: index of each visual token's image, -1 elsewhere; real [B,S]: tokens that are not padding;
+    lengths [B]: number of columns of each row that are the prompt, None if only `labels` determine it; mask
+    [B or 1,1 or heads,S,columns]: the caller's own attention mask, which applies to every layer, None without one
     """
 
     ids: Tensor
@@ -30,12 +30,12 @@ class Prompt:
 
     @property
     def visual(self) -> Tensor:
-        """bool [B,S]"""
+        """bool [B,S]: visual tokens."""
         return self.numbers >= 0
 
     @property
     def text(self) -> Tensor:
-        """bool [B,S]: what the selector may read: the question, but not the answer and what follows the answer."""
+        """bool [B,S]: tokens that the selector may read: the question, not the answer nor anything after it."""
         text = self.real & ~self.visual
         column = torch.arange(text.shape[1], device=text.device)
         if self.lengths is not None:
@@ -51,11 +51,12 @@ class Prompt:
 class Shortened:
     """How a batch was shortened.
 
-    index [B,L]: see `short_index`; padding on the right stays, so that what comes after the last visual token lines
-    up with the whole prompt; valid [B,L]: False at padding; all_real: whether `valid` is all True; full: length of
-    the whole prompt; tail: how many of its last columns stay in every row; dropped [B]: tokens dropped per row;
-    next_position [...,B,1]: position of the first token after the prompt; owner [B,S]: the place of the token that
-    speaks for each one, and log_size [B,L]: log of how many each kept token speaks for; None if each speaks for itself
+    index [B,L]: see `short_index`; padding on the right is kept, so that the columns after the last visual token align
+    with those of the full prompt; valid [B,L]: False at padding; all_real: whether `valid` is all True; full: length
+    of the full prompt; tail: number of its last columns that are kept in every row; dropped [B]: number of dropped
+    tokens per row; next_position [...,B,1]: position id of the first token after the prompt; owner [B,S]: cluster
+    assignment, the index of the kept token that each token is averaged into; log_size [B,L]: log of the cluster size
+    of each kept token; both None without context tokens
     """
 
     index: Tensor
@@ -70,7 +71,7 @@ class Shortened:
 
     @classmethod
     def make(cls, prompt: Prompt, kept: Tensor, owner: Tensor | None = None) -> "Shortened":
-        """kept bool [B,S]: visual tokens that stay. Positions are those of a prompt without gaps or
+        """kept bool [B,S]: visual tokens to keep. `next_position` is that of a prompt without gaps or
         padding."""
         stays = prompt.real & (kept | ~prompt.visual)
         on_the_right = (prompt.real.flip(1).cumsum(1).flip(1) == 0) & prompt.real.any(1, keepdim=True)
@@ -90,34 +91,34 @@ class Shortened:
         )
 
     def shorten(self, whole: Tensor) -> Tensor:
-        """Hidden states of the whole prompt [B,S,D] -> those of the kept tokens [B,L,D], each the mean of all that it
-        speaks for."""
+        """Hidden states of the full prompt [B,S,D] -> those of the kept tokens [B,L,D], each the mean of its
+        cluster."""
         if self.owner is None:
             return take(whole, self.index)
         owner = self.owner.to(whole.device)
-        row, place = (owner != torch.arange(whole.shape[1], device=whole.device)).nonzero(as_tuple=True)
-        total = whole.float().index_put((row, owner[row, place]), whole[row, place].float(), accumulate=True)
+        row, column = (owner != torch.arange(whole.shape[1], device=whole.device)).nonzero(as_tuple=True)
+        total = whole.float().index_put((row, owner[row, column]), whole[row, column].float(), accumulate=True)
         return take((total / sizes_of(owner)[..., None]).to(whole.dtype), self.index)
 
     def restored(self, short: Tensor) -> Tensor:
-        """Hidden states [B,L,D] at their places in the whole prompt, zeros at dropped tokens. -> [B,S,D]"""
+        """Hidden states [B,L,D] -> [B,S,D], the length of the full prompt, with zeros at dropped tokens."""
         whole = short.new_zeros(len(short), self.full, short.shape[-1])
-        row, place = self.valid.to(short.device).nonzero(as_tuple=True)
-        whole[row, self.index.to(short.device)[row, place]] = short[row, place]
+        row, column = self.valid.to(short.device).nonzero(as_tuple=True)
+        whole[row, self.index.to(short.device)[row, column]] = short[row, column]
         return whole
 
     def check_logits(self, keep: int | Tensor | None) -> None:
-        """Raise UserError if the rows of logits that `logits_to_keep` asks for are not the last of the short ones."""
+        """Raise UserError unless `logits_to_keep` requests only logits after the last visual token."""
         if isinstance(keep, Tensor) or (keep is not None and keep - 1 > self.tail):
             raise UserError(
-                "logits_to_keep asks for logits by their place in the whole prompt, dropped visual tokens included; "
+                "logits_to_keep counts tokens of the full prompt, dropped visual tokens included; "
                 "use compress(restore_length=True)"
             )
 
     def continue_positions(self, kwargs: dict, past: int, new: int, dense: bool) -> None:
-        """Give `new` tokens their positions, `past` tokens after the prompt: layer 0's cache is short.
+        """Set the position ids of `new` tokens that start `past` tokens after the prompt; layer 0's cache is short.
 
-        Raises UserError if the caller's tokens are not the next ones (it counted them by that cache).
+        Raises UserError if the caller passes other tokens than the next ones (it counted them by that cache).
         """
         following, given = self.next_position + past, kwargs.get("position_ids")
         if given is None:
@@ -125,7 +126,7 @@ class Shortened:
             return
         if dense:
             given = kwargs["position_ids"] = given - self.dropped[:, None]
-        any_row = (-1,) * (given.ndim - 2)  # M-RoPE's rows agree at text
+        any_row = (-1,) * (given.ndim - 2)  # the rows of M-RoPE are equal at text
         if new > 1 and bool((given[any_row][:, :1] != following[(-1,) * (following.ndim - 2)]).any()):
             raise UserError(
                 "this cache was compressed before layer 0, so `generate` cannot tell which tokens are new; "
@@ -134,18 +135,18 @@ class Shortened:
 
 
 def sizes_of(owner: Tensor) -> Tensor:
-    """How many tokens each place speaks for, at least 1, float [B,S]; see `Shortened.owner`."""
+    """Cluster size of each token, at least 1, float [B,S]; see `Shortened.owner`."""
     ones = torch.ones(owner.shape, device=owner.device)
     return torch.zeros_like(ones).scatter_add(1, owner, ones).clamp(min=1)
 
 
 @dataclass
 class Pass:
-    """One run through the decoder.
+    """One forward pass of the decoder.
 
-    real [B,keys]: keys that are not padding, None if all are; record: what a prefill keeps; layers: those that have
-    run; given_mask [B or 1,1 or heads,S,columns]: the mask of the
-    whole prompt if it says more than that; windowed: whether sliding layers narrow it
+    real [B,keys]: keys that are not padding, None if all are; record: what a prefill keeps; layers: indices of the
+    layers that have run; given_mask [B or 1,1 or heads,S,columns]: mask of the full prompt if it is more than causal
+    with padding; windowed: whether sliding-window layers restrict it to their window
     """
 
     state: Shortened
@@ -160,12 +161,12 @@ class Pass:
 
     @classmethod
     def further(cls, state: Shortened, attention_mask: Any, seen: int, past: int, new: int) -> "Pass":
-        """A run over `new` tokens that come `past` tokens after the prompt; before its end where `past` is negative, if
-        a draft that was given with the prompt has been cropped off the cache.
+        """A forward pass of `new` tokens that start `past` tokens after the prompt; `past` is negative if a draft
+        that was given with the prompt has been cropped off the cache.
 
-        attention_mask: if [B,keys], of all tokens of the conversation, or, without padding, of the `seen` ones that
-        layer 0's cache holds and the new ones. Raises UserError if it has fewer keys, or if the cache was cropped
-        before the last image's end.
+        attention_mask: [B,keys] over all tokens of the conversation or, without padding, over the `seen` tokens in
+        layer 0's cache and the new ones. Raises UserError if it has fewer keys, or if the cache was cropped to before
+        the end of the last image.
         """
         if past < -state.tail:
             raise UserError("the cache was cropped by more than what follows the images; start with an empty cache")
@@ -178,7 +179,7 @@ class Pass:
             if keys < whole:
                 raise UserError(
                     f"attention_mask has {keys} columns but the conversation {whole} tokens; give one "
-                    "column for each, those of dropped tokens included"
+                    "column for each, dropped tokens included"
                 )
             tail = mask[:, prompt:whole]
         elif state.all_real:
@@ -188,7 +189,7 @@ class Pass:
         return cls(state, prefill=False, real=torch.cat([valid, tail], dim=1))
 
     def take_over_deepstack(self, kwargs: dict, layer: int) -> None:
-        """Features that the decoder would add after layer i >= `layer` are kept, short, for layer i + 1."""
+        """Move the features that the decoder would add after layer i >= `layer`, shortened, to before layer i + 1."""
         features, mask = kwargs["deepstack_visual_embeds"], kwargs["visual_pos_masks"]
         short = mask.gather(1, self.state.index) & self.state.valid
         for number in range(layer, len(features)):
@@ -198,7 +199,7 @@ class Pass:
         kwargs["deepstack_visual_embeds"] = features[:layer]
 
     def add_deepstack(self, hidden: Tensor, number: int) -> Tensor:
-        """Before layer `number`: what belonged after the layer before it."""
+        """Add, before layer `number`, the features that belong after the previous layer."""
         if number not in self.deepstack:
             return hidden
         where, features = (part.to(hidden.device) for part in self.deepstack[number])
@@ -221,7 +222,7 @@ class Pass:
             if name in kwargs:
                 kwargs[name] = self._shorten_argument(kwargs[name])
         if kwargs.get("position_ids") is not None:
-            # some decoders scale their queries by the position: the kept tokens have the positions that they had
+            # some decoders scale their queries by position: kept tokens keep their original positions
             kwargs["position_ids"] = take(kwargs["position_ids"][..., None], self.state.index)[..., 0]
         return args
 
@@ -241,9 +242,9 @@ class Pass:
 
 @dataclass
 class Choice:
-    """The choice for a prompt that grows without a cache: generation must not choose anew at every step.
+    """The choice for a prompt that grows without a cache, so that generation chooses once and not at every step.
 
-    ids, kept, owner [B,prompt]: of the prompt alone; tokens: its visual tokens; record: what was kept
+    ids, kept, owner [B,prompt]: those of the prompt alone; tokens: its visual tokens; record: what was kept
     """
 
     ids: Tensor
@@ -264,7 +265,7 @@ class Choice:
         owner: Tensor | None,
         record: Compression,
     ) -> "Choice":
-        """Of the first `length` columns of `prompt`."""
+        """The choice of the first `length` columns of `prompt`."""
         owner = None if owner is None else owner[:, :length]
         return cls(prompt.ids[:, :length], tokens, keep, kept[:, :length], owner, record)
 

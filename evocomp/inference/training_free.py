@@ -1,7 +1,8 @@
-"""The selectors of `evocomp.selection` inside `compress`: what they need is gathered during the user's own forward.
+"""The selectors of `evocomp.selection` inside `compress`: their inputs are recorded during the user's forward pass.
 
 Hooks on the vision tower record its hidden states, keys and queries. Selectors that rank by the decoder's attention
-get it from a run over the whole prompt that ends after the layer that they read (FastV: two layers).
+get it from an additional forward pass over the full prompt that stops after the layer that they read (FastV: two
+layers).
 """
 
 import hashlib
@@ -31,14 +32,14 @@ _CLIP_TEXT = frozenset({"clip_image_embeds", "clip_text_embeds"})
 
 
 class WatchedTower:
-    """The vision tower's own attention, keys and hidden states, recorded while the model runs.
+    """Attention, keys and hidden states of the vision tower, recorded while the model runs.
 
     Args:
         model: the multimodal LLM.
-        reader: who reads them, for error messages.
+        reader: name of the selector that reads them, for error messages.
 
     Raises:
-        UserError: the tower has no class token, or is not read as LLaVA reads it.
+        UserError: the tower has no class token, or its features are not used as in LLaVA.
     """
 
     def __init__(self, model: nn.Module, reader: str):
@@ -52,15 +53,15 @@ class WatchedTower:
         self._observer: TowerObserver | None = None
 
     def watch(self) -> list[TowerObserver]:
-        """Start to record; `remove()` of what is returned ends that."""
+        """Start to record; call `remove()` on the returned observer to stop."""
         self._observer = TowerObserver(self.clip)
         return [self._observer]
 
     def fields(self, image: int, visual: Tensor) -> dict:
-        """`TOWER_FIELDS` of the image whose visual tokens [N, D] these are; `image` is where to look first."""
+        """`TOWER_FIELDS` of the image with these visual tokens [N, D]; `image` is the index that is compared first."""
         record = self._observer.record if self._observer else None
         found = None if record is None else record.find(visual, image)
-        # none: the record is of another call, or the tower ran without its hooks
+        # not found: the record is from another call, or the tower ran without its hooks
         if found is None:
             raise UserError(
                 f"{self.reader} reads the vision tower, which has not run on these images since compress() (or runs "
@@ -70,9 +71,9 @@ class WatchedTower:
 
 
 class SelectionPicker:
-    """Asks a selector of `evocomp.selection`, or one of that form, once per image.
+    """Calls a selector of `evocomp.selection`, or one with the same interface, once per image.
 
-    Raises UserError if the model lacks what the selector needs.
+    Raises UserError if the model does not provide the inputs that the selector needs.
     """
 
     reads_llm_input = True
@@ -90,13 +91,13 @@ class SelectionPicker:
         self._tower = WatchedTower(model, self.name) if self._needs & TOWER_FIELDS else None
 
     def watch(self) -> list[TowerObserver]:
-        """Start to record the vision tower, if the selector reads it; `remove()` ends that."""
+        """Start to record the vision tower, if the selector reads it; `remove()` of the returned observer stops it."""
         return [] if self._tower is None else self._tower.watch()
 
     def pick(
         self, visual: list[Tensor], text: list[Tensor], keep: list[int], llm_input: LLMInput | None = None
     ) -> list[Pick]:
-        """See `Picker`; text: the text of each image's whole prompt."""
+        """See `Picker`; text: the text of the full prompt of each image."""
         reading = self._reading(llm_input) if self._needs & DECODER_FIELDS else None
         picks = []
         for image, (v, t, r) in enumerate(zip(visual, text, keep, strict=True)):
@@ -131,12 +132,12 @@ class SelectionPicker:
         windowed = "sliding_attention" in attention.layer_types(decoder.config)
         if windowed and window < length:
             raise UserError(
-                f"{self.name} reads the attention over the whole prompt, and this decoder's sliding window of {window} "
+                f"{self.name} reads the attention over the full prompt, and this decoder's sliding window of {window} "
                 f"is shorter than the prompt of {length} tokens; use one of {', '.join(usable(self._model, llm=False))}"
             )
 
         def run() -> None:
-            # not the module itself: its hooks are those of the compression that asks
+            # `forward`, because calling the module would run the hooks of this compression
             decoder.forward(
                 inputs_embeds=given.embeds,
                 attention_mask=(given.text | given.visual).long(),
@@ -149,7 +150,7 @@ class SelectionPicker:
     def _decoder_fields(self, reading: DecoderReading, image: int, given: LLMInput) -> dict:
         row, after = given.rows[image], _text_after(given, image)
         if not len(after):
-            raise UserError(f"{self.name} ranks by the text after the image, and this prompt has none; put it there")
+            raise UserError(f"{self.name} ranks by the text after the image; put the question there")
         everything = (given.text[row] | given.visual[row]).nonzero().squeeze(1)
         return decoder_fields(reading, row, selector_order(everything, given.indices[image], after), after)
 
@@ -161,9 +162,9 @@ def usable(model: nn.Module, llm: bool = True) -> list[str]:
 
 
 def _lacking(selector, model: nn.Module) -> str:
-    """What the model lacks of what a selector needs, in words; empty if nothing."""
+    """Description of the selector's inputs that the model does not provide; empty if it provides all."""
     if name_of(selector) == "hired_next":
-        return "the tiles of a LLaVA-NeXT image one after the other, which compress() does not have"
+        return "the tiles of a LLaVA-NeXT image one by one, which compress() does not provide"
     needs = set(selector.needs)
     known = (TOWER_FIELDS, "a CLIP vision tower with a class token and one row per image, as in LLaVA-1.5")
     known_llm = (DECODER_FIELDS, "a causal decoder whose queries and keys can be read")
@@ -177,25 +178,25 @@ def _lacking(selector, model: nn.Module) -> str:
         return ""
     reasons = [text for fields, text in (known, known_llm, known_text) if fields & missing]
     listed = ", ".join(sorted(missing))
-    return f"{' and '.join(reasons)} (for {listed})" if reasons else f"{listed}, which compress() does not have"
+    return f"{' and '.join(reasons)} (for {listed})" if reasons else f"{listed}, which compress() does not provide"
 
 
 def _text_after(given: LLMInput, image: int) -> Tensor:
-    """Indices of the text that stands after an image in its row [T]."""
+    """Indices [T] of the text after an image in its row."""
     own = given.indices[image]
     text = given.text[given.rows[image]].nonzero().squeeze(1)
     return text[text > own[-1]]
 
 
 def _generator(text: Tensor, image: int, given: LLMInput | None) -> torch.Generator:
-    """Seeded by the prompt's text and the image's number in it: a prompt draws the same alone and in a batch."""
+    """Generator seeded by the prompt's text and the image's index in it, so that results do not depend on the batch."""
     number = 0 if given is None else given.rows[:image].count(given.rows[image])
     digest = hashlib.sha256(text.detach().float().cpu().numpy().tobytes() + bytes([number % 256])).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def distinct(positions: Tensor, total: int) -> Tensor:
-    """Ascending positions [r] as distinct ones of 0..total-1, each as near to its own as that allows.
+    """Map ascending positions [r] to distinct ones in 0..total-1, each as near as possible to its own.
 
     >>> distinct(torch.tensor([0, 0, 3, 5, 5]), 6).tolist()
     [0, 1, 3, 4, 5]

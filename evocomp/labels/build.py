@@ -1,4 +1,4 @@
-"""From settings to labels: what labels a question, in which store, and which rounds are a run's own."""
+"""Builds the labeller and its label store from the settings."""
 
 import hashlib
 import math
@@ -40,7 +40,7 @@ from evocomp.scoring.scorer import CandidateScorer
 
 
 def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> None:
-    """Let the MLLM keep its tower's features where the settings say; rank 0 says what they will take first."""
+    """Give the MLLM the disk cache that the settings name; rank 0 first logs and checks the disk space it needs."""
     if config.model.feature_cache is None:
         return
     mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
@@ -48,22 +48,22 @@ def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> No
     def reserve() -> None:
         examples = [*splits.train, *splits.val]
         mllm.readable(examples, most=1)
-        pictures = len({picture_key(example) for example in examples})
-        mllm.cache.reserve(pictures, shutil.disk_usage(mllm.cache.folder).free)
+        images = len({picture_key(example) for example in examples})
+        mllm.cache.reserve(images, shutil.disk_usage(mllm.cache.folder).free)
 
     distributed.from_rank_0(reserve)
 
 
 def build_labeller(config: RunConfig, mllm: FrozenMLLM, splits: Splits, folder: Path) -> Labeller:
-    """The labeller with its store, fingerprinted by everything that labels depend on before there is a compressor.
+    """Build the labeller and open its store, whose fingerprint covers everything that round 0 depends on.
 
-    Rounds that depend on the run's compressor are the run's own: in a store that runs share (`labels.dir`) they have a
-    folder for each run.
+    Rounds that depend on the run's compressor cannot be shared between runs: in a shared store (`labels.dir`) each run
+    has a separate folder for them.
     """
     config = resolve_dtypes(config, folder)
     store_folder = Path(config.labels.dir) if config.labels.dir else folder / "labels"
     fingerprint = {**from_settings(config), "weights": mllm.fingerprint(), "data": digest(splits.train)}
-    scorer, rounds = _scorer_and_rounds(config, mllm, splits)  # first: settings that it refuses leave no store behind
+    scorer, rounds = _scorer_and_rounds(config, mllm, splits)  # before the store, so that rejected settings create none
     store, refreshed = _open_store(store_folder, fingerprint, config.labels.overwrite), None
     if config.labels.dir and follows_compressor(config.labels):
         path = os.path.abspath(folder)
@@ -120,12 +120,12 @@ def labeller_for(
 
 
 def follows_compressor(labels: LabelConfig) -> bool:
-    """Whether rounds from 1 on depend on what the compressor has learned by then."""
+    """Whether rounds from 1 on depend on the compressor's scores."""
     return labels.refresh == "on_policy" or (labels.refresh == "search" and labels.warm_start == "scores")
 
 
 def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> LabelStore:
-    """Rank 0 first, then each node's first process (its disk may be another one), then all."""
+    """Open the store on rank 0, then on each node's first process (nodes may have separate disks), then on all."""
     if distributed.world_size() == 1:
         return LabelStore.open(folder, fingerprint, overwrite and is_rank_zero())
     for turn in (distributed.rank() == 0, distributed.local_rank() == 0):
@@ -136,9 +136,9 @@ def _open_store(folder: Path, fingerprint: dict[str, Any], overwrite: bool) -> L
 
 
 def build_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits, store: LabelStore | None) -> Labeller:
-    """The labeller for the kind of label that the settings name.
+    """Build the labeller for the kind of label that the settings name.
 
-    `labels.dtype=auto` is scored in the model's own format; `resolve_dtypes` comes first where labels are stored.
+    `labels.dtype=auto` scores in the model's dtype; call `resolve_dtypes` first if labels are stored.
     """
     return Labeller(mllm, *_scorer_and_rounds(config, mllm, splits), store, splits.train)
 
@@ -151,8 +151,8 @@ def _scorer_and_rounds(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> t
     masks = settings.credit_masks if at_random else config.search.population
     if mllm.shard_group.size > 1 and settings.batch * (mllm.shard_group.size - 1) >= masks:
         logger.warning(
-            "labels.batch=%d leaves some of the %d processes that share the model without masks to score: "
-            "give --labels.batch=%d",
+            "labels.batch=%d leaves some of the %d processes that share the model without masks to score; "
+            "set --labels.batch=%d",
             settings.batch,
             mllm.shard_group.size,
             math.ceil(masks / mllm.shard_group.size),

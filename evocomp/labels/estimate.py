@@ -1,6 +1,6 @@
-"""What a round of labels costs, before it is made: forwards, FLOPs, hours, price, memory and disk.
+"""Estimates the cost of a round of labels: forward passes, FLOPs, hours, price, memory and disk space.
 
-From the target's architecture and the settings alone, or from a few samples timed on the device at hand.
+An estimate uses the model's architecture and the settings only, or also the time of a few samples on this device.
 """
 
 import json
@@ -24,13 +24,13 @@ from evocomp.mllm.context import split
 from evocomp.mllm.features import Features
 
 EFFICIENCY = 0.5
-"""Share of a GPU's peak that scoring is taken to reach, to be replaced by timed samples. Measured: 0.69 of an H100's
-with LLaVA-1.5-7B and short questions, in the FLOP counted here, some of which the scorer saves."""
+"""Assumed fraction of a GPU's peak FLOP/s that scoring reaches, if no samples are timed. Measured: 0.69 on an H100 with
+LLaVA-1.5-7B and short questions, by the FLOP counted here, some of which the scorer skips."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """peak: dense bf16 [FLOP/s] by the vendor's data sheet; memory [GB]; price [USD/hour], a rough rental price."""
+    """peak: dense bf16 peak of the vendor's data sheet [FLOP/s]; memory [GB]; price: approximate rent [USD/hour]."""
 
     name: str
     peak: float
@@ -48,7 +48,7 @@ GPUS = {
 }
 CPU = GPU("this CPU", 0, 0, 0)
 
-_TEXT_DEFAULTS = {  # what configurations of these families leave out (the defaults of transformers)
+_TEXT_DEFAULTS = {  # values missing from these families' configurations: defaults of transformers
     "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "mistral": {
         "hidden_size": 4096,
@@ -82,12 +82,12 @@ KNOWN: dict[str, dict[str, Any]] = {
         "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "patch_size": 14},
     },
 }
-"""Published configurations, as far as costs depend on them, so that they can be estimated without a download."""
+"""The parts of published configurations that costs depend on, for estimates without a download."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Sizes of a multimodal LLM. tokens = N visual tokens of a picture; tower [FLOP] to encode one."""
+    """Sizes of a multimodal LLM; tokens: visual tokens per image (N); tower: FLOP to encode an image."""
 
     layers: int
     hidden: int
@@ -101,7 +101,7 @@ class Target:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Target":
-        """From the content of a config.json."""
+        """Sizes from the content of a config.json."""
         text = dict(config.get("text_config") or config)
         text = {**_TEXT_DEFAULTS.get(text.get("model_type", ""), {}), **text}
         try:
@@ -119,11 +119,11 @@ class Target:
                 tower=tower,
             )
         except KeyError as error:
-            raise UserError(f"the model's configuration does not say {error}; costs cannot be estimated") from None
+            raise UserError(f"cannot estimate costs: the model's config.json has no {error}; add it") from None
 
     @classmethod
     def named(cls, name: str, assets: Path) -> "Target":
-        """A known Hugging Face id, `nano`, or a folder with config.json."""
+        """Sizes of a known Hugging Face id, of `nano`, or of a folder with config.json."""
         if name in KNOWN:
             return cls.from_config(KNOWN[name])
         for folder in (assets / name, Path(name)):
@@ -133,22 +133,22 @@ class Target:
 
     @property
     def body(self) -> int:
-        """Weights of the decoder layers' matrices."""
+        """Number of weights in the decoder layers' matrices."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     def forward(self, length: int, answer: int) -> float:
-        """FLOP of one forward over `length` tokens with logits at `answer` positions; causal attention counts half."""
+        """FLOP of a forward pass over `length` tokens with `answer` logit positions; causal attention counts half."""
         attention = 2 * length**2 * self.heads * self.head_dim * self.layers
         return 2.0 * self.body * length + attention + 2.0 * self.vocabulary * self.hidden * answer
 
     def weight_bytes(self) -> float:
-        """bf16 weights with both embedding tables; the tower is taken to be 2 % of them."""
+        """Bytes of the bf16 weights with both embedding tables; the tower is assumed to add 2 %."""
         return 2.0 * (self.body + 2 * self.vocabulary * self.hidden) * 1.02
 
 
 def _vision(config: Mapping[str, Any]) -> tuple[int, float]:
-    """Visual tokens of a picture and FLOP to encode it, at the resolution usual for the family."""
+    """Visual tokens of an image and FLOP to encode it, at the usual resolution of the family."""
     vision, family = config.get("vision_config") or {}, config.get("model_type", "")
     width = vision.get("hidden_size", 1024)
     layers = vision.get("num_hidden_layers") or vision.get("depth", 24)
@@ -162,9 +162,9 @@ def _vision(config: Mapping[str, Any]) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class Workload:
-    """What there is to score: samples, forwards a sample (candidate masks), and lengths [tokens].
+    """Amount of scoring: samples, forward passes per sample (candidate masks), and sequence lengths [tokens].
 
-    pool: questions that refreshes draw from; 0 = the samples.
+    pool: number of questions that refreshes draw from; 0: the samples.
     """
 
     samples: int
@@ -176,12 +176,12 @@ class Workload:
 
 
 def at_random(config: RunConfig) -> bool:
-    """Whether labels are credits of random masks."""
+    """Whether labels are credits from random masks."""
     return config.labels.target == "credit" and config.labels.credit_masks_from == "random"
 
 
 def candidate_forwards(config: RunConfig, round: int = 0) -> int:
-    """Masks scored for a sample in a round, before those that come up twice, or that probes save, are left out."""
+    """Maximum number of masks scored per sample in a round; repeated masks and `labels.probes` reduce it."""
     labels, search = config.labels, config.search
     if labels.target == "random":
         return 1 if round == 0 else 0
@@ -189,15 +189,15 @@ def candidate_forwards(config: RunConfig, round: int = 0) -> int:
         return labels.proposals if labels.target == "credit" else labels.generations_per_refresh * search.population
     if at_random(config):
         return len(labels.credit_sizes) * labels.credit_masks
-    return 1 + search.population * (1 + search.generations)  # the first: all tokens kept
+    return 1 + search.population * (1 + search.generations)  # 1 for all tokens kept
 
 
-# (share of visual tokens that are groups, from the note's assumptions for untuned vocabularies) by N
+# (upper limit of N, assumed number of groups / N for untuned vocabularies)
 _GROUP_SHARE = ((600, 0.26), (1500, 0.20), (10**9, 0.18))
 
 
 def assumed_workload(config: RunConfig, target: Target, samples: int, text: int, answer: int) -> Workload:
-    """Lengths where no sample was looked at: group counts are assumptions. samples: all training questions."""
+    """Workload without timed samples, with assumed numbers of groups. samples: number of training questions."""
     if at_random(config):
         kept = round(float(np.mean(mask_sizes(config.labels.credit_sizes, target.tokens))))
     else:
@@ -209,7 +209,7 @@ def assumed_workload(config: RunConfig, target: Target, samples: int, text: int,
 
 @dataclass(frozen=True)
 class Estimate:
-    """Totals over all samples; hours and price over all GPUs together; sizes in bytes."""
+    """Estimated cost: totals over all samples and all GPUs; memory and disk in bytes."""
 
     work: Workload
     gpu: GPU
@@ -218,21 +218,21 @@ class Estimate:
     seconds: float
     memory: float
     disk: float
-    refresh: float = 0.0  # seconds of GPU that a refresh adds, each
+    refresh: float = 0.0  # GPU-seconds per refresh
     timed: int = 0
 
     def report(self, gpus: int = 1) -> str:
-        """Some lines for people."""
+        """The estimate as text."""
         work = self.work
-        basis = f"{self.timed} samples timed here" if self.timed else f"arithmetic, {EFFICIENCY:.0%} of peak assumed"
+        basis = f"{self.timed} samples timed here" if self.timed else f"calculated, assuming {EFFICIENCY:.0%} of peak"
         forwards = work.samples * work.forwards
         sequence = f"{work.text} text + {work.kept} of {self.tokens} visual + {work.answer} answer tokens"
         return "\n".join(
             [
                 f"round 0 of {work.samples:,} samples on {self.gpu.name} ({basis})",
                 f"  sequence    {sequence}",
-                f"  forwards    {forwards:,} ({work.forwards} a sample)",
-                f"  FLOPs       {self.flops:.3g} ({self.flops / max(1, work.samples):.3g} a sample)",
+                f"  forwards    {forwards:,} ({work.forwards} per sample)",
+                f"  FLOPs       {self.flops:.3g} ({self.flops / max(1, work.samples):.3g} per sample)",
                 *(self._on_cpu() if self.gpu is CPU else self._on_gpus(gpus)),
                 f"  disk        at most {readable(self.disk)}",
             ]
@@ -241,15 +241,15 @@ class Estimate:
     def _on_cpu(self) -> list[str]:
         return [
             f"  time        {in_words(self.seconds)} ({self.work.samples / max(1e-9, self.seconds):.3g} labels/s)",
-            f"  a refresh   at most {in_words(self.refresh)} more",
+            f"  per refresh at most {in_words(self.refresh)} more",
             f"  memory      {readable(self.memory)}",
         ]
 
     def _on_gpus(self, gpus: int) -> list[str]:
         hours, speed = self.seconds / 3600, self.work.samples / max(1e-9, self.seconds)
         return [
-            f"  GPU-hours   {hours:.3g} ({speed:.3g} labels/s and GPU)",
-            f"  a refresh   {self.refresh / 3600:.3g} GPU-hours more",
+            f"  GPU-hours   {hours:.3g} ({speed:.3g} labels/s per GPU)",
+            f"  per refresh {self.refresh / 3600:.3g} GPU-hours more",
             f"  wall hours  {hours / gpus:.3g} on {gpus} GPU{'s' * (gpus > 1)}",
             f"  price       {hours * self.gpu.price:,.2f} USD at {self.gpu.price:g} USD/hour",
             f"  GPU memory  {readable(self.memory)}" + (f" of {self.gpu.memory:g} GB" if self.gpu.memory else ""),
@@ -257,10 +257,10 @@ class Estimate:
 
 
 def by_arithmetic(config: RunConfig, target: Target, work: Workload, gpu: GPU) -> Estimate:
-    """Estimate from sizes alone."""
+    """Estimate from the model's sizes only."""
     length = work.text + work.kept + work.answer
-    a_sample = work.forwards * target.forward(length, work.answer) + target.tower
-    flops = work.samples * a_sample
+    per_sample = work.forwards * target.forward(length, work.answer) + target.tower
+    flops = work.samples * per_sample
     seconds = flops / (gpu.peak * EFFICIENCY) if gpu.peak else 0.0
     return Estimate(
         work,
@@ -275,7 +275,7 @@ def by_arithmetic(config: RunConfig, target: Target, work: Workload, gpu: GPU) -
 
 
 def _refresh_share(config: RunConfig, work: Workload) -> float:
-    """Forwards of a refresh over those of round 0."""
+    """Forward passes of a refresh divided by those of round 0."""
     if config.labels.refresh == "none":
         return 0.0
     drawn = work.pool or work.samples
@@ -285,15 +285,15 @@ def _refresh_share(config: RunConfig, work: Workload) -> float:
 
 
 def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int, gpu: GPU, count: int = 3) -> Estimate:
-    """Estimate for `total` training questions from `count` samples labelled now (after one to warm up), of which
-    nothing is stored.
+    """Estimate for `total` training questions from timing.
 
-    Credits of random masks are made for all questions about a picture together, so a piece is a picture's questions.
+    `count` samples (after one for warm-up) are labelled now; their labels are not stored. For credits from random masks
+    a sample is an image with all its questions, because they are scored together.
     """
-    by_picture = at_random(config)
+    by_image = at_random(config)
     pieces = [
         [example.id for example in group]
-        for _, group in groupby(labeller.examples.values(), key=lambda one: one.image_id if by_picture else one.id)
+        for _, group in groupby(labeller.examples.values(), key=lambda one: one.image_id if by_image else one.id)
     ][: count + 1]
     seconds, made = [], []
     for ids in pieces:
@@ -315,22 +315,22 @@ def by_timing(config: RunConfig, target: Target, labeller: Labeller, total: int,
     rough = by_arithmetic(config, replace(target, tokens=len(features[0].visual)), work, gpu)
     spent = first * float(np.mean(seconds[1:] or seconds))
     refresh = spent * _refresh_share(config, work)
-    if config.labels.refresh == "on_policy":  # its masks are not shared by the questions about an image
+    if config.labels.refresh == "on_policy":  # the questions about an image do not share its masks
         refresh = min(total, config.labels.samples_per_refresh) * _time_of_proposals(config, labeller, features)
     return replace(rough, seconds=spent, refresh=refresh, timed=max(1, len(ids) - len(pieces[0])))
 
 
 def _time_of_proposals(config: RunConfig, labeller: Labeller, features: Sequence[Features]) -> float:
-    """Seconds that a question takes in an on-policy refresh if all of its proposed masks are scored."""
+    """Seconds per question of an on-policy refresh in which all proposed masks are scored."""
     tokens, rng = len(features[0].visual), np.random.default_rng(0)
-    alike = [one for one in features if len(one.visual) == tokens]
+    same_size = [one for one in features if len(one.visual) == tokens]
     sizes = mask_sizes(config.labels.proposal_sizes, tokens)
     started = time.perf_counter()
     for size in sizes:
         drawn, context = split(size, tokens, config.compressor.sharp)
-        order = rng.random((len(alike), config.labels.proposals, tokens)).argsort(axis=-1)
-        labeller.scorer.each(alike, np.sort(order[..., :drawn]), context)
-    return (time.perf_counter() - started) / len(sizes) / len(alike)
+        order = rng.random((len(same_size), config.labels.proposals, tokens)).argsort(axis=-1)
+        labeller.scorer.each(same_size, np.sort(order[..., :drawn]), context)
+    return (time.perf_counter() - started) / len(sizes) / len(same_size)
 
 
 def _mean_size(config: RunConfig, tokens: int) -> int:
@@ -338,7 +338,7 @@ def _mean_size(config: RunConfig, tokens: int) -> int:
 
 
 def _memory(config: RunConfig, target: Target, length: int, answer: int) -> float:
-    """Weights, one layer's activations of a batch of candidates, and their answers' float32 logits, in bytes."""
+    """Memory [bytes]: weights, one layer's activations for a batch of candidates, and the answers' float32 logits."""
     tokens = min(config.labels.batch, candidate_forwards(config)) * length
     activations = 2.0 * tokens * (6 * target.hidden + 3 * target.intermediate)
     logits = 2 * 4.0 * min(config.labels.batch, candidate_forwards(config)) * answer * target.vocabulary
@@ -346,11 +346,11 @@ def _memory(config: RunConfig, target: Target, length: int, answer: int) -> floa
 
 
 def record_bytes(config: RunConfig, tokens: int, round: int = 0) -> float:
-    """Most that a sample takes in a round of the store; group counts are not known before, so N stands for them."""
+    """Maximum size of a sample's record [bytes]; the number of groups is unknown, so N is used instead."""
     labels = config.labels
     if labels.target == "credit" and round == 0:
         return 2.0 * tokens + 64
-    if labels.target == "credit":  # proposed masks, with the advantage and the log-probability of each
+    if labels.target == "credit":  # proposed masks, each with advantage and log-probability
         sizes = mask_sizes(labels.proposal_sizes, tokens)
         drawn = max(split(size, tokens, config.compressor.sharp)[0] for size in sizes)
         return labels.proposals * (2.0 * drawn + 8.0) + 64
@@ -359,31 +359,31 @@ def record_bytes(config: RunConfig, tokens: int, round: int = 0) -> float:
 
 
 def round_bytes(config: RunConfig, questions: int, tokens: int) -> float:
-    """Most that a round of the store takes, of so many training questions."""
+    """Maximum size of a round of the store [bytes] for that many training questions."""
     labels = config.labels
     first = labels.labelled_at_first(questions) * record_bytes(config, tokens)
     if labels.refresh != "on_policy":
         return first
     drawn = min(questions, labels.samples_per_refresh)
-    return max(first, drawn * record_bytes(config, tokens, 1) + (questions - drawn) * 64.0)  # the others: nothing new
+    return max(first, drawn * record_bytes(config, tokens, 1) + (questions - drawn) * 64.0)  # the others stay empty
 
 
 def say_disk_use(config: RunConfig, questions: int, tokens: int, folder: Path) -> None:
-    """Print what the labels will take on disk, and warn if there may not be room."""
-    a_round, free = round_bytes(config, questions, tokens), shutil.disk_usage(folder).free
-    rounds = 1 if config.labels.refresh == "none" else 2  # a refresh is made from the round before it
-    logger.info("labels: at most %s a round in %s, %s free", readable(a_round), folder, readable(free))
-    if rounds * a_round > free:
+    """Log the disk space that the labels need, and warn if there may not be enough."""
+    per_round, free = round_bytes(config, questions, tokens), shutil.disk_usage(folder).free
+    rounds = 1 if config.labels.refresh == "none" else 2  # a refresh reads the previous round
+    logger.info("labels: at most %s per round in %s, %s free", readable(per_round), folder, readable(free))
+    if rounds * per_round > free:
         logger.warning(
-            "%d rounds may need %s, more than is free: give --labels.dir on a larger disk; a full disk stops the run "
-            "and leaves the store intact",
+            "%d rounds may need %s, more than is free: set --labels.dir to a folder on a larger disk; a full disk "
+            "stops the run without damaging the store",
             rounds,
-            readable(rounds * a_round),
+            readable(rounds * per_round),
         )
 
 
 def text_lengths(examples: Sequence[Example]) -> tuple[int, int]:
-    """Mean text and answer tokens, at four characters a token and 35 tokens of template."""
+    """Mean number of text and answer tokens, assuming four characters per token and a template of 35 tokens."""
     if not examples:
         return 85, 5
     prompts = [len(e.prompt) + sum(len(q) + len(a) for q, a in e.history) for e in examples]

@@ -6,11 +6,11 @@ from evocomp.config import load as config_files
 from evocomp.config.schema import RunConfig
 
 IRRELEVANT = ("dir", "overwrite", "batch", "passes", "samples_per_epoch")
-"""Label settings that change no label."""
+"""Label settings that do not affect the labels."""
 
 
 def from_settings(config: RunConfig) -> dict[str, Any]:
-    """Settings that labels depend on before there is a compressor, as JSON values."""
+    """Settings that the labels of round 0 depend on, as JSON values."""
     settings = config_files.to_dict(config)
     return {
         "model": config.model.name,

@@ -1,4 +1,4 @@
-"""Hard labels: the lowest-loss mask that a search finds for a sample (method, sections 1 and 2)."""
+"""Hard labels: the lowest-loss mask that a search finds for a sample (EvoComp, arXiv 2604.17087, Algorithm 1)."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -18,12 +18,14 @@ from evocomp.search.run import SearchResult, WarmStart, run
 
 
 class HardLabels(Rounds):
-    """Rounds of the published search: a sample's groups, its population, and the best mask found so far.
+    """Rounds of search labels: a sample's groups, its population, and the best mask found so far.
 
     Args:
-        ids: the samples, in order.
-        scorer: losses of candidate masks.
-        special_ids: rows of the vocabulary that are left out if `grouping.mask_special`.
+        ids: ids of the samples, in order.
+        scorer: computes losses of candidate masks.
+        grouping, search, labels: sections of the settings.
+        seed: seed of all random numbers.
+        special_ids: rows of the vocabulary that are excluded if `grouping.mask_special`.
     """
 
     def __init__(
@@ -56,9 +58,9 @@ class HardLabels(Rounds):
         previous: dict[int, Record],
         scores: Scores | None,
     ) -> Iterator[Record]:
-        """Round 0: groups, first population, L generations. Later: further generations.
+        """Records of a chunk. Round 0 runs the full search; later rounds run further generations.
 
-        A sample that the round before has left out, its image being broken, stays out.
+        A sample that the previous round skipped because its image is broken is skipped again.
         """
         encoded = encode([id for id in ids if round == 0 or id in previous])
         if round == 0:
@@ -77,19 +79,19 @@ class HardLabels(Rounds):
         return self._record(features.id, groups, result, full, first_best=result.first_best)
 
     def search_first(self, features: Features) -> tuple[Groups, SearchResult]:
-        """The whole search of a sample that has none yet."""
+        """Groups of a sample, and the result of its first search."""
         groups = self.groups(features)
         prior = None if self.strategy.forward_only else self._prior(features, groups)
         rng = stream(self.seed, features.id, 0)
         return groups, self._run(features, groups, rng, self.search.generations, scores=prior)
 
     def _prior(self, features: Features, groups: Groups) -> np.ndarray:
-        """Token scores [N] from one backward pass, at gates that keep one token's worth of each group."""
+        """Token scores [N] from one backward pass, with gates 1 / group size: one token's weight for each group."""
         gates = 1.0 / np.asarray(groups.sizes, dtype=np.float32)[groups.of]
         return -self.scorer.gate_gradient(features, gates)
 
     def _again(self, features: Features, round: int, previous: Record, scores: np.ndarray | None) -> Record:
-        """Further generations; with scores [N] half of the population is first replaced by masks drawn from them."""
+        """Run further generations; given scores [N], first replace half of the population by masks drawn from them."""
         if self.labels.target == "random":
             return previous
         groups = Groups(previous["groups"])

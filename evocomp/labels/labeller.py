@@ -1,4 +1,4 @@
-"""From examples to a complete round of the label store: resumable, the same bytes however it was run."""
+"""Fills rounds of the label store from examples: resumable, with bytes that do not depend on ranks or interruptions."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,16 +18,16 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.scoring.scorer import CandidateScorer
 
 Scores = Callable[[Sequence[Features], Sequence[float] | None], list[np.ndarray]]
-"""The compressor's scores [N] of each sample, for budgets where it reads them, as plain arrays."""
+"""(features, token budgets or None) -> the compressor's scores [N] of each sample as numpy arrays."""
 
 Encode = Callable[[Sequence[int]], list[Features]]
 
 
 class Rounds(Protocol):
-    """One kind of label: what a round consists of, and how the records of one of its chunks are made."""
+    """A kind of label: divides a round into chunks, and makes the records of a chunk."""
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
-        """Sample ids of each chunk; a pure function of its arguments and the settings."""
+        """Sample ids of each chunk. A pure function of the arguments and the settings."""
         ...
 
     def make(
@@ -38,33 +38,33 @@ class Rounds(Protocol):
         previous: dict[int, Record],
         scores: Scores | None,
     ) -> Iterator[Record]:
-        """Records of a chunk, one after another; a pure function of its arguments and the settings."""
+        """Yield the records of a chunk. A pure function of the arguments and the settings."""
         ...
 
     def to_score(self, round: int, chunks: Sequence[Sequence[int]]) -> list[int]:
-        """How many samples of each chunk take the model; the others are copied from the round before."""
+        """Number of samples of each chunk that the model scores; the others are copied from the previous round."""
         return [len(ids) for ids in chunks]
 
 
 @dataclass
 class LabelProgress:
-    """How far a round is, for bars and curves. Losses in nats, times in seconds.
+    """Progress of a round. Losses in nats, times in seconds.
 
-    total, done: questions to score, and those done by all processes; what is only copied from the round before is not
-    counted.
-    made, forwards, saved, loss_sum, seconds: of this process.
+    total, done: number of questions to score, and of those finished by all processes. Records copied from the previous
+    round are not counted.
+    made, forwards, saved, loss_sum, seconds: counts of this process.
     """
 
     round: int
     total: int
     done: int = 0
-    made: int = 0  # in this run; the others were found in the store
+    made: int = 0  # in this run, without those that the store already had
     forwards: int = 0
     saved: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
-    workers: int = 1  # that label side by side
-    copying: bool = False  # the chunk in hand is copied
+    workers: int = 1  # processes or shard groups that label in parallel
+    copying: bool = False  # whether the current chunk is copied from the previous round
 
     @property
     def mean_best(self) -> float:
@@ -72,7 +72,7 @@ class LabelProgress:
 
     @property
     def labels_per_second(self) -> float:
-        """Of all processes, if the others are as fast as this one."""
+        """Rate of all processes, assuming that they are as fast as this one."""
         return self.workers * self.made / max(1e-9, self.seconds)
 
     @property
@@ -81,32 +81,33 @@ class LabelProgress:
 
     @property
     def seconds_left(self) -> float:
-        """Of this round."""
+        """Estimated remaining time of this round."""
         return (self.total - self.done) / max(1e-9, self.labels_per_second)
 
     def line(self) -> str:
-        """What is being done, for people."""
+        """The progress as one line of text."""
         what = f"refresh {self.round}" if self.round else "labels"
         speed = f", {self.labels_per_second:.1f} per second" if self.made else ""
         return f"{what}: {self.done}/{self.total} questions{speed}"
 
 
 class Interrupted(UserError):
-    """A stop was asked for; the store is clean and the same command goes on from here."""
+    """Labelling was stopped on request. The store is consistent; the same command resumes it."""
 
 
 class Labeller:
     """Fills rounds of a label store.
 
-    A round is a pure function of configuration, seed, examples, previous round and (where it starts from them) the
-    compressor's scores. So neither the number of processes nor a crash changes a byte.
+    A round is a pure function of configuration, seed, examples, previous round and, for some kinds of label, the
+    compressor's scores. Its bytes therefore depend neither on the number of processes nor on crashes.
 
     Args:
         mllm: the frozen model.
-        rounds: what kind of label to make.
-        store: where rounds go; None for one that only encodes and makes records.
-        examples: what to label.
-        refreshed: where rounds from 1 on go, if they depend on a run's compressor and `store` is shared by runs.
+        scorer: computes losses of masks.
+        rounds: the kind of label.
+        store: store of the rounds; None for a labeller that only encodes examples and makes records.
+        examples: the training examples.
+        refreshed: store of rounds from 1 on, if they depend on a run's compressor and runs share `store`.
     """
 
     def __init__(
@@ -132,23 +133,24 @@ class Labeller:
         scores: Scores | None = None,
         report: Callable[[LabelProgress], None] = lambda progress: None,
     ) -> dict[int, Record]:
-        """The records of `round` by sample id; made first if they are not there. Does nothing twice.
+        """Return the records of `round` by sample id, after making those that are missing from the store.
 
         Args:
-            scores: the compressor, if later rounds are to start from its scores.
+            round: number of the round.
+            scores: computes the compressor's scores, for rounds that depend on them.
             report: called after each sample.
 
         Raises:
-            Interrupted: SIGTERM came; the chunk in hand is given up, finished ones stay.
-            UserError: the round before, from which this one is made, is not there and cannot be made again.
+            Interrupted: SIGTERM was received. The current chunk is discarded, finished chunks are kept.
+            UserError: the previous round, from which this one is made, is missing and cannot be made again.
         """
         store = self.store_of(round)
-        if not all(gather(self._is_complete(store, round))):  # a node's own disk may lack what another's holds
+        if not all(gather(self._is_complete(store, round))):  # nodes may have separate disks
             before = self.store_of(round - 1)
             if round > 1 and not any(gather(before.committed(round - 1))):
                 raise UserError(
-                    f"round {round - 1} of label store {before.path} is gone or broken, and what it was made from is "
-                    "no longer there: restore it, or begin anew in another --run_dir"
+                    f"round {round - 1} of label store {before.path} is missing or corrupt and its inputs were "
+                    "deleted; restore it, or start a new --run_dir"
                 )
             previous = before.read(round - 1) if round else {}
             self._fill(store, round, previous, scores, report)
@@ -161,12 +163,12 @@ class Labeller:
         return records
 
     def _is_complete(self, store: LabelStore, round: int) -> bool:
-        """Whether the store's round is committed, and with as many chunks as it has."""
+        """Whether the store's round is committed with all its chunks."""
         if not store.committed(round):
             return False
         before = self.store_of(round - 1)
         if round and not before.committed(round - 1):
-            return True  # what says how many it must have is gone
+            return True  # the previous round, which determines the number of chunks, is deleted
         expected = len(self.rounds.chunks(round, before.read(round - 1) if round else {}))
         listed = len(store.chunks(round))
         if listed > expected:
@@ -176,7 +178,7 @@ class Labeller:
             )
         if listed < expected:
             logger.warning(
-                "round %d of label store %s is committed with %d of %d chunks; the others are made now",
+                "round %d of label store %s is committed with %d of %d chunks; making the others now",
                 round,
                 store.path,
                 listed,
@@ -185,7 +187,7 @@ class Labeller:
         return listed == expected
 
     def store_of(self, round: int) -> LabelStore:
-        """Where a round lies."""
+        """The store that holds a round."""
         return self.store if round <= 0 or self.refreshed is None else self.refreshed
 
     def _fill(self, store: LabelStore, round: int, previous, scores, report) -> None:
@@ -200,7 +202,7 @@ class Labeller:
         queue = WorkQueue(f"round-{round}", lambda chunk: store.has(round, chunk), self.mllm.shard_group)
         with StopRequest() as request, self.scorer.after_each_batch(lambda: self._look(queue, request)):
             for chunk in queue(todo):
-                # chunks are taken in order: those before this one are this process's or another's
+                # chunks are taken in order, so this or another process has taken those before this one
                 before = found + sum(to_score[other] for other in todo[: todo.index(chunk)])
                 progress.done, progress.copying = max(progress.done, before), not to_score[chunk]
                 total = progress.total
@@ -215,9 +217,9 @@ class Labeller:
         self._commit(store, round, chunks, queue, shared)
 
     def forget(self, rounds: Collection[int] | None = None) -> None:
-        """Delete rounds from 1 on that are not needed any more, on every disk that holds them. All ranks call it.
+        """Delete rounds from 1 on that are no longer needed, on every disk that holds them. All ranks must call it.
 
-        rounds: which; None: all, begun ones too.
+        rounds: the rounds to delete; None: all, including incomplete ones.
         """
         store = self.store_of(1)
         shared = _is_shared(store)
@@ -225,13 +227,13 @@ class Labeller:
             for round in store.begun():
                 if round and (rounds is None or round in rounds):
                     store.remove(round)
-        gather(None)  # nobody looks into a store that is being emptied
+        gather(None)  # no rank reads the store while it is being deleted
 
     def _look(self, queue: WorkQueue, request: StopRequest) -> None:
-        """Report progress to the queue, and stop if any process of the shard group was asked to."""
+        """Send a heartbeat to the queue, and stop if any process of the shard group was asked to stop."""
         queue.beat()
         if any(self.mllm.shard_group.gather(request.asked)):
-            raise Interrupted("stopped in labelling; finished chunks are stored, the same command goes on")
+            raise Interrupted("stopped during labelling; finished chunks are stored, run the same command to resume")
 
     def _commit(
         self, store: LabelStore, round: int, chunks: Sequence[Sequence[int]], queue: WorkQueue, shared: bool
@@ -239,7 +241,7 @@ class Labeller:
         """Rank 0 declares the round complete; each node does where stores are not shared."""
         count = len(chunks)
         if rank() == 0 or (not shared and local_rank() == 0):
-            # listings of a network file system may be a minute old
+            # directory listings of a network file system may be up to a minute old
             until = time.monotonic() + 90.0
             while store.missing(round, range(count)) and time.monotonic() < until:
                 time.sleep(1.0)
@@ -247,10 +249,10 @@ class Labeller:
         queue.wait_for(lambda: store.committed(round))
 
     def _make_readable(self, round, ids, previous, scores, progress, report) -> list[Record]:
-        """The records of a chunk, without those of questions whose images do not decode.
+        """The records of a chunk, without questions whose image cannot be decoded.
 
-        A chunk's images are all read before anything is scored, so beginning again costs little; and what is broken is
-        so for every process, so the chunk's bytes stay those that any other would make.
+        All images of a chunk are read before anything is scored, so starting the chunk again costs little. An image is
+        broken for every process, so the chunk's bytes do not depend on which process makes it.
         """
         while True:
             before = replace(progress)
@@ -263,10 +265,12 @@ class Labeller:
                 ids = kept
 
     def _readable(self, ids: Sequence[int]) -> list[int]:
-        """Those whose images decode; at least one less."""
+        """The ids whose image can be decoded. Raises UserError if that is true of all of them."""
         kept = [example.id for example, _ in self.mllm.readable(self.examples[id] for id in ids)]
         if len(kept) == len(ids):
-            raise UserError("an image decoded at one time and not at another: the disk or the network is failing")
+            raise UserError(
+                "an image could not be decoded at first and then could; check the disk or network that holds the images"
+            )
         return kept
 
     def _make(self, round, ids, previous, scores, progress, report) -> list[Record]:
@@ -287,22 +291,22 @@ class Labeller:
         return records
 
     def encode(self, ids: Sequence[int]) -> list[Features]:
-        """Features of samples by id."""
+        """Features of the samples with these ids."""
         return self.mllm.features([self.examples[id] for id in ids])
 
     def _cost(self, ids: Sequence[int]) -> int:
-        """Longer prompts and answers cost more; their texts are known without the model."""
+        """Relative cost of a chunk: the number of characters of its prompts and answers."""
         examples = [self.examples[id] for id in ids]
         return sum(len(e.prompt) + len(e.answer) + sum(map(len, sum(e.history, ()))) for e in examples)
 
 
 def _is_shared(store: LabelStore) -> bool:
-    """Whether all ranks see one and the same store."""
+    """Whether all ranks use the same store on a shared file system."""
     return len(set(gather(store.identity()))) == 1
 
 
 def _exchange(store: LabelStore, round: int, count: int) -> None:
-    """Without a shared file system: every store gets the chunks that it lacks from a rank that has them."""
+    """Without a shared file system: copy to every store the chunks that it lacks, from a rank that has them."""
     stored = [set(chunks) for chunks in gather(store.stored(round))]
     for chunk in range(count):
         owners = [other for other, chunks in enumerate(stored) if chunk in chunks]
@@ -312,5 +316,5 @@ def _exchange(store: LabelStore, round: int, count: int) -> None:
 
 
 def cut(ids: Sequence[int], size: int) -> list[list[int]]:
-    """Chunks of `size` ids, in order."""
+    """Split ids into chunks of `size`, in order."""
     return [list(ids[i : i + size]) for i in range(0, len(ids), size)]

@@ -1,8 +1,8 @@
-"""Resolves `labels.dtype=auto` and `optim.muon_dtype=auto`: bfloat16 only where this machine is faster with it.
+"""Resolves `labels.dtype=auto` and `optim.muon_dtype=auto`: bfloat16 only if it is faster on this machine.
 
-CPUs without bfloat16 units emulate it, many times slower than float32; no flag of the CPU says how fast a product
-will be, so one is timed. What was chosen becomes part of the run's config and of the label store's fingerprint. A
-resumed run keeps it and measures nothing, so that its results do not depend on the machine that it goes on with.
+CPUs without bfloat16 units emulate it, many times slower than float32. No CPU flag predicts the speed, so one matrix
+product is timed. The chosen dtype becomes part of the run's config and of the label store's fingerprint. A resumed run
+keeps it without a new measurement, so that its results do not depend on the machine.
 """
 
 import json
@@ -19,19 +19,19 @@ from evocomp.config.schema import RunConfig
 
 AUTO = "auto"
 SHAPE = (1024, 96, 384)
-"""Rows, inner size and columns of the timed product: a feed-forward layer of the nano LLM, or a tile of a larger one.
-Large enough that the fixed cost of a call does not hide the gain, and a few milliseconds in all."""
+"""Rows, inner size and columns of the timed product: a feed-forward layer of the nano LLM. It is large enough that call
+overhead does not hide the gain; all repeats take a few milliseconds."""
 REPEATS = 7
 GAIN = 0.8
-"""bfloat16 must take at most this share of float32's time: it rounds losses by about 0.02 nats."""
+"""Largest ratio of bfloat16's to float32's time at which bfloat16 is chosen: it changes losses by about 0.02 nats."""
 
 
 def resolve_dtypes(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with a number format in place of every `auto`, the same on all ranks.
+    """Replace every `auto` in the config by a dtype, the same on all ranks.
 
     Args:
-        folder: of the run. What its config or its label store says is kept; only where neither exists does rank 0
-            measure.
+        config: the run's settings.
+        folder: run folder. The choice in its config or its label store is kept; if neither exists, rank 0 measures.
     """
     if AUTO not in (config.labels.dtype, config.optim.muon_dtype):
         return config
@@ -61,11 +61,11 @@ def _for_labels(config: RunConfig) -> str:
 
 
 def _dtype_of_store(folder: Path) -> str | None:
-    """The number format that a label store was made with; None if there is none."""
+    """The dtype in a label store's fingerprint; None if there is no store."""
     try:
         return json.loads((folder / "meta.json").read_text())["fingerprint"]["labels"]["dtype"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # opening the store reports what is wrong with it
+        return None  # a damaged store is reported when it is opened
 
 
 def _faster() -> str:
@@ -76,7 +76,7 @@ def _faster() -> str:
 
 @cache
 def faster_on_cpu() -> str:
-    """`bfloat16` or `float32`: the format in which one thread multiplies faster, by the best of several repeats."""
+    """`bfloat16` or `float32`: the dtype in which one thread multiplies faster, by the best time of several repeats."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -85,7 +85,7 @@ def faster_on_cpu() -> str:
         for name in ("float32", "bfloat16"):
             dtype = getattr(torch, name)
             products[name] = (torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype))
-            products[name][0] @ products[name][1]  # libraries prepare for each new size and format
+            products[name][0] @ products[name][1]  # warm up: libraries prepare for each new shape and dtype
         best = dict.fromkeys(products, float("inf"))
         for repeat in range(REPEATS):
             if repeat == 3 and best["bfloat16"] > 4 * best["float32"]:

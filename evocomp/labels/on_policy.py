@@ -1,8 +1,8 @@
-"""On-policy rounds: the compressor proposes the population, the frozen MLLM says how good each proposal is.
+"""On-policy rounds: the compressor proposes masks and the frozen MLLM scores them. Not in the paper.
 
-A round draws samples by priority (how much the losses of their last proposals spread), K masks each by Gumbel
-top-r from the compressor's scores, and stores draws, group-relative advantages and old log-probabilities. The
-training step is then an ordinary loss on stored records. Ours; the seed's "iteratively refines its own labels".
+A round draws samples by priority (the standard deviation of the losses of their last proposals). For each it draws K
+masks by Gumbel top-r sampling from the compressor's scores, and stores the draws, their group-relative advantages and
+their log-probabilities. The training step is then an ordinary loss on stored records.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,22 +25,27 @@ from evocomp.search.genome import stream
 from evocomp.selection.priority import fill
 
 CAP = 1.5
-"""Priority of a sample that was never scored, and the highest there is [nats]."""
+"""Maximum priority, also of a sample that was never scored [nats]."""
 
 FLOOR = 0.03
-"""Added to every priority, so that a sample found flat once is looked at again some day [nats]."""
+"""Added to every priority, so that a sample with equal losses is still drawn again at times [nats]."""
 
 
 class OnPolicyRounds(Rounds):
-    """Round 0 is another kind's; later rounds are populations that the compressor proposed.
+    """Round 0 holds labels of another kind; later rounds hold masks that the compressor proposed.
 
-    Every round holds a record for every sample: {draws [K, r] in draw order, advantages [K], log_prob [K], spread},
-    with empty arrays for samples that were not drawn this time (their spread is carried on) or proved flat. So a
-    round and the one before are all the state there is.
+    Every round holds a record for every sample: {draws [K, r] in draw order, advantages [K], log_prob [K], spread}. The
+    arrays are empty for samples that were not drawn in this round (their spread is copied) or whose losses hardly
+    differ. A round depends on the previous round only.
 
     Args:
-        sharp: how many tokens of a mask are drawn at most; the rest are context tokens (`evocomp.mllm.context.split`).
-        hedge: share of them that is not drawn but taken from `Features.priority` (`evocomp.compressor.keep.budget`).
+        first: rounds that make round 0.
+        ids: ids of all training samples.
+        scorer: computes losses of masks.
+        labels: settings of the labels.
+        seed: seed of all random numbers.
+        sharp: maximum number of tokens drawn for a mask; the rest are context tokens (`evocomp.mllm.context.split`).
+        hedge: fraction of them that is not drawn but taken from `Features.priority` (`evocomp.compressor.keep.hedged`).
     """
 
     def __init__(
@@ -62,7 +67,7 @@ class OnPolicyRounds(Rounds):
         self.hedge = hedge
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
-        """The drawn samples in chunks, and last of all the others."""
+        """Chunks of the drawn samples, and a last chunk of all other samples."""
         if round == 0:
             return self.first.chunks(round, previous)
         drawn = self.draw(round, previous)
@@ -70,16 +75,16 @@ class OnPolicyRounds(Rounds):
         return [*cut(drawn, self.labels.chunk_size), [id for id in self.ids if id not in taken]]
 
     def to_score(self, round: int, chunks: Sequence[Sequence[int]]) -> list[int]:
-        """The samples drawn; the last chunk holds the others."""
+        """The number of samples in each chunk; 0 for the last chunk, whose samples were not drawn."""
         if round == 0:
             return self.first.to_score(round, chunks)
         return [*(len(ids) for ids in chunks[:-1]), 0]
 
     def draw(self, round: int, previous: dict[int, Record]) -> list[int]:
-        """Ids of this round, without replacement, with odds priority + 0.03."""
+        """Ids of this round's samples, drawn without replacement with weights priority + 0.03."""
         odds = np.array([self._priority(id, round, previous) for id in self.ids]) + FLOOR
         count = min(self.labels.samples_per_refresh, len(self.ids))
-        # exponential clocks: the `count` that ring first, which is drawing without replacement by odds
+        # the `count` smallest of exponential variables with these rates: weighted sampling without replacement
         clocks = -np.log1p(-stream(self.seed, 0, round).random(len(self.ids))) / odds
         return [self.ids[i] for i in np.argsort(clocks, kind="stable")[:count]]
 
@@ -91,7 +96,7 @@ class OnPolicyRounds(Rounds):
         previous: dict[int, Record],
         scores: Scores | None,
     ) -> Iterator[Record]:
-        """Propose, score, compare; or carry on."""
+        """Records of a chunk: proposals for the drawn samples, copies of the spread for the others."""
         if round == 0:
             yield from self.first.make(round, ids, encode, previous, scores)
             return
@@ -101,16 +106,19 @@ class OnPolicyRounds(Rounds):
         yield from (made.get(id) or self._carried(id, self._priority(id, round, previous)) for id in ids)
 
     def sizes(self, round: int, previous: dict[int, Record]) -> dict[int, float]:
-        """Mask size of each sample drawn in this round, as in `labels.proposal_sizes`; the sizes take turns."""
+        """Mask size of each sample drawn in this round; the sizes in `labels.proposal_sizes` alternate."""
         choices = self.labels.proposal_sizes
         return {id: choices[i % len(choices)] for i, id in enumerate(self.draw(round, previous))}
 
     def _proposals(
         self, round: int, features: list[Features], sizes: dict[int, float], scores: Scores | None
     ) -> dict[int, Record]:
-        """Records of drawn samples by id."""
+        """Records of the drawn samples, by id."""
         if scores is None:
-            raise UserError("labels.refresh=on_policy needs a compressor that trains; evocomp label makes round 0 only")
+            raise UserError(
+                "labels.refresh=on_policy needs the compressor of a training run: evocomp label only makes round 0; "
+                "run evocomp train"
+            )
         splits = [self._split(one, sizes[one.id]) for one in features]
         logits = scores(features, [float(budget.scored) for budget in splits])
         made: dict[int, Record] = {}
@@ -123,7 +131,7 @@ class OnPolicyRounds(Rounds):
     def _propose(
         self, round: int, features: list[Features], logits: list[np.ndarray], budget: Budget
     ) -> dict[int, Record]:
-        """K masks of one size for each sample, scored with so many context tokens and compared within the sample."""
+        """Draw and score K masks of one token budget for each sample, and compute advantages within the sample."""
         pairs = zip(features, logits, strict=True)
         draws = np.stack([self._sample(round, f.id, row, budget.scored) for f, row in pairs])
         masks, context = draws, budget.context
@@ -160,25 +168,25 @@ class OnPolicyRounds(Rounds):
         return records
 
     def _split(self, features: Features, size: float) -> Budget:
-        """How the tokens of a sample's masks of that size are made up; the scored ones are drawn."""
+        """Split the tokens of a sample's masks of that size into drawn (`scored`), `filled` and `context` tokens."""
         total = len(features.visual)
         return hedged(*split(mask_sizes([size], total)[0], total, self.sharp), self.hedge)
 
     @staticmethod
     def _filled(draws: np.ndarray, features: Features, count: int) -> np.ndarray:
-        """The first tokens of the sample's priority order that each of its masks [K, r] has not drawn [K, count]."""
+        """The first tokens [K, count] of the sample's priority order that are not in each of its masks [K, r]."""
         return fill(torch.from_numpy(draws), features.priority.cpu(), count).numpy()
 
     def _sample(self, round: int, id: int, logits: np.ndarray, size: int) -> np.ndarray:
-        """K draws of `size` tokens without replacement, odds exp(logit): Gumbel top-r [K, r] in draw order."""
+        """K draws of `size` tokens without replacement, weights exp(logit): Gumbel top-r [K, r] in draw order."""
         uniform = stream(self.seed, id, round).random((self.labels.proposals, len(logits)))
         noise = -np.log(-np.log(np.clip(uniform, 1e-12, 1 - 1e-12)))
         return np.argsort(-(logits[None] + noise), axis=1, kind="stable")[:, :size]
 
     def _priority(self, id: int, round: int, previous: dict[int, Record]) -> float:
-        """Spread of the sample's last proposals; the first time nothing is known.
+        """Spread of the sample's last proposals, at most `CAP`; `CAP` in the first on-policy round.
 
-        A sample that the round before has left out, its image being broken, is drawn by no more than the odds of all.
+        It is 0 for a sample that the previous round skipped because its image is broken.
         """
         if round > 1 and id not in previous:
             return 0.0
@@ -195,5 +203,5 @@ class OnPolicyRounds(Rounds):
 
 
 def _spread(losses: np.ndarray) -> np.ndarray:
-    """Standard deviation [B] of clipped losses [B, K]: how much it matters which of its masks a sample gets [nats]."""
+    """Standard deviation [B] of the clipped losses [B, K] of each sample's masks [nats]."""
     return np.minimum(losses, CLIP).std(axis=1, ddof=1).astype(np.float32)

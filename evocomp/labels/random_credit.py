@@ -1,4 +1,4 @@
-"""Credit labels: random masks of fixed sizes, scored for all questions of a picture at once, as credits per token."""
+"""Credit labels from random masks of fixed sizes, which are scored for all questions about an image together."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -18,13 +18,15 @@ from evocomp.search.genome import stream
 
 
 class CreditLabels(Rounds):
-    """One round of credits [N] a question. Ours: about a fortieth of the published search's cost.
+    """One round of credits [N] per question. Not in the paper; much cheaper than the published search.
 
     Args:
-        examples: the samples, in order; those about one picture are scored together.
-        scorer: losses of masks.
+        examples: the samples, in order; those about the same image are scored together.
+        scorer: computes losses of masks.
+        labels: settings of the labels.
+        seed: seed of the masks.
         probabilities: store targets in (0, 1) for losses that expect retention probabilities, else credits.
-        grouper: visual tokens -> groups whose tokens share one credit; None = each token has its own.
+        grouper: groups visual tokens, whose credits are averaged over each group; None: no averaging.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class CreditLabels(Rounds):
         self.grouper = grouper
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
-        """Chunks of whole pictures, so that no picture's masks are scored twice."""
+        """Chunks that keep all questions about an image together, so that its masks are scored once."""
         found: list[list[int]] = [[]]
         for _, group in groupby(self.examples, key=lambda example: example.image_id):
             ids = [example.id for example in group]
@@ -61,7 +63,7 @@ class CreditLabels(Rounds):
         previous: dict[int, Record],
         scores: Scores | None,
     ) -> Iterator[Record]:
-        """Picture by picture; the masks depend on seed and picture only."""
+        """Records of a chunk, image by image; the masks depend on the seed, the image and the round only."""
         for image_id, group in groupby(encode(ids), key=lambda features: features.image_id):
             questions = list(group)
             rng = stream(self.seed, stable_id("masks", image_id), round)
@@ -76,7 +78,7 @@ class CreditLabels(Rounds):
         return mask_sizes(self.labels.credit_sizes, tokens)
 
     def _losses(self, questions: list[Features], masks: np.ndarray) -> np.ndarray:
-        """[J, K]; in one packed forward a mask if the prompts allow it."""
+        """Losses [J, K]; the questions are packed into one sequence per mask if their prompts share the prefix."""
         if shares_prefix(questions):
             return self.scorer.shared(questions, masks)
         return np.stack([self.scorer(one, masks) for one in questions])
@@ -95,7 +97,7 @@ class CreditLabels(Rounds):
 
 
 def mask_sizes(sizes: Sequence[float], tokens: int) -> list[int]:
-    """Sizes of masks for N tokens: counts as they are, values below 1 as a share; none above N.
+    """Mask sizes for N tokens: values from 1 on are counts, values below 1 fractions of N; at most N.
 
     >>> mask_sizes([8, 0.25, 500], tokens=144)
     [8, 36, 144]

@@ -1,4 +1,4 @@
-"""Label records as safetensors bytes: no pickle, mapped by name, the same bytes for the same records."""
+"""Encodes label records as safetensors: no pickle, and the same bytes for the same records."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from evocomp.log import UserError
 
 Record = dict[str, "np.ndarray | int | float"]
-"""What is stored of one sample: an integer "id" and arrays or numbers, with the same fields in a chunk."""
+"""Stored label of one sample: an integer "id", and arrays or numbers. All records of a chunk have the same fields."""
 
 ANEW = "delete this file and run the labelling again: it makes only what is missing"
 
@@ -20,8 +20,8 @@ ANEW = "delete this file and run the labelling again: it makes only what is miss
 def encode(records: list[Record]) -> bytes:
     """Records as safetensors bytes; the same records give the same bytes.
 
-    A number is a column [n]. An array field x is x.data (all records' elements in a row), x.offsets [n+1]
-    and, with several dimensions, x.shape [n, dimensions].
+    A number field is stored as a tensor [n]. An array field x is stored as x.data (the elements of all records,
+    concatenated), x.offsets [n+1] and, if it has several dimensions, x.shape [n, dimensions].
     """
     tensors = {"id": np.array([record["id"] for record in records], dtype=np.int64)}
     names = sorted(records[0].keys() - {"id"}) if records else []
@@ -98,11 +98,11 @@ def tensors_of(content: bytes, path: Path) -> dict[str, np.ndarray]:
 
 
 MAY_BE_UNKNOWN = ("best_loss", "first_best", "first_mean", "losses")
-"""Fields that are NaN in labels that were drawn and never scored (`labels.target=random`)."""
+"""Fields that are NaN in random labels, which are never scored (`labels.target=random`)."""
 
 
 def check_finite(records: Sequence[Record]) -> None:
-    """Raise UserError for a record with a number that is not finite: it would make the compressor NaN."""
+    """Raise UserError for a record with a NaN or infinite number, which would make the compressor's weights NaN."""
     for record in records:
         scored = record.get("evaluations", 1) != 0
         for name, value in record.items():
@@ -116,10 +116,10 @@ def check_finite(records: Sequence[Record]) -> None:
 
 
 def kept_by(record: Record, tokens: int, keep: int) -> np.ndarray:
-    """Which of N = `tokens` visual tokens a record would keep: bool [N].
+    """Mask of the N = `tokens` visual tokens that a record keeps: bool [N].
 
-    A searched mask as it is; of credits the `keep` highest; of proposed masks the one with the lowest loss, or
-    nothing if none was proposed.
+    For a search label, its mask; for credits, the `keep` highest; for proposed masks, the one with the lowest loss, or
+    no token if there are no proposals.
 
     >>> kept_by({"id": 1, "credits": np.array([0.1, 0.9, 0.4])}, tokens=3, keep=2).tolist()
     [False, True, True]

@@ -1,4 +1,4 @@
-"""Credit labels from the masks that a search scores anyway: every strategy serves for soft labels too."""
+"""Credit labels from the masks that a search scores, so that every search strategy can also make soft labels."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,13 +11,13 @@ from evocomp.labels.records import Record
 
 
 class SearchedCredits(Rounds):
-    """One round of credits [N] a question, of all the masks that its search has scored.
+    """One round of credits [N] per question, from all masks that its search has scored.
 
-    A search keeps one token of each group, so a token that is alone in its group is in every mask: nothing is known
-    about it, and its credit is 0.
+    A search keeps one token of each group. A token that is the only one of its group is therefore in every mask;
+    nothing is known about it, and its credit is 0.
 
     Args:
-        search: makes the masks.
+        search: runs the searches.
         probabilities: store targets in (0, 1) for losses that expect retention probabilities, else credits.
     """
 
@@ -26,7 +26,7 @@ class SearchedCredits(Rounds):
         self.probabilities = probabilities
 
     def chunks(self, round: int, previous: dict[int, Record]) -> list[list[int]]:
-        """Those of the search."""
+        """The chunks of the search labels."""
         return self.search.chunks(round, previous)
 
     def make(
@@ -37,7 +37,7 @@ class SearchedCredits(Rounds):
         previous: dict[int, Record],
         scores: Scores | None,
     ) -> Iterator[Record]:
-        """Question by question: groups and prompts differ."""
+        """Records of a chunk, one search per question."""
         for features in encode(ids):
             _, result = self.search.search_first(features)
             masks, losses = [result.scored_kept], [result.scored_losses[None]]

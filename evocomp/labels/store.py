@@ -1,8 +1,8 @@
-"""Labels on disk: complete or absent, whatever is killed and whenever.
+"""Label store on disk. A process that is killed at any time leaves no partial file under its final name.
 
-    DIR/meta.json                               what made the store
-    DIR/round-0003/chunk-000007.safetensors     records of some samples, never changed once there
-    DIR/round-0003/COMMIT.json                  written last: the round is complete
+    DIR/meta.json                               fingerprint of the settings, model and data that made the store
+    DIR/round-0003/chunk-000007.safetensors     records of some samples, never changed
+    DIR/round-0003/COMMIT.json                  written last, when the round is complete
 
 A file appears under its name only when all its bytes are on disk (temporary name, fsync, rename), so that
 readers and writers of one store need no locks; a lock keeps a store that is in use from being overwritten with other
@@ -28,7 +28,7 @@ SCHEMA = 1
 
 
 class LabelStore:
-    """Label records by round and chunk. Make one with `LabelStore.open`.
+    """Label records by round and chunk. Open one with `LabelStore.open`.
 
     >>> import tempfile
     >>> store = LabelStore.open(tempfile.mkdtemp(), {"model": "nano"})
@@ -44,7 +44,7 @@ class LabelStore:
 
     @classmethod
     def open(cls, path: str | Path, fingerprint: dict[str, Any], overwrite: bool = False) -> "LabelStore":
-        """Open the store in folder `path`, or start one there.
+        """Open the store in folder `path`, or create one there.
 
         Args:
             path: the folder; shared by all ranks.
@@ -109,7 +109,7 @@ class LabelStore:
 
     @classmethod
     def refuse_other(cls, path: str | Path, known: dict[str, Any]) -> None:
-        """Raise `UserError` if `path` holds a store that differs in what is known of a fingerprint; writes nothing.
+        """Raise `UserError` if `path` holds a store that differs in the known part of a fingerprint; writes nothing.
 
         Args:
             known: entries of a fingerprint; settings in them that are still to be decided are "auto".
@@ -125,7 +125,7 @@ class LabelStore:
     # -- chunks
 
     def write(self, round: int, chunk: int, records: list[Record]) -> None:
-        """Store a chunk. One that is there already stays as it is, for chunks are immutable."""
+        """Store a chunk. An existing chunk is not replaced, because chunks are immutable."""
         self.put(round, chunk, encode(records))
 
     def put(self, round: int, chunk: int, content: bytes) -> None:
@@ -147,13 +147,13 @@ class LabelStore:
         return self._chunk(round, chunk).exists()
 
     def missing(self, round: int, chunks: Iterable[int]) -> list[int]:
-        """Those of `chunks` that are not stored yet, in the given order."""
-        # one listing: a look-up per chunk costs a round trip each on a network file system
+        """The chunks that are not stored yet, in the given order."""
+        # list the folder once: on a network file system a look-up per chunk would cost a round trip each
         stored = set(self.stored(round))
         return [chunk for chunk in chunks if chunk not in stored]
 
     def stored(self, round: int) -> list[int]:
-        """Chunk numbers that are stored, ascending; their round need not be committed."""
+        """Numbers of the stored chunks, ascending; their round need not be committed."""
         paths = self._folder(round).glob("chunk-*")
         found = (re.fullmatch(r"chunk-(\d{6,9})\.safetensors", path.name) for path in paths)
         return sorted(int(m[1]) for m in found if m)
@@ -162,7 +162,7 @@ class LabelStore:
         path = self._chunk(round, chunk)
         content = _content(path)
         if str(chunk) in hashes and hashes[str(chunk)] != _sha256(content):
-            raise UserError(f"label chunk {path} is not what was committed; {ANEW}")
+            raise UserError(f"label chunk {path} was changed after it was committed; {ANEW}")
         records = decode(content, path)
         try:
             check_finite(records)
@@ -187,7 +187,7 @@ class LabelStore:
         if missing:
             raise UserError(
                 f"round {round} of label store {self.path} lacks {len(missing)} chunks, first {missing[0]}; "
-                "run the labelling again: it makes only these"
+                "run the labelling again to make only these"
             )
         hashes = {}
         for chunk in chunks:
@@ -200,9 +200,9 @@ class LabelStore:
         self._replace(self._folder(round) / "COMMIT.json", _json({"chunks": hashes}))
 
     def committed(self, round: int) -> bool:
-        """Whether the round is complete: chunks are listed from 0 without a gap, and all of them are stored.
+        """Whether the round is committed with chunks numbered from 0 without a gap, all of which are stored.
 
-        No longer if somebody deleted one of its chunks. How many it must have, the labeller knows.
+        It is False after a chunk was deleted. The labeller checks the number of chunks.
         """
         if not (self._folder(round) / "COMMIT.json").exists():
             return False
@@ -234,7 +234,7 @@ class LabelStore:
         return records
 
     def chunks(self, round: int) -> list[int]:
-        """Chunk numbers of a complete round, ascending; for reading it piece by piece."""
+        """Numbers of the chunks of a complete round, ascending, for reading it chunk by chunk."""
         if not self.committed(round):
             raise UserError(
                 f"round {round} of label store {self.path} is not complete; "
@@ -254,11 +254,11 @@ class LabelStore:
         self._remove(self._folder(round))
 
     def identity(self) -> int:
-        """Differs between stores, also between equal ones on two disks: when the store was started [ns]."""
+        """Identifies the store among all ranks' stores, even copies on separate disks: its time of creation [ns]."""
         return (self.path / "meta.json").stat().st_mtime_ns
 
     def size(self) -> int:
-        """Bytes on disk."""
+        """Size on disk [bytes]."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     # -- files
@@ -293,8 +293,8 @@ class LabelStore:
     def _check_numpy(self, meta: dict) -> None:
         if meta["numpy"] != np.__version__:
             warn_once(
-                f"label store {self.path} was started with numpy {meta['numpy']}, this is {np.__version__}: "
-                "random numbers, and so labels still to be made, may differ"
+                f"label store {self.path} was created with numpy {meta['numpy']}, but {np.__version__} is installed; "
+                "random numbers, and therefore labels that are still missing, may differ"
             )
 
     def _replace(self, path: Path, content: bytes) -> None:
@@ -303,8 +303,8 @@ class LabelStore:
         except OSError as error:
             if is_full(error):
                 raise UserError(
-                    f"no space left for label store {self.path}; make room and run again: "
-                    "the chunks that are finished are kept"
+                    f"no space left for label store {self.path}; free some space and run again: "
+                    "finished chunks are kept"
                 ) from error
             raise UserError(
                 f"label store {self.path} cannot be written ({error.strerror}); mend this, or choose another folder "
@@ -364,6 +364,6 @@ def _made_by_others(path: str | Path, found: dict, made_by: dict, keys: list[str
     there, here = (", ".join(f"{key}={_leaves(side).get(key)}" for key in keys[:3]) for side in (found, made_by))
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return UserError(
-        f"label store {path} was made by {there}{more} (this run has {here}{more}); "
+        f"label store {path} was made with {there}{more} (this run has {here}{more}); "
         "choose another folder or --labels.overwrite=true"
     )

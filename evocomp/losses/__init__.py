@@ -1,4 +1,4 @@
-"""Training losses: learning from labels (`build_loss`) and from masks of one's own (`policy_loss`)."""
+"""Training losses: supervised losses on labels (`build_loss`), and a policy loss on proposed masks (`policy_loss`)."""
 
 from evocomp.losses.policy import (
     group_relative_advantages,

@@ -11,8 +11,8 @@ def bce_loss(logits: Tensor, targets: Tensor, valid: Tensor | None = None) -> Te
 
     Args:
         logits: [B, N], any floating dtype; computed in fp32 (fp64 for fp64).
-        targets: [B, N] in [0, 1]: hard labels (bool or float) or soft ones.
-        valid: [B, N] bool; padding may hold anything.
+        targets: [B, N] in [0, 1]: hard labels (bool or float) or soft labels.
+        valid: [B, N] bool, False for padding, whose values are ignored.
     """
     logits = masked.clean(logits, valid)
     targets = masked.clean(targets.to(logits.dtype), valid)

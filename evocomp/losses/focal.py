@@ -16,15 +16,15 @@ def focal_loss(
 ) -> Tensor:
     """Mean over valid tokens of alpha_t |p - y|^gamma BCE(p, y), alpha_t = y alpha + (1 - y)(1 - alpha).
 
-    For hard labels |p - y| = 1 - p_t, so this is the focal loss of 1708.02002 (eq. 5); for soft ones it is
-    the quality focal loss of 2006.04388.
+    For hard labels |p - y| = 1 - p_t, so this is the focal loss of arXiv 1708.02002 (eq. 5); for soft labels it is the
+    quality focal loss of arXiv 2006.04388.
 
     Args:
         logits: [B, N], any floating dtype; computed in fp32 (fp64 for fp64).
         targets: [B, N] in [0, 1], bool or floating.
-        valid: [B, N] bool; padding may hold anything.
+        valid: [B, N] bool, False for padding, whose values are ignored.
         gamma: focusing exponent.
-        alpha: weight of positive tokens; None weights both classes by 1.
+        alpha: weight of positive tokens; None: both classes have weight 1.
     """
     logits = masked.clean(logits, valid)
     targets = masked.clean(targets.to(logits.dtype), valid)

@@ -1,4 +1,4 @@
-"""GHM-C (arXiv 1811.05181), the paper's first loss term: BCE over the density of its gradient norm."""
+"""GHM-C (arXiv 1811.05181), the paper's first loss term: BCE divided by the density of its gradient norm."""
 
 from collections.abc import Callable
 
@@ -20,21 +20,21 @@ class GHMC(nn.Module):
 
     The loss is sum_i BCE_i / GD(g_i) with g_i = |sigmoid(logit_i) - target_i| and detached densities.
 
-    With `reduce_counts` the densities are those of the joined batch of all ranks and the result is scaled
-    by the number of ranks: its mean over ranks (what DDP's gradient average makes) is the loss of the joined
-    batch, even where ranks hold different numbers of tokens.
+    With `reduce_counts`, the densities are those of the combined batch of all ranks, and the result is multiplied by
+    the number of ranks. Its mean over ranks, which DDP's gradient averaging computes, is then the loss of the combined
+    batch, even if ranks have different numbers of tokens.
 
     Args:
-        form: "histogram" (equal bins on [0, 1]) or "exact" (a window around every g, `exact_density`).
+        form: "histogram" (equal bins on [0, 1]) or "exact" (a window around every g, see `exact_density`).
         bins: number of bins of the histogram.
-        eps: half-width of the exact window; 0.05 spans as much as one of 10 bins.
-        rule: "paper" divides by all bins, "non_empty" by occupied bins only (the authors' code); histogram.
-        momentum: of running bin counts in training mode, 0 to use each batch alone. Starts at 0 without bias
-            correction and leaves bins alone that a batch does not reach, as in the authors' code.
+        eps: half-width of the exact window; 0.05 is as wide as one of 10 bins.
+        rule: "paper" divides by all bins, "non_empty" by occupied bins only (the authors' code). Histogram only.
+        momentum: momentum of running bin counts in training mode; 0: use the counts of each batch. Running counts start
+            at 0 without bias correction, and bins that a batch leaves empty do not change, as in the authors' code.
         reduce_counts: sums counts over ranks; None in a single process. Histogram only.
 
     Raises:
-        UserError: unknown form or rule, or an option that the exact form does not have.
+        UserError: unknown form or rule, or an option that the exact form does not support.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class GHMC(nn.Module):
             raise UserError(f"GHM rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
         if form == "exact" and (momentum or reduce_counts or rule != "paper"):
             raise UserError(
-                "the exact GHM form needs all gradient norms in one place and has no bins: "
-                "for several ranks, momentum or rule=non_empty use form=histogram"
+                "the exact GHM form has no bins and supports neither several ranks, momentum nor rule=non_empty; "
+                "use form=histogram"
             )
         self.form, self.bins, self.eps, self.rule = form, bins, eps, rule
         self.momentum, self.reduce_counts = momentum, reduce_counts
@@ -69,7 +69,7 @@ class GHMC(nn.Module):
             return ghm_bce(logits, targets, valid, self.bins, rule=self.rule)
         counts, ranks = ghm_histogram(logits, targets, valid, self.bins), 1
         if self.reduce_counts is not None:
-            # one all-reduce for both: a 1 from every rank adds up to the number of ranks
+            # one all-reduce for both: the sum of a 1 from every rank is the number of ranks
             total = self.reduce_counts(torch.cat([counts, counts.new_ones(1)]))
             counts, ranks = total[:-1], total[-1]
         if not self.momentum:
@@ -77,21 +77,21 @@ class GHMC(nn.Module):
         return ghm_bce(logits, targets, valid, counts=self._smooth(counts), rule="paper") * ranks
 
     def _smooth(self, counts: Tensor) -> Tensor:
-        """[bins] running counts, scaled so that rule "paper" applies this module's rule to them."""
+        """[bins] running counts, scaled so that `ghm_bce` with rule "paper" gives the result of this module's rule."""
         occupied = counts > 0
         moved = self.momentum * self.running_counts + (1 - self.momentum) * counts
         running = torch.where(occupied, moved, self.running_counts)
         if self.training:
             self.running_counts.copy_(running)
-        # non_empty counts the bins that THIS batch occupies, though running counts may be positive elsewhere
+        # non_empty divides by the number of bins that THIS batch occupies, even if running counts have more
         return running * (occupied.sum() / self.bins) if self.rule == "non_empty" else running
 
 
 def exact_density(norm: Tensor, eps: float) -> Tensor:
-    """GD(g_i) = #{k : |g_k - g_i| < eps} / l_eps(g_i), the density without bins, O(n log n).
+    """GD(g_i) = #{k : |g_k - g_i| < eps} / l_eps(g_i), the density without bins, in O(n log n).
 
-    l_eps(g) = min(g + eps, 1) - max(g - eps, 0) is the part of the window inside [0, 1]. (1811.05181 calls
-    our 2 eps its epsilon: its window reaches epsilon / 2 to either side.)
+    l_eps(g) = min(g + eps, 1) - max(g - eps, 0) is the length of the window inside [0, 1]. The epsilon of arXiv
+    1811.05181 is 2 eps: its window extends by epsilon / 2 to either side.
 
     Args:
         norm: [n] gradient norms in [0, 1].
@@ -113,7 +113,7 @@ def exact_ghm_loss(logits: Tensor, targets: Tensor, valid: Tensor | None = None,
     with torch.no_grad():
         norm = (torch.sigmoid(logits) - targets).abs()
         if valid is not None:
-            # far from [0, 1] and from each other's windows: counted by no valid token
+            # outside of every valid token's window, so that no density counts padding
             norm = norm.masked_fill(~valid, 3.0)
         weight = exact_density(norm.flatten(), eps).reciprocal().view_as(norm)
         if valid is not None:

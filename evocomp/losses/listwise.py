@@ -1,4 +1,4 @@
-"""Listwise loss on per-token credits (ListNet, Cao et al. 2007: cross-entropy of top-one probabilities)."""
+"""Listwise loss on credits per token (ListNet, Cao et al. 2007: cross-entropy of top-one probabilities)."""
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ def listwise_loss(
 
     Args:
         logits: [B, N], any floating dtype; computed in fp32 (fp64 for fp64).
-        credits: [B, N] per-token credits, any real numbers; higher is better to keep.
-        valid: [B, N] bool; padding is in neither softmax and may hold anything. A sample of padding only
-            contributes 0.
-        temperature: of the target distribution, in units of the credits.
+        credits: [B, N] credits per token, any real numbers; tokens with higher credits should be kept.
+        valid: [B, N] bool, False for padding, which is excluded from both softmaxes and whose values are ignored. A
+            sample that consists of padding contributes 0.
+        temperature: temperature of the target distribution, in units of the credits.
     """
     dtype = compute_dtype(logits)
     logits, credits = logits.to(dtype), credits.to(dtype) / temperature
     if valid is None:
         return -(credits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
-    # a large finite number and not -inf: 0 x -inf would be NaN
+    # a large finite number instead of -inf, because 0 * -inf would be NaN
     floor = torch.finfo(dtype).min / 4
     target = credits.masked_fill(~valid, floor).softmax(-1).masked_fill(~valid, 0)
     log_prob = logits.masked_fill(~valid, floor).log_softmax(-1).masked_fill(~valid, 0)

@@ -1,4 +1,4 @@
-"""Means over valid tokens, safe against padding that holds NaN."""
+"""Means over valid tokens, also if padding contains NaN."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ def clean(tensor: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def mean(values: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over the valid entries; 0 when there is none."""
+    """Mean over the valid entries; 0 if there are none."""
     if valid is None:
         return values.mean()
     return values.masked_fill(~valid, 0).sum() / valid.sum().clamp_min(1)

@@ -1,8 +1,8 @@
-"""Policy gradient on masks: the compressor's scores as a Plackett-Luce distribution over ordered subsets.
+"""Policy gradient on masks: the compressor's scores define a Plackett-Luce distribution over ordered subsets.
 
-A mask of r tokens is drawn one token at a time without replacement, each with probability proportional to
-exp(logit) among those not yet drawn (Plackett 1975; sampled by the Gumbel top-r trick, arXiv 1903.06059). The
-loss is the clipped ratio of PPO (arXiv 1707.06347) with group-relative advantages (GRPO, arXiv 2402.03300).
+A mask of r tokens is drawn one token at a time without replacement, each with probability proportional to exp(logit)
+among the tokens not yet drawn (Plackett 1975; sampled by the Gumbel top-k trick, arXiv 1903.06059). The loss is the
+clipped objective of PPO (arXiv 1707.06347) with group-relative advantages (GRPO, arXiv 2402.03300).
 """
 
 import torch
@@ -17,8 +17,8 @@ def plackett_luce_log_prob(logits: Tensor, draws: Tensor, valid: Tensor | None =
 
     Args:
         logits: [B, N], any floating dtype; computed in fp32 (fp64 for fp64).
-        draws: [B, K, R] int64, distinct valid positions in draw order.
-        valid: [B, N] bool; padding cannot be drawn and may hold anything.
+        draws: [B, K, R] int64, distinct indices of valid tokens in draw order.
+        valid: [B, N] bool, False for padding, which is never drawn and whose values are ignored.
 
     Returns:
         [B, K] log-probabilities; differentiable in the logits.
@@ -28,18 +28,18 @@ def plackett_luce_log_prob(logits: Tensor, draws: Tensor, valid: Tensor | None =
     left = torch.ones_like(scores, dtype=torch.bool).scatter(2, draws, False)
     if valid is not None:
         left = left & valid[:, None]
-    never = scores.masked_fill(~left, -torch.inf).logsumexp(-1, keepdim=True)  # -inf when all are drawn
-    # before draw t the pool holds draws t..R and the never drawn; summed in log space from the back
+    never = scores.masked_fill(~left, -torch.inf).logsumexp(-1, keepdim=True)  # -inf if all are drawn
+    # the pool of draw t consists of draws t..R and the tokens never drawn; cumulative log-sum-exp from the end
     tail = chosen.flip(-1).logcumsumexp(-1).flip(-1)
     return (chosen - torch.logaddexp(tail, never)).sum(-1)
 
 
 def group_relative_advantages(losses: Tensor, clip: float = 6.0) -> Tensor:
-    """(mean - loss) / (std + 0.1) within a sample, losses clipped first; higher is better.
+    """(mean - loss) / (std + 0.1) within each sample, from clipped losses; higher is better.
 
     Args:
-        losses: [B, K] answer losses of K >= 2 masks a sample, in nats.
-        clip: largest loss that counts.
+        losses: [B, K] answer losses of K >= 2 masks per sample [nats].
+        clip: value at which losses are clipped [nats].
 
     Returns:
         [B, K] advantages; they sum to 0 in each sample.
@@ -47,7 +47,7 @@ def group_relative_advantages(losses: Tensor, clip: float = 6.0) -> Tensor:
     >>> group_relative_advantages(torch.tensor([[0.0, 1.0, 2.0]])).tolist()[0]  # doctest: +ELLIPSIS
     [0.909..., 0.0, -0.909...]
     """
-    assert losses.shape[-1] >= 2, "an advantage compares masks of one sample; give at least two"
+    assert losses.shape[-1] >= 2, "advantages need at least two masks per sample"
     losses = losses.to(compute_dtype(losses)).clamp(max=clip)
     return (losses.mean(-1, keepdim=True) - losses) / (losses.std(-1, keepdim=True) + 0.1)
 
@@ -61,10 +61,10 @@ def policy_loss(
     clip: float = 0.2,
     variance_weight: float = 1e-4,
 ) -> dict[str, Tensor]:
-    """Clipped policy gradient on stored masks, plus a small penalty on the spread of the logits.
+    """Clipped policy gradient loss on stored masks, plus a small penalty on the variance of the logits.
 
-    ratio = (pi / pi_old)^(1/R); policy = -mean min(ratio a, clip(ratio, 1 - clip, 1 + clip) a). The R-th root
-    keeps the ratio of long masks near 1. While pi = pi_old the gradient is REINFORCE's, -mean a d log pi / R.
+    ratio = (pi / pi_old)^(1/R); policy = -mean min(ratio a, clip(ratio, 1 - clip, 1 + clip) a). The R-th root keeps the
+    ratio of large masks near 1. For pi = pi_old the gradient is that of REINFORCE, -mean a d log pi / R.
 
     Args:
         logits: [B, N]; differentiated.
@@ -72,12 +72,12 @@ def policy_loss(
         advantages: [B, K] stored advantages.
         old_log_prob: [B, K] stored `plackett_luce_log_prob` of the draws, under the policy that drew them.
         valid: [B, N] bool.
-        clip: the ratio's trust region.
+        clip: half-width of the ratio's trust region.
         variance_weight: weight of the mean variance of a sample's valid logits.
 
     Returns:
-        dict of scalars: "loss" = "policy" + variance_weight x "logit_variance"; "clipped", the share of masks
-        whose ratio left the trust region (no gradient).
+        dict of scalars: "loss" = "policy" + variance_weight x "logit_variance"; "clipped", the fraction of masks whose
+        ratio is outside the trust region (without gradient).
     """
     log_prob = plackett_luce_log_prob(logits, draws, valid)
     ratio = ((log_prob - old_log_prob) / draws.shape[-1]).exp()

@@ -1,4 +1,4 @@
-"""Named supervised losses of the compressor, assembled from their terms."""
+"""Supervised losses of the compressor by name."""
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ LOSSES = {
 
 
 class SupervisedLoss(nn.Module):
-    """A classification (or listwise) term and, for the names that end in _cs, alpha x cosine separation."""
+    """A classification or listwise term; for names that end in _cs, plus alpha x cosine separation."""
 
     def __init__(self, name: str, term: nn.Module, alpha: float) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class SupervisedLoss(nn.Module):
     def forward(
         self, logits: Tensor, hidden: Tensor | None, targets: Tensor, valid: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Named scalar parts of the loss; back-propagate "loss", log them all.
+        """Compute the loss and its terms as scalars.
 
         Args:
             logits: [B, N].
-            hidden: [B, N, D]; not read (may be None) by losses without separation.
+            hidden: [B, N, D]; may be None for losses without cosine separation.
             targets: [B, N] in [0, 1]; for "listwise" the credits, any real numbers.
             valid: [B, N] bool, False for padding.
 
@@ -51,7 +51,7 @@ class SupervisedLoss(nn.Module):
 
 
 class _Term(nn.Module):
-    """A loss function with its options bound, so that every term is a module."""
+    """A module that calls a loss function with fixed options."""
 
     def __init__(self, function, **options: float | None) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def build_loss(
     reduce_counts: ReduceCounts | None = None,
     temperature: float = 0.1,
 ) -> SupervisedLoss:
-    """The loss called `name` (a key of `LOSSES`): (logits, hidden, targets, valid) -> dict of named parts.
+    """The loss `name` (a key of `LOSSES`): (logits, hidden, targets, valid) -> dict of the loss and its terms.
 
     Args:
         alpha: weight of cosine separation; the paper does not give its value.

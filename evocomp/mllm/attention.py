@@ -1,6 +1,6 @@
-"""Which keys each decoder layer attends to: the one place that knows attention types, taken from transformers.
+"""Attention types and attention masks of decoder layers, as transformers defines them.
 
-Everything that builds an attention mask for a decoder or depends on its attention type asks here.
+All code that builds an attention mask for a decoder, or depends on its attention type, uses this module.
 """
 
 import copy
@@ -18,7 +18,7 @@ from evocomp.mllm.cache_argument import CACHE
 FULL = "full_attention"
 
 MASKED_TYPES = (FULL, "sliding_attention", "chunked_attention")
-"""Attention types that are wholly described by a mask over token pairs."""
+"""Attention types that a mask over pairs of tokens describes completely."""
 
 RECURRENT_TYPES = ("linear_attention", "conv")
 """Types of layers that carry a state along the sequence and take a mask of its padding [B, L]."""
@@ -34,7 +34,7 @@ def layer_types(config: PreTrainedConfig) -> tuple[str, ...]:
     `attention_chunk_size` as in `transformers.masking_utils.create_masks_for_generate`.
 
     Args:
-        config: of the decoder, not of the whole MLLM.
+        config: configuration of the decoder, not of the whole MLLM.
 
     >>> from transformers import LlamaConfig, MistralConfig
     >>> layer_types(LlamaConfig(num_hidden_layers=2)), layer_types(MistralConfig(num_hidden_layers=1))
@@ -62,38 +62,44 @@ def first_attention(config: PreTrainedConfig) -> int:
 
 
 def attends_fully(config: PreTrainedConfig) -> bool:
-    """Whether every layer attends to all tokens before and to the token itself, and to nothing else."""
+    """Whether every layer uses plain causal attention: each token attends to itself and to all tokens before it."""
     return set(layer_types(config)) == {FULL} and getattr(config, "is_causal", True)
 
 
 def check_masks(config: PreTrainedConfig) -> None:
-    """Raise UserError unless this decoder computes what an explicit attention mask says, in every layer."""
+    """Raise UserError unless every layer of this decoder follows an explicit attention mask."""
     others = sorted(set(layer_types(config)) - set(MASKED_TYPES))
     name = config.model_type
     if others:
-        raise UserError(f"{name}: layers of type {', '.join(others)} cannot be given an attention mask of token pairs")
+        raise UserError(
+            f"{name}: layers of type {', '.join(others)} do not accept an attention mask over token pairs; "
+            "use a model with full or sliding-window attention"
+        )
     if not getattr(config, "is_causal", True):
-        raise UserError(f"{name}: its attention is bidirectional; a causal decoder is required")
+        raise UserError(f"{name}: its attention is bidirectional; use a model with a causal decoder")
     if config._attn_implementation not in ("sdpa", "eager"):
         raise UserError(
-            f"{name}: attention {config._attn_implementation} takes no explicit attention mask; load the model with "
-            "model.attention=sdpa"
+            f"{name}: attention {config._attn_implementation} does not accept an explicit attention mask; load the "
+            "model with model.attention=sdpa"
         )
 
 
 def plain_masks(config: PreTrainedConfig, length: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Which keys each token of one unpadded sequence attends to, by attention type: bool [L, L], made by transformers.
+    """Attention masks of one unpadded sequence, one per attention type, created by transformers.
 
     Args:
-        config: of the decoder; its layers must be of `MASKED_TYPES`, see `check_masks`.
-        length: L.
+        config: configuration of the decoder; its layers must be of `MASKED_TYPES`, see `check_masks`.
+        length: number of tokens L.
+
+    Returns:
+        bool [L, L] for each attention type: True where the query (row) attends to the key (column).
     """
     config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"  # whose masks are bool
+    config._attn_implementation = "sdpa"  # its masks are bool
     like = torch.empty(1, length, 1, device=device)
     masks = {}
     for kind in dict.fromkeys(layer_types(config)):
-        # with an explicit 2-D mask transformers never looks for packed sequences in the positions
+        # with an explicit 2-D mask, transformers does not infer packed sequences from the positions
         mask = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
             config=config,
             inputs_embeds=like,
@@ -107,12 +113,12 @@ def plain_masks(config: PreTrainedConfig, length: int, device: torch.device | st
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as what is added to the attention logits: 0, or the lowest number where nothing is seen."""
+    """Convert a bool mask to an additive one: 0 where it is True, the lowest finite number where it is False."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def decoder_masks(config: PreTrainedConfig, masks: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
-    """Masks [B, 1, L, keys] by attention type, as `attention_mask` of the decoder's forward takes them."""
+    """Masks [B, 1, L, keys] by attention type, in the form that the decoder's `attention_mask` argument takes."""
     return dict(masks) if getattr(config, "layer_types", None) else next(iter(masks.values()))
 
 
@@ -155,12 +161,13 @@ def as_decoder_masks(config: PreTrainedConfig, seen: Mapping[str, Tensor], dtype
 def check_rope(config: PreTrainedConfig, positions: Tensor) -> None:
     """Raise UserError for positions at which RoPE depends on the other sequences of the forward pass.
 
-    Beyond their limit, dynamic RoPE and LongRoPE rotate all keys by the length of the longest sequence: cached keys
-    and batches of several lengths would silently get other losses than each sequence alone.
+    Beyond a limit, the frequencies of dynamic RoPE and LongRoPE depend on the longest sequence of the batch. With
+    cached keys, or with sequences of several lengths in a batch, losses would then silently differ from those of each
+    sequence alone.
 
     Args:
-        config: of the decoder.
-        positions: position ids of any shape, above 0 elements.
+        config: configuration of the decoder.
+        positions: position ids of any shape; not empty.
     """
     for rope in _rope_settings(config):
         kind = rope.get("rope_type", "default")
@@ -170,30 +177,30 @@ def check_rope(config: PreTrainedConfig, positions: Tensor) -> None:
         limit = limit or config.max_position_embeddings
         if int(positions.max()) >= limit:
             raise UserError(
-                f"{config.model_type}: {kind} RoPE depends on the longest sequence of a batch beyond {limit} tokens, "
+                f"{config.model_type}: beyond {limit} tokens {kind} RoPE depends on the longest sequence of the batch, "
                 f"and this prompt with its answer has positions up to {int(positions.max())}; use shorter prompts or "
                 "smaller images"
             )
 
 
 def rope_by_type(config: PreTrainedConfig) -> bool:
-    """Whether each attention type has RoPE settings of its own."""
+    """Whether each attention type has separate RoPE settings."""
     return any(isinstance(value, dict) for value in (getattr(config, "rope_parameters", None) or {}).values())
 
 
 def _rope_settings(config: PreTrainedConfig) -> list[dict]:
-    """RoPE settings, one or one for each attention type."""
+    """RoPE settings: one for all layers, or one for each attention type."""
     settings = getattr(config, "rope_parameters", None) or {}
     return [one for one in settings.values() if isinstance(one, dict)] if rope_by_type(config) else [settings]
 
 
 SHORT_WINDOW = 3
-"""Window of decoders that are checked on a short sequence [tokens]."""
+"""Attention window [tokens] while a decoder is checked on a short sequence."""
 
 
 @contextmanager
 def short_windows(config: PreTrainedConfig) -> Iterator[None]:
-    """Attention windows of `SHORT_WINDOW` tokens within the block, in decoders that have any."""
+    """Within the block, set the decoder's attention windows, if it has any, to `SHORT_WINDOW` tokens."""
     names = [name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None) is not None]
     before = {name: getattr(config, name) for name in names}
     try:

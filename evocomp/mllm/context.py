@@ -1,9 +1,10 @@
-"""Context tokens: some of the R tokens that the LLM reads are means of those that were dropped.
+"""Context tokens: some of the R kept tokens are means of clusters of dropped tokens.
 
-Each carries log(number of tokens that it stands for) into the attention logits of the LLM, so that all N tokens keep
-their share of the attention: proportional attention of ToMe (arXiv 2210.09461, section 3), on means of what a selector
-left out, as VisionZip's contextual tokens are (arXiv 2412.04467). Selected tokens stay sharp and count once. Where a
-question asks how many, the share of the attention is the answer, and a selection alone distorts it. Ours.
+The log of each cluster's size is added to the attention logits of its context token, so that all N tokens keep their
+share of the attention. This is ToMe's proportional attention (arXiv 2210.09461, section 3), applied to means of
+dropped tokens, which VisionZip calls contextual tokens (arXiv 2412.04467). Selected tokens are passed on unchanged and
+count once. Counting questions depend on these shares of the attention, and a selection without context tokens distorts
+them. The combination is EvoComp's own; it is not in the paper.
 """
 
 from typing import NamedTuple
@@ -18,11 +19,12 @@ from evocomp.ops import context_clusters
 
 
 class Shown(NamedTuple):
-    """Visual tokens that the LLM reads of one picture.
+    """The kept tokens of one image: what the LLM reads of it.
 
     tokens: [R, D]
-    places: [R] which of the N visual tokens' places each takes, ascending
-    log_size: [R] log of how many tokens each stands for, added to the logits of the attention to it; None: one each
+    places: [R] index (0 to N - 1) of the visual token whose position each kept token takes, ascending
+    log_size: [R] log of the number of visual tokens in each one's cluster, added to the attention logits of that key;
+        None: every cluster has one token
     """
 
     tokens: Tensor
@@ -31,25 +33,28 @@ class Shown(NamedTuple):
 
     @property
     def alone(self) -> Tensor:
-        """Places of the tokens that stand for themselves only: the selected ones."""
+        """Indices of the selected tokens, whose clusters have one token."""
         return self.places if self.log_size is None else self.places[self.log_size == 0]
 
     @property
     def merged(self) -> Tensor:
-        """Indices of the context tokens that stand for several tokens each."""
+        """Indices of the context tokens whose clusters have several tokens."""
         return self.places[:0] if self.log_size is None else self.places[self.log_size > 0]
 
 
 def split(keep: int, total: int, sharp: float) -> tuple[int, int]:
-    """How many of `keep` tokens are selected, and how many are context.
+    """Split a token budget into selected tokens and context tokens.
 
-    What a question needs to see sharply does not grow with the budget: R S / (R + S) are selected, nearly all of few
-    and never more than S.
+    The number of tokens that a question needs unmerged does not grow with the budget. Of R kept tokens, R S / (R + S)
+    are selected: nearly all of a small budget, and never more than S.
 
     Args:
-        keep: R, as a whole.
-        total: N.
-        sharp: S, a number of tokens, or below 1 a share of N; 0: no context tokens.
+        keep: R, all kept tokens.
+        total: N, the visual tokens of the image.
+        sharp: S, the maximum number of selected tokens; below 1 a fraction of N; 0: no context tokens.
+
+    Returns:
+        The number of selected tokens, and the number of context tokens.
 
     >>> [split(keep, 144, 1 / 6) for keep in (4, 8, 16, 48)]
     [(3, 1), (6, 2), (10, 6), (16, 32)]
@@ -62,31 +67,38 @@ def split(keep: int, total: int, sharp: float) -> tuple[int, int]:
 
 
 def owners(visual: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Which token speaks for which, for several masks of one picture.
+    """Cluster the dropped tokens, for several masks of one image.
 
-    Centres by farthest-point sampling on cosines, see `evocomp.ops.context_clusters`.
+    Cluster centres come from farthest-point sampling by cosine similarity, see `evocomp.ops.context_clusters`.
 
     Args:
         visual: [N, D].
-        kept: [K, R] selected tokens.
-        count: C, context tokens, from 1 to as many as are dropped.
+        kept: [K, R] indices of the selected tokens.
+        count: C, the number of context tokens, from 1 to the number of dropped tokens.
 
     Returns:
-        Centres [K, C] ascending, and the owner [K, N] of each token: a centre, or the token itself if selected.
+        Indices of the cluster centres [K, C], ascending, and the cluster assignment [K, N]: the index of each token's
+        centre, or of the token itself if it is selected.
     """
     centres, assignment = context_clusters(visual[None], kept[None], count)
     return centres[0], assignment[0]
 
 
 def means(visual: Tensor, centres: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean tokens [K, C, D] in the format of `visual`, and log of their sizes [K, C] float32; see `owners`."""
+    """Cluster means [K, C, D] in the dtype of `visual`, and log of the cluster sizes [K, C] float32; see `owners`."""
     members = (owner[:, None, :] == centres[..., None]).float()
     sizes = members.sum(-1)
     return (members @ visual.float() / sizes[..., None]).to(visual.dtype), sizes.log()
 
 
 def shown(visual: Tensor, selected: Tensor, context: int) -> Shown:
-    """The selected tokens [R] of a picture [N, D] as they are, and what is dropped in so many context tokens."""
+    """The selected tokens of an image, and its dropped tokens merged into context tokens.
+
+    Args:
+        visual: [N, D].
+        selected: [S] indices of the selected tokens.
+        context: number of context tokens; more than there are dropped tokens count as that many.
+    """
     selected = selected.sort().values
     context = min(context, len(visual) - len(selected))
     if not context:
@@ -99,16 +111,16 @@ def shown(visual: Tensor, selected: Tensor, context: int) -> Shown:
 
 
 def add_log_size(seen: Tensor, log_size: Tensor, dtype: torch.dtype) -> Tensor:
-    """An attention mask in which keys have sizes.
+    """Add the log cluster sizes of keys to an attention mask.
 
     Args:
-        seen: [B or 1, 1, q, keys], True where a query sees a key, or what is added to the logits instead.
-        log_size: of the first keys [B, up to keys]; the others stand for themselves.
-        dtype: format of the queries.
+        seen: [B or 1, 1, q, keys], bool (True where a query attends to a key) or additive.
+        log_size: log sizes of the first keys [B, up to keys]; the remaining keys have size 1.
+        dtype: dtype of the queries.
 
     Returns:
-        What is added to the logits [B, 1, q, keys]; the lowest number where nothing is seen, so that a query which
-        sees nothing at all (padding) is not NaN.
+        Additive mask [B, 1, q, keys]. Masked entries hold the lowest finite number, not -inf, so that a query that
+        attends to no key (padding) does not become NaN.
     """
     lowest = torch.finfo(dtype).min
     added = F.pad(log_size, (0, seen.shape[-1] - log_size.shape[-1])).to(dtype)[:, None, None, :]
@@ -118,10 +130,10 @@ def add_log_size(seen: Tensor, log_size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_weighable(config: PreTrainedConfig) -> None:
-    """Raise UserError unless this decoder's attention can take sizes of keys."""
+    """Raise UserError unless this decoder's attention accepts weights of keys, as context tokens need."""
     kernel = config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise UserError(
-            f"context tokens need weights in the attention, and {kernel} takes none; load the model with "
-            "attn_implementation='sdpa', or leave them out (context=0)"
+            f"context tokens need an additive attention mask, which {kernel} does not accept; load the model with "
+            "attn_implementation='sdpa', or use no context tokens (context=0)"
         )

@@ -22,7 +22,7 @@ PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_val
 """Names under which models take pixels, by kind of visual input."""
 
 def gathered(weight: Tensor) -> Tensor:
-    """A weight as a whole: of a sharded model, the parts of all processes that hold it, which call this together."""
+    """The full weight. For a sharded model this is a collective: all processes that hold a shard must call it."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
@@ -43,7 +43,7 @@ def token_ids(model: nn.Module) -> dict[str, int]:
 
 
 def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Where the visual tokens are: True at image and video placeholders. input_ids [B,S] -> bool [B,S]."""
+    """Mask of the visual tokens: True at image and video placeholders. input_ids [B,S] -> bool [B,S]."""
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in token_ids(model).values():
         mask |= input_ids == token
@@ -51,10 +51,10 @@ def visual_mask(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def position_ids(model: nn.Module, inputs: Mapping[str, Tensor], forward: bool = False) -> Tensor:
-    """Positions of the full prompt as `generate` would make them: [B,S], or [4,B,S] with M-RoPE.
+    """Position ids of the full prompt as `generate` computes them: [B,S], or [4,B,S] with M-RoPE.
 
-    Row 0 of the four counts text order, rows 1-3 are time, height and width. `forward=True` gives what
-    `model.forward` expects where that differs (PaliGemma counts from 1). Leaves the model's state alone.
+    With M-RoPE, row 0 is the index in the sequence and rows 1-3 are time, height and width. `forward=True` returns
+    what `model.forward` expects where that differs (PaliGemma counts from 1). The model's state is not changed.
     """
     model = unwrap(model)
     names = ("attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
@@ -69,9 +69,9 @@ def position_ids(model: nn.Module, inputs: Mapping[str, Tensor], forward: bool =
 
 
 def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, transformers.utils.ModelOutput]:
-    """Run vision tower and projector once: {"image": output, "video": output}, fit for `mm_encoder_outputs`.
+    """Run vision tower and projector once: {"image": output, "video": output}, as `mm_encoder_outputs` takes them.
 
-    `output.pooler_output` holds the visual tokens in the LLM's hidden size. Kinds without pixels are absent.
+    `output.pooler_output` holds the visual tokens in the LLM's hidden size. A kind without pixels has no entry.
     """
     encoded = {}
     for kind, names in PIXELS.items():
@@ -91,7 +91,7 @@ def tower(model: nn.Module) -> nn.Module:
 
 
 def read_of_tower(model: nn.Module, output: transformers.utils.ModelOutput) -> Tensor:
-    """What the family reads of its tower's output; Qwen's towers end with the projector, the others come before it."""
+    """The part of the tower's output that the model uses: the projector's input, or in Qwen's towers its output."""
     if policy(model).mrope:
         return output.pooler_output
     layer = getattr(unwrap(model).config, "vision_feature_layer", None)
@@ -99,7 +99,7 @@ def read_of_tower(model: nn.Module, output: transformers.utils.ModelOutput) -> T
 
 
 class _EveryLayer:
-    """Hidden states of a tower of which one layer is read, whichever its number."""
+    """Stands for a tower's tuple of hidden states: every layer index returns the same tensor."""
 
     def __init__(self, states: Tensor):
         self.states = states
@@ -124,7 +124,7 @@ def entries(output: transformers.utils.ModelOutput) -> list[Tensor]:
 
 
 def image_numbers(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tensor:
-    """Which image every visual token belongs to. -> [B,S]: 0, 1, ... in order of appearance, -1 at text.
+    """Index of the image that each token belongs to -> [B,S]: 0, 1, ... in order of appearance, -1 for text.
 
     One video counts as one image where the family encodes it as one entry. Raises UserError if the number of
     placeholders differs from the number of encoded tokens.
@@ -146,7 +146,7 @@ def _entry_starts(model: nn.Module, input_ids: Tensor, encoded: Mapping, visual:
         if sum(sizes) != len(place):
             raise UserError(
                 f"the prompt has {len(place)} {kind} placeholders but the vision tower made {sum(sizes)} "
-                "tokens; prepare prompt and pixels together with the model's own processor"
+                "tokens; prepare text and images in one call of the model's own processor"
             )
         first = torch.tensor([0, *sizes], device=place.device).cumsum(0)[:-1]
         starts.view(-1)[place[first[torch.tensor(sizes, device=place.device) > 0]]] = 1
@@ -156,8 +156,8 @@ def _entry_starts(model: nn.Module, input_ids: Tensor, encoded: Mapping, visual:
 def _run_starts(input_ids: Tensor, visual: Tensor, merge_tiles: bool) -> Tensor:
     """int [B,S]: 1 at the first placeholder of every run, or of every image made of tiles.
 
-    In Idefics3 and SmolVLM prompts the token before a run names the tile, and every image ends with its
-    global tile. So the row's last run is a global one, and the token before it tells the others.
+    In Idefics3 and SmolVLM prompts the token before a run identifies the tile, and every image ends with its global
+    tile. The last run of a row is therefore a global tile, and the token before it identifies the other global tiles.
     """
     before = torch.nn.functional.pad(visual, (1, 0))[:, :-1]
     starts = visual & ~before
@@ -173,7 +173,7 @@ def _run_starts(input_ids: Tensor, visual: Tensor, merge_tiles: bool) -> Tensor:
 
 
 def visual_tokens(model: nn.Module, input_ids: Tensor, encoded: Mapping) -> Tensor:
-    """Encoded visual tokens in the order of their placeholders, row after row of the batch. -> [total,D]."""
+    """Encoded visual tokens in the order of their placeholders, concatenated over the batch -> [total,D]."""
     visual = visual_mask(model, input_ids)
     parts = {kind: torch.cat(entries(output)) for kind, output in encoded.items()}
     if len(parts) == 1:
@@ -208,7 +208,7 @@ def block_ids(model: nn.Module, input_ids: Tensor) -> Tensor | None:
 
 
 def newline_rows(model: nn.Module, features: Tensor) -> Tensor:
-    """Which rows are `image_newline` separators. features [n,D] -> bool [n]; all False for most families."""
+    """Mask of the rows that are `image_newline` separators: features [n,D] -> bool [n]; all False in most families."""
     if not policy(model).newline:
         return torch.zeros(len(features), dtype=torch.bool, device=features.device)
     newline = base(model).image_newline

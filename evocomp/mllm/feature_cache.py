@@ -1,9 +1,11 @@
-"""Pictures on disk as the vision tower leaves them: before the projector, which makes LLaVA-1.5's four times as large.
+"""Disk cache of the vision tower's output.
 
-    FOLDER/KEY/3f/3fa9....safetensors     one picture, named by a hash of the pixels that the tower sees
+The cache holds the projector's input, not its output: for LLaVA-1.5 the output is four times as large.
 
-KEY is a hash of the model and of all else that the numbers depend on. A picture read from the disk gives the very
-same visual tokens as one encoded now, for the projector and what follows run as ever.
+    FOLDER/KEY/3f/3fa9....safetensors     one image, named by a hash of its pixels
+
+KEY is a hash of the model and of everything else that the output depends on. An image read from the cache gives exactly
+the same visual tokens as a newly encoded one, because the projector and the layers after it run in both cases.
 """
 
 import hashlib
@@ -25,14 +27,15 @@ _TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 class FeatureCache:
-    """Encodes pictures, each only once for all processes and runs that use the folder.
+    """Encodes each image once for all processes and runs that share the folder.
 
-    Several processes may write and read at once; a full disk ends the writing, not the run.
+    Several processes may read and write at the same time. When the disk is full, the cache stops writing and the run
+    continues.
 
     Args:
-        folder: shared by all processes of a node, or of a job.
+        folder: cache folder, shared by all processes of a node or of a job.
         model: the MLLM.
-        fingerprint: of its weights.
+        fingerprint: hash of its weights.
 
     Raises:
         UserError: the model reads several layers of its tower, or no folder can be made.
@@ -49,11 +52,13 @@ class FeatureCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"model.feature_cache={folder} cannot be a folder: {error.strerror}") from None
+            raise UserError(
+                f"model.feature_cache={folder}: cannot create the folder: {error.strerror}; choose another one"
+            ) from None
         self._writes = True
 
     def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, ModelOutput]:
-        """`families.encode` for one picture, without the tower's part of the work if that lies on disk."""
+        """`families.encode` for one image; the tower does not run if its output is in the cache."""
         path = self._path(inputs)
         known = self._read(path)
         if known is not None:
@@ -62,35 +67,41 @@ class FeatureCache:
                 return families.encode(self.model, inputs)
         with self._listening_to_tower() as heard:
             encoded = families.encode(self.model, inputs)
-        if self._writes and len(heard) == 1:  # a tower that runs once for each of several images has no one output
+        if self._writes and len(heard) == 1:  # not cached: a tower that runs once per image
             self._write(path, heard[0])
         return encoded
 
     def reserve(self, pictures: int, free: int) -> None:
-        """Say what so many pictures will take, once one of them has been encoded.
+        """Log the disk space that the cache needs, estimated from the images that are cached already.
+
+        Args:
+            pictures: number of images that will be cached.
+            free: free space of the disk [bytes].
 
         Raises:
-            UserError: that is more than the `free` bytes of the disk.
+            UserError: the disk has not enough free space.
         """
         sweep(self.folder.glob("*/*.tmp.*"))
         sizes = [path.stat().st_size for path in self.folder.glob("*/*.safetensors")]
         if not sizes:
-            raise UserError(f"model.feature_cache: not even one picture fits on the disk of {self.folder}")
-        a_picture = sum(sizes) / len(sizes)
-        missing = max(0, pictures - len(sizes)) * a_picture
+            raise UserError(
+                f"model.feature_cache: no image fits on the disk of {self.folder}; choose a folder on a larger disk"
+            )
+        per_image = sum(sizes) / len(sizes)
+        missing = max(0, pictures - len(sizes)) * per_image
         logger.info(
-            "feature cache: %s for %d pictures (%s each), %s of it there already, in %s, %s free",
-            readable(pictures * a_picture),
+            "feature cache: %s for %d images (%s each), %s of it already cached in %s, %s free",
+            readable(pictures * per_image),
             pictures,
-            readable(a_picture),
+            readable(per_image),
             readable(sum(sizes)),
             self.folder,
             readable(free),
         )
         if missing > free:
             raise UserError(
-                f"model.feature_cache: {readable(missing)} more are needed in {self.folder}, {readable(free)} are "
-                "free; name a folder on a larger disk, or none: encoding is a small share of the work"
+                f"model.feature_cache: {self.folder} needs {readable(missing)} more, but only {readable(free)} are "
+                "free; choose a folder on a larger disk, or leave it empty (encoding takes little of the time)"
             )
 
     # ------------------------------------------------------------ files
@@ -111,7 +122,7 @@ class FeatureCache:
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError):
-            logger.warning("%s is damaged; the picture is encoded again", path)
+            logger.warning("%s is damaged; encoding the image again", path)
             return None
 
     def _write(self, path: Path, features: dict[str, Tensor]) -> None:
@@ -121,7 +132,7 @@ class FeatureCache:
             if not is_full(error):
                 raise
             self._writes = False
-            warn_once(f"the disk of feature cache {self.folder} is full; further pictures are not kept")
+            warn_once(f"the disk of the feature cache {self.folder} is full; no more images are cached")
 
     # ------------------------------------------------------------ the tower
 

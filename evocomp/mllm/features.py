@@ -1,4 +1,4 @@
-"""What the frozen MLLM makes of one example before its LLM runs."""
+"""Encoded examples: the visual tokens, token ids and position ids that the LLM input is built from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,22 +46,22 @@ class Features:
 
     @property
     def text_at(self) -> Tensor:
-        """Where the text stands in the prompt [T]."""
+        """Indices of the text tokens in the prompt [T]."""
         return self._without(self.visual_at, self.separators_at)
 
     @property
     def fixed_at(self) -> Tensor:
-        """Where text and separators stand: all that the LLM reads whichever visual tokens are kept [T + M]."""
+        """Indices of text tokens and separators in the prompt [T + M]: the rows that are always kept."""
         return self._without(self.visual_at, None)
 
     @property
     def picture_end(self) -> int:
-        """Place in the prompt after the last row of the picture, visual token or separator."""
+        """Index in the prompt after the last row of the image, be it a visual token or a separator."""
         last = int(self.visual_at[-1])
         return 1 + (last if self.separators_at is None else max(last, int(self.separators_at[-1])))
 
     def fixed_rows(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """What the LLM reads at `fixed_at` [T + M, D]; embed: token ids [...] -> embeddings [..., D]."""
+        """Input embeddings at `fixed_at` [T + M, D]; embed: token ids [...] -> embeddings [..., D]."""
         at = self.fixed_at
         rows = embed(self.prompt_ids[at])
         if self.separators is None:
@@ -86,7 +86,7 @@ class Features:
 
 
 def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack rows [n_i, ...] of unequal length: padded with zeros [B, n, ...], and which entries are real [B, n].
+    """Stack rows [n_i, ...] of unequal length: zero-padded rows [B, n, ...], and the mask of real entries [B, n].
 
     >>> padded, real = pad_right([torch.ones(2, 4), torch.ones(3, 4)])
     >>> padded.shape, real.tolist()
@@ -98,18 +98,19 @@ def pad_right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def grid_of(features: Features) -> tuple[int, int]:
-    """(rows, columns) of the visual tokens: square where their number is, else one row; one row for several images."""
+    """(rows, columns) of the visual tokens: a square grid if their number is a square and there is one image, else one
+    row."""
     count = len(features.visual)
     return (1, count) if features.counts else square_grid(count)
 
 
 def first_image(features: Features, kept: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """Those of the kept tokens [R] that lie in the first image, and its grid: what a drawing of that image shows."""
+    """Kept tokens of the first image, for drawing it: those of `kept` [R] that lie in it, and its (rows, columns)."""
     count = features.counts[0] if features.counts else len(features.visual)
     return kept[kept < count], square_grid(count)
 
 
 def square_grid(count: int) -> tuple[int, int]:
-    """(rows, columns) of so many tokens: see `grid_of`."""
+    """(rows, columns) of `count` tokens: a square grid if `count` is a square, else one row."""
     side = round(count**0.5)
     return (side, side) if side * side == count else (1, count)

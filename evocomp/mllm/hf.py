@@ -1,8 +1,8 @@
-"""One adapter over transformers' uniform API: a frozen MLLM that reads examples, scores kept tokens, and answers.
+"""A frozen MLLM over transformers' uniform API: encodes examples, scores kept tokens and generates answers.
 
-It runs the LLM's decoder body on a shortened sequence: text and kept visual tokens at their original positions.
-An all-ones attention mask always goes with it: without one, transformers takes gaps in the positions for the
-borders of packed sequences and silently masks attention across them.
+It runs the LLM's decoder on a shortened sequence: text and kept visual tokens at their original positions. It always
+passes an all-ones attention mask. Without one, transformers takes gaps in the positions for boundaries of packed
+sequences, and silently masks the attention across them.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class FrozenMLLM(Reader):
-    """A multimodal LLM whose weights never change, for labelling and for judging.
+    """A multimodal LLM whose weights never change, for labelling and for evaluation.
 
     >>> from evocomp.data.scenes import scene_examples
     >>> mllm = FrozenMLLM.load("nano")
@@ -42,7 +42,7 @@ class FrozenMLLM(Reader):
     (torch.Size([144, 96]), 1)
 
     Attributes:
-        group: the processes that hold the decoder's layers together, if it is sharded.
+        shard_group: the processes among which the decoder's layers are sharded, if they are.
     """
 
     def __init__(self, model: torch.nn.Module, processor, name: str = "", cache_bytes: int = 2 * 1024**3):
@@ -83,16 +83,17 @@ class FrozenMLLM(Reader):
         return cls(model.to(device), processor, name)
 
     def prompt_embeds(self, features: Features) -> Tensor:
-        """Embeddings of the prompt's text tokens [T, D]: what the compressor reads beside the picture."""
+        """Embeddings of the prompt's text tokens [T, D], the compressor's second input besides the visual tokens."""
         return self.embed(features.prompt_ids[features.text_at])
 
     def fingerprint(self) -> str:
-        """Hash of configuration, processor and weights (a strided sample of each tensor, so that 7B takes seconds).
+        """Hash of configuration, processor and weights.
 
-        The same for a sharded model, whose processes call it together.
+        Only a strided sample of each tensor is hashed, so that a 7B model takes seconds. A sharded model has the same
+        fingerprint; all processes of its shard group must call this together.
         """
         parts = [self.model.config] if self.processor is None else [self.model.config, self.processor]
-        # the processor makes pixels and prompts; its own settings leave out the template that a chat goes through
+        # the processor makes pixels and prompts; its `to_dict` does not include the chat template
         settings = [part.to_dict() for part in parts] + [getattr(self.processor, "chat_template", None)]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for key, value in sorted(self.model.state_dict().items()):
@@ -104,13 +105,16 @@ class FrozenMLLM(Reader):
     # ------------------------------------------------------------ the LLM on a shortened sequence
 
     def assemble(self, features: Features, tokens: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts with `tokens` [Q, R, D] in place of the visual tokens.
+        """Build LLM inputs with `tokens` instead of the image's visual tokens.
 
         Args:
-            index: [Q, R] which visual token's place (0..N-1) each row takes, ascending.
+            features: the encoded example.
+            tokens: [Q, R, D].
+            index: [Q, R] index (0 to N - 1) of the visual token whose position each row takes, ascending.
 
         Returns:
-            Embeddings [Q, L, D] and position ids [Q, L] ([4, Q, L] with M-RoPE), L = T + R and the separators.
+            Embeddings [Q, L, D] and position ids [Q, L] ([4, Q, L] with M-RoPE), where L = T + M + R (text,
+            separators, kept tokens).
         """
         count = len(tokens)
         fixed = features.fixed_rows(self.embed).expand(count, -1, -1)
@@ -120,7 +124,7 @@ class FrozenMLLM(Reader):
         embeds = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
         positions = features.positions[..., at.gather(1, order)]
         attention.check_rope(self.decoder.config, positions)
-        if positions.ndim == 3:  # M-RoPE: the text row tells the mask where sequences start; keep it dense
+        if positions.ndim == 3:  # M-RoPE: transformers' mask infers packed sequences from gaps in the text row
             positions = positions.clone()
             positions[0] = torch.arange(positions.shape[-1], device=positions.device)
         return embeds, positions
@@ -129,10 +133,12 @@ class FrozenMLLM(Reader):
     def answer(
         self, prompts: Sequence[tuple[Features, *tuple[Tensor | None, ...]]], max_new_tokens: int = 8
     ) -> tuple[list[str], Tensor]:
-        """Greedy answers for (features, and the fields of what is `Shown` of its picture), in one batch.
+        """Generate answers greedily, in one batch.
 
         Args:
-            prompts: of any lengths; log sizes may be left out.
+            prompts: for each prompt its features and the fields of `Shown`; `log_size` may be omitted. The prompts
+                may differ in length.
+            max_new_tokens: maximum length of an answer [tokens].
 
         Returns:
             The answers as text, and the logits [B, V] of the first answer token.
@@ -164,7 +170,7 @@ class FrozenMLLM(Reader):
         cache = DynamicCache(config=self.decoder.config)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=embeds.device)
         stops = torch.tensor(self._stop_ids(), device=embeds.device)
-        said: list[Tensor] = []
+        generated: list[Tensor] = []
         first = None
         for _ in range(max_new_tokens):
             hidden = self.decoder(
@@ -178,7 +184,7 @@ class FrozenMLLM(Reader):
             first = logits if first is None else first
             token = logits.argmax(-1)
             ended |= torch.isin(token, stops)
-            said.append(token.masked_fill(ended, self._pad_id()))
+            generated.append(token.masked_fill(ended, self._pad_id()))
             if bool(ended.all()):
                 break
             embeds, positions = self.embed(token)[:, None], positions[..., -1:] + 1
@@ -223,9 +229,8 @@ class FrozenMLLM(Reader):
         if not attention.attends_fully(config):
             kinds = ", ".join(sorted(set(attention.layer_types(config)) - {attention.FULL}))
             raise UserError(
-                f"{self.model.config.model_type}: labels and panel with context tokens are not made for decoders with "
-                f"sliding windows or the like ({kinds}) yet; set compressor.sharp=0, or use evocomp.compress, which "
-                "works with them"
+                f"{self.model.config.model_type}: labels and the panel do not support context tokens with {kinds} "
+                "layers yet; set compressor.sharp=0, or use evocomp.compress, which supports them"
             )
 
     def _stop_ids(self) -> list[int]:
@@ -239,7 +244,7 @@ class FrozenMLLM(Reader):
 
 
 def _log_sizes(features: Features, shown: Shown) -> Tensor:
-    """Log sizes of the rows that `assemble` makes [L]; text and separators stand for themselves."""
+    """Log cluster sizes [L] of the rows that `assemble` returns; 0 for text and separators."""
     fixed_at = features.fixed_at
     at = torch.cat([fixed_at, features.visual_at[shown.places]])
     sizes = torch.zeros(len(at), device=at.device)
@@ -249,14 +254,19 @@ def _log_sizes(features: Features, shown: Shown) -> Tensor:
 
 
 def _weighed(real: Tensor, log_size: Tensor, embeds: Tensor) -> Tensor:
-    """Attention mask [B, 1, q, keys] of the newest q tokens: real [B, keys] are seen, keys have sizes."""
+    """Additive attention mask [B, 1, q, keys] of the last q tokens.
+
+    real: [B, keys], 0 for padding
+    log_size: log cluster sizes of the first keys
+    embeds: embeddings of the last q tokens [B, q, D]
+    """
     new, keys = embeds.shape[1], real.shape[1]
     causal = torch.ones(new, keys, dtype=torch.bool, device=real.device).tril(keys - new)
     return add_log_size(causal & real[:, None, None, :].bool(), log_size, embeds.dtype)
 
 
 def load_nano(name: str = "nano") -> tuple[torch.nn.Module, Any]:
-    """The shipped multimodal LLM and its processor, as transformers' own classes would load them.
+    """Load a shipped multimodal LLM and its processor, as instances of transformers' own classes.
 
     Args:
         name: "nano" (96 x 96 pixels, 144 visual tokens) or "nano576" (192 x 192 pixels, 576 visual tokens).
@@ -266,6 +276,6 @@ def load_nano(name: str = "nano") -> tuple[torch.nn.Module, Any]:
     ('LlavaForConditionalGeneration', 'LlavaProcessor')
     """
     if name not in SHIPPED_MODELS:
-        raise UserError(f"no shipped model is called {name!r}; use one of {', '.join(SHIPPED_MODELS)}")
+        raise UserError(f"{name!r} is not a shipped model; use one of {', '.join(SHIPPED_MODELS)}")
     loaded = FrozenMLLM.load(name)
     return loaded.model, loaded.processor

@@ -1,7 +1,7 @@
-"""The token ids of a known image, to be put into other prompts about it.
+"""Reuse of a known image's token ids in other prompts about the same image.
 
-A processor replaces the placeholder of an image by ids that depend on the image alone. They are read off the first
-prompt, so that later ones need the tokenizer only, not the image processor. Where that may not be exact there is no
+A processor replaces an image's placeholder by token ids that depend on the image alone. They are taken from the first
+prompt, so that later prompts need only the tokenizer, not the image processor. Where this may not be exact there is no
 span, and the processor prepares every prompt.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """What a processor makes of an image's placeholder.
+    """The tokens that a processor inserts for an image.
 
     Attributes:
-        placeholder: token id that a prompt has in place of the image.
-        ids: token ids that replace it [K].
-        along: other inputs of the prompt's length, such as `attention_mask`: their values at `ids` [K], and the one
-            value that they have at every other token.
+        placeholder: token id of the image's placeholder in a prompt.
+        ids: token ids that replace the placeholder [K].
+        along: other inputs of the prompt's length, such as `attention_mask`: their values at `ids` [K], and their
+            single value at all other tokens.
         others: inputs that describe the image, without its pixels.
     """
 
@@ -31,7 +31,7 @@ class ImageSpan:
     others: Mapping[str, Any]
 
     def insert(self, text_ids: list[int]) -> dict[str, Tensor] | None:
-        """The inputs [1, S] of another prompt about the image; None if it has not exactly one placeholder.
+        """The inputs [1, S] of another prompt about the image; None unless it has exactly one placeholder.
 
         Args:
             text_ids: token ids of the prompt with the placeholder.
@@ -48,15 +48,16 @@ class ImageSpan:
 
 
 def find_image_span(processor: Any, text_ids: list[int], inputs: Mapping[str, Any]) -> ImageSpan | None:
-    """The span of a prompt's only image.
+    """Find the span of a prompt's only image.
 
     Args:
+        processor: the model's processor.
         text_ids: token ids of the prompt with the placeholder.
-        inputs: what the processor made of the same prompt and the image.
+        inputs: the processor's output for the same prompt and the image.
 
     Returns:
-        None if the processor does more to a prompt than to replace the placeholder, or if text beside the span could
-        be tokenized in another way than beside the placeholder.
+        None if the processor changes more of a prompt than the placeholder, or if text next to the span could be
+        tokenized differently than text next to the placeholder.
     """
     tokenizer = processor.tokenizer
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -93,7 +94,7 @@ def _placeholder(processor: Any) -> int | None:
 def _separates_alike(added: Mapping[int, Any], placeholder: int, first: int, last: int) -> bool:
     """Whether a span from token `first` to `last` splits the text around it as the placeholder does.
 
-    Text is split at added tokens before it is tokenized; one with `lstrip` or `rstrip` takes the spaces beside it.
+    Text is split at added tokens before it is tokenized; one with `lstrip` or `rstrip` removes the spaces next to it.
     """
     if first not in added or last not in added:
         return False

@@ -1,4 +1,4 @@
-"""Queries and keys of a decoder layer as its attention sees them, from the outputs of its projections."""
+"""Queries, keys and attention probabilities of a decoder layer, computed from the outputs of its projections."""
 
 import sys
 from typing import Any
@@ -14,7 +14,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def has_projections(layer: nn.Module) -> bool:
-    """Whether a decoder layer is attention behind a norm, with a projection each for queries, keys and values."""
+    """Whether a decoder layer has an input norm, and separate projections for queries, keys and values."""
     module = getattr(layer, "self_attn", None)
     return hasattr(layer, "input_layernorm") and all(hasattr(module, name) for name in PROJECTIONS)
 
@@ -23,7 +23,9 @@ def rotary(decoder: nn.Module, number: int, hidden: Tensor, positions: Tensor) -
     """Rotary embeddings for layer `number`: cosines and sines [1, L, d] in most families.
 
     Args:
-        hidden: [1, L, D], for its format and device.
+        decoder: decoder that the layer belongs to.
+        number: 0-based layer index.
+        hidden: [1, L, D]; only its dtype and device are used.
         positions: position ids [1, L].
     """
     if attention.rope_by_type(decoder.config):
@@ -34,12 +36,12 @@ def rotary(decoder: nn.Module, number: int, hidden: Tensor, positions: Tensor) -
 def queries_and_keys(
     module: nn.Module, query: Tensor, key: Tensor, embeddings: tuple[Tensor, Tensor], positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Queries [B, heads, L, d] and keys [B, kv heads, L, d], normed, rotated and scaled as in the model's own code.
+    """Queries [B, heads, L, d] and keys [B, kv heads, L, d] after norm, RoPE and scaling, as the model computes them.
 
     Args:
         module: the layer's `self_attn`.
         query, key: outputs of its projections [B, L, heads * d] and [B, L, kv heads * d].
-        embeddings: of `rotary`.
+        embeddings: output of `rotary`.
         positions: position ids [B, L].
     """
     code = sys.modules[type(module).__module__]
@@ -48,7 +50,7 @@ def queries_and_keys(
     query, key = (rows.unflatten(-1, (-1, module.head_dim)) for rows in (query, key))
     query = module.q_norm(query) if hasattr(module, "q_norm") else query
     key = module.k_norm(key) if hasattr(module, "k_norm") else key
-    # M-RoPE decoders hand their layers embeddings in which the rows of positions are merged already
+    # M-RoPE decoders pass their layers rotary embeddings in which the three position axes are already combined
     rotate = getattr(code, "apply_rotary_pos_emb", apply_rotary_pos_emb)
     query, key = rotate(query.transpose(1, 2), key.transpose(1, 2), *embeddings)
     if hasattr(code, "get_llama_4_attn_scale"):  # Ministral 3
@@ -64,8 +66,8 @@ def causal_rows(query: Tensor, key: Tensor, seen: Tensor, scaling: float) -> Ten
     Args:
         query: [heads, L, d].
         key: [kv heads, L, d].
-        seen: which keys those queries attend to, bool [rows, L].
-        scaling: factor of the logits.
+        seen: keys that those queries attend to, bool [rows, L].
+        scaling: factor of the attention logits.
     """
     key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
     scores = query[:, -len(seen) :].float() @ key.float().transpose(1, 2) * scaling
@@ -73,7 +75,7 @@ def causal_rows(query: Tensor, key: Tensor, seen: Tensor, scaling: float) -> Ten
 
 
 def seen_rows(config: PreTrainedConfig, number: int, rows: int, length: int, device: torch.device) -> Tensor:
-    """Which of `length` keys the last `rows` queries of a sequence attend to in layer `number`: bool [rows, L]."""
+    """Attention mask bool [rows, L] of a sequence's last `rows` queries over its `length` keys in layer `number`."""
     kind = attention.layer_types(config)[number]
     if kind == attention.FULL:
         return torch.ones(rows, length, dtype=torch.bool, device=device).tril(length - rows)

@@ -1,8 +1,9 @@
-"""The nano MLLMs: real `LlavaForConditionalGeneration`s, small enough to ship, that truly read their picture.
+"""The nano MLLMs: instances of `LlavaForConditionalGeneration` that are trained to answer questions about images.
 
-CLIP tower (patch 8), two-layer projector, Llama of three layers; 0.7 M parameters. `nano` reads 96 x 96 pixels (144
-visual tokens), `nano576` reads 192 x 192 (576) and words too. They answer the questions of `evocomp.data.scenes`. The
-weights in `evocomp/assets/` are ordinary Hugging Face folders; `experiments/nano_mllm.py` trains them again.
+They are small enough to ship: a CLIP tower (patch size 8), a two-layer projector and a Llama of three layers, 0.7 M
+parameters. `nano` takes images of 96 x 96 pixels (144 visual tokens); `nano576` takes 192 x 192 pixels (576 visual
+tokens) and also reads words in the image. They answer the questions of `evocomp.data.scenes`. Their weights in
+`evocomp/assets/` are ordinary Hugging Face folders; `experiments/nano_mllm.py` trains them from scratch.
 """
 
 from collections.abc import Sequence
@@ -28,13 +29,13 @@ WORDS = (
     *COLORS,
     *SHAPES,
     *(str(digit) for digit in range(10)),
-    # the last words are in no question: rows that training never touches, as every real vocabulary has them
+    # the last words occur in no question: like every real vocabulary, this one has rows that are never trained
     *"color shape digit on with of any how many left right above below yes no".split(),
     *"what is the there a things nothing word in text".split(),
 )
-# the vocabulary of a model that reads signs; the ids of `WORDS` are the same in it
+# vocabulary of a model that reads words on signs; `WORDS` come first, so their ids are the same
 READING_WORDS = (*WORDS, SIGN, *SIGN_WORDS)
-# the whole template: pictures and words in the order in which they come, answers closed by <eos>
+# images and text in the order of the message; each answer ends with <eos>
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image> ' }}"
@@ -51,7 +52,7 @@ def nano_config(
     heads: int = 3,
     words: Sequence[str] = WORDS,
 ) -> LlavaConfig:
-    """Configuration of a nano MLLM; sizes in pixels, `width` shared by tower and LLM, `words` its vocabulary."""
+    """Configuration of a nano MLLM; `image_size` and `patch` in pixels, `width` is the hidden size of tower and LLM."""
     vision = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -74,7 +75,7 @@ def nano_config(
         bos_token_id=WORDS.index("<bos>"),
         eos_token_id=WORDS.index("<eos>"),
         tie_word_embeddings=False,
-        # a long wavelength keeps far-away text and picture within easy reach of one another: learns much faster
+        # with a large RoPE base, attention between distant text and image tokens is learned much faster
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
     return LlavaConfig(
@@ -90,7 +91,7 @@ def nano_config(
 
 
 def build_nano(config: LlavaConfig, generator: torch.Generator) -> LlavaForConditionalGeneration:
-    """A nano MLLM with fresh weights, initialised for training from nothing at this size."""
+    """A nano MLLM with random weights, initialised for training from scratch at this size."""
     model = LlavaForConditionalGeneration(config)
     side = config.vision_config.image_size // config.vision_config.patch_size
     with torch.no_grad():
@@ -112,7 +113,7 @@ def build_nano(config: LlavaConfig, generator: torch.Generator) -> LlavaForCondi
 
 
 def _grid_sinusoids(side: int, width: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine codes [side * side, width] of the patch grid."""
+    """Fixed 2-D sine-cosine position embeddings [side * side, width] of the patch grid."""
     wavelengths = 100 ** -(torch.arange(width // 4) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     x, y = columns.flatten()[:, None] * wavelengths, rows.flatten()[:, None] * wavelengths
@@ -120,7 +121,7 @@ def _grid_sinusoids(side: int, width: int) -> torch.Tensor:
 
 
 def nano_processor(config: LlavaConfig, words: Sequence[str] = WORDS) -> LlavaProcessor:
-    """Word tokenizer + picture processor, saved beside the weights like any other."""
+    """Processor of a nano MLLM: a word-level tokenizer and an image processor."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPImageProcessorPil
 
@@ -141,14 +142,14 @@ def nano_processor(config: LlavaConfig, words: Sequence[str] = WORDS) -> LlavaPr
         model_max_length=2048,
     )
     size = config.vision_config.image_size
-    pictures = CLIPImageProcessorPil(
+    image_processor = CLIPImageProcessorPil(
         size={"height": size, "width": size},
         do_center_crop=False,
         image_mean=[0.45] * 3,
         image_std=[0.25] * 3,
     )
     return LlavaProcessor(
-        image_processor=pictures,
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",

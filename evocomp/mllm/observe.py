@@ -1,7 +1,7 @@
-"""What a CLIP tower and a decoder compute on the way: hidden states, keys, queries and attention, caught by hooks.
+"""Hooks that record hidden states, queries, keys and attention of a CLIP tower and of a decoder.
 
-Attention is recomputed from the caught projections, so any attention kernel can stay in use: kernels that never
-return attention (SDPA, FlashAttention) included.
+Attention is recomputed from the recorded queries and keys. It therefore works with every attention kernel, including
+those that never return attention probabilities (SDPA, FlashAttention).
 """
 
 import functools
@@ -42,11 +42,11 @@ DECODER_FIELDS = frozenset({"llm_attention", "llm_keys", "llm_hidden"})
 
 @dataclass(frozen=True, eq=False)
 class ClipTower:
-    """A CLIP tower with a class token, of which LLaVA's projector reads one layer.
+    """A CLIP tower with a class token; LLaVA's projector takes the output of one of its layers.
 
     layers:    the tower's layers
-    read:      0-based layer whose output the projector reads
-    following: the layer after it, or the same one where the tower ends with it
+    read:      0-based index of the layer whose output the projector takes
+    following: index of the layer after it, or the same index if it is the last layer
     """
 
     tower: nn.Module
@@ -75,11 +75,11 @@ class ClipTower:
 
 @dataclass
 class TowerRecord:
-    """One forward of a CLIP tower over images [I, ...].
+    """Record of one forward pass of a CLIP tower over images [I, ...].
 
-    queries, keys: by layer, heads concatenated [I, N+1, C]; row 0 of the tokens is the class token
-    hidden: what the projector reads, with the class token [I, N+1, C]
-    projected: what it made of that [I, N, D]
+    queries, keys: by layer, heads concatenated [I, N+1, C]; token 0 is the class token
+    hidden: input of the projector, with the class token [I, N+1, C]
+    projected: output of the projector [I, N, D]
     """
 
     clip: ClipTower
@@ -89,9 +89,9 @@ class TowerRecord:
     projected: Tensor | None = None
 
     def find(self, visual: Tensor, first: int = 0) -> int | None:
-        """The image whose visual tokens [N, D] these are, to the last bit; None if there is none.
+        """Index of the image whose visual tokens [N, D] are bitwise equal to `visual`; None if there is none.
 
-        first: where to begin. The order differs from that of the prompts where `generate` repeats them for beams.
+        first: index to begin with. `generate` repeats prompts for beams, so their order may differ from the images'.
         """
         seen = () if self.projected is None else self.projected
         for step in range(len(seen)):
@@ -101,7 +101,7 @@ class TowerRecord:
         return None
 
     def fields(self, image: int) -> dict[str, Any]:
-        """`TOWER_FIELDS` of one of the images."""
+        """Values of `TOWER_FIELDS` for one of the images."""
         read, following = self.clip.read, self.clip.following
         queries, keys = ({n: x[image] for n, x in found.items()} for found in (self.queries, self.keys))
         return {
@@ -117,9 +117,9 @@ class TowerRecord:
 
 
 class TowerObserver:
-    """Records every forward of a CLIP tower until `remove()` or the end of its `with` block.
+    """Records every forward pass of a CLIP tower until `remove()` or the end of its `with` block.
 
-    Threads do not see one another's records.
+    Each thread has its own record.
     """
 
     def __init__(self, clip: ClipTower):
@@ -136,7 +136,7 @@ class TowerObserver:
 
     @property
     def record(self) -> TowerRecord | None:
-        """The last forward of this thread; None before the first."""
+        """Record of this thread's last forward pass; None before the first."""
         return self._records.get(threading.get_ident())
 
     def remove(self) -> None:
@@ -168,13 +168,16 @@ class TowerObserver:
 
     @torch.compiler.disable
     def _projected(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        # later calls are those of selectors that project merged tokens
+        # later calls come from selectors that project merged tokens
         if self.record is not None and self.record.projected is None:
             self.record.projected = output.detach()
 
 
 def class_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """Attention of the class token (row 0) on the patches, per head [H, N]: softmax over all, own column dropped."""
+    """Attention probabilities of the class token (token 0) over the patches, per head [H, N].
+
+    The softmax is over all tokens; the class token's own probability is dropped.
+    """
     query = queries[0].unflatten(0, (heads, -1))
     key = keys.unflatten(1, (heads, -1))
     scores = torch.einsum("hd,lhd->hl", query.float(), key.float()) / query.shape[-1] ** 0.5
@@ -185,7 +188,7 @@ def class_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
 
 
 def is_readable(model: nn.Module) -> bool:
-    """Whether `DecoderReading` computes the attention of this decoder, checked on a short random sequence."""
+    """Whether `DecoderReading` computes this decoder's attention correctly, checked on a short random sequence."""
     policy = families.policy(model)
     decoder = families.decoder(model)
     if policy.deepstack or policy.blocks or not all(has_projections(layer) for layer in decoder.layers):
@@ -198,7 +201,7 @@ def is_readable(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _agrees(decoder: nn.Module) -> bool:
-    """Whether attention from `DecoderReading` times the values is what each layer's output projection really gets."""
+    """Whether `DecoderReading`'s attention times the values equals the input of each layer's output projection."""
     weight = decoder.layers[0].self_attn.o_proj.weight
     embeds = torch.randn(1, 12, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
     everything = torch.arange(embeds.shape[1], device=weight.device)
@@ -226,7 +229,7 @@ def _agrees(decoder: nn.Module) -> bool:
 
 
 class LayerReading(NamedTuple):
-    """One layer's queries [B, H, S, d] and keys [B, K, S, d] after rotation, and its output [B, S, D]."""
+    """One layer's queries [B, H, S, d] and keys [B, K, S, d] after RoPE, and its output [B, S, D]."""
 
     queries: Tensor
     keys: Tensor
@@ -234,11 +237,14 @@ class LayerReading(NamedTuple):
 
 
 class _Stop(Exception):
-    """No later layer is needed."""
+    """Ends a forward pass after the last layer that is needed."""
 
 
 class _Caught:
-    """Hooks of one layer, and what they catch in the thread that made them: another one may run the decoder too."""
+    """Hooks of one layer and the values that they record.
+
+    Only calls from the thread that created it are recorded: other threads may run the same decoder.
+    """
 
     def __init__(self):
         self.values: dict[str, Any] = {}
@@ -262,25 +268,25 @@ class _Caught:
 
 
 class DecoderReading:
-    """What the layers of a decoder compute for one batch of whole prompts. Layers are run when they are asked for.
+    """Queries, keys, attention and outputs of a decoder's layers for one batch of full prompts, computed on demand.
 
     Args:
-        decoder: see `is_readable`.
+        decoder: decoder for which `is_readable` is True.
         run: runs the decoder on the batch.
-        stop: end the run after the layer that is asked for, in place of running all layers.
+        stop: stop the forward pass after the requested layer instead of running all layers.
     """
 
     def __init__(self, decoder: nn.Module, run: Callable[[], Any], stop: bool):
         self.decoder, self.layers = decoder, decoder.layers
         self._run, self._stop = run, stop
         self._caught: dict[int, dict[str, Any]] = {}
-        self._known: dict[int, LayerReading] = {}  # no functools.cache: a cycle of references would keep its tensors
+        self._known: dict[int, LayerReading] = {}  # functools.cache would keep the tensors alive in a reference cycle
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def layer(self, number: int) -> LayerReading:
-        """What one layer computes, with all layers before it if need be."""
+        """Queries, keys and output of one layer; runs the layers before it if necessary."""
         if number not in self._known:
             self._known[number] = self._layer(number)
         return self._known[number]
@@ -315,18 +321,20 @@ class DecoderReading:
             for hook in hooks:
                 hook.remove()
         if not all(caught.values.keys() >= {"rotary", "q_proj", "k_proj", "output"} for caught in found):
-            raise UserError("the decoder ran without its hooks, so its attention cannot be read; do not compile it")
+            raise UserError("the decoder did not call its hooks, so its attention cannot be read; do not compile it")
         self._caught |= {number: caught.values for number, caught in enumerate(found)}
 
     def per_layer(self, make: Callable[[int], Tensor]) -> "OnDemand":
-        """make(number) for every layer, each made when it is asked for."""
+        """Mapping from layer index to make(index), each value computed on first access."""
         return OnDemand(len(self), make)
 
     def attention(self, number: int, row: int, queries: Tensor, keys: Tensor) -> Tensor:
         """Attention probabilities [H, q, k] in float32 of one prompt of the batch, within the layer's window.
 
         Args:
-            queries, keys: indices into its sequence [q], [k]; the probabilities are over these keys.
+            number: 0-based layer index.
+            row: index of the prompt in the batch.
+            queries, keys: indices into the prompt's sequence [q], [k]; the softmax is over these keys only.
         """
         read = self.layer(number)
         query, key = read.queries[row][:, queries], read.keys[row][:, keys]
@@ -341,7 +349,7 @@ class DecoderReading:
 
 
 class OnDemand(Mapping):
-    """A value for each layer, worked out when it is asked for: of a deep LLM's layers a selector reads few."""
+    """A mapping from layer index to value, computed on first access: a selector uses few of an LLM's layers."""
 
     def __init__(self, layers: int, make: Callable[[int], Tensor]):
         self._layers, self._make = layers, functools.cache(torch.no_grad()(make))
@@ -359,19 +367,21 @@ class OnDemand(Mapping):
 
 
 def selector_order(everything: Tensor, image: Tensor, after: Tensor) -> Tensor:
-    """The sequence as `SelectionInputs` lays it out: all else, the image's tokens, the text after the image.
+    """Indices of a prompt's tokens in the order of `SelectionInputs`: the rest, the image, the text after the image.
 
-    Tokens between the rows or tiles of an image, and other images, count as standing before it. Arguments are indices
-    into the prompt's sequence.
+    Tokens between the rows or tiles of an image, and other images, belong to the rest. All arguments are indices into
+    the prompt's sequence.
     """
     return torch.cat([everything[~torch.isin(everything, torch.cat([image, after]))], image, after])
 
 
 def decoder_fields(reading: DecoderReading, row: int, order: Tensor, queries: Tensor) -> dict[str, OnDemand]:
-    """`DECODER_FIELDS` of one prompt of the batch.
+    """Values of `DECODER_FIELDS` for one prompt of the batch.
 
     Args:
-        order: see `selector_order` [L].
+        reading: the decoder's layers for the batch.
+        row: index of the prompt in the batch.
+        order: output of `selector_order` [L].
         queries: indices of the text tokens after the image [T], the last ones of `order`.
     """
     return {

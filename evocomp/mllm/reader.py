@@ -1,4 +1,4 @@
-"""From examples to features: what the processor, the tower and the projector of a frozen MLLM make of them."""
+"""Encodes examples with the processor, the vision tower and the projector of a frozen MLLM."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ from evocomp.selection.priority import priority_order
 __all__ = ["PictureKey", "Reader", "as_array", "picture_key"]
 
 PictureKey = str | tuple[str, ...]
-"""What an image, or several images of a question together, are remembered by."""
+"""Cache key of an image, or of the several images of a question."""
 
 _PROMPTS = 200_000  # tokenised prompts remembered; a few kilobytes each
 _MOST_CHARACTERS = 64  # a token has; no vocabulary in use has longer words
@@ -49,13 +49,13 @@ class EncodedImage(NamedTuple):
 
 
 class Reader:
-    """Reads pictures and questions for a frozen MLLM, each picture once while there is room.
+    """Encodes images and questions for a frozen MLLM, with a least-recently-used cache of encoded images.
 
     Args:
-        model: any supported `...ForConditionalGeneration`, or the same wrapped by PEFT.
+        model: any supported `...ForConditionalGeneration`, also wrapped by PEFT.
         processor: its processor.
-        name: what to call it in records.
-        cache_bytes: room for encoded pictures; those used least recently are encoded again when asked for.
+        name: the model's name in records and messages.
+        cache_bytes: size of the cache of encoded images [bytes].
 
     Attributes:
         cache: where the tower's features lie on disk, if anywhere.
@@ -111,19 +111,19 @@ class Reader:
         return self.model.get_input_embeddings().weight
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [...] -> embeddings [..., D], as the LLM sees them."""
+        """Token ids [...] -> the LLM's input embeddings [..., D]."""
         return self.model.get_input_embeddings()(ids)
 
     @torch.no_grad()
     def features(self, examples: Sequence[Example]) -> list[Features]:
-        """Encode examples; a picture that several of them ask about is encoded once.
+        """Encode examples; an image that several of them share is encoded once.
 
-        Pictures are encoded one at a time: the tower's share of all work is small, and a picture's features then
-        never depend, not even in the last bit, on what was encoded beside it.
+        Images are encoded one at a time, so that their features do not depend on the batch, not even in the last bit.
+        This costs little, because the tower takes a small share of the time.
 
         Raises:
-            BrokenImage: an image does not decode.
-            UserError: an image cannot be read, an answer without tokens, or a processor without a chat template.
+            BrokenImage: an image cannot be decoded.
+            UserError: an image file cannot be read, an answer has no tokens, or the processor has no chat template.
         """
         encoded = [self._features(example) for example in examples]
         if not self.priority_by:
@@ -133,7 +133,7 @@ class Reader:
 
     @torch.no_grad()
     def priority(self, example: Example, features: Features, name: str) -> Tensor:
-        """Order [N] of the example's visual tokens, best first, by the score of that name; computed once per image.
+        """Indices [N] of the example's visual tokens sorted by the score `name`, best first; computed once per image.
 
         Raises:
             UserError: the vision tower lacks what the score needs.
@@ -151,10 +151,11 @@ class Reader:
         return self._priorities[key].long()
 
     def readable(self, examples: Iterable[Example], most: int | None = None) -> list[tuple[Example, Features]]:
-        """Examples with their features, without those whose images do not decode; see `leave_out`.
+        """Encode examples, skipping those whose image cannot be decoded; see `leave_out`.
 
         Args:
-            most: stop after so many.
+            examples: the examples.
+            most: maximum number of examples to return; None: all.
         """
         found: list[tuple[Example, Features]] = []
         for example in examples:
@@ -167,12 +168,12 @@ class Reader:
         return found
 
     def leave_out(self, example: Example, error: BrokenImage) -> None:
-        """Report an example whose image does not decode, once for its record.
+        """Log that an example is skipped because its image cannot be decoded, once per record.
 
-        Every process finds the same examples broken, so all of them leave out the same ones.
+        All processes find the same images broken, so they skip the same examples.
 
         Raises:
-            UserError: in more than `max_bad` records.
+            UserError: more than `max_bad` records were skipped.
         """
         if example.record in self._left_out:
             return
@@ -181,22 +182,22 @@ class Reader:
         if len(self._left_out) > self.max_bad:
             raise UserError(
                 f"more than data.max_bad={self.max_bad} records have an image that does not decode "
-                f"(last: {error}); mend the data or raise data.max_bad"
+                f"(last: {error}); correct the data or raise data.max_bad"
             ) from None
 
     def _text(self, example: Example) -> tuple[str, bool]:
-        """The prompt's text with the image's placeholder, and whether the tokenizer adds special tokens to it."""
+        """The prompt's text with image placeholders, and whether the tokenizer should add special tokens."""
         if getattr(self.processor, "chat_template", None) is None:
             raise UserError(f"the processor of {self.name} has no chat template; add chat_template.jinja to its folder")
         text = self.processor.apply_chat_template(_messages(example), add_generation_prompt=True, tokenize=False)
         bos = getattr(self.processor.tokenizer, "bos_token", None)
-        # as transformers itself does: templates that write the start mark must not get a second one
+        # as in transformers: a template that writes the bos token itself must not get a second one
         return text, not (bos and text.startswith(bos))
 
     def _inputs(self, key: PictureKey, example: Example) -> dict[str, Tensor]:
-        """What the LLM and, for a new image, the vision tower read.
+        """Inputs of the LLM and, for a new image, of the vision tower.
 
-        The image processor takes most of the time, so it runs once for an image; see `image_span`.
+        The image processor takes most of the time, so it runs once per image; see `image_span`.
         """
         span = self._spans.get(key)
         if span is not None and key in self._pictures:
@@ -230,7 +231,9 @@ class Reader:
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             what = f"{example.record} ({example.prompt!r})"
-            raise UserError(f"{what}: {self.name}'s processor refuses it: {reason}") from None
+            raise UserError(
+                f"{what}: the processor of {self.name} rejects it: {reason}; correct or remove this record"
+            ) from None
         return inputs.to(self.device)
 
     def _picture(self, key: PictureKey, inputs: dict[str, Tensor]) -> EncodedImage:
@@ -253,15 +256,15 @@ class Reader:
         return self._pictures[key]
 
     def _counts(self, key: PictureKey, inputs: dict, encoded: dict, is_separator: Tensor) -> tuple[int, ...]:
-        """Visual tokens of each image, without separators; empty for one image."""
+        """Number of visual tokens of each image, without separators; empty for a single image."""
         if isinstance(key, str):
             return ()
         numbers = families.image_numbers(self.model, inputs["input_ids"], encoded)
         counts = numbers[numbers >= 0][~is_separator].bincount().tolist()
         if len(counts) != len(key):
             raise UserError(
-                f"{self.model.config.model_type}: the processor made {len(counts)} images of {len(key)}; give this "
-                "model questions about one image"
+                f"{self.model.config.model_type}: the processor turned {len(key)} images into {len(counts)}; give "
+                "this model questions about one image only"
             )
         return tuple(counts)
 
@@ -283,14 +286,14 @@ class Reader:
         at = families.visual_mask(self.model, inputs["input_ids"])[0].nonzero()[:, 0]
         if len(at) != len(rows):
             raise UserError(
-                f"{example.record}: {len(at)} placeholders in the prompt, {len(rows)} visual tokens; "
-                "does its text hold an image token?"
+                f"{example.record}: the prompt has {len(at)} image placeholders for {len(rows)} visual tokens; "
+                "remove image tokens from its text"
             )
         positions = families.position_ids(self.model, inputs, forward=True)
         features = Features(
             id=example.id,
             image_id=example.image_id,
-            visual=rows[:0],  # the picture has a place of its own
+            visual=rows[:0],  # images are cached separately
             prompt_ids=inputs["input_ids"][0],
             visual_at=at[~is_separator],
             positions=positions[..., 0, :],
@@ -306,24 +309,32 @@ class Reader:
 
     @property
     def patch_size(self) -> int:
-        """Side of the square of pixels that becomes one visual token."""
+        """Side [pixels] of the image square that one visual token covers."""
         vision = getattr(self.model.config, "vision_config", None)
         return int(getattr(vision, "patch_size", 14)) * int(getattr(vision, "spatial_merge_size", 1) or 1)
 
     @torch.no_grad()
     def encode_resized(self, example: Example, size: tuple[int, int] | None) -> Tensor:
-        """Visual tokens [n, D] of the picture at another size (height, width) [pixels]; None = the processor's own.
+        """Visual tokens [n, D] of the example's image, resized to (height, width) [pixels]; None: the processor's size.
 
-        Position embeddings are interpolated. Raises `UserError` if the tower cannot take other sizes, or there are
-        several images.
+        Position embeddings are interpolated.
+
+        Raises:
+            UserError: the model does not support other image sizes, or the example has several images.
         """
         settings = {}
         if example.further_images:
-            raise UserError("some questions are about several images, which are not resized or probed one by one yet")
+            raise UserError(
+                "questions about several images are not supported by selectors that encode the image again; "
+                "remove these questions or these selectors"
+            )
         if size is not None:
             if self.model.config.model_type != "llava":
-                raise UserError(f"{self.model.config.model_type}: pictures of other sizes are made for LLaVA only yet")
-            # from the size that the model was made for, so that only resolution is lost
+                raise UserError(
+                    f"{self.model.config.model_type}: only LLaVA supports images of another size; "
+                    "remove the selectors that resize the image"
+                )
+            # without a crop, so that only resolution is lost
             settings = {"size": {"height": size[0], "width": size[1]}, "do_center_crop": False}
         image = _read(example, 0)
         pixels = self.processor.image_processor(image, return_tensors="pt", **settings)["pixel_values"]
@@ -343,7 +354,7 @@ def _with_picture(features: Features, image: EncodedImage) -> Features:
 
 
 def _messages(example: Example) -> list[dict]:
-    """The conversation up to this turn; each image stands where `example.placed` says."""
+    """The conversation up to this turn as chat messages, with images at the positions in `example.placed`."""
     questions = [question for question, _ in example.history] + [example.prompt]
     placed = example.placed or ((0, 0),) * len(example.images)
     messages = []
@@ -357,7 +368,7 @@ def _messages(example: Example) -> list[dict]:
 
 
 def _content(question: str, images_at: Sequence[int]) -> list[dict]:
-    """A question as texts and images, with an image before each of these characters."""
+    """Split a question into text and image parts, with an image before each character index in `images_at`."""
     content: list[dict] = []
     start = 0
     for at in images_at:
@@ -371,7 +382,7 @@ def _content(question: str, images_at: Sequence[int]) -> list[dict]:
 
 
 def _read(example: Example, number: int) -> Image.Image:
-    """One of the example's images; errors name its record."""
+    """Read one of the example's images; error messages name the record."""
     try:
         return read_image(example.images[number])
     except UserError as error:
@@ -379,7 +390,7 @@ def _read(example: Example, number: int) -> Image.Image:
 
 
 def picture_key(example: Example) -> PictureKey:
-    """What a picture is remembered by: its file, for pictures of one name may lie in several folders."""
+    """Cache key of the example's images: their file paths, because images in several folders may share a name."""
     keys = tuple(
         image if isinstance(image, str) and not is_base64(image) else name
         for image, name in zip(example.images, example.names, strict=True)

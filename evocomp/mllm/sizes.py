@@ -1,6 +1,6 @@
-"""Models of real sizes with random weights, built on the device from their configurations: nothing is downloaded.
+"""Models of real sizes with random weights for benchmarks, created on the device without a download.
 
-Speed does not depend on the weights. Sizes are those of the published configurations; `tiny_*` are for tests.
+Speed does not depend on the weights. Sizes follow the published configurations; `tiny_*` are for tests.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,16 @@ from evocomp.mllm.hf import FrozenMLLM
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model and the lengths [tokens] at which it is measured.
+    """A model and the sequence lengths [tokens] of its benchmarks.
 
     Attributes:
-        config: makes its configuration.
-        tokens: visual tokens of a picture (N).
-        groups: kept while labels are searched, one a group.
-        kept: kept at inference (R).
-        before, after: text around the picture.
-        answer: tokens that are scored.
-        tiles: pictures of the tower's own size that one picture is cut into; 0: the tower is not measured.
+        config: creates its configuration.
+        tokens: visual tokens of an image (N).
+        groups: tokens kept during label search, one per group.
+        kept: tokens kept at inference (R).
+        before, after: text tokens before and after the image.
+        answer: scored answer tokens.
+        tiles: tiles that an image is split into for the vision tower; 0: the tower is not measured.
     """
 
     config: Callable[[], PreTrainedConfig]
@@ -48,7 +48,7 @@ class ModelShape:
 
 
 def _llava(kind: type[PreTrainedConfig], **sizes: int) -> PreTrainedConfig:
-    """LLaVA of Vicuna-7B and CLIP ViT-L/14 at 336 pixels, unless sizes say otherwise."""
+    """LLaVA with Vicuna-7B and CLIP ViT-L/14 at 336 pixels, unless `sizes` overrides it."""
     width, heads, layers = (sizes.get(key, usual) for key, usual in (("width", 4096), ("heads", 32), ("layers", 32)))
     text = LlamaConfig(
         vocab_size=sizes.get("vocabulary", 32_064),
@@ -74,9 +74,9 @@ def _llava(kind: type[PreTrainedConfig], **sizes: int) -> PreTrainedConfig:
 
 
 def _qwen(width: int = 3584, inner: int = 18_944, layers: int = 28, heads: int = 28, kv_heads: int = 4):
-    """Qwen2.5-VL-7B, unless sizes say otherwise; of the tower only its existence matters here."""
+    """Qwen2.5-VL-7B, unless arguments override it. Its tower has one layer, because it is never run here."""
     pairs = width // heads // 2
-    space = 3 * pairs // 8  # of a head's pairs for height, as many for width, the rest for time
+    space = 3 * pairs // 8  # rotary pairs for height, and as many for width; the rest are for time
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * space, space, space]}
     text = {
         "vocab_size": 152_064,
@@ -106,11 +106,12 @@ SHAPES = {
     ),
     "tiny_qwen": ModelShape(lambda: _qwen(width=64, inner=96, layers=2, heads=4, kv_heads=2), 16, 6, 4, 9, 5, 3, 0),
 }  # fmt: skip
-"""By name. Groups are those expected of untuned vocabularies; text and answer are those of short questions."""
+"""Shapes by name. Numbers of groups are those expected from untuned vocabularies; text and answer lengths are those of
+short questions."""
 
 
 def shape_named(name: str) -> ModelShape:
-    """Raises UserError for a name that is not in `SHAPES`."""
+    """The shape of that name. Raises UserError if it is not in `SHAPES`."""
     if name not in SHAPES:
         raise UserError(f"--shape {name}: choose one of {', '.join(SHAPES)}")
     return SHAPES[name]
@@ -122,10 +123,12 @@ def number_format(device: torch.device | str) -> torch.dtype:
 
 
 def random_model(shape: ModelShape, device: torch.device | str, layers: int | None = None) -> nn.Module:
-    """The model, its weights drawn on the device itself: 7B parameters take a GPU about a second.
+    """A model with random weights, drawn on the device: 7B parameters take about a second on a GPU.
 
     Args:
-        layers: decoder layers, if not all of them.
+        shape: which model.
+        device: device of the weights.
+        layers: number of decoder layers; None: all.
     """
     config = shape.config()
     if layers is not None:
@@ -139,7 +142,7 @@ def random_model(shape: ModelShape, device: torch.device | str, layers: int | No
 
 
 def random_features(mllm: FrozenMLLM, shape: ModelShape) -> Features:
-    """A question about a picture whose visual tokens are as long as words are."""
+    """Random features of a question, whose visual tokens have the standard deviation of word embeddings."""
     device, table = mllm.device, mllm.vocabulary
     generator = torch.Generator(device).manual_seed(0)
     words = torch.randint(

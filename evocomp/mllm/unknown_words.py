@@ -1,4 +1,4 @@
-"""Words that a tokenizer does not know: nano has 54, and reads every other one as the same unknown token."""
+"""Words that a tokenizer maps to its unknown token: nano's vocabulary has 54 words."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,13 +6,13 @@ from evocomp.data.example import Example
 from evocomp.log import logger
 
 _SHOWN = 20
-_NEVER_SEEN = "\u2603\ua66e\u10fb"  # whoever has a token for each byte has tokens for these
+_NEVER_SEEN = "\u2603\ua66e\u10fb"  # only a tokenizer with byte fallback has tokens for these
 
 
 def unknown_words(tokenizer, texts: Iterable[str]) -> list[str]:
-    """Words between blanks that become the unknown token, in the order in which they first come.
+    """Whitespace-separated words that become the unknown token, in order of first appearance.
 
-    Empty for tokenizers without such a token, and for those that fall back to bytes.
+    Empty for tokenizers that have no unknown token or that fall back to bytes.
     """
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None or unknown not in _ids(tokenizer, _NEVER_SEEN):
@@ -22,12 +22,12 @@ def unknown_words(tokenizer, texts: Iterable[str]) -> list[str]:
 
 
 def warn_of_unknown_words(tokenizer, texts: Iterable[str], name: str) -> None:
-    """One warning that lists the words that the model `name` does not know; none if it knows them all."""
+    """Log one warning with the words that the model `name` does not know, if there are any."""
     words = unknown_words(tokenizer, texts)
     if words:
         more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
         logger.warning(
-            "%s does not know %d %s, and reads the same unknown token for each: %s%s",
+            "%s does not know %d %s and replaces each by the unknown token: %s%s",
             name,
             len(words),
             "word" if len(words) == 1 else "words",
@@ -37,7 +37,7 @@ def warn_of_unknown_words(tokenizer, texts: Iterable[str], name: str) -> None:
 
 
 def texts_of(examples: Sequence[Example]) -> Iterable[str]:
-    """All that is said about the images of some examples: questions, answers, earlier turns."""
+    """The texts of the examples: questions, answers and earlier turns."""
     for example in examples:
         yield example.prompt
         yield example.answer

@@ -1,4 +1,4 @@
-"""Fused tensor operations. Each op has a plain torch reference (the truth) and a Triton kernel (the speed).
+"""Fused tensor operations. Each op has a reference in plain torch, which defines its result, and a Triton kernel.
 
 Import the functions from here: ``from evocomp.ops import top_r_compact``.
 """

@@ -1,8 +1,8 @@
-"""Which implementation of an op runs: the Triton kernel or the plain torch reference.
+"""Chooses the implementation of an op: the Triton kernel or the plain torch reference.
 
-CUDA tensors with Triton installed take the kernel where it is the faster one, everything else the reference. The
-environment variable ``EVOCOMP_OPS`` (``reference`` or ``triton``) forces one; a forced backend that cannot run is an
-error and never a silent fallback.
+The kernel runs for CUDA tensors if Triton is installed and the kernel is the faster implementation; otherwise the
+reference runs. The environment variable ``EVOCOMP_OPS`` (``reference`` or ``triton``) forces one of them. If the forced
+backend cannot run, this is an error, not a silent fallback.
 """
 
 import functools
@@ -26,7 +26,7 @@ def triton_installed() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its CPU interpreter (set before the kernels are imported)."""
+    """Whether Triton kernels run in Triton's CPU interpreter (must be set before the kernels are imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -42,14 +42,17 @@ def _choose(forced: str, device: str, double: bool, slower: str) -> str:
     runs_here = device == "cuda" or interpreting()
     if forced == "triton":
         if not triton_installed():
-            raise UserError("EVOCOMP_OPS=triton, but triton is not installed; pip install 'evocomp[kernels]'")
+            raise UserError("EVOCOMP_OPS=triton, but triton is not installed; run `pip install 'evocomp[kernels]'`")
         if not runs_here:
             raise UserError(
                 f"EVOCOMP_OPS=triton, but the tensors are on {device}; move them to a GPU, "
                 "or set TRITON_INTERPRET=1 to test the kernels on the CPU"
             )
         if double:
-            raise UserError("EVOCOMP_OPS=triton, but the tensors are float64; the kernels compute in float32")
+            raise UserError(
+                "EVOCOMP_OPS=triton, but the tensors are float64 and the kernels compute in float32; convert the "
+                "tensors, or unset EVOCOMP_OPS"
+            )
     kernel = device == "cuda" and triton_installed() and not double
     chosen = forced or ("triton" if kernel and not slower else "reference")
     _announce(slower if kernel and slower else "ops", chosen, device)
@@ -57,43 +60,43 @@ def _choose(forced: str, device: str, double: bool, slower: str) -> str:
 
 
 def choose(tensor: Tensor, slower: str = "") -> str:
-    """Backend for an op whose main input is `tensor`: "triton" or "reference"; said once per device.
+    """Backend of an op: "triton" or "reference". It is logged once per device.
 
     Args:
-        tensor: main input.
-        slower: name of an op whose kernel saves memory but no time, so that it runs only where it is forced.
+        tensor: main input of the op.
+        slower: name of the op if its kernel saves memory but no time, so that it runs only if it is forced.
 
-    Raises UserError when EVOCOMP_OPS names an unknown backend or one that cannot run here.
+    Raises UserError if EVOCOMP_OPS names an unknown backend, or one that cannot run here.
     """
     return _choose(os.environ.get("EVOCOMP_OPS", ""), tensor.device.type, tensor.dtype == torch.float64, slower)
 
 
 def launch_on(tensor: Tensor) -> torch.cuda.device_of:
-    """Context in which Triton launches on the tensor's own GPU, whichever is current; nothing on the CPU."""
+    """Context in which Triton launches kernels on the tensor's GPU instead of the current one; no effect on the CPU."""
     return torch.cuda.device_of(tensor)
 
 
 def differentiable(
     op: Any, forward: Callable, setup_context: Callable, backward: Callable, direct_backward: Callable | None = None
 ) -> Callable:
-    """`op`, a `torch.library.custom_op` of `forward`, with its gradient; left out where nothing is compiled.
+    """Add a gradient to `op`, a `torch.library.custom_op` of `forward`; without torch.compile `forward` runs directly.
 
-    A custom op costs some 20 us on the host each way, more than these kernels take on a GPU; torch.compile needs it.
-    Gradients of outputs that nobody used come to `backward` as None.
+    A custom op costs about 20 us on the host in each direction, more than these kernels take on a GPU. Only
+    torch.compile needs it. `backward` gets None as the gradient of unused outputs.
 
     Args:
-        op, forward: the custom op and the function that it was made of.
-        setup_context, backward: as `register_autograd` takes them.
-        direct_backward: the same as `backward`, launching directly what that does by a custom op.
+        op, forward: the custom op and the function from which it was made.
+        setup_context, backward: arguments of `register_autograd`.
+        direct_backward: `backward` without custom ops, which launches its kernels directly.
     """
 
     def setup(ctx, inputs: tuple, output: Any) -> None:
-        ctx.set_materialize_grads(False)  # zeros for every saved output would be launches too
+        ctx.set_materialize_grads(False)  # otherwise zeros for unused outputs cost kernel launches
         setup_context(ctx, inputs, output)
 
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs: Any) -> Any:  # not with its own setup_context, for which torch inspects signatures
+        def forward(ctx, *inputs: Any) -> Any:  # without a setup_context, which makes torch inspect signatures
             output = forward(*inputs)
             setup(ctx, inputs, output)
             return output
@@ -108,10 +111,10 @@ def differentiable(
 
 
 def without_gradient(op: Any, forward: Callable) -> Callable:
-    """The same for an op whose outputs are fresh memory that no gradient flows from."""
+    """`differentiable` for an op without gradient whose outputs are new tensors."""
     return lambda *inputs: op(*inputs) if torch.compiler.is_compiling() else forward(*inputs)
 
 
 def blocks(size: int, block: int) -> int:
-    """Programs for `size` items, `block` each; `triton.cdiv` takes 4 us on the host."""
+    """Number of programs for `size` items, `block` each. It replaces `triton.cdiv`, which takes 4 us on the host."""
     return -(-size // block)

@@ -1,4 +1,4 @@
-"""Which dtype an op computes in: fp64 inputs stay fp64 (tests), everything else is computed in fp32."""
+"""Dtype in which ops compute: fp64 for fp64 inputs (for tests), fp32 for all others."""
 
 import torch
 from torch import Tensor
@@ -10,5 +10,5 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """Context without autocast: under it, products of fp32 tensors would silently run in bf16."""
+    """Context that disables autocast, which would silently compute products of fp32 tensors in bf16."""
     return torch.autocast(tensor.device.type, enabled=False)

@@ -1,6 +1,6 @@
-"""Whether the folders that a run writes are its own, by the settings alone: no torch, so refusals come at once.
+"""Check, by the settings alone, that a run does not overwrite another. Needs no torch, so errors come at once.
 
-The run itself looks again, for all its processes (`evocomp.runs.folder`, `evocomp.labels.build`).
+The run itself checks again, for all its processes (`evocomp.runs.folder`, `evocomp.labels.build`).
 """
 
 import os
@@ -17,9 +17,9 @@ DONE = "trained.json"
 
 
 def check_before_work(config: RunConfig) -> None:
-    """Raise `UserError` if the run folder or the label store was made by other settings.
+    """Raise `UserError` if the run folder or the label store was made with other settings.
 
-    Does nothing in a job of several processes, where rank 0 looks for all.
+    Does nothing in a job of several processes, where rank 0 checks for all of them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return
@@ -28,16 +28,16 @@ def check_before_work(config: RunConfig) -> None:
 
 
 def check_labels(config: RunConfig) -> None:
-    """Raise `UserError` if the label store was made by other settings, as far as the settings alone tell."""
+    """Raise `UserError` if the label store was made with other settings, as far as the settings alone show."""
     if not config.labels.overwrite:
         folder = Path(config.labels.dir) if config.labels.dir else Path(config.run_dir) / "labels"
         LabelStore.refuse_other(folder, from_settings(config))
 
 
 def look(config: RunConfig, folder: Path, quiet: bool = False) -> bool:
-    """Whether this very run is finished in the folder; `UserError` if the folder holds anything else.
+    """Whether the folder holds this run, finished; raises `UserError` if the folder holds anything else.
 
-    quiet: do not warn of trainer settings that a finished run was not trained by.
+    quiet: do not warn about trainer settings that differ from those of a finished run.
     """
     mine = folder / "config.yaml"
     if mine.exists():
@@ -47,7 +47,7 @@ def look(config: RunConfig, folder: Path, quiet: bool = False) -> bool:
         if differing:
             key = differing[0]
             raise UserError(
-                f"{folder} holds a run with other settings ({key}: {there.get(key)} there, {wanted[key]} asked for); "
+                f"{folder} holds a run with different settings: {key}={there.get(key)}, requested {wanted[key]}; "
                 "choose another --run_dir"
             )
         finished = (folder / DONE).exists()
@@ -61,17 +61,17 @@ def look(config: RunConfig, folder: Path, quiet: bool = False) -> bool:
     return False
 
 
-def _say_what_is_not_done(config: RunConfig, there: RunConfig, folder: Path) -> None:
-    """A finished run stays as it is, whatever the trainer is asked for now."""
+def _warn_of_ignored_settings(config: RunConfig, there: RunConfig, folder: Path) -> None:
+    """Warn that a finished run is not trained again with the requested trainer settings."""
     asked, had = dict(config.trainer), dict(there.trainer)
     differing = [key for key in sorted(asked.keys() | had.keys()) if asked.get(key) != had.get(key)]
     if differing:
-        what = ", ".join(f"{k}: {had.get(k, 'default')} there, {asked.get(k, 'default')} asked for" for k in differing)
-        logger.warning("%s was trained by other trainer settings (%s); for these give another --run_dir", folder, what)
+        what = ", ".join(f"{k}={had.get(k, 'default')}, requested {asked.get(k, 'default')}" for k in differing)
+        logger.warning("%s was trained with other trainer settings (%s); for these set another --run_dir", folder, what)
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Settings by dotted key, without those that may differ from one start of a run to the next."""
+    """Settings by dotted key, without those that may change between starts of the same run."""
     flat: dict[str, Any] = {}
 
     def walk(tree: Any, prefix: str) -> None:

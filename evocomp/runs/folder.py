@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether its run is finished, and where to go on from."""
+"""The folder of a run: its lock and settings, whether the run is finished, and the checkpoint to resume from."""
 
 import fcntl
 import json
@@ -19,17 +19,18 @@ from evocomp.runs.claims import look
 
 
 def is_finished(config: RunConfig, folder: Path) -> bool:
-    """Whether this very run is finished there; refuses a folder of others. Rank 0 looks, for all; writes nothing."""
+    """Whether the folder holds this run, finished; see `look`. Rank 0 checks for all ranks; nothing is written."""
     return distributed.from_rank_0(lambda: look(config, folder))
 
 
 @contextmanager
 def claimed(config: RunConfig, folder: Path) -> Iterator[None]:
-    """Make the folder this run's, and this process's while it trains: entered once data and settings have proved sound,
-    so that mistakes leave nothing.
+    """Create the folder, save the settings in it, and lock it while this process trains.
+
+    Enter it after data and settings have been checked, so that an error leaves no folder behind.
 
     Raises:
-        UserError: another process trains there, or the folder cannot be written.
+        UserError: another process trains in the folder, or the folder cannot be written.
     """
     with ExitStack() as stack:
         distributed.from_rank_0(lambda: _claim(config, folder, stack))
@@ -37,12 +38,12 @@ def claimed(config: RunConfig, folder: Path) -> Iterator[None]:
 
 
 def _claim(config: RunConfig, folder: Path, stack: ExitStack) -> None:
-    """Lock the folder until the stack is closed, or the process is gone, and see to its settings."""
+    """Lock the folder until `stack` is closed or the process exits; save the settings, or update those of `eval`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        place = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, place)
-        _lock(place, folder)
+        descriptor = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        _lock(descriptor, folder)
         if (folder / "config.yaml").exists():
             judge_as_asked(config, folder)
         else:
@@ -51,9 +52,9 @@ def _claim(config: RunConfig, folder: Path, stack: ExitStack) -> None:
         raise UserError(f"--run_dir={folder} cannot be written: {error.strerror}; choose another one") from None
 
 
-def _lock(place: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path) -> None:
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is training in {folder}; wait for it, or choose another --run_dir") from None
     except OSError:
@@ -61,15 +62,15 @@ def _lock(place: int, folder: Path) -> None:
 
 
 def judge_as_asked(config: RunConfig, folder: Path) -> bool:
-    """Keep settings of the judgement (`eval`) that are other than those of the last start; whether there were any.
+    """Save the evaluation settings (`eval`) if they differ from those of the last start; returns whether they do.
 
-    They change nothing of what is trained, so a run is not bound to those that it was begun with.
+    They do not affect training, so a run may be resumed with other ones.
     """
     there = config_files.load_saved(folder)
     if there.eval == config.eval:
         return False
     _save(replace(there, eval=config.eval), folder)
-    logger.info("%s is judged by the eval settings of this start; those of the last one were others", folder)
+    logger.info("%s: the eval settings have changed since the last start; the new ones are used", folder)
     return True
 
 
@@ -80,26 +81,26 @@ def _save(config: RunConfig, folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Where to go on from, the same on all ranks: the last checkpoint, or the one before if that is broken."""
+    """Checkpoint to resume from, the same on all ranks: the last one, or an earlier one if that is unreadable."""
     last = folder / "checkpoints" / "last.ckpt"
     known = distributed.gather(last.exists())
     if any(known) and not all(known):
         raise UserError(
-            f"{last} is seen by {sum(known)} of {len(known)} processes: --run_dir must lie on storage that all nodes "
-            "share (labels may lie on each node's own disk, with --labels.dir)"
+            f"only {sum(known)} of {len(known)} processes see {last}; put --run_dir on storage that all nodes share "
+            "(labels may be on each node's own disk, with --labels.dir)"
         )
     return distributed.from_rank_0(lambda: _newest_whole(last)) if any(known) else None
 
 
 def _newest_whole(last: Path) -> str:
-    """The last checkpoint, or the newest beside it that opens."""
+    """The last checkpoint, or the newest other one that is readable."""
     before = (path for path in last.parent.glob("*.ckpt") if path != last)
     for path in (last, *sorted(before, key=lambda path: path.stat().st_mtime, reverse=True)):
         if _is_whole(path):
             if path != last:
-                logger.warning("%s is not readable; going on from %s", last, path)
+                logger.warning("%s is unreadable; resuming from %s", last, path)
             return str(path)
-    raise UserError(f"no checkpoint in {last.parent} is readable; restore one, or begin anew in another --run_dir")
+    raise UserError(f"no checkpoint in {last.parent} is readable; restore one, or start again in another --run_dir")
 
 
 def _is_whole(path: Path) -> bool:

@@ -1,7 +1,7 @@
-"""Answer losses of kept tokens under the frozen MLLM, batched in the three ways that labelling needs.
+"""Answer losses of masks of visual tokens under the frozen MLLM, batched in the three ways that labelling needs.
 
-In all of them the LLM's decoder body runs once, the head only at the answer's positions, and the log-sum-exp is
-taken in float32 whatever the weights' format. Losses are means over the answer's tokens [nats].
+In each of them the decoder runs once, the output head runs only at the answer's positions, and the cross-entropy is
+computed in float32 whatever the dtype of the weights. Losses are means over the answer's tokens [nats].
 """
 
 import copy
@@ -33,29 +33,30 @@ from evocomp.scoring.sequences import (
 from evocomp.scoring.transformers_decoder import TransformersBody
 
 LONG_PREFIX = 8
-"""Text tokens before the picture from which on their keys and values are computed once: fewer cost less than a copy."""
+"""Minimum number of text tokens before the image for which their keys and values are cached: for fewer tokens, copying
+the cache costs more than it saves."""
 
 BUCKETS = 4
-"""Lengths of prefix that one-flip candidates are sorted into."""
+"""Number of prefix lengths that candidates differing in one token are sorted into."""
 
 
 class AnswerLosses:
-    """Scores masks of visual tokens.
+    """Computes the answer losses of masks of visual tokens.
 
     Args:
         mllm: the frozen model.
-        dtype: format of decoder and head while scoring; another one than the model's own is a copy of both.
-            bfloat16 is about 2.5 times as fast on CPUs that have it, and moves losses by about 0.02.
-        settings: which savings to make; all of them give the same losses but for rounding.
+        dtype: dtype of decoder and head while scoring; None: that of the model. Another dtype needs a copy of both.
+            bfloat16 is about 2.5 times as fast on CPUs with bfloat16 units, and changes losses by about 0.02.
+        settings: which optimizations to use; all of them give the same losses up to rounding.
 
     Attributes:
-        sequences, tokens: what the decoder has run on so far.
+        sequences, tokens: number of sequences and tokens that the decoder has processed so far.
     """
 
     def __init__(self, mllm: FrozenMLLM, dtype: torch.dtype | None = None, settings: ScorerConfig | None = None):
         mllm.check_scorable()
         if mllm.shard_group.size > 1 and dtype not in (None, mllm.vocabulary.dtype):
-            raise UserError("a sharded model scores in its own number format: give labels.dtype=model")
+            raise UserError("a sharded model can only be scored in its own dtype; set labels.dtype=model")
         self.mllm = mllm
         self.settings = settings or ScorerConfig()
         self.dtype = dtype or mllm.vocabulary.dtype
@@ -70,7 +71,7 @@ class AnswerLosses:
         self._flips: tuple[Table | None, Tensor | None, Past | None] = (None, None, None)
 
     def _body(self) -> Body:
-        """Our own pass where it is known to give the same, else transformers'."""
+        """`LlamaBody` if it agrees with transformers on this decoder, else `TransformersBody`."""
         decoder = self.mllm.decoder
         policy = families.policy(self.mllm.model)
         needs_more = policy.deepstack or policy.blocks is not None
@@ -84,14 +85,14 @@ class AnswerLosses:
 
     @torch.inference_mode()
     def candidates(self, features: Features, kept: Tensor, flips: bool = False, context: int = 0) -> Tensor:
-        """Candidates of one sample: kept [Q, R] ascending -> [Q] float32. Equal lengths, so nothing is padded.
+        """Losses [Q] float32 of one sample's candidate masks: the fitness in EvoComp's Algorithm 1 (arXiv 2604.17087).
 
         Args:
-            flips: they differ from one another in few places, so that keys and values of what most of them begin
-                with are worth computing once.
-            context: see `batch`; not with flips.
-
-        Source: method, section 2 (fitness).
+            features: the sample.
+            kept: [Q, R] indices of the kept visual tokens, ascending.
+            flips: the masks differ from one another in few tokens, so that the keys and values of their common prefix
+                are computed once.
+            context: see `batch`; must be 0 with `flips`.
         """
         if not flips or features.blocks is not None:  # keys before a block depend on it
             return self.batch([features], kept[None], context)[0]
@@ -106,12 +107,14 @@ class AnswerLosses:
 
     @torch.inference_mode()
     def batch(self, features: Sequence[Features], kept: Tensor, context: int = 0) -> Tensor:
-        """Masks of several samples, each its own: kept [B, K, R] ascending -> [B, K] float32.
+        """Losses [B, K] float32 of several samples, each with its own masks.
 
-        Shorter prompts are padded on the right, where a causal decoder never looks back from.
+        Shorter prompts are padded on the right, which does not affect a causal decoder.
 
         Args:
-            context: how many context tokens of what is dropped the LLM reads besides; see `evocomp.mllm.context`.
+            features: the B samples.
+            kept: [B, K, R] indices of the kept visual tokens, ascending.
+            context: number of context tokens in addition to the kept tokens; see `evocomp.mllm.context`.
         """
         if len(features) > 1 and features[0].blocks is not None:
             # padding would be part of a block
@@ -134,14 +137,14 @@ class AnswerLosses:
 
     @torch.inference_mode()
     def shared(self, features: Sequence[Features], kept: Tensor) -> Tensor:
-        """The same masks for all J questions about one picture: kept [Q, R] ascending -> [Q, J] float32.
+        """Losses of the same masks for all J questions about one image: kept [Q, R] ascending -> [Q, J] float32.
 
         One forward a mask: [text before the picture, kept tokens, question 1, question 2, ...] in which every
         question sees the prefix and itself only. Equal to separate scoring but for rounding. Decoders that cannot be
         given such masks (see `Body.packs`) and those with bidirectional blocks score the questions one after another.
 
         Raises:
-            UserError: the prompts differ before the picture's end, so that they share no prefix.
+            UserError: the prompts differ before the end of the image, so that they share no prefix.
         """
         first = features[0]
         if len(features) == 1:
@@ -152,16 +155,16 @@ class AnswerLosses:
             return torch.stack([self.candidates(one, kept) for one in features], dim=1)
         end = first.picture_end
         tables = [prompt_table(one, self.mllm.embed) for one in features]
-        # rows of the first prompt up to the picture's end, then what follows in each of the prompts
+        # rows of the first prompt up to the end of the image, then the remaining rows of each prompt
         parts = [slice(0, end)] + [slice(end, None)] * len(features)
         owners = [tables[0], *tables]
         table = joined([one.part(part) for one, part in zip(owners, parts, strict=True)])
         sizes = [one.embeds.shape[0] - end for one in tables]
-        picture = prompt_index(first, kept)
-        picture = picture[:, : int((picture[0] < end).sum())]
+        prefix = prompt_index(first, kept)
+        prefix = prefix[:, : int((prefix[0] < end).sum())]
         tails = torch.arange(end, table.embeds.shape[0], device=kept.device)
-        index = torch.cat([picture, tails.expand(len(kept), -1)], dim=1)
-        length = picture.shape[1]
+        index = torch.cat([prefix, tails.expand(len(kept), -1)], dim=1)
+        length = prefix.shape[1]
         packing = Packing.of(length, sizes, kept.device)
         counts = [len(one.answer_ids) for one in features]
         ends = length + torch.tensor(sizes).cumsum(0)
@@ -176,7 +179,7 @@ class AnswerLosses:
     # ------------------------------------------------------------ parts
 
     def _table(self, features: Sequence[Features]) -> Table:
-        """The samples' rows one after another; that of a single sample is kept until another one comes."""
+        """The concatenated rows of the samples; the last single sample's table is cached."""
         if len(features) > 1:
             return joined([prompt_table(one, self.mllm.embed) for one in features])
         if self._last[0] is not features[0] or self._last[1] is None:
@@ -186,7 +189,7 @@ class AnswerLosses:
     def _sequences(
         self, features: Sequence[Features], kept: Tensor, context: int
     ) -> tuple[Table, list[Tensor], list[int]]:
-        """Rows of all samples, the sequences of each over its own rows, and how many rows each has."""
+        """The table of all samples, the index of each sample into its own rows, and each sample's number of rows."""
         pairs = list(zip(features, kept, strict=True))
         indices = [prompt_index(one, own) for one, own in pairs]
         if not context:
@@ -208,7 +211,7 @@ class AnswerLosses:
         packing: Packing | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """Cross-entropy [Q, A] of the targets at the read places."""
+        """Cross-entropy [Q, A] of the targets at the positions `read`."""
         attention.check_rope(self.mllm.decoder.config, table.positions)
         self.sequences += len(index)
         self.tokens += index.numel()
@@ -232,13 +235,13 @@ class AnswerLosses:
             return 0, None
         key = tuple(ids.tolist())
         if key not in self._prefixes:
-            self._prefixes.clear()  # a run has one system prompt; another one replaces it
+            self._prefixes.clear()  # a run has one system prompt, so one entry is enough
             self._prefixes[key] = self.body.prefix(table, torch.arange(length, device=ids.device))
         past = self._prefixes[key]
         return (length, past) if past else (0, None)
 
     def _usual(self, table: Table, rows: Tensor) -> Past | None:
-        """Keys and values of rows [P], from the last call if it began with them: local search stays at one mask."""
+        """Keys and values of rows [P], reused from the last call if its rows began with them, as in local search."""
         known_table, known_rows, past = self._flips
         if known_table is not table or known_rows is None or not torch.equal(known_rows[: len(rows)], rows):
             past = self.body.prefix(table, rows)
@@ -246,8 +249,10 @@ class AnswerLosses:
         return past
 
     def _buckets(self, table: Table, index: Tensor, answer: int) -> list[tuple[Tensor, Past | None]]:
-        """Sequences [Q, L] sorted by how long they agree with what most of them are; with the keys and values of
-        what each bucket's sequences agree in."""
+        """Split sequences [Q, L] into buckets by the length of the prefix that they share with the most common tokens.
+
+        Returns the sequence indices of each bucket, and the keys and values of the bucket's shared prefix.
+        """
         usual = index.mode(dim=0).values
         agree = (index[:, : index.shape[1] - answer] == usual[: index.shape[1] - answer]).long().cumprod(1).sum(1)
         order = agree.argsort(stable=True)
@@ -260,7 +265,7 @@ class AnswerLosses:
 
 
 def shares_prefix(features: Sequence[Features]) -> bool:
-    """Whether the prompts agree up to the end of their common picture."""
+    """Whether the prompts are equal up to the end of their common image."""
     first = features[0]
     end = first.picture_end
     return all(

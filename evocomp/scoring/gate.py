@@ -1,4 +1,4 @@
-"""How much each visual token matters to the answer, by one backward pass: the only gradients taken of the MLLM."""
+"""Importance of each visual token for the answer, from one backward pass: the only use of gradients of the MLLM."""
 
 import weakref
 
@@ -14,20 +14,22 @@ from evocomp.ops.precision import compute_dtype
 from evocomp.scoring.sequences import prompt_table
 from evocomp.scoring.transformers_decoder import TransformersBody
 
-_TAKES_MASKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # decoder -> whether it does; costs three passes
+_TAKES_MASKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by decoder: costs 3 forward passes
 
 
 def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
-    """Gradient of the answer loss by a soft gate on each visual token [N], negative where the token helps.
+    """Gradient [N] of the answer loss with respect to a soft gate on each visual token; negative if the token helps.
 
-    A gate multiplies the token's weight in every attention before it is normalised: 1 keeps the token as it is, 0
-    removes it. One forward and one backward over all tokens, in the model's own number format.
+    A gate multiplies the token's attention weight in every layer before normalisation: 1 keeps the token unchanged, 0
+    removes it. The gradient takes one forward and one backward pass over all tokens, in the model's dtype.
 
     Args:
-        gate: [N], above 0: where the gradient is taken.
+        mllm: the frozen model.
+        features: the sample.
+        gate: [N], above 0: the point at which the gradient is taken.
 
     Raises:
-        UserError: this decoder's attention cannot be given weights of single tokens.
+        UserError: this decoder does not accept an additive attention mask.
     """
     mllm.check_plain()
     _check_takes_masks(mllm)
@@ -39,7 +41,7 @@ def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
     with torch.enable_grad():
         gate = gate.to(table.embeds.device, compute_dtype(table.embeds)).requires_grad_()
         keys = gate.new_zeros(length).index_put((features.visual_at,), gate.log())
-        # a token that looks at itself is kept, whatever its gate
+        # gates do not affect the attention of a token to itself
         gates = keys.expand(length, -1).tril(-1)
         unseen = torch.finfo(table.embeds.dtype).min
         masks = {
@@ -58,12 +60,12 @@ def gate_gradient(mllm: FrozenMLLM, features: Features, gate: Tensor) -> Tensor:
 
 
 def _check_takes_masks(mllm: FrozenMLLM) -> None:
-    """Raise UserError unless the decoder computes what explicit attention masks say."""
+    """Raise UserError unless the decoder follows explicit attention masks."""
     attention.check_masks(mllm.decoder.config)
     if mllm.decoder not in _TAKES_MASKS:
         _TAKES_MASKS[mllm.decoder] = TransformersBody(mllm.decoder, mllm.vocabulary.dtype).takes_masks
     if not _TAKES_MASKS[mllm.decoder]:
         raise UserError(
-            f"{mllm.decoder.config.model_type}: this decoder does not follow an explicit attention mask; choose "
-            "another search.strategy than gradient_seeded"
+            f"{mllm.decoder.config.model_type}: search.strategy=gradient_seeded needs a decoder that follows an "
+            "explicit attention mask; choose another strategy"
         )

@@ -1,10 +1,11 @@
-"""A pass of our own over Llama-like decoders, which does only what scoring needs.
+"""A forward pass for Llama-like decoders that computes only what scoring needs.
 
-What it leaves out: queries, output projection, MLP and final norm of the last layer but at the read places (a
-quarter of all compute with three layers, a thirtieth with 32), and the first layer's projections of rows that
-several sequences hold, which depend on the row and its position alone. On CPUs products in float32 go to oneDNN,
-which beats the default library twofold on AMD machines. Weights are those of the model; small models on CPUs get
-a copy in the order that oneDNN likes. It is used only where it agrees with transformers' own pass on this very model.
+It skips two kinds of work. In the last layer, it computes queries, output projection, MLP and final norm only at the
+requested positions (saves a quarter of the compute with three layers, a thirtieth with 32). In the first layer, it
+projects rows that several sequences share once, because the result depends only on the row and its position. On CPUs,
+float32 matrix products use oneDNN, which is twice as fast as the default library on AMD machines. It uses the model's
+weights; small models on CPUs get a copy in oneDNN's layout. It is used only if its output agrees with transformers'
+forward pass on the same model.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from evocomp.scoring.sequences import Packing, Past, Table, weighed
 Weights = tuple[Tensor, Tensor | None]
 
 PACKED_BYTES = 256 * 2**20
-"""Decoders up to this size get a second copy of their weights, laid out for oneDNN: reordering them costs time."""
+"""Decoders up to this size get a copy of their weights in oneDNN's layout, to save reordering them in each call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class _Layer:
 
 @dataclass(eq=False)
 class _Known:
-    """What depends on a table's rows alone: embeddings, rotations, and the first layer's projections once asked for."""
+    """Values that depend on a table's rows only: embeddings, RoPE angles and, on demand, first-layer projections."""
 
     embeds: Tensor
     angles: Tensor
@@ -49,12 +50,12 @@ class _Known:
 
 
 class LlamaBody:
-    """`Body` for decoders of RoPE or M-RoPE, RMSNorm and SwiGLU (Llama, Mistral, Qwen2, Qwen2-VL, Qwen2.5-VL).
+    """`Body` for decoders with RoPE or M-RoPE, RMSNorm and SwiGLU (Llama, Mistral, Qwen2, Qwen2-VL, Qwen2.5-VL).
 
     Args:
-        decoder: transformers' decoder; see `fits`.
-        dtype: format to compute in.
-        settings: which of the savings to make.
+        decoder: a decoder of transformers for which `fits` is True.
+        dtype: dtype of the computation.
+        settings: which of the optimizations to use.
     """
 
     def __init__(self, decoder: nn.Module, dtype: torch.dtype, settings: ScorerConfig):
@@ -65,7 +66,7 @@ class LlamaBody:
         self.eps = first.input_layernorm.variance_epsilon
         self.norm = decoder.norm.weight.to(dtype)
         on_cpu = self.norm.device.type == "cpu"
-        # pairs of a rotation side by side, so that it is one complex product
+        # the two numbers of each rotary pair are adjacent, so that RoPE is one complex product
         self.paired = on_cpu and dtype == torch.float32
         self.onednn = settings.onednn and on_cpu and dtype == torch.float32 and _has_onednn()
         small = sum(p.numel() for p in decoder.parameters()) * dtype.itemsize <= PACKED_BYTES
@@ -74,7 +75,7 @@ class LlamaBody:
         self.layers = [self._layer(layer) for layer in decoder.layers[: self.config.num_hidden_layers]]
 
     def head(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The head of the same model, by the same library."""
+        """The model's output head, computed by oneDNN if its weights are small enough for a second copy."""
         if type(module) is not nn.Linear or module.weight.nbytes > PACKED_BYTES:
             return module
         weights = self._weights(module)
@@ -95,7 +96,7 @@ class LlamaBody:
 
     @property
     def packs(self) -> bool:
-        """See `Body`: in this pass every token sees what its mask says."""
+        """See `Body`. Always True: this forward pass applies the mask itself."""
         return True
 
     def linear(self, rows: Tensor, weights: Weights) -> Tensor:
@@ -115,7 +116,7 @@ class LlamaBody:
         past: Past | None,
         made: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Hidden states [Q, A, D] before the last norm; `made` takes every layer's keys and values."""
+        """Hidden states [Q, A, D] before the final norm; appends every layer's keys and values to `made`."""
         count, length = index.shape
         flat = index.flatten()
         at_read = self._flat_read(read, count, length)
@@ -160,7 +161,7 @@ class LlamaBody:
         return self._rotate(self.linear(normed, layer.query), angles), key, value
 
     def _first(self, layer: _Layer, known: _Known, flat: Tensor, rows: Tensor | None) -> tuple[Tensor, ...]:
-        """The same for the first layer, each row of the table once."""
+        """`_project` for the first layer, in which each row of the table is projected once."""
         if known.first is None:
             known.first = self._project(layer, known.embeds, known.angles, None)
         query, key, value = known.first
@@ -168,7 +169,7 @@ class LlamaBody:
         return query.index_select(0, wanted), key.index_select(0, flat), value.index_select(0, flat)
 
     def _after(self, layer: _Layer, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """Output projection and MLP, each added to what it began with."""
+        """Output projection and MLP, each with its residual connection."""
         hidden = self.linear(mixed, layer.out).add_(hidden)
         normed = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, self.eps)
         inner = F.silu(self.linear(normed, layer.gate), inplace=True).mul_(self.linear(normed, layer.up))
@@ -181,14 +182,14 @@ class LlamaBody:
     # ------------------------------------------------------------ rotation
 
     def _know(self, table: Table) -> _Known:
-        """Kept until another table comes: a search scores one sample many times."""
+        """Values of the table, cached until the next table: a search scores one sample many times."""
         if self._known[0] is not table or self._known[1] is None:
             self._known = (table, _Known(table.embeds.to(self.dtype), self._angles(table)))
         return self._known[1]
 
     def _angles(self, table: Table) -> Tensor:
-        """Cosines and sines of every row [S, 2, 1, d], or as complex numbers [S, 1, d / 2]."""
-        positions = table.positions if table.positions.ndim == 1 else table.positions[1:]  # the first is the text's
+        """RoPE angles of every row: cosines and sines [S, 2, 1, d], or complex numbers [S, 1, d / 2]."""
+        positions = table.positions if table.positions.ndim == 1 else table.positions[1:]  # row 0 is the text position
         cos, sin = self.rotary(table.embeds[None].to(self.dtype), positions[..., None, :])
         if self.paired:
             half = self.head_dim // 2
@@ -196,16 +197,16 @@ class LlamaBody:
         return torch.stack([cos[0], sin[0]], dim=1)[:, :, None]
 
     def _rotate(self, rows: Tensor, angles: Tensor) -> Tensor:
-        """RoPE of rows [M, heads * d]."""
+        """Apply RoPE to rows [M, heads * d]."""
         if self.paired:
             pairs = torch.view_as_complex(rows.view(len(rows), -1, self.head_dim // 2, 2))
             return torch.view_as_real(pairs * angles).view(rows.shape)
         heads, (cos, sin) = rows.view(len(rows), -1, self.head_dim), angles.unbind(1)
         half = self.head_dim // 2
-        turned = heads * cos  # then in place: half the memory traffic of a turned copy
-        turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
-        turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
-        return turned.view(rows.shape)
+        rotated = heads * cos  # the rest in place: half the memory traffic of a rotated copy
+        rotated[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+        rotated[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+        return rotated.view(rows.shape)
 
     @staticmethod
     def _flat_read(read: Tensor, count: int, length: int) -> Tensor:
@@ -236,9 +237,9 @@ class LlamaBody:
         return weight, bias
 
     def _rotated(self, module: nn.Linear) -> Weights:
-        """Weights of queries or keys, the two numbers of each rotated pair (i, i + d/2) side by side.
+        """Weights of queries or keys, reordered so that the two numbers of each rotary pair (i, i + d/2) are adjacent.
 
-        The same order in both leaves their products as they are.
+        The order is the same in queries and keys, so their dot products do not change.
         """
         if not self.paired:
             return self._weights(module)
@@ -247,7 +248,7 @@ class LlamaBody:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of [Q, heads, A, d] over [Q, kv heads, L, d]; without a mask, causal."""
+    """Attention of queries [Q, heads, A, d] over keys and values [Q, kv heads, L, d]; causal if `mask` is None."""
     grouped = key.shape[1] != query.shape[1]
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
@@ -255,7 +256,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def _seen(length: int, before: int, packing: Packing | None, device: torch.device) -> Tensor | None:
-    """Keys that each query sees, bool [L, P + L]; None means plainly causal."""
+    """Attention mask, bool [L, P + L]; None: causal, without cached keys."""
     if packing is not None:
         plain = torch.ones(packing.longest, packing.longest, dtype=torch.bool, device=device).tril()
         return packing.mask(plain, before)
@@ -265,7 +266,7 @@ def _seen(length: int, before: int, packing: Packing | None, device: torch.devic
 
 
 def _seen_from(seen: Tensor | None, read: Tensor, length: int) -> Tensor:
-    """The same from the read places only: [A, P + L], or [Q, 1, A, P + L]."""
+    """The rows of the attention mask at the positions `read`: [A, P + L], or [Q, 1, A, P + L]."""
     if seen is not None and seen.ndim == 4:
         rows = read.expand(len(seen), -1)[:, None, :, None]
         return seen.gather(2, rows.expand(-1, -1, -1, seen.shape[3]))
@@ -284,13 +285,13 @@ def _has_onednn() -> bool:
 
 
 def fits(decoder: nn.Module) -> bool:
-    """Whether the decoder is built of what `LlamaBody` computes: known classes, nothing wrapped or replaced."""
+    """Whether `LlamaBody` supports the decoder: a known class, in which no module is wrapped or replaced."""
     if type(decoder) not in (LlamaModel, MistralModel, Qwen2Model, Qwen2VLTextModel, Qwen2_5_VLTextModel):
         return False
     config = decoder.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if multi_axis(decoder) and not hasattr(decoder.rotary_emb, "recomposition_frequencies"):
-        return False  # older releases put the axes together in the attention, not in the rotary module
+        return False  # older releases combine the axes in the attention, not in the rotary module
     if config.hidden_act != "silu" or rope not in ("default", "linear", "llama3"):
         return False
     if not attention.attends_fully(config):
@@ -306,13 +307,13 @@ def fits(decoder: nn.Module) -> bool:
 
 
 def multi_axis(decoder: nn.Module) -> bool:
-    """Whether its positions are those of M-RoPE: [4, S], the text's, then time, height and width."""
+    """Whether the decoder uses M-RoPE, with positions [4, S]: text, time, height and width."""
     return "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {})
 
 
 @torch.inference_mode()
 def agrees(ours: LlamaBody, theirs: nn.Module) -> bool:
-    """Whether the pass gives what transformers gives, on two short random sequences with gaps in their positions."""
+    """Whether `ours` gives the same states as transformers, on two short random sequences with gaps in positions."""
     embeds = theirs.embed_tokens.weight
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(embeds), (24,), generator=generator)

@@ -1,4 +1,4 @@
-"""Whether a decoder computes what explicit attention masks say, found out on short random sequences."""
+"""Checks on short random sequences whether a decoder follows explicit attention masks."""
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,14 +12,15 @@ SHARED, OWN = 4, 6
 
 @torch.inference_mode()
 def packs_as_apart(body: Body, config: PreTrainedConfig, device: torch.device) -> bool:
-    """Whether two sequences that begin alike get the same states packed into one as each on its own.
+    """Whether two sequences with a common prefix get the same hidden states packed into one and separately.
 
-    On its own a sequence is masked by the decoder, packed by us. The decoder's windows are made shorter than these
-    sequences meanwhile, so that they count.
+    Separate sequences use the decoder's own masks; the packed one uses an explicit mask. During the check, attention
+    windows are shorter than the sequences, so that they have an effect.
 
     Args:
-        body: runs the decoder with the decoder's own masks, or with ours where there is a packing.
-        config: of the decoder.
+        body: runs the decoder, with its own masks or, given a packing, with an explicit mask.
+        config: configuration of the decoder.
+        device: device of the decoder.
     """
     size = SHARED + 2 * OWN
     embeds = torch.randn(size, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -31,8 +32,8 @@ def packs_as_apart(body: Body, config: PreTrainedConfig, device: torch.device) -
     first, second = index[:, : SHARED + OWN], torch.cat([index[:, :SHARED], index[:, SHARED + OWN :]], dim=1)
     with short_windows(config):
         try:
-            apart = [body(table, rows, torch.arange(SHARED + OWN, device=device))[0] for rows in (first, second)]
+            separate = [body(table, rows, torch.arange(SHARED + OWN, device=device))[0] for rows in (first, second)]
             packed = body(table, index, index[0], Packing.of(SHARED, (OWN, OWN), device))[0]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            return False  # the decoder's forward takes no masks of this form
-    return same_states(packed, torch.cat([apart[0], apart[1][SHARED:]]), packed.dtype)
+            return False  # the decoder's forward does not accept such masks
+    return same_states(packed, torch.cat([separate[0], separate[1][SHARED:]]), packed.dtype)

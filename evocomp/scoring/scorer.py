@@ -1,4 +1,4 @@
-"""Candidate masks to losses, in pieces that fit the memory, with a count of what was spent."""
+"""Scores candidate masks in batches that fit the memory, and counts forward passes and time."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +18,17 @@ from evocomp.scoring.gate import gate_gradient
 from evocomp.scoring.memory import Room
 
 Score = Callable[[slice, Tensor], Tensor]
-"""Which rows of all, and those rows -> their losses."""
+"""(slice of the rows, those rows) -> their losses."""
 
 
 class CandidateScorer:
-    """Scores masks under the frozen MLLM: where more than 99 % of all compute goes.
+    """Scores masks under the frozen MLLM. This takes more than 99 % of the compute of labelling.
 
     Args:
         mllm: the frozen model.
-        batch: sequences in one forward, at most.
-        dtype: number format of the LLM while scoring, if not the model's own.
-        settings: which savings to make.
+        batch: maximum number of sequences in one forward pass.
+        dtype: dtype of the LLM while scoring; None: that of the model.
+        settings: which optimizations to use.
 
     Attributes:
         forwards: (mask, question) pairs scored so far.
@@ -42,7 +42,7 @@ class CandidateScorer:
         self.shard_group = mllm.shard_group
         self.settings = settings or ScorerConfig()
         if self.shard_group.size > 1:
-            # savings that run more forwards for some masks than for others
+            # these need more forward passes for some masks than for others, but all shards must run equally many
             self.settings = replace(self.settings, shared_prefix="never", prefix_reuse="never")
         self.losses = AnswerLosses(mllm, getattr(torch, dtype) if dtype else None, self.settings)
         self.batch = batch
@@ -53,11 +53,14 @@ class CandidateScorer:
         self._after_batch: Callable[[], None] | None = None
 
     def __call__(self, features: Features, kept: np.ndarray, flips: bool = False, context: int = 0) -> np.ndarray:
-        """Candidates of one sample: kept token indices [Q, R], ascending -> losses float32 [Q].
+        """Losses float32 [Q] of one sample's candidate masks.
 
         Args:
-            flips: they differ from one another in few places (a search that changes one token at a time).
-            context: context tokens that the LLM reads besides; see `evocomp.mllm.context`. Not with flips.
+            features: the sample.
+            kept: [Q, R] indices of the kept visual tokens, ascending.
+            flips: the masks differ from one another in few tokens (a search that changes one token at a time).
+            context: number of context tokens in addition to the kept tokens; see `evocomp.mllm.context`. Must be 0
+                with `flips`.
         """
         reuse = self.settings.prefix_reuse
         flips = flips and (reuse == "always" or (reuse == "auto" and self._reuse_pays(self.mllm.device)))
@@ -67,7 +70,7 @@ class CandidateScorer:
         )
 
     def shared(self, features: Sequence[Features], kept: np.ndarray) -> np.ndarray:
-        """The same masks for all questions about a picture: kept [Q, R] -> losses float32 [J, Q]."""
+        """Losses of the same masks for all questions about an image: kept [Q, R] -> losses float32 [J, Q]."""
         answers = sum(len(one.answer_ids) for one in features)
         end = features[0].picture_end
         tokens = end - len(features[0].visual) + kept.shape[-1] + answers
@@ -78,10 +81,10 @@ class CandidateScorer:
         return np.ascontiguousarray(losses.T)
 
     def each(self, features: Sequence[Features], kept: np.ndarray, context: int = 0) -> np.ndarray:
-        """Masks of several samples, each its own: kept [B, K, R] -> losses float32 [B, K].
+        """Losses float32 [B, K] of several samples, each with its own masks: kept [B, K, R].
 
-        As many samples go into one forward as fit, so that a small model or few tokens keep the device busy too.
-        The LLM reads so many tokens of `context` besides.
+        One forward pass takes as many samples as fit, so that small models and short sequences also use the device
+        fully. `context`: number of context tokens in addition to the kept tokens.
         """
         masks = kept.shape[1]
         tokens, answers = self._length(features, kept)
@@ -97,12 +100,15 @@ class CandidateScorer:
         )
 
     def gate_gradient(self, features: Features, gate: np.ndarray) -> np.ndarray:
-        """See `evocomp.scoring.gate.gate_gradient`: gates [N] -> gradient of the answer loss by them, float32 [N].
+        """Gradient float32 [N] of the answer loss with respect to gates [N]; see `evocomp.scoring.gate.gate_gradient`.
 
-        Counted as the three forwards over all tokens that a forward with its backward costs.
+        Counted as three forward passes over all tokens, the approximate cost of a forward and a backward pass.
         """
         if self.shard_group.size > 1:
-            raise UserError("search.strategy=gradient_seeded needs gradients of the model, which must not be sharded")
+            raise UserError(
+                "search.strategy=gradient_seeded does not support sharded models; set model.shard=1, or choose another "
+                "strategy"
+            )
         started = time.perf_counter()
         gradient = gate_gradient(self.mllm, features, torch.from_numpy(gate)).float().cpu().numpy()
         self.forwards += 3
@@ -117,10 +123,10 @@ class CandidateScorer:
 
     @contextmanager
     def after_each_batch(self, call: Callable[[], None]) -> Iterator[None]:
-        """Within the block, call this after each forward; what it raises ends the scoring.
+        """Within the block, call `call` after each forward pass; an exception that it raises ends the scoring.
 
         Raises:
-            RuntimeError: in another such block of the same scorer.
+            RuntimeError: the scorer is already within such a block.
         """
         if self._after_batch is not None:
             raise RuntimeError("this scorer already calls something after each batch")
@@ -132,7 +138,7 @@ class CandidateScorer:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Within the block, scoring adds nothing to what was spent: forwards, seconds, sequences and tokens."""
+        """Within the block, the counters of forwards, seconds, sequences and tokens do not change."""
         counts = (self.forwards, self.seconds, self.losses.sequences, self.losses.tokens)
         try:
             yield
@@ -145,19 +151,22 @@ class CandidateScorer:
 
     @staticmethod
     def _reuse_pays(device: torch.device) -> bool:
-        """Whether keys and values of what one-flip candidates begin with save time: 1.16x on an H100, 0.8x to 1.06x
-        on CPUs, where attention over cached keys takes a mask and copies of them."""
+        """Whether caching the common prefix of masks that differ in one token saves time.
+
+        It is 1.16x as fast on an H100, but 0.8x to 1.06x on CPUs, where attention over cached keys needs a mask and
+        copies of the keys.
+        """
         return device.type == "cuda"
 
     @staticmethod
     def _length(features: Sequence[Features], kept: np.ndarray) -> tuple[int, int]:
-        """Tokens of the longest sequence, and of its answer."""
+        """Number of tokens of the longest sequence, and of the longest answer."""
         answers = max(len(one.answer_ids) for one in features)
         text = max(len(one.prompt_ids) - len(one.visual) for one in features)
         return text + kept.shape[-1] + answers, answers
 
     def _at_once(self, tokens: int, answers: int) -> int:
-        """Sequences in one forward."""
+        """Number of sequences in one forward pass."""
         if not self.settings.batched:
             return 1
         heads = answers if self.settings.answers_only else tokens
@@ -172,9 +181,9 @@ class CandidateScorer:
         questions: int = 1,
         sequences: int = 1,
     ) -> np.ndarray:
-        """Score rows, so many at a time.
+        """Score in batches; each row expands to `sequences` sequences of `tokens` tokens, `answers` of them answers.
 
-        Each row is so many `sequences` of so many tokens, and counts as so many `questions`.
+        Each row counts as `questions` forward passes.
         """
         started = time.perf_counter()
         indices = torch.from_numpy(np.ascontiguousarray(kept, dtype=np.int64)).to(self.mllm.device)
@@ -188,7 +197,7 @@ class CandidateScorer:
         return result
 
     def _alone(self, indices: Tensor, score: Score, tokens: int, answers: int, sequences: int) -> np.ndarray:
-        """On a GPU that proves too small half as many at a time."""
+        """Score on one process; after an out-of-memory error, continue with half the batch size."""
         losses: list[Tensor] = []
         done = 0
         while done < len(indices):
@@ -204,11 +213,11 @@ class CandidateScorer:
         return torch.cat(losses).float().cpu().numpy()
 
     def _among_members(self, indices: Tensor, score: Score, size: int, questions: int) -> np.ndarray:
-        """The same parts; each member of the shard group scores a share, in equally many forward passes."""
+        """Distribute the batches over the shard group; every member runs the same number of forward passes."""
         starts = range(0, len(indices), size)
         mine: dict[int, np.ndarray] = {}
         for turn in range(0, len(starts), self.shard_group.size):
-            # a member without a part of its own helps the others to their weights by scoring the last one again
+            # every member must take part in gathering the weights, so one without a batch scores the last one again
             start = starts[min(turn + self.shard_group.member, len(starts) - 1)]
             some = slice(start, min(start + size, len(indices)))
             losses = score(some, indices[some]).float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Many sequences over a few rows: what the candidates of a sample are, for they differ only in what they leave out."""
+"""Candidate sequences of a sample as indices into one table of rows: they differ only in the rows that they omit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from evocomp.mllm import context
 from evocomp.mllm.features import Features
 
 Past = tuple[tuple[Tensor, Tensor], ...]
-"""Keys and values [1, heads, P, d] of each layer, for P tokens that all sequences begin with."""
+"""Keys and values [1, heads, P, d] of each layer, for the P tokens of a prefix that all sequences share."""
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows that sequences are made of.
+    """Rows from which sequences are built.
 
     Attributes:
-        embeds: what the LLM reads [S, D].
+        embeds: input embeddings [S, D].
         positions: position ids, [S], or [4, S] with M-RoPE.
         log_size: log of how many tokens each row stands for [S], added to the logits of the attention to it; None: one
             each.
@@ -47,11 +47,11 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Several sequences packed into one, which begin with the same tokens and do not see one another.
+    """Several sequences with a common prefix packed into one, without attention to one another.
 
     Attributes:
-        part: which of the packed sequences each token belongs to [P + L]; -1: all of them.
-        index: index of each token within its own sequence [P + L]; attention windows count by it.
+        part: index of the sequence that each token belongs to [P + L]; -1: the common prefix.
+        index: index of each token within its own sequence [P + L]; attention windows depend on it.
     """
 
     part: Tensor
@@ -59,7 +59,7 @@ class Packing:
 
     @classmethod
     def of(cls, shared: int, sizes: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
-        """`shared` common tokens, then one sequence's own tokens after another's, so many of each."""
+        """Packing of a prefix of `shared` tokens, followed by the tokens of each sequence, `sizes` in number."""
         counts = torch.tensor([shared, *sizes])
         part = torch.arange(-1, len(sizes)).repeat_interleave(counts)
         own = [torch.arange(shared), *(shared + torch.arange(size) for size in sizes)]
@@ -67,14 +67,15 @@ class Packing:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest of the packed sequences."""
+        """Number of tokens of the longest sequence."""
         return int(self.index.max()) + 1
 
     def mask(self, plain: Tensor, start: int = 0) -> Tensor:
-        """Which keys the tokens from `start` on attend to, bool [P + L - start, P + L].
+        """Attention mask of the tokens from index `start` on, bool [P + L - start, P + L].
 
         Args:
-            plain: the same of a sequence on its own, bool [n, n], n at least `longest`.
+            plain: attention mask of a single sequence, bool [n, n], n at least `longest`.
+            start: index of the first query.
         """
         queries = self.part[start:, None]
         together = (queries == self.part) | (self.part == -1)
@@ -82,18 +83,19 @@ class Packing:
 
 
 class Body(Protocol):
-    """A decoder without its head, run over sequences of a table's rows."""
+    """A decoder without the output head, which runs on sequences of a table's rows."""
 
     def __call__(
         self, table: Table, index: Tensor, read: Tensor, packing: Packing | None = None, past: Past | None = None
     ) -> Tensor:
-        """Last hidden states at the read places.
+        """Final hidden states at the requested positions.
 
         Args:
-            index: rows of each sequence [Q, L], after those of `past`.
-            read: places in `index` that are asked for: [A] in all sequences, or [Q, A].
-            packing: of the tokens of `past` and `index`, if each row packs several sequences; see `packs`.
-            past: what came before.
+            table: the rows.
+            index: table rows of each sequence [Q, L], without the tokens of `past`.
+            read: requested indices into `index`: [A] for all sequences, or [Q, A].
+            packing: packing of the tokens of `past` and `index`, if each row packs several sequences; see `packs`.
+            past: keys and values of the tokens before `index`.
 
         Returns:
             [Q, A, D]
@@ -101,24 +103,24 @@ class Body(Protocol):
         ...
 
     def prefix(self, table: Table, rows: Tensor) -> Past | None:
-        """Keys and values of the rows [P]; None if this decoder's cannot be shared."""
+        """Keys and values of the rows [P]; None if this decoder's cache cannot be shared between sequences."""
         ...
 
     @property
     def packs(self) -> bool:
-        """Whether this decoder gives packed sequences the states that they have on their own."""
+        """Whether packed sequences get the same hidden states as separate ones."""
         ...
 
 
 def crop(past: Past, length: int) -> Past:
-    """The first `length` tokens of it."""
+    """The keys and values of the first `length` tokens."""
     return tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in past)
 
 
 def prompt_table(features: Features, embed: torch.nn.Module) -> Table:
-    """All that a sample's sequences may hold: row s is place s of its prompt, then its answer but the last token.
+    """Table of a sample: row s is token s of the prompt; then follow the answer's tokens except the last one.
 
-    Nothing is read from the answer's last token, so it is left out.
+    The last answer token is left out because it predicts nothing that is scored.
     """
     size = len(features.prompt_ids)
     fixed, tail = features.fixed_rows(embed), embed(features.answer_ids[:-1])
@@ -135,7 +137,7 @@ def prompt_table(features: Features, embed: torch.nn.Module) -> Table:
 
 
 def prompt_index(features: Features, kept: Tensor) -> Tensor:
-    """Rows of `prompt_table` for masks kept [Q, R]: text, separators, kept tokens and answer in their order [Q, L]."""
+    """Rows of `prompt_table` [Q, L] for masks kept [Q, R]: text, separators, kept tokens, answer, in prompt order."""
     size, answer = len(features.prompt_ids), len(features.answer_ids)
     tail = torch.arange(size, size + answer - 1, device=kept.device)
     rest = torch.cat([features.fixed_at, tail]).expand(len(kept), -1)
@@ -143,7 +145,7 @@ def prompt_index(features: Features, kept: Tensor) -> Tensor:
 
 
 def with_context(table: Table, index: Tensor, features: Features, kept: Tensor, count: int) -> tuple[Table, Tensor]:
-    """A sample's table and sequences [K, L] with so many context tokens in each: their rows are the table's last."""
+    """Add `count` context tokens to each of a sample's sequences [K, L]; their rows are appended to the table."""
     centres, owner = context.owners(features.visual, kept, count)
     tokens, log_size = context.means(features.visual, centres, owner)
     at, size = features.visual_at[centres], len(table.embeds)
@@ -158,7 +160,7 @@ def with_context(table: Table, index: Tensor, features: Features, kept: Tensor, 
 
 
 def joined(tables: Sequence[Table]) -> Table:
-    """Tables of several samples one after another."""
+    """The concatenated tables of several samples."""
     sizes = [table.log_size for table in tables if table.log_size is not None]
     deepstack = [table.deepstack for table in tables if table.deepstack is not None]
     blocks = [table.blocks for table in tables if table.blocks is not None]
@@ -172,9 +174,9 @@ def joined(tables: Sequence[Table]) -> Table:
 
 
 def weighed(seen: Tensor | None, log_size: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the logits of the attention [Q, 1, L, P + L], with log sizes of the keys [Q, P + L].
+    """Additive attention mask [Q, 1, L, P + L] with the log cluster sizes of the keys [Q, P + L].
 
-    seen: bool [L, P + L], or None: each query sees the keys before it and itself.
+    seen: bool [L, P + L]; None: causal.
     """
     keys = log_size.shape[1]
     if seen is None:
@@ -183,9 +185,9 @@ def weighed(seen: Tensor | None, log_size: Tensor, length: int, dtype: torch.dty
 
 
 def padded(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """Sequences of several samples over their joined table, whose parts have these sizes; shorter ones padded.
+    """Pad the sequences of several samples, and offset their indices into the joined table of parts of these sizes.
 
-    A causal decoder never looks back from padding on the right, which repeats the last row.
+    Padding is on the right and repeats the last row; it does not affect a causal decoder.
     """
     longest = max(index.shape[1] for index in indices)
     rows, start = [], 0
@@ -197,7 +199,7 @@ def padded(indices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def continued(positions: Tensor, length: int) -> Tensor:
-    """Positions [..., L] carried on by steps of one to `length`."""
+    """Positions [..., L] extended to `length` in steps of one."""
     missing = length - positions.shape[-1]
     if missing <= 0:
         return positions

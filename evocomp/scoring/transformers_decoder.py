@@ -1,4 +1,4 @@
-"""Any decoder of transformers as a `Body`: what every family can be scored with."""
+"""`Body` for any decoder of transformers, so that every family can be scored."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from evocomp.scoring.sequences import Packing, Past, Table, weighed
 
 
 class TransformersBody:
-    """Runs the decoder as it is.
+    """Runs the decoder's own forward pass.
 
-    An all-ones mask always goes with it: without one, gaps in the positions are taken for borders of packed sequences.
+    It always passes an all-ones mask. Without one, transformers takes gaps in the positions for boundaries of packed
+    sequences.
 
     Args:
         decoder: `get_decoder()` of the MLLM.
@@ -23,7 +24,7 @@ class TransformersBody:
         beyond_window: whether bidirectional blocks reach beyond a sliding window; see `attention.block_masks`.
 
     Attributes:
-        takes_masks: whether the decoder computes what explicit attention masks say.
+        takes_masks: whether the decoder follows explicit attention masks.
     """
 
     def __init__(self, decoder: nn.Module, dtype: torch.dtype, beyond_window: bool = False):
@@ -43,7 +44,7 @@ class TransformersBody:
         return hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[2]))
 
     def prefix(self, table: Table, rows: Tensor) -> Past | None:
-        """See `Body`. None unless every layer attends to all that came before: other caches forget or mix tokens."""
+        """See `Body`. None unless every layer uses full causal attention: other caches drop or mix tokens."""
         if not attention.attends_fully(self.decoder.config):
             return None
         cache = DynamicCache(config=self.decoder.config)
@@ -53,7 +54,7 @@ class TransformersBody:
     @property
     def packs(self) -> bool:
         """See `Body`."""
-        # Llama 4 scales queries by their index in the forward pass, which is another one in a packed sequence
+        # Llama 4 scales queries by their index in the forward pass, which differs in a packed sequence
         return self.takes_masks and not getattr(self.decoder.config, "attn_temperature_tuning", False)
 
     def _takes_masks(self) -> bool:
@@ -69,7 +70,7 @@ class TransformersBody:
     ) -> Tensor:
         length = index.shape[1]
         positions = table.positions[..., index]
-        if positions.ndim == 3:  # M-RoPE: the text row tells the mask where sequences start; keep it dense
+        if positions.ndim == 3:  # M-RoPE: transformers' mask infers packed sequences from gaps in the text row
             positions[0] = torch.arange(before, before + length, device=index.device)
         more = {}
         if table.deepstack is not None:
@@ -88,7 +89,7 @@ class TransformersBody:
     def _mask(
         self, table: Table, index: Tensor, before: int, packing: Packing | None
     ) -> Tensor | dict[str, Tensor]:
-        """The decoder's `attention_mask`: all ones [Q, P + L], or prepared masks for packed or weighted tokens."""
+        """The decoder's `attention_mask`: all ones [Q, P + L], or 4-D masks for packed sequences or context tokens."""
         count, length = index.shape
         if table.log_size is not None:  # only without windows, see `FrozenMLLM.check_weighable`
             return weighed(None, pad(table.log_size[index], (before, 0)), length, self.dtype)

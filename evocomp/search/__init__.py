@@ -1,4 +1,4 @@
-"""Search for the visual tokens that an answer needs: losses of masks in, labels out. Knows no model."""
+"""Search for the visual tokens that an answer needs, from losses of masks. Independent of any model."""
 
 from evocomp.search.cross_entropy import CrossEntropy
 from evocomp.search.genome import random_genomes, seed_genomes, stream
@@ -16,7 +16,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "hill_climb": HillClimb,
     "gradient_seeded": GradientSeeded,
 }
-"""Name in the configuration -> strategy."""
+"""Value of `search.strategy` -> strategy."""
 
 __all__ = [
     "STRATEGIES",

@@ -1,4 +1,4 @@
-"""Search by a distribution over masks: the cross-entropy method.
+"""The cross-entropy method: a search that adapts a distribution over masks.
 
 Reuven Y. Rubinstein, "The cross-entropy method for combinatorial and continuous optimization",
 Methodology and Computing in Applied Probability, 1999.
@@ -15,13 +15,14 @@ from evocomp.search.strategy import State, Strategy, require
 
 @dataclass(frozen=True)
 class CrossEntropy(Strategy):
-    """Each group has its own odds of keeping each token; they move towards the best of every population.
+    """Each group has a distribution over its tokens, which is moved towards the best candidates of every population.
 
     Args:
-        q: candidates per population; one of them is the best so far, which costs no evaluation.
-        p: best candidates of a population that the odds move towards.
-        rate: how far they move, 0 to 1.
-        floor: share of the odds that stays uniform, so that no token is lost for good.
+        q: candidates per population, including the best candidate so far, which needs no evaluation.
+        p: number of best candidates of a population that the distribution is moved towards.
+        rate: step size of the move, above 0 and up to 1.
+        floor: weight of the uniform distribution that is mixed in when candidates are drawn, so that every token can
+            still be drawn.
     """
 
     p: int = 12
@@ -31,8 +32,8 @@ class CrossEntropy(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(1 <= self.p < self.q, f"search needs 1 <= p < q, got p={self.p}, q={self.q}")
-        require(0 < self.rate <= 1, f"rate lies above 0 and up to 1, got {self.rate}")
-        require(0 <= self.floor < 1, f"floor is a share below 1, got {self.floor}")
+        require(0 < self.rate <= 1, f"rate must be above 0 and at most 1, got {self.rate}")
+        require(0 <= self.floor < 1, f"floor must be at least 0 and below 1, got {self.floor}")
 
     def propose(self, state: State, rng: np.random.Generator) -> np.ndarray:
         uniform = _uniform(state)

@@ -1,7 +1,7 @@
-"""Genomes: int32 [Q, G], the place inside each group of the token that a candidate keeps.
+"""Genomes: int32 [Q, G], the index inside each group of the token that a candidate keeps.
 
-One kept token per group therefore holds by construction. Everything here draws only `Generator.random`
-(53 bits scaled to [0, 1)), the part of numpy's generators least likely to change between versions.
+A genome therefore always keeps exactly one token per group. All functions draw only from `Generator.random` (53 bits
+scaled to [0, 1)), the part of numpy's generators least likely to change between versions.
 """
 
 import numpy as np
@@ -10,10 +10,10 @@ from evocomp.grouping.groups import Groups
 
 
 def stream(seed: int, sample_id: int, round: int) -> np.random.Generator:
-    """The random numbers of one sample in one refresh round: independent of ranks, order and other samples.
+    """Random number generator of one sample in one round: independent of ranks, order and other samples.
 
-    Philox keyed by (seed; sample_id, round). numpy does not promise the stream of a `Generator` across
-    versions, so a golden test guards it and the label store records numpy's version.
+    It is Philox with the key (seed; sample_id, round). numpy does not guarantee the stream of a `Generator` across
+    versions, so a test compares it with stored numbers, and the label store records numpy's version.
 
     >>> stream(seed=0, sample_id=5, round=1).random() == stream(seed=0, sample_id=5, round=1).random()
     True
@@ -22,21 +22,21 @@ def stream(seed: int, sample_id: int, round: int) -> np.random.Generator:
 
 
 def random_genomes(sizes: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    """`count` genomes [count, G], every place of a group (sizes [G]) equally likely."""
-    # u < 1 - 2^-54 makes u * size round below size for every size, so the floor stays inside the group
+    """`count` genomes [count, G]; every token of a group (sizes [G]) is equally likely."""
+    # u < 1 - 2^-54, so u * size rounds to less than size, and its floor is a valid index in the group
     return (rng.random((count, len(sizes))) * sizes).astype(np.int32)
 
 
 def sample_genomes(odds: np.ndarray, groups: Groups, rng: np.random.Generator, count: int) -> np.ndarray:
-    """`count` genomes [count, G]; in each group the kept token is drawn by its odds.
+    """`count` genomes [count, G]; in each group the kept token is drawn with probability proportional to its weight.
 
-    odds [N] are not negative, in the order of `groups.order`, with a positive sum in every group.
+    odds [N]: non-negative weights in the order of `groups.order`, with a positive sum in every group.
     """
     total = np.add.reduceat(odds, groups.offsets)
     ids = groups.of[groups.order]
     before = np.cumsum(odds) - odds
     within = (before - before[groups.offsets][ids] + odds) / total[ids]
-    # group g's cumulative odds lie in (g, g + 1], so one sorted search serves all groups at once
+    # group g's cumulative probabilities lie in (g, g + 1], so that one sorted search covers all groups
     edges = np.maximum.accumulate(ids + np.minimum(within, 1.0))
     draws = rng.random((count, groups.count)) + np.arange(groups.count)
     place = np.searchsorted(edges, draws, side="right") - groups.offsets
@@ -46,7 +46,7 @@ def sample_genomes(odds: np.ndarray, groups: Groups, rng: np.random.Generator, c
 def seed_genomes(
     groups: Groups, scores: np.ndarray, rng: np.random.Generator, count: int, temperature: float = 1.0
 ) -> np.ndarray:
-    """Genomes [count, G] that follow given token scores [N] (a compressor's logits, say).
+    """Genomes [count, G] drawn from given token scores [N] (for instance a compressor's logits).
 
     In each group the kept token is drawn from softmax(scores / temperature) over the group.
     """

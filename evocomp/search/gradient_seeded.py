@@ -1,4 +1,4 @@
-"""Search that begins from a gradient of the MLLM. Ours; the only one that is not forward-only."""
+"""Search seeded by a gradient of the MLLM. Not in the paper; the only strategy that needs more than forward passes."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,12 +14,12 @@ from evocomp.search.uniform_crossover import UniformCrossover
 class GradientSeeded(UniformCrossover):
     """`UniformCrossover` whose first population is drawn in part from a gradient over tokens.
 
-    The caller supplies the prior [N]: minus the gradient of the answer loss with respect to a soft gate on
-    each visual token, from one backward pass (about five forwards). It is standardised here, because the
-    scale of gradients differs from sample to sample.
+    The caller supplies the prior [N]: minus the gradient of the answer loss with respect to a soft gate on each visual
+    token, from one forward and backward pass (counted as three forward passes). The prior is standardised here, because
+    the scale of gradients differs between samples.
 
     Args:
-        temperature: of the softmax over the standardised prior inside each group.
+        temperature: temperature of the softmax over the standardised prior inside each group.
     """
 
     temperature: float = 0.5
@@ -36,8 +36,8 @@ class GradientSeeded(UniformCrossover):
     ) -> State:
         require(
             prior is not None or population is not None,
-            "gradient_seeded search needs the gradient of the answer loss as its prior; "
-            "choose a forward-only search such as uniform_crossover",
+            "gradient_seeded needs the gradient of the answer loss as its prior; "
+            "choose a strategy without gradients such as uniform_crossover",
         )
         if prior is not None:
             prior = np.asarray(prior, dtype=np.float64)

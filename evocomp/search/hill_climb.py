@@ -1,4 +1,4 @@
-"""Local search: change one kept token of the best mask at a time, and join the changes that help. Ours."""
+"""Local search: changes one kept token of the best mask at a time, and combines improvements. Not in the paper."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,21 +7,21 @@ import numpy as np
 
 from evocomp.search.strategy import State, Strategy, require
 
-# how many of the changes that helped are joined, as shares: all together can overshoot where groups interact
+# fractions of the improvements that are combined: because groups interact, combining all can be worse than some
 JOINED = (1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True)
 class HillClimb(Strategy):
-    """Most candidates are the best mask with another token kept in one group.
+    """Hill climbing: most candidates are the best mask with another token kept in one group.
 
-    All N - G such masks are tried in random order, none twice, until one is better; then it starts from
-    that one. When none is left the best mask is a local optimum, and two or three groups change at once.
-    A few candidates join the changes of the last population that helped. With a linear loss a population so
-    gains the sum of its good changes, and not only the largest of them.
+    All N - G such neighbours are tried in random order, each once, until one is better; the search continues from that
+    one. If none is better, the best mask is a local optimum, and two or three groups are changed at once. A few
+    candidates combine changes of the last population that lowered the loss. If the effects of changes add up, a
+    population then gains the sum of its improvements instead of the largest one.
 
     Args:
-        q: candidates per population; one of them is the best so far, which costs no evaluation.
+        q: candidates per population, including the best candidate so far, which needs no evaluation.
     """
 
     flips: ClassVar[bool] = True
@@ -29,7 +29,7 @@ class HillClimb(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         least = 2 + len(JOINED)
-        require(self.q >= least, f"hill_climb search needs q of at least {least} candidates, got q={self.q}")
+        require(self.q >= least, f"hill_climb needs at least q={least} candidates, got q={self.q}")
 
     def propose(self, state: State, rng: np.random.Generator) -> np.ndarray:
         head = np.concatenate([state.best[None], _joined(state.population, state.losses)])
@@ -38,17 +38,17 @@ class HillClimb(Strategy):
     def _neighbours(self, state: State, rng: np.random.Generator, count: int) -> np.ndarray:
         groups = state.groups
         genomes = np.repeat(state.best[None], count, axis=0)
-        rivals = np.flatnonzero(groups.places != state.best[groups.of])
-        if not len(rivals):
+        others = np.flatnonzero(groups.places != state.best[groups.of])
+        if not len(others):
             return genomes
-        # the order belongs to the step at which the best was found, so that later steps go on in it
-        rivals = rivals[np.argsort(state.rng(state.improved, lane=1).random(len(rivals)))]
+        # random numbers of the step that found the best mask, so that later steps continue in the same order
+        others = others[np.argsort(state.rng(state.improved, lane=1).random(len(others)))]
         singles = self.q - 1 - len(JOINED)
         tried = (state.step - state.improved) * singles
-        single = rivals[tried : tried + singles]
+        single = others[tried : tried + singles]
         genomes[np.arange(len(single)), groups.of[single]] = groups.places[single]
         far = genomes[len(single) :]
-        flips = rivals[(rng.random((3, len(far))) * len(rivals)).astype(int)]
+        flips = others[(rng.random((3, len(far))) * len(others)).astype(int)]
         third = rng.random(len(far)) < 0.5
         for flip, used in zip(flips, (True, True, third), strict=True):
             rows = np.flatnonzero(np.broadcast_to(used, len(far)))
@@ -57,7 +57,7 @@ class HillClimb(Strategy):
 
 
 def _joined(population: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Row 0 [G] of the population [P, G] with the changes of its best rows, one mask per share [., G]."""
+    """Row 0 of the population [P, G] with the changes of its best rows: one genome per fraction in `JOINED`."""
     base = population[0]
     ranking = np.argsort(losses, kind="stable")
     helped = population[ranking[: int((losses < losses[0]).sum())]]
@@ -66,7 +66,7 @@ def _joined(population: np.ndarray, losses: np.ndarray) -> np.ndarray:
     for share in JOINED:
         top = int(np.ceil(share * len(helped)))
         if top:
-            # of several changes in one group the best counts: argmax finds the first row that has one
+            # if several rows change a group, take the best row: argmax finds the first one
             first = changed[:top].argmax(0)
             joined.append(np.where(changed[:top].any(0), helped[first, np.arange(len(base))], base))
     return np.array(joined, dtype=np.int32).reshape(-1, len(base))

@@ -1,15 +1,15 @@
-"""What makes children from parents. All functions are pure and work on whole populations [Q, G] at once."""
+"""Selection, crossover and mutation. All functions are pure and operate on populations [Q, G]."""
 
 import numpy as np
 
 
 def truncation(population: np.ndarray, losses: np.ndarray, count: int) -> np.ndarray:
-    """The `count` members of lowest loss, best first; equal losses keep their order."""
+    """Truncation selection: the `count` members of lowest loss, best first; ties keep their order."""
     return population[np.argsort(losses, kind="stable")[:count]]
 
 
 def pairs(num_parents: int, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two different parents for each of `count` children: indices [count], [count] (the same if only one)."""
+    """Indices [count], [count] of two different parents for each child (equal if there is only one parent)."""
     draws = rng.random((2, count))
     first = (draws[0] * num_parents).astype(np.int32)
     other = (first + 1 + (draws[1] * (num_parents - 1)).astype(np.int32)) % num_parents
@@ -23,8 +23,8 @@ def half_split_crossover(
 
         first   a a a a a          other   b b b b b        child   a a b b b
 
-    Without crossover (1 - probability) the child is the first parent. Halves are in group order, that is by
-    the first position of a group in the image.
+    With probability 1 - `probability` there is no crossover and the child equals the first parent. Groups are ordered
+    by their first token in the image.
     """
     from_other = np.arange(first.shape[1]) >= first.shape[1] // 2
     crossed = rng.random((len(first), 1)) < probability
@@ -32,16 +32,16 @@ def half_split_crossover(
 
 
 def uniform_crossover(first: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Children of two parents [Q, G] each: every group comes from either with equal chance."""
+    """Children of two parents [Q, G] each: every group comes from either parent with equal probability."""
     return np.where(rng.random(first.shape) < 0.5, first, other)
 
 
 def shift_mutation(
     genomes: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, probability: float
 ) -> np.ndarray:
-    """Each group moves its kept token with this probability one place left or right, not over its ends."""
+    """With this probability, move the kept token of a group to the previous or next token of the group, if any."""
     draws = rng.random(genomes.shape)
-    # one draw decides both: below p/2 left, below p right
+    # one random number decides: below p/2 previous token, below p next token
     step = (draws < probability).astype(np.int32) - 2 * (draws < probability / 2)
     return np.clip(genomes + step, 0, sizes - 1, dtype=np.int32, casting="unsafe")
 
@@ -49,7 +49,7 @@ def shift_mutation(
 def resample_mutation(
     genomes: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, expected: float
 ) -> np.ndarray:
-    """Move the kept token to any other place of its group, in `expected` groups of a genome on average."""
+    """Replace the kept token by a random other token of its group, in `expected` groups of a genome on average."""
     movable = sizes > 1
     probability = expected / max(1, int(movable.sum()))
     draws = rng.random((2, *genomes.shape))

@@ -10,16 +10,16 @@ from evocomp.search.strategy import State, Strategy, require
 
 @dataclass(frozen=True)
 class Published(Strategy):
-    """Truncation selection, half-split crossover, one-place mutation; the children replace the population.
+    """Truncation selection, half-split crossover and shift mutation; the children replace the population.
 
-    There are no elites: the label is the best candidate ever seen, which `run` remembers. The paper runs
-    L = 10 generations after the first population, 528 evaluations in all.
+    There is no elitism: the label is the best candidate ever evaluated, which `run` stores. The paper uses L = 10
+    generations after the first population, 528 evaluations in all.
 
     Args:
         q: candidates per population.
-        p: parents, the candidates of lowest loss.
+        p: number of parents, the candidates of lowest loss.
         crossover: probability that a child has two parents.
-        mutation: probability that a group moves its kept token one place.
+        mutation: probability that a group's kept token moves to the previous or next token of the group.
     """
 
     p: int = 12
@@ -30,8 +30,8 @@ class Published(Strategy):
         super().__post_init__()
         require(1 <= self.p < self.q, f"search needs fewer parents than candidates: 1 <= p < q, got "
                 f"p={self.p}, q={self.q}")
-        require(0 <= self.crossover <= 1, f"crossover is a probability, got {self.crossover}")
-        require(0 <= self.mutation <= 1, f"mutation is a probability, got {self.mutation}")
+        require(0 <= self.crossover <= 1, f"crossover must be a probability, got {self.crossover}")
+        require(0 <= self.mutation <= 1, f"mutation must be a probability, got {self.mutation}")
 
     def propose(self, state: State, rng: np.random.Generator) -> np.ndarray:
         parents = truncation(state.population, state.losses, self.p)

@@ -1,4 +1,4 @@
-"""Run a search on one sample: ask, score what is new, tell."""
+"""Runs a search on one sample: asks the strategy for candidates, scores the new ones and tells it their losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,18 +12,17 @@ from evocomp.search.operators import truncation
 from evocomp.search.strategy import State, Strategy
 
 Score = Callable[[np.ndarray], np.ndarray]
-"""Losses [K] of K masks: kept token indices [K, G] -> float32; called with distinct masks, each only once (unless
-`remember` is off)."""
+"""Kept token indices [K, G] of K masks -> losses [K] float32. No mask is scored twice unless `remember` is False."""
 
 
 @dataclass(frozen=True, eq=False)
 class WarmStart:
-    """What a later search of the same sample continues from.
+    """State from which a later search of the same sample continues.
 
     Attributes:
         population: [P, G] genomes.
         losses: [P] their losses, float32.
-        best: [G] best genome ever seen (the population need not hold it), with its loss `best_loss`.
+        best: [G] best genome so far, with its loss `best_loss`; it may be absent from the population.
     """
 
     population: np.ndarray
@@ -34,19 +33,19 @@ class WarmStart:
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """Outcome of a search. Losses are mean answer losses in nats, float32.
+    """Result of a search. Losses are mean answer losses [nats], float32.
 
     Attributes:
-        kept: [G] kept token indices of the best mask ever seen, ascending; the label of the published recipe.
+        kept: [G] kept token indices of the best mask, ascending; the label of the published recipe.
         loss: its loss.
-        first_best: lowest loss of the first population (of a warm start: of what it began from).
+        first_best: lowest loss of the first population; after a warm start, of the stored population.
         trace: [rounds, 3] lowest and mean loss of each population, and the lowest loss so far. Row 0 is the
-            first population, or the one stored by the search that is continued.
+            first population, or the stored one that a warm start continues from.
         population, losses: [P, G], [P] the last population.
         best: [G] genome of `kept`.
-        evaluations: masks scored.
-        saved: candidates that needed no scoring because they had been scored before.
-        scored_kept, scored_losses: [evaluations, G], [evaluations] every mask scored, in order.
+        evaluations: number of scored masks.
+        saved: number of candidates that were not scored because they had been scored before.
+        scored_kept, scored_losses: [evaluations, G], [evaluations] all scored masks, in order.
     """
 
     kept: np.ndarray
@@ -63,7 +62,7 @@ class SearchResult:
 
     @property
     def warm_start(self) -> WarmStart:
-        """From which `run` continues with further generations."""
+        """State from which `run` continues with further generations."""
         return WarmStart(self.population, self.losses, self.best, self.loss)
 
 
@@ -81,16 +80,16 @@ def run(
     """Search the masks of one sample.
 
     Args:
-        strategy: how candidates are made.
+        strategy: makes the candidates.
         groups: groups of the sample's N visual tokens.
-        score: the losses of masks; see `Score`.
+        score: computes losses of masks; see `Score`.
         rng: see `genome.stream`.
-        generations: populations after the first one (the paper's L). A warm start has its first one already.
-        warm_start: continue the search that gave it: its stored losses are not scored again.
-        prior: [N] token scores, higher is better, from which a share of the first population is drawn. In a
-            warm start these seeds take the places of the worst of the stored population.
-        patience: end after so many populations that brought no better mask; 0 = never.
-        remember: score no mask twice. The losses are the same without, but for rounding.
+        generations: number of populations after the first one (L in the paper). A warm start already has the first one.
+        warm_start: state of an earlier search to continue; its stored losses are not computed again.
+        prior: [N] token scores, higher is better, from which a fraction of the first population is drawn. In a warm
+            start, the drawn genomes replace the worst ones of the stored population.
+        patience: stop after this number of populations without improvement; 0: never.
+        remember: score no mask twice. Without it, losses are the same up to rounding.
     """
     if generations < 0:
         raise UserError(f"search needs generations of at least 0, got {generations}")
@@ -152,7 +151,7 @@ def _result(state: State, memo: "_Memo", trace: np.ndarray) -> SearchResult:
 
 
 class _Memo:
-    """Losses of genomes; scores those it has not seen."""
+    """Losses of genomes, with a cache of the losses that are already known."""
 
     def __init__(self, groups: Groups, score: Score, remember: bool = True) -> None:
         self.groups = groups
@@ -164,7 +163,7 @@ class _Memo:
         self.saved = 0
 
     def add(self, genomes: np.ndarray, losses: np.ndarray) -> None:
-        """Take in losses known from elsewhere."""
+        """Add known losses to the cache."""
         losses = np.asarray(losses, dtype=np.float32).tolist()
         self.known.update(zip(genome_keys(genomes), losses, strict=True))
 
@@ -185,7 +184,7 @@ class _Memo:
         assert losses.shape == (len(genomes),), f"score gave {losses.shape} for {len(genomes)} masks"
         if np.isnan(losses).any():
             raise UserError(
-                "the MLLM gave a loss that is not a number: check the sample's answer, "
+                "the MLLM's loss of a mask is NaN; check the sample's answer, "
                 "or score in bfloat16 or float32 instead of float16"
             )
         self.scored.append(kept)

@@ -1,12 +1,12 @@
-"""The ask / tell interface of every search strategy.
+"""The ask-and-tell interface of search strategies.
 
     state = strategy.start(groups, rng)
     while ...:
         state, genomes = strategy.ask(state)          # [Q, G]
         state = strategy.tell(state, losses)          # [Q]
 
-A state is immutable and carries its own key of random numbers: asking the same state twice gives the same
-genomes. The caller evaluates, so a search never knows where losses come from.
+A state is immutable and contains the key of its random numbers: asking the same state twice gives the same genomes. The
+caller evaluates the genomes, so a strategy does not depend on the source of the losses.
 """
 
 from dataclasses import dataclass, replace
@@ -21,18 +21,15 @@ from evocomp.search.genome import random_genomes, seed_genomes
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Where a search stands.
+    """State of a search.
 
     Attributes:
-        groups: groups of the sample's N visual tokens.
-        key: key of the random numbers of this search.
-        step: number of populations asked for.
-        pending: [Q, G] candidates asked for and not told yet.
-        population: [P, G] candidates from which the next ones are made; empty before the first tell.
-        losses: [P] their losses, float32.
-        best: [G] best genome ever told, with its loss `best_loss`.
-        improved: value of `step` when the best was last replaced.
-        odds: [N] odds of keeping each token, in the order of `groups.order` (cross-entropy method only).
+        groups: groups of the sample's N visual tokens. key: key of the random numbers of this search. step: number of
+        populations returned by `ask`. pending: [Q, G] candidates returned by `ask` whose losses are not known yet.
+        population: [P, G] candidates from which the next ones are made; empty before the first `tell`. losses: [P]
+        their losses, float32. best: [G] best genome so far, with its loss `best_loss`. improved: value of `step` when
+        `best` last changed. odds: [N] probability of each token within its group, in the order of `groups.order`
+        (cross-entropy method only).
     """
 
     groups: Groups
@@ -47,19 +44,21 @@ class State:
     odds: np.ndarray | None = None
 
     def rng(self, step: int | None = None, lane: int = 0) -> np.random.Generator:
-        """Random numbers of one step (the current one by default); lanes of a step are independent."""
+        """Random number generator of one step (default: the current one); the lanes of a step are independent."""
         counter = [0, 0, lane, self.step if step is None else step]
         return np.random.Generator(np.random.Philox(key=np.array(self.key, dtype=np.uint64), counter=counter))
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Base of the strategies: draws the first population, keeps the best; subclasses make the children.
+    """Base class of the strategies. It draws the first population and tracks the best candidate.
+
+    Subclasses implement `propose`, and `absorb` if the children do not simply replace the population.
 
     Args:
         q: candidates per population.
-        seeded: share of the first population drawn from a prior over tokens, when one is given.
-        temperature: of the softmax over the prior inside each group.
+        seeded: fraction of the first population that is drawn from a prior over tokens, if there is one.
+        temperature: temperature of the softmax over the prior inside each group.
     """
 
     q: int = 48
@@ -67,14 +66,14 @@ class Strategy:
     temperature: float = 1.0
 
     forward_only: ClassVar[bool] = True
-    """Whether the search needs losses only; otherwise it needs gradients of the MLLM as its prior."""
+    """Whether losses are sufficient; otherwise the strategy needs a gradient of the MLLM as its prior."""
 
     flips: ClassVar[bool] = False
-    """Whether most candidates differ from one mask in one place, so that a scorer may share what comes before it."""
+    """Whether most candidates differ from one mask in a single token, so that the scorer can cache a common prefix."""
 
     def __post_init__(self) -> None:
-        require(self.q >= 1, f"search needs q of at least 1 candidate, got q={self.q}")
-        require(0 <= self.seeded <= 1, f"seeded is a share between 0 and 1, got {self.seeded}")
+        require(self.q >= 1, f"search needs at least q=1 candidate, got q={self.q}")
+        require(0 <= self.seeded <= 1, f"seeded must be a fraction between 0 and 1, got {self.seeded}")
         require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
 
     def start(
@@ -85,22 +84,22 @@ class Strategy:
         losses: np.ndarray | None = None,
         prior: np.ndarray | None = None,
     ) -> State:
-        """A new search.
+        """Start a search.
 
         Args:
             groups: groups of the sample.
             rng: see `genome.stream`; one key is drawn from it.
-            population: [P, G] genomes to begin with, best first.
-            losses: [P] their losses, when known: the first `ask` then gives their children. Otherwise it
-                gives these genomes, as many as fit, filled up at random.
-            prior: [N] token scores, higher is better (a compressor's logits, say): a share `seeded` of the
-                first population is drawn from them. Not with `losses`.
+            population: [P, G] initial genomes, best first.
+            losses: [P] their losses, if known: the first `ask` then returns their children. Otherwise it returns the
+                first q of these genomes, filled up with random ones.
+            prior: [N] token scores, higher is better (for instance a compressor's logits), from which the fraction
+                `seeded` of the first population is drawn. Must be None if `losses` is given.
         """
         key = tuple(int(word) for word in rng.integers(0, 2**64, size=2, dtype=np.uint64))
         state = State(groups, key)
         population = _fit(np.empty((0, groups.count)) if population is None else population, groups)
         if losses is not None:
-            assert prior is None, "after a population with losses come its children: no place for seeds"
+            assert prior is None, "a prior is used only if the population has no losses"
             return self.tell(replace(state, pending=population), losses)
         seeds = 0 if prior is None else round(self.seeded * self.q)
         if seeds:
@@ -109,7 +108,7 @@ class Strategy:
         return replace(state, step=1, population=population[: self.q])
 
     def ask(self, state: State) -> tuple[State, np.ndarray]:
-        """The candidates [Q, G] to be evaluated next, and the state that `tell` wants."""
+        """Return the state to pass to `tell`, and the next candidates [Q, G] to evaluate."""
         rng = state.rng()
         if state.losses is None:
             fill = random_genomes(state.groups.sizes, rng, self.q - len(state.population))
@@ -119,28 +118,28 @@ class Strategy:
         return replace(state, step=state.step + 1, pending=genomes), genomes
 
     def tell(self, state: State, losses: np.ndarray) -> State:
-        """Take in the losses [Q] of the candidates asked for last."""
+        """Return the state after the losses [Q] of the candidates of the last `ask`."""
         assert state.pending is not None, "tell comes after ask"
         losses = np.asarray(losses, dtype=np.float32)
         assert losses.shape == (len(state.pending),), f"expected [{len(state.pending)}], got {losses.shape}"
         lowest = int(np.argmin(losses))
-        # before `absorb`, so that a strategy can build on the best
+        # before `absorb`, so that a strategy can use the new best candidate
         if losses[lowest] < state.best_loss or state.best is None:
             best = state.pending[lowest]
             state = replace(state, best=best, best_loss=float(losses[lowest]), improved=state.step)
         return replace(self.absorb(state, losses), pending=None)
 
     def propose(self, state: State, rng: np.random.Generator) -> np.ndarray:
-        """The next candidates [Q, G], from an evaluated population."""
+        """The next candidates [Q, G], made from an evaluated population."""
         raise NotImplementedError
 
     def absorb(self, state: State, losses: np.ndarray) -> State:
-        """The population after its candidates were evaluated; by default they replace it."""
+        """The state after the candidates were evaluated; by default they replace the population."""
         return replace(state, population=state.pending, losses=losses)
 
 
 def require(condition: bool, message: str) -> None:
-    """Refuse a setting of the search with one line."""
+    """Raise UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -150,7 +149,7 @@ def _fit(population: np.ndarray, groups: Groups) -> np.ndarray:
     shaped = population.ndim == 2 and population.shape[1] == groups.count
     require(
         shaped and bool(((population >= 0) & (population < groups.sizes)).all()),
-        f"the stored population {list(population.shape)} does not fit the sample's {groups.count} groups: "
-        "it was made with another grouping; choose another label folder or --labels.overwrite=true",
+        f"the stored population {list(population.shape)} does not match the sample's {groups.count} groups because it "
+        "was made with another grouping; choose another label folder or --labels.overwrite=true",
     )
     return population

@@ -1,4 +1,4 @@
-"""A stronger evolutionary search at the same cost: (mu + lambda) selection and uniform crossover. Ours."""
+"""An evolutionary search with (mu + lambda) selection and uniform crossover. Not in the paper; better at equal cost."""
 
 from dataclasses import dataclass, replace
 
@@ -11,15 +11,15 @@ from evocomp.search.strategy import State, Strategy, require
 
 @dataclass(frozen=True)
 class UniformCrossover(Strategy):
-    """Parents are the best distinct candidates ever seen; children take each group from either parent.
+    """Parents are the best distinct candidates so far; children take each group from either parent.
 
-    Against the published search: parents survive (so the best is never lost), no half of the image is
-    inherited as one block, and a mutation reaches any place of a group.
+    Unlike in the published search, parents survive (so the best is never lost), groups are inherited independently
+    instead of in halves of the image, and a mutation can select any token of a group.
 
     Args:
         q: candidates per population.
-        p: survivors and parents.
-        resampled: groups of a child whose kept token is drawn anew, on average.
+        p: number of survivors, which are the parents.
+        resampled: expected number of groups of a child whose kept token is redrawn.
     """
 
     p: int = 12
@@ -28,7 +28,7 @@ class UniformCrossover(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.p >= 1, f"search needs at least 1 parent, got p={self.p}")
-        require(self.resampled > 0, f"resampled is a positive number of groups, got {self.resampled}")
+        require(self.resampled > 0, f"resampled must be a positive number of groups, got {self.resampled}")
 
     def propose(self, state: State, rng: np.random.Generator) -> np.ndarray:
         first, other = pairs(len(state.population), rng, self.q)

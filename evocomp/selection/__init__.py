@@ -1,7 +1,7 @@
-"""Training-free rivals: ways to choose or merge R of N visual tokens without learning anything.
+"""Training-free selectors: they reduce N visual tokens to R by selection or merging, without learned weights.
 
-Every file holds one method: pure functions on the tensors of one image, and a `Selector` that reads them
-from `SelectionInputs`. `SELECTORS` names them all; a file is imported when its selector is first built.
+Every file implements one selector: pure functions on the tensors of one image, and a `Selector` that takes these
+tensors from `SelectionInputs`. `SELECTORS` lists them all; a file is imported when its selector is first built.
 """
 
 import difflib
@@ -45,19 +45,19 @@ SELECTORS: dict[str, Callable[..., "Selector"]] = {
 
 
 def selector(name: str, **options) -> "Selector":
-    """The selector called `name` with its published settings, or with `options` instead.
+    """The selector `name` with its published settings, which `options` override.
 
     Raises UserError for a name that is not in `SELECTORS`.
     """
     if name not in SELECTORS:
         near = difflib.get_close_matches(name, SELECTORS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SELECTORS)}."
-        raise UserError(f"No selector is called {name!r}; {hint}")
+        raise UserError(f"{name!r} is not a selector; {hint}")
     return SELECTORS[name](**options)
 
 
 def selector_for_depth(name: str, layers: int) -> "Selector":
-    """The selector called `name` for an LLM of so many layers: one that reads a layer beyond them reads the last.
+    """The selector `name` for an LLM of `layers` layers: a layer setting beyond the LLM's depth becomes its last layer.
 
     Raises UserError for a name that is not in `SELECTORS`.
     """

@@ -1,4 +1,4 @@
-"""Average pooling of the grid."""
+"""Average pooling of the token grid."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from evocomp.selection.base import NotApplicable, Selection, SelectionInputs, Selector
 from evocomp.selection.downsample import distortion
 
-# 8 x 16 from a square, the usual grid of 128, stretches by exactly two
+# the usual grid for 128 tokens, 8 x 16, changes the aspect ratio of a square by exactly two
 LARGEST_DISTORTION = 2.0
 
 
 def pooled_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:
-    """The grid with most cells, at most `keep`, that is not stretched by more than two against `grid`.
+    """The largest grid of at most `keep` cells whose aspect ratio is within a factor of two of that of `grid`.
 
-    Among equals the least stretched, then the one with fewer rows: 24 x 24 at 192, 128, 64 gives 12 x 16,
-    8 x 16, 8 x 8. A grid too narrow for that is stretched as little as it can be.
+    Ties go to the smaller change of the aspect ratio, then to fewer rows: 24 x 24 gives 12 x 16, 8 x 16 and 8 x 8 for
+    192, 128 and 64. If no grid is within a factor of two, the one with the smallest change is taken.
     """
     rows, columns = grid
     fits = [(a, b) for a in range(1, min(rows, keep) + 1) for b in range(1, min(columns, keep // a) + 1)]
@@ -29,7 +29,7 @@ def pooled_grid(grid: tuple[int, int], keep: int) -> tuple[int, int]:
 def average_pool(tokens: Tensor, grid: tuple[int, int], out_grid: tuple[int, int]) -> Tensor:
     """Means [a * b, D] over the windows of `out_grid` (a, b) on row-major tokens [N, D] of `grid`.
 
-    Windows overlap where a side does not divide (torch's adaptive pooling).
+    Windows overlap if a side of `grid` is not divisible (adaptive pooling of torch).
     """
     planes = tokens.float().T.unflatten(1, grid)
     return F.adaptive_avg_pool2d(planes, out_grid).flatten(1).T.to(tokens.dtype)
@@ -42,13 +42,13 @@ def _middles(size: int, windows: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class AveragePool(Selector):
-    """Pooled grid; at most `keep` rows (whole windows only). A row's position is the middle of its window."""
+    """Average pooling to at most `keep` tokens. The position of a token is the middle of its window."""
 
     name = "average_pool"
     merges = True
 
     out_grid: tuple[int, int] | None = None
-    """(rows, columns) of the result whatever the budget; None: see `pooled_grid`."""
+    """(rows, columns) of the result, independent of the budget; None: see `pooled_grid`."""
 
     def select(self, inputs: SelectionInputs, keep: int) -> Selection:
         rows, columns = inputs.grid

@@ -1,4 +1,4 @@
-"""What a selector reads and what it returns."""
+"""The interface of selectors: their inputs, their result and their base class."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,62 +10,62 @@ from torch import Tensor
 from evocomp.log import UserError
 
 PerLayer = Tensor | Mapping[int, Tensor] | Callable[[int], Tensor]
-"""A tensor per LLM layer (0-based): a mapping, a function, or the one tensor when only one layer is asked."""
+"""A tensor per LLM layer (0-based): a mapping, a function, or a single tensor if only one layer is used."""
 
 
 class NotApplicable(UserError):
-    """The method needs something that this model does not have; a table prints "not applicable"."""
+    """The selector needs an input that this model does not provide; tables print "not applicable"."""
 
     def __init__(self, method: str, missing: str):
         super().__init__(
-            f"{method} is not applicable: it needs `{missing}`, which this model or prompt does not give; "
-            f"pass SelectionInputs({missing}=...) or leave {method} out."
+            f"{method} is not applicable: it needs `{missing}`, which this model or prompt does not provide; "
+            f"pass SelectionInputs({missing}=...) or choose another selector."
         )
         self.method, self.missing = method, missing
 
 
 @dataclass(frozen=True, eq=False)
 class SelectionInputs:
-    """Everything that is known of ONE image and prompt; None where the model has no such thing.
+    """The inputs of selectors for ONE image and prompt; None where the model does not provide them.
 
-    L is the length of the LLM's sequence, laid out as prefix, N visual tokens, T text tokens. H counts heads,
-    C is the width of the CLIP tower, E that of CLIP's joint space, M the number of text segments.
+    L is the length of the LLM's sequence: a prefix, N visual tokens, T text tokens. H is the number of heads, C the
+    width of the CLIP tower, E the width of CLIP's joint space, M the number of text segments.
     """
 
     tokens: Tensor
     """Projected visual tokens [N, D], row-major over `grid`."""
     grid: tuple[int, int]
-    """(rows, columns) of the N tokens; LLaVA-NeXT partitions are stacked, so rows counts all of them."""
+    """(rows, columns) of the N tokens; LLaVA-NeXT partitions are stacked, so that rows is their sum."""
     text: Tensor | None = None
     """Input embeddings of the text tokens after the image [T, D]."""
     clip_hidden: Tensor | None = None
-    """Output of the CLIP layer that the projector reads [N+1, C]; row 0 is CLS."""
+    """Output of the CLIP layer that the projector uses [N+1, C]; row 0 is the class token (CLS)."""
     cls_attention: Tensor | None = None
-    """Attention of CLS in that layer [H, N]: softmax over all N+1 keys, then the CLS column dropped."""
+    """Attention of CLS in that layer [H, N]: softmax over all N+1 keys, then the CLS column is dropped."""
     cls_attention_first: Tensor | None = None
-    """The same of layer 0."""
+    """Attention of CLS in layer 0, in the same form."""
     clip_keys: Tensor | None = None
     """Key projections in that layer, heads concatenated [N+1, C]."""
     clip_queries: Tensor | None = None
     """Query projections in that layer, heads concatenated, unscaled [N+1, C]."""
     clip_next_keys: Tensor | None = None
-    """Key projections of the CLIP layer that follows (its input is `clip_hidden`) [N+1, C]; PruMerge's."""
+    """Key projections of the next CLIP layer (its input is `clip_hidden`) [N+1, C]; for PruMerge."""
     clip_next_queries: Tensor | None = None
-    """Query projections of the CLIP layer that follows [N+1, C]; PruMerge's."""
+    """Query projections of the next CLIP layer [N+1, C]; for PruMerge."""
     clip_image_embeds: Tensor | None = None
-    """Patches in CLIP's joint image-text space [N, E]; no MLLM has them, see `CDPruner`."""
+    """Patch embeddings in CLIP's joint image-text space [N, E]; no MLLM provides them, see `CDPruner`."""
     clip_text_embeds: Tensor | None = None
-    """Segments of the question in that space [M, E]."""
+    """Embeddings of the question's segments in that space [M, E]."""
     llm_attention: PerLayer | None = None
-    """Attention probabilities of an LLM layer over the unpruned sequence, last q queries: [H, q, L]."""
+    """Attention probabilities of the last q queries in an LLM layer on the full sequence: [H, q, L]."""
     llm_keys: PerLayer | None = None
-    """Keys of an LLM layer after rotation, heads concatenated [L, heads * head_dim]."""
+    """Keys of an LLM layer after RoPE, heads concatenated [L, heads * head_dim]."""
     llm_hidden: PerLayer | None = None
     """Output of an LLM layer after the LLM's final norm [L, D]."""
     project: Callable[[Tensor], Tensor] | None = None
     """The projector: CLIP features [K, C] -> visual tokens [K, D]."""
     generator: torch.Generator | None = None
-    """Source of chance; seed it per sample."""
+    """Random number generator; seed it per sample."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -73,43 +73,44 @@ class SelectionInputs:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """R output rows."""
+    """Result of a selector: R output tokens."""
 
     positions: Tensor
-    """Place of each row in the original sequence of N, int64 [R]; ascending unless the method says so."""
+    """Index of each output token's position among the N tokens, int64 [R]; ascending unless the selector documents
+    another order."""
     indices: Tensor | None = None
-    """The rows kept, int64 [R], when nothing was merged."""
+    """Indices of the kept tokens, int64 [R], if the selector does not merge."""
     tokens: Tensor | None = None
-    """The rows themselves [R, D], when some were merged."""
+    """The output tokens [R, D], if the selector merges."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What the method has to tell besides."""
+    """Additional results of the selector."""
 
     @classmethod
     def of(cls, indices: Tensor, **extra) -> "Selection":
-        """A pure selection: rows stay where they were."""
+        """A result without merging: the tokens at `indices`, at their original positions."""
         return cls(positions=indices, indices=indices, extra=extra)
 
 
 @dataclass(frozen=True)
 class Selector:
-    """A method with its settings; call it with one sample's inputs and the number of rows to keep."""
+    """A selector with its settings; call it with one sample's inputs and the number of tokens to keep."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Optional fields of SelectionInputs that must be there."""
+    """Optional fields of SelectionInputs that this selector requires."""
     text_aware: ClassVar[bool] = False
-    """Whether the question changes the selection."""
+    """Whether the selection depends on the question."""
     needs_llm: ClassVar[bool] = False
-    """Whether the LLM must have run on all N tokens first."""
+    """Whether the LLM must first run on all N tokens."""
     merges: ClassVar[bool] = False
     """Whether its rows are new tokens, made of several of the image's own."""
     source: ClassVar[str] = ""
     """Paper and code."""
 
     def __call__(self, inputs: SelectionInputs, keep: int) -> Selection:
-        """Keep `keep` of N tokens, 1 <= keep <= N.
+        """Reduce N tokens to `keep`, 1 <= keep <= N.
 
-        Raises NotApplicable when an input is missing, UserError for a budget that cannot be.
+        Raises NotApplicable if an input is missing, UserError if `keep` is out of range.
         """
         if not 1 <= keep <= len(inputs):
             raise UserError(f"keep={keep}: {self.name} can keep 1 to {len(inputs)} of this image's tokens.")
@@ -118,9 +119,9 @@ class Selector:
         return self.select(inputs, keep)
 
     def missing(self, inputs: SelectionInputs) -> set[str]:
-        """Names of the needed inputs that are None."""
+        """Names of the required inputs that are None."""
         return {name for name in self.needs if getattr(inputs, name) is None}
 
     def select(self, inputs: SelectionInputs, keep: int) -> Selection:
-        """The method itself; inputs and budget have been checked."""
+        """Select the tokens; `__call__` has checked inputs and budget."""
         raise NotImplementedError

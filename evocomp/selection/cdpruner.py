@@ -1,4 +1,4 @@
-"""CDPruner: a determinantal point process whose quality is relevance to the question (arXiv 2506.10967)."""
+"""CDPruner: a determinantal point process (DPP) weighted by relevance to the question (arXiv 2506.10967)."""
 
 import math
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from torch import Tensor
 from evocomp.selection.base import Selection, SelectionInputs, Selector
 from evocomp.selection.similarity import cosine
 
-# A residual this small against the largest kernel entry is rounding noise of float32, not new volume.
+# residuals below this fraction of the largest kernel entry are float32 rounding errors, not new volume
 EXHAUSTED = 1e-6
 
 
 def relevance(image_embeds: Tensor, text_embeds: Tensor, sign: float = -1.0) -> Tensor:
-    """Relevance [N] in (0, 1] of patches [N, E] to text segments [M, E] of CLIP's joint space.
+    """Relevance [N] in (0, 1] of patches [N, E] to text segments [M, E] in CLIP's joint space.
 
-    `sign` times the mean cosine, shifted to start at 1e-6 and divided by its range. The published sign is
-    minus: for the CLIP tower of LLaVA a LOW cosine marks a relevant patch, though the paper's text says the
-    opposite. Check the sign before using another tower. All equal: 1 everywhere.
+    It is `sign` times the mean cosine, shifted to start at 1e-6 and divided by its range; 1 everywhere if all cosines
+    are equal. The sign of the published code is minus: for LLaVA's CLIP tower a LOW cosine marks a relevant patch,
+    although the paper's text says the opposite. Check the sign before using another tower.
     """
     score = sign * cosine(image_embeds, text_embeds).mean(1)
     low, high = score.aminmax()
@@ -26,11 +26,11 @@ def relevance(image_embeds: Tensor, text_embeds: Tensor, sign: float = -1.0) -> 
 
 
 def cdpruner(tokens: Tensor, quality: Tensor, r: int) -> Tensor:
-    """Greedy MAP of the DPP with kernel q_i cos(V_i, V_j) q_j: `r` indices [r] in picking order.
+    """Greedy MAP inference of the DPP with kernel q_i cos(V_i, V_j) q_j: `r` indices [r] in order of selection.
 
-    tokens [N, D], quality [N]; O(N^2 D + r^2 N). Incremental Cholesky in float32. Beyond the rank of
-    `tokens` no token adds volume; the published code then divides by the root of noise and returns fewer
-    tokens. Here the budget is filled by quality, lower index first among equals.
+    tokens [N, D], quality [N]; O(N^2 D + r^2 N), by incremental Cholesky in float32. Beyond the rank of `tokens` no
+    token adds volume; there the published code divides by the square root of a rounding error and returns fewer tokens.
+    Here the remaining tokens are selected by quality; ties go to the lower index.
     """
     quality = quality.float()
     kernel = quality[:, None] * cosine(tokens) * quality
@@ -56,9 +56,10 @@ def cdpruner(tokens: Tensor, quality: Tensor, r: int) -> Tensor:
 class CDPruner(Selector):
     """Diverse tokens weighted by relevance to the question, both in CLIP's joint space.
 
-    No MLLM carries CLIP's text tower and visual projection, which the authors load besides, so the panel does not have
-    this selector. Give `clip_image_embeds`, the visual projection of post_layernorm of the patches in the layer that
-    the projector reads, and `clip_text_embeds`, the text tower's output for the question cut into segments of 77.
+    No MLLM contains CLIP's text tower and visual projection, which the authors load separately. The panel therefore
+    does not include this selector. It needs `clip_image_embeds`, the visual projection of post_layernorm of the patches
+    in the layer that the projector uses, and `clip_text_embeds`, the text tower's output for the question, split into
+    segments of 77 tokens.
     """
 
     name = "cdpruner"
@@ -67,7 +68,7 @@ class CDPruner(Selector):
     source = "arXiv 2506.10967, github.com/Theia-4869/CDPruner"
 
     sign: float = -1.0
-    """Direction of relevance, see `relevance`."""
+    """Sign of the cosine in `relevance`."""
 
     def select(self, inputs: SelectionInputs, keep: int) -> Selection:
         quality = relevance(inputs.clip_image_embeds, inputs.clip_text_embeds, self.sign)

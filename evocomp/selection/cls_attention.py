@@ -1,4 +1,4 @@
-"""CLS attention: the patches that the vision tower's own summary token looks at."""
+"""CLS attention: the patches with the largest attention from the vision tower's class token (CLS)."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from evocomp.selection.top_r import top_r
 
 
 def cls_scores(attention: Tensor) -> Tensor:
-    """Mean over heads of the CLS row, [H, N] -> [N] in float32."""
+    """Attention of CLS averaged over heads, [H, N] -> [N] in float32."""
     return attention.float().mean(0)
 
 
 @dataclass(frozen=True)
 class ClsAttention(Selector):
-    """The `keep` patches with most CLS attention (FasterVLM's rule; HiRED's on a single image)."""
+    """The `keep` patches with the largest CLS attention, as in FasterVLM and, on a single image, HiRED."""
 
     name = "cls_attention"
     needs = frozenset({"cls_attention"})

@@ -1,4 +1,4 @@
-"""DART: keep a few pivots and what resembles them least (arXiv 2502.11494; code ZichenWen1/DART)."""
+"""DART: keep a few pivot tokens and the tokens least similar to them (arXiv 2502.11494; code ZichenWen1/DART)."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ PIVOTS = 4
 
 
 def dart_pivots(keys: Tensor, start: int, n: int, image: int = PIVOTS, text: int = PIVOTS) -> list[int]:
-    """Pivots as places in the LLM's sequence, in the order in which they choose.
+    """Indices of the pivots in the LLM's sequence, in the order in which they select tokens.
 
-    keys [L, heads * head_dim] after rotation; visual tokens are places start..start+n-1, text is what
-    follows. Pivots are the `image` and `text` tokens with the largest L1 norm (fewer where there are fewer).
-    The published order, which changes the result, is the iteration order of a CPython set of these places;
+    keys [L, heads * head_dim] after RoPE; the visual tokens have the indices start..start+n-1, text follows. Pivots are
+    the `image` visual tokens and the `text` text tokens whose keys have the largest L1 norm (fewer if there are fewer).
+    In the published code their order, which affects the result, is the iteration order of a CPython set of the indices;
     the same set is built here.
     """
     norm = keys.float().abs().sum(1)
@@ -31,10 +31,10 @@ def dart_pivots(keys: Tensor, start: int, n: int, image: int = PIVOTS, text: int
 
 
 def dart(hidden: Tensor, start: int, n: int, pivots: Sequence[int], takes: Sequence[int]) -> Tensor:
-    """Ascending visual indices: the visual pivots, and for each pivot in turn the `takes` least like it.
+    """Ascending indices of the kept visual tokens: the visual pivots, and tokens that each pivot selects in turn.
 
-    hidden [L, D]: output of the layer that gave the keys, after the LLM's final norm. A pivot takes the
-    visual tokens of lowest cosine that are still free. Text pivots are not part of the result.
+    hidden [L, D]: output of the layer that the keys come from, after the LLM's final norm. Pivot i selects the takes[i]
+    remaining visual tokens with the lowest cosine to it. Text pivots are not part of the result.
     """
     place = torch.tensor(pivots, device=hidden.device)
     likeness = cosine(hidden[place], hidden[start : start + n])
@@ -46,23 +46,23 @@ def dart(hidden: Tensor, start: int, n: int, pivots: Sequence[int], takes: Seque
 
 
 def published_takes(budget: int, n: int, pivots: int) -> list[int]:
-    """floor(budget / 8) for every pivot, so 4 + 8 floor(budget / 8) are kept, as far as `n` reaches."""
+    """floor(budget / 8) tokens for every pivot, so that 4 + 8 floor(budget / 8) tokens are kept, at most `n`."""
     take = min(budget // (2 * PIVOTS), max(0, n - PIVOTS) // (2 * PIVOTS))
     return [take] * pivots
 
 
 def exact_takes(budget: int, pivots: int) -> list[int]:
-    """`budget` tokens spread over the pivots, the first ones taking one more where it does not divide."""
+    """`budget` tokens divided among the pivots; the first ones get one more if it is not divisible."""
     take, more = divmod(budget, pivots)
     return [take + (i < more) for i in range(pivots)]
 
 
 @dataclass(frozen=True)
 class DART(Selector):
-    """Duplication-aware tokens. By default exactly `keep`: pivots share keep - 4 (our variant).
+    """DART. By default it keeps exactly `keep` tokens: the pivots share keep - 4 tokens (our variant).
 
-    `llm_keys` and `llm_hidden` are those of layer k - 1. Fewer than four text tokens or a budget under four
-    only make fewer pivots.
+    `llm_keys` and `llm_hidden` come from layer k - 1. With fewer than four text tokens, or a budget below four, there
+    are fewer pivots.
     """
 
     name = "dart"
@@ -72,9 +72,10 @@ class DART(Selector):
     source = "arXiv 2502.11494, github.com/ZichenWen1/DART"
 
     k: int = K
-    """The published drop happens before this layer."""
+    """The published code drops tokens before this layer."""
     exact: bool = True
-    """False: the published count, 4 + 8 floor(keep / 8): 196, 132, 68 for 192, 128, 64."""
+    """Whether to keep exactly `keep` tokens. False: the published number, 4 + 8 floor(keep / 8): 196, 132, 68 for 192,
+    128, 64."""
 
     def select(self, inputs: SelectionInputs, keep: int) -> Selection:
         n = len(inputs)

@@ -11,11 +11,11 @@ from evocomp.selection.similarity import cosine
 
 
 def divprune(tokens: Tensor, r: int) -> Tensor:
-    """`r` rows of `tokens` [N, D] in the order in which they are picked [r]; O(N^2 D + r N).
+    """Indices [r] of `r` rows of `tokens` [N, D] in order of selection; O(N^2 D + r N).
 
-    Distance is one minus cosine. The first pick lies farthest from its nearest other token, each further one
-    farthest from its nearest picked token; the lower index wins ties. A picked token cannot be picked
-    again, even where only duplicates are left (the published code can return it twice).
+    The distance is one minus the cosine. The first token is the one farthest from its nearest other token; each further
+    token is the one farthest from its nearest selected token. Ties go to the lower index. No token is selected twice,
+    even if only duplicates remain (the published code can return a token twice).
     """
     distance = (1 - cosine(tokens)).fill_diagonal_(math.inf)
     pick = distance.amin(0).argmax(keepdim=True)
@@ -30,7 +30,7 @@ def divprune(tokens: Tensor, r: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DivPrune(Selector):
-    """Max-min diverse tokens; the published budget for a ratio is int(round(ratio * N))."""
+    """Max-min diverse tokens. The published budget for a ratio is int(round(ratio * N))."""
 
     name = "divprune"
     source = "arXiv 2503.02175, github.com/vbdi/divprune"

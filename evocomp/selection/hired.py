@@ -1,4 +1,4 @@
-"""HiRED: a token budget spread over image partitions by CLS attention (arXiv 2408.10945)."""
+"""HiRED: a token budget divided among image partitions by CLS attention (arXiv 2408.10945)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,10 +14,10 @@ Regions = Literal["stripes", "quadrants"]
 
 
 def region_of(grid: tuple[int, int], sub_grid: tuple[int, int], regions: Regions = "stripes") -> Tensor:
-    """Sub-image [n] that each of the n = rows * columns patches of the full image is counted for.
+    """Index of the sub-image [n] to which each of the n = rows * columns patches of the full image is assigned.
 
-    "stripes": consecutive runs of the flattened patches, which is what the published code does.
-    "quadrants": the sub-image that shows the patch, which is what the paper describes.
+    "stripes": consecutive runs of the flattened patches, as in the published code.
+    "quadrants": the sub-image that shows the patch, as described in the paper.
     """
     (rows, columns), (sub_rows, sub_columns) = grid, sub_grid
     patch = torch.arange(rows * columns)
@@ -27,11 +27,11 @@ def region_of(grid: tuple[int, int], sub_grid: tuple[int, int], regions: Regions
 
 
 def hired_budgets(first: Tensor, region: Tensor, count: int, total: int, alpha: float = 0.5) -> list[int]:
-    """How many tokens each of `count` sub-images may keep out of `total`.
+    """Token budget of each of `count` sub-images, out of `total`.
 
-    first [n]: layer-0 CLS attention of the full image, summed over heads; region [n]: see `region_of`. Each
-    sub-image is given the share of the full image's top int(n * (1 - alpha)) patches that lie in its region,
-    truncated in float32 as published, so the sum may fall short of `total` by a few tokens.
+    first [n]: layer-0 CLS attention of the full image, summed over heads; region [n]: see `region_of`. The budget of a
+    sub-image is proportional to the number of the full image's top int(n * (1 - alpha)) patches in its region. It is
+    truncated in float32 as published, so that the sum may be a few tokens below `total`.
     """
     n = len(first)
     top = top_r(first.float(), int(n * (1 - alpha)))
@@ -43,10 +43,10 @@ def hired_budgets(first: Tensor, region: Tensor, count: int, total: int, alpha: 
 def hired_next(
     last: Tensor, first: Tensor, total: int, region: Tensor, alpha: float = 0.5
 ) -> list[Tensor]:
-    """Ascending indices that each partition keeps; the full image is partition 0.
+    """Ascending indices of the kept tokens of each partition; the full image is partition 0.
 
-    last [P, n]: CLS attention of the used layer, summed over heads; first [n] and region [n] as in
-    `hired_budgets`. The full image keeps min(int(total * alpha), n), the sub-images share the rest. The
+    last [P, n]: CLS attention of the layer that the projector uses, summed over heads; first [n] and region [n] as in
+    `hired_budgets`. The full image keeps min(int(total * alpha), n) tokens; the sub-images share the rest. The
     published total for a rate is int(P * n * rate).
     """
     full = min(int(total * alpha), last.shape[1])
@@ -56,7 +56,7 @@ def hired_next(
 
 @dataclass(frozen=True)
 class HiRED(Selector):
-    """HiRED on a single image (LLaVA-1.5): plain top-r of the CLS attention summed over heads.
+    """HiRED on a single image (LLaVA-1.5): the top tokens by CLS attention summed over heads.
 
     The published budget for a rate is int(N * rate): 115 of 576 at 0.2.
     """
@@ -71,9 +71,9 @@ class HiRED(Selector):
 
 @dataclass(frozen=True)
 class HiREDNext(Selector):
-    """HiRED on LLaVA-NeXT: N = P * n tokens, the full image's n first, then each sub-image's, no newlines.
+    """HiRED on LLaVA-NeXT: N = P * n tokens, first n of the full image, then n of each sub-image, without newlines.
 
-    Keeps `keep` tokens or a few less (published truncation); extra["budgets"] lists them by partition.
+    It keeps `keep` tokens or a few less (truncation as published); extra["budgets"] lists the tokens per partition.
     """
 
     name = "hired_next"
@@ -83,9 +83,9 @@ class HiREDNext(Selector):
     sub_grid: tuple[int, int] = (2, 2)
     """(rows, columns) of sub-images."""
     alpha: float = 0.5
-    """Share of the budget for the full image."""
+    """Fraction of the budget for the full image."""
     regions: Regions = "stripes"
-    """How patches of the full image are counted for sub-images, see `region_of`."""
+    """Assignment of the full image's patches to sub-images, see `region_of`."""
 
     def select(self, inputs: SelectionInputs, keep: int) -> Selection:
         partitions = 1 + self.sub_grid[0] * self.sub_grid[1]
@@ -93,7 +93,7 @@ class HiREDNext(Selector):
         if rows % partitions or rows * columns != len(inputs):
             raise UserError(
                 f"hired_next: a grid of {rows} x {columns} with {len(inputs)} tokens is not {partitions} "
-                f"stacked partitions; set sub_grid to the (rows, columns) of sub-images, leave newlines out."
+                f"stacked partitions; set sub_grid to the (rows, columns) of sub-images, and remove newline tokens."
             )
         n = len(inputs) // partitions
         region = region_of((rows // partitions, columns), self.sub_grid, self.regions)

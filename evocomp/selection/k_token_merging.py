@@ -1,7 +1,7 @@
-"""K-Token Merging: a light learned encoder turns each K consecutive tokens into one (arXiv 2604.15153).
+"""K-Token Merging: a small learned encoder merges each block of K consecutive tokens into one (arXiv 2604.15153).
 
-After the authors' code (github.com/shsjxzh/K-Token-Merging, April 2026), which shortens text prompts for an LLM adapted
-with LoRA; here it merges visual tokens. Unlike the other selectors it must be trained.
+It follows the authors' code (github.com/shsjxzh/K-Token-Merging, April 2026), which shortens text prompts for an LLM
+adapted with LoRA; here it merges visual tokens. Unlike the other selectors it must be trained.
 """
 
 import torch
@@ -12,15 +12,16 @@ WIDTHS = {1: 2.0, 2: 2.0, 3: 2.0}
 """Width of the hidden layer by block size K, as a multiple of K * D."""
 
 WIDTH = 1.5
-"""The same for K from 4 on. The authors give no value above K = 4; there it is our choice."""
+"""Width of the hidden layer for K >= 4, as a multiple of K * D. The authors give no value for K > 4; there it is our
+choice."""
 
 
 class BlockMerger(nn.Module):
-    """Each contiguous block of `block` tokens of width `hidden_size` -> one token.
+    """Merges each contiguous block of `block` tokens of width `hidden_size` into one token.
 
-    merged = mean of the block + MLP(concatenated block), with three linear layers and ReLU between them, of widths
-    K D -> 1.5 to 2 K D -> K D -> D, from PyTorch's default initialisation, as in the authors' code. A short last block,
-    which they do not have, is padded with zeros and averaged over its own tokens.
+    merged = mean of the block + MLP(concatenated block). As in the authors' code, the MLP has three linear layers with
+    ReLU between them, of widths K D -> 1.5 to 2 K D -> K D -> D, with PyTorch's default initialisation. A shorter last
+    block, which the authors' code does not support, is padded with zeros and averaged over its own tokens.
 
     Args:
         hidden_size: D.
@@ -46,6 +47,6 @@ class BlockMerger(nn.Module):
         return blocks.sum(-2) / sizes + self.residual(blocks.flatten(-2))
 
     def positions(self, n: int) -> Tensor:
-        """Original place [ceil(n / block)] of each merged token: the (lower) middle of its block."""
+        """Index [ceil(n / block)] of each merged token's position: the (lower) middle of its block."""
         start = torch.arange(0, n, self.block)
         return (start + (start + self.block).clamp(max=n) - 1) // 2

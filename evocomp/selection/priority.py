@@ -1,7 +1,8 @@
-"""Orders of an image's visual tokens by what is important without a question: the best first.
+"""Priority orders: an image's visual tokens sorted by an importance that does not depend on the question, best first.
 
-A text-aware compressor can be hedged with such an order: it selects a share of the tokens, and the rest are the best of
-this order among what it left out, so that a question of an unseen type still finds what is important in the image.
+A text-aware compressor can be hedged with such an order: it selects a fraction of the kept tokens, and the rest are the
+first tokens of the order that it did not select. Questions of an unseen type then still find what is important in the
+image.
 """
 
 from typing import Literal
@@ -19,11 +20,11 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 def priority_order(name: str, tokens: Tensor, cls_attention: Tensor | None = None) -> Tensor:
-    """All tokens of an image, the most important first [N] int64.
+    """Indices of all tokens of an image, the most important first [N] int64.
 
     Args:
-        name: "cls_attention": by the attention of the class token; "divprune": in the order in which DivPrune picks
-            them (arXiv 2503.02175); "uniform_stride": spread evenly over the flattened grid, whatever prefix is taken.
+        name: "cls_attention": by the attention of the class token; "divprune": in DivPrune's order of selection (arXiv
+            2503.02175); "uniform_stride": an order in which every prefix is spread evenly over the flattened grid.
         tokens: projected visual tokens [N, D].
         cls_attention: attention of the class token per head [H, N]; needed by "cls_attention".
 
@@ -46,7 +47,7 @@ def priority_order(name: str, tokens: Tensor, cls_attention: Tensor | None = Non
 
 
 def fill(selected: Tensor, order: Tensor, count: int) -> Tensor:
-    """The first `count` tokens of a priority order that are not selected yet.
+    """The first `count` tokens of a priority order that are not selected.
 
     Args:
         selected: [..., R] token indices, distinct within a row.
@@ -54,7 +55,7 @@ def fill(selected: Tensor, order: Tensor, count: int) -> Tensor:
         count: at most N - R.
 
     Returns:
-        [..., count] token indices, by priority.
+        [..., count] token indices, highest priority first.
 
     >>> fill(torch.tensor([[3, 1], [0, 2]]), torch.tensor([3, 2, 1, 0]), 2).tolist()
     [[2, 0], [3, 1]]

@@ -14,29 +14,29 @@ NEIGHBOURS = 32
 
 
 def class_attention(queries: Tensor, keys: Tensor) -> Tensor:
-    """Attention of CLS (row 0) on the patches [N], from [N+1, C] projections taken as ONE head.
+    """Attention of CLS (row 0) to the patches [N], from [N+1, C] projections treated as ONE head.
 
-    Softmax over all N+1 keys at scale C^-0.5, then the CLS column is dropped.
+    The softmax is over all N+1 keys with scale C^-0.5; then the CLS column is dropped.
     """
     scores = keys.float() @ queries[0].float() / keys.shape[1] ** 0.5
     return scores.softmax(0)[1:]
 
 
 def outlier_ratio(attention: Tensor) -> float:
-    """Share of patches whose attention [N] lies above the third quartile by 1.5 interquartile ranges."""
+    """Fraction of patches whose attention [N] exceeds the third quartile by more than 1.5 interquartile ranges."""
     attention = attention.double()
     low, high = torch.quantile(attention, attention.new_tensor([0.25, 0.75]))
     return int((attention > high + 1.5 * (high - low)).sum()) / len(attention)
 
 
 def plus_centres(attention: Tensor, ratio: float, adaptive: bool = True) -> Tensor:
-    """PruMerge+ centres [K] as published: the top int(N * ratio) by attention [N], then patches of a grid.
+    """PruMerge+ centres [K] as published: the top int(N * ratio) by attention [N], then patches of a regular grid.
 
-    Adaptive (`if_adaptive=True` in the authors' code, `ratio` from `outlier_ratio`): grid patches run from 0 with
-    stride int(int(1 / ratio) / 3) up to, not including, N - 1, without those already there. Otherwise
-    (`if_adaptive=False`, `ratio` given): they run from int(step / 2) with stride step = int(1 / ratio), and patches
-    that are centres already are repeated. Where the original fails we take stride 1 (ratio above 1/3), for ratio 0
-    the stride of a single outlier, and a grid of another length than the top.
+    Adaptive (`if_adaptive=True` in the authors' code, `ratio` from `outlier_ratio`): the grid starts at 0, has stride
+    int(int(1 / ratio) / 3) and ends before N - 1; patches that are centres already are omitted. Not adaptive
+    (`if_adaptive=False`, `ratio` given): the grid starts at int(step / 2) with stride step = int(1 / ratio); patches
+    that are centres already are repeated. In cases where the original fails, this function uses stride 1 (ratio above
+    1/3), the stride of a single outlier (ratio 0), or a grid of another length than the top.
     """
     n = len(attention)
     top = descending(attention)[: int(n * ratio)]
@@ -47,25 +47,30 @@ def plus_centres(attention: Tensor, ratio: float, adaptive: bool = True) -> Tens
 
 
 def plus_centres_exact(attention: Tensor, count: int) -> Tensor:
-    """`count` distinct centres for a fixed budget, our choice: a quarter by attention, the rest evenly spaced
-    over the other patches, since three grid patches an outlier is what the adaptive rule aims at."""
+    """`count` distinct centres for a fixed budget: a quarter by attention, the rest evenly spaced over other patches.
+
+    This division is our choice; the adaptive rule aims at three grid patches per outlier.
+    """
     top = descending(attention)[: -(-count // 4)]
     free = torch.ones_like(attention, dtype=torch.bool).index_fill(0, top, False).nonzero()[:, 0]
     return torch.cat([top, free[uniform_stride(len(free), count - len(top), free.device)]])
 
 
 def merge(features: Tensor, keys: Tensor, attention: Tensor, centres: Tensor) -> Tensor:
-    """One row a centre and one for all the rest [K+1, C], from patch features and keys [N, C].
+    """Merged rows [K+1, C]: one per centre and one for the other patches, from patch features and keys [N, C].
 
-    A centre becomes itself plus its 32 nearest of a pool by cosine of keys (all of it when it is smaller), each times
-    its raw attention [N], not normalised. The pool holds the other centres and the patches that are no centre. The last
-    row sums the patches that are no centre, times attention.
+    To each centre are added its 32 nearest neighbours by cosine of keys (fewer if the pool is smaller), each times its
+    attention [N], without normalisation. The pool contains the other centres and all patches that are not centres. The
+    last row is the sum of the patches that are not centres, each times its attention.
 
-    Repeated centres (PruMerge+ with `if_adaptive=False`) are as in the authors' code: each has the other one in its
-    pool, and so many of the first patches that are no centre are in no pool and not in the last row.
+    Repeated centres (PruMerge+ with `if_adaptive=False`) are treated as in the authors' code: each has the other copy
+    in its pool, and as many of the first patches that are not centres are in no pool and not in the last row.
 
     Args:
-        centres: patch indices [K], repeated ones allowed.
+        features: [N, C].
+        keys: [N, C].
+        attention: attention of CLS to the patches [N].
+        centres: patch indices [K], may contain duplicates.
     """
     x, n, count = features.float(), len(features), len(centres)
     free = torch.ones(n, dtype=torch.bool, device=x.device).index_fill(0, centres, False)
@@ -82,12 +87,12 @@ def merge(features: Tensor, keys: Tensor, attention: Tensor, centres: Tensor) ->
 
 @dataclass(frozen=True)
 class PruMerge(Selector):
-    """Outliers of CLS attention, each with its neighbours merged in, plus one row for all the rest.
+    """Outliers of CLS attention, each merged with its neighbours, and one row for all other patches.
 
-    `keep` rows = `keep` - 1 centres + the extra row. Not ascending: centres come in descending attention and
-    the extra row, put at position N - 1, last. The published queries and keys are those of the CLIP layer
-    AFTER the one that the projector reads (`clip_next_*`); a tower cut off there has none, then those of the
-    used layer stand in and extra["layer"] says "used".
+    The `keep` rows are `keep` - 1 centres and the extra row. Positions are not ascending: centres are in order of
+    descending attention; the extra row comes last, at position N - 1. The published code uses queries and keys of the
+    CLIP layer AFTER the one that the projector uses (`clip_next_*`). A truncated tower has no such layer; then those of
+    the projector's layer are used and extra["layer"] is "used" instead of "next".
     """
 
     name = "prumerge"
@@ -96,11 +101,11 @@ class PruMerge(Selector):
     source = "arXiv 2403.15388, github.com/42Shawn/LLaVA-PruMerge"
 
     adaptive: bool = False
-    """Let the image decide how many rows there are, which is the authors' default; `keep` is then ignored. Otherwise
-    `keep` - 1 centres, which is theirs with `if_adaptive=False` and `reduction_ratio` = (`keep` - 1) / N."""
+    """Whether the number of rows depends on the image, as is the authors' default; `keep` is then ignored. Otherwise
+    there are `keep` - 1 centres, as in their code with `if_adaptive=False` and `reduction_ratio` = (`keep` - 1) / N."""
 
     def centres(self, attention: Tensor, keep: int) -> Tensor:
-        """Patch numbers of the centres [K] in output order."""
+        """Patch indices of the centres [K] in output order."""
         count = int(len(attention) * outlier_ratio(attention)) if self.adaptive else keep - 1
         return descending(attention)[:count]
 
@@ -121,10 +126,10 @@ class PruMerge(Selector):
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge with evenly spaced centres added: centres by attention, then by grid, then the extra row.
+    """PruMerge with additional evenly spaced centres: centres by attention, then by grid, then the extra row.
 
-    Adaptive, it is the authors' (`plus_centres`). For a fixed budget the division into attention and grid is ours
-    (`plus_centres_exact`): the authors' fixed rule repeats patches and is defined for few budgets only.
+    If adaptive, it follows the authors' code (`plus_centres`). For a fixed budget, the division into attention and grid
+    is ours (`plus_centres_exact`), because the authors' rule repeats patches and is defined for few budgets only.
     """
 
     name = "prumerge_plus"

@@ -1,4 +1,4 @@
-"""Random tokens: the floor under every method. Report mean and spread over at least three seeds."""
+"""Random tokens: the baseline for every selector. Report mean and spread over at least three seeds."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ def random_tokens(n: int, r: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomTokens(Selector):
-    """Random tokens; seed `generator` per sample so that the draw does not depend on the order of samples."""
+    """Random tokens. Seed `generator` per sample, so that the selection does not depend on the order of samples."""
 
     name = "random_tokens"
     needs = frozenset({"generator"})

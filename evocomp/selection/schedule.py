@@ -1,6 +1,6 @@
-"""When an LLM drops visual tokens layer by layer: how many it has processed on average.
+"""Layer averages: the mean number of visual tokens per LLM layer when tokens are dropped between layers.
 
-"192 tokens" is said both of the count at the LLM's door and of this average; a table should print both.
+Papers use "192 tokens" both for the number of tokens in the LLM input and for this average; a table should print both.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """From one layer on, fewer visual tokens."""
+    """A drop of visual tokens before one LLM layer."""
 
     before_layer: int
-    """First LLM layer (0-based) that runs on the shorter sequence."""
+    """Index (0-based) of the first LLM layer that runs on the shorter sequence."""
     visual: int
-    """Visual rows from there on."""
+    """Number of visual tokens from that layer on."""
 
 
 def layer_average(n: int, stages: Sequence[Stage], layers: int = 32) -> float:
-    """Visual tokens per layer, averaged over an LLM of `layers` layers, `n` at its door; stages in order.
+    """Visual tokens per layer, averaged over an LLM of `layers` layers with `n` visual tokens in its input.
 
     >>> layer_average(576, [Stage(before_layer=2, visual=144)], layers=32)
     171.0

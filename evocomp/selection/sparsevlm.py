@@ -1,6 +1,6 @@
-"""SparseVLM: text tokens rate the visual ones, part of the dropped is recycled (arXiv 2410.04417).
+"""SparseVLM: text tokens score visual tokens, and some dropped tokens are recycled by merging (arXiv 2410.04417).
 
-The behaviour of the authors' default version (v1); their second version is another method.
+It follows the authors' default version (v1); their second version is another method.
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,17 @@ from evocomp.selection.schedule import Stage
 from evocomp.selection.top_r import descending, top_r
 
 LAYERS = (2, 6, 15)
-"""LLM layers after which tokens are dropped, ranked by that layer's attention."""
+"""LLM layers after which tokens are dropped; tokens are ranked by the attention of that layer."""
 KEPT = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
-"""Published lists of tokens kept of 576 at each of LAYERS, by the budget that they are said to meet."""
+"""Published numbers of tokens kept of 576 at each of LAYERS, by their nominal budget."""
 
 
 def text_raters(visual: Tensor, text: Tensor) -> Tensor:
-    """Text tokens that may rate, ascending [K], from input embeddings [N, D] and [T, D].
+    """Indices of the text tokens that score visual tokens (raters), ascending [K].
 
-    Softmax over text tokens of raw dot products, mean over visual tokens; those above the mean rate. When
-    none is (a single text token, or all alike), all do.
+    visual, text: input embeddings [N, D] and [T, D]. The relevance of a text token is the softmax of dot products over
+    text tokens, averaged over visual tokens. Raters are the text tokens above the mean; all of them if none is above it
+    (a single text token, or equal relevance).
     """
     share = (visual.float() @ text.float().T).softmax(1).mean(0)
     raters = (share > share.mean()).nonzero()[:, 0]
@@ -31,23 +32,23 @@ def text_raters(visual: Tensor, text: Tensor) -> Tensor:
 
 
 def sparsevlm_scores(attention: Tensor, raters: Tensor) -> Tensor:
-    """Score of each visual token [N]: attention of text rows on it [H, T, N], mean over heads and raters."""
+    """Score of each visual token [N]: attention of text tokens to it [H, T, N], averaged over heads and raters."""
     return attention.float().mean(0)[raters].mean(0)
 
 
 def recycled_count(dropped: int) -> tuple[int, int]:
-    """(tokens, clusters): of `dropped` tokens so many are taken back and merged into so many rows."""
+    """(tokens, clusters): how many of `dropped` tokens are recycled, and into how many clusters they are merged."""
     tokens = min(int(0.3 * dropped) + 1, dropped)
     return tokens, int(tokens / 10) + 1 if tokens else 0
 
 
 def cluster_and_merge(tokens: Tensor, clusters: int) -> Tensor:
-    """Density-peak clusters of `tokens` [M, C] as mean rows [clusters, C], the clearest centre first.
+    """Means [clusters, C] of density-peak clusters of `tokens` [M, C], in descending order of the centres' score.
 
-    Distance is L2 / sqrt(C); density is exp(-mean squared distance to the `clusters` nearest, self
-    included); centres have the largest density times distance to the nearest denser token. The published
-    code breaks equal densities by noise of 1e-6, so its result varies with the seed where mutual nearest
-    neighbours tie; here the lower index counts as denser.
+    The distance is L2 / sqrt(C). The density is exp(-mean squared distance to the `clusters` nearest tokens, including
+    itself). A token's score as a centre is its density times the distance to the nearest denser token. The published
+    code breaks ties of densities by noise of 1e-6, so that its result depends on the seed if mutual nearest neighbours
+    tie; here the lower index counts as denser.
     """
     x = tokens.float()
     m = len(x)
@@ -66,10 +67,10 @@ def cluster_and_merge(tokens: Tensor, clusters: int) -> Tensor:
 
 
 def sparsevlm_stage(hidden: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """One stage: (kept rows, ascending [k]; merged rows [c, C]) of the M visual rows now in the LLM.
+    """One stage: (indices of kept tokens, ascending [k]; merged tokens [c, C]) of the LLM's M current visual tokens.
 
-    hidden [M, C]: the layer's OUTPUT; scores [M]. k = min(keep, M - 1). The sequence goes on as prefix,
-    kept, merged, text with positions renumbered from 0; merged rows compete as visual tokens later on.
+    hidden [M, C]: the layer's OUTPUT; scores [M]. k = min(keep, M - 1). The next layer's sequence is prefix, kept,
+    merged, text, with positions renumbered from 0. In later stages, merged tokens are treated as visual tokens.
     """
     keep = min(keep, len(scores) - 1)
     order = descending(scores)
@@ -80,7 +81,7 @@ def sparsevlm_stage(hidden: Tensor, scores: Tensor, keep: int) -> tuple[Tensor, 
 def sparsevlm_stages(
     n: int = 576, kept: tuple[int, ...] = KEPT[192], layers: tuple[int, ...] = LAYERS
 ) -> tuple[Stage, ...]:
-    """The schedule with merged rows counted: 206, 145, 82 a layer for the lists of "192", "128", "64"."""
+    """The schedule including merged tokens: 206, 145, 82 tokens per layer for the nominal budgets 192, 128, 64."""
     stages, rows = [], n
     for layer, wanted in zip(layers, kept, strict=True):
         left = min(wanted, rows - 1)
@@ -91,9 +92,9 @@ def sparsevlm_stages(
 
 @dataclass(frozen=True)
 class SparseVLM(Selector):
-    """The ranking of SparseVLM's first stage, in one drop without recycling; exactly `keep`.
+    """The ranking of SparseVLM's first stage, applied once without recycling; keeps exactly `keep` tokens.
 
-    `llm_attention` must hold the rows of all T text tokens. The published method drops and recycles in
+    `llm_attention` must contain the queries of all T text tokens. The published method drops and recycles tokens in
     stages inside the LLM: see `sparsevlm_stage` and `sparsevlm_stages`.
     """
 

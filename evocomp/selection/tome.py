@@ -11,12 +11,12 @@ from evocomp.selection.top_r import descending
 
 
 def tome_step(metric: Tensor, values: Tensor, sizes: Tensor, remove: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge `remove` of m rows into others by one bipartite soft matching, remove <= m // 2.
+    """Merge `remove` of m rows into others by one step of bipartite soft matching, remove <= m // 2.
 
-    metric [m, C], values [m, D], sizes [m] (how many tokens a row stands for). Each even row proposes to the
-    odd row of highest cosine; the `remove` most similar proposals are carried out, values averaged by size.
-    Returns (values, sizes, row): row [m] maps input rows to output rows. Output order as published: unmerged
-    even rows by descending similarity, then odd rows.
+    metric [m, C], values [m, D], sizes [m] (number of tokens merged into a row). Each even row is matched with the odd
+    row of highest cosine; the `remove` most similar pairs are merged by a mean weighted by size. Returns (values,
+    sizes, row): row [m] maps input rows to output rows. The output order is as published: unmerged even rows by
+    descending similarity, then odd rows.
     """
     m = len(metric)
     assert 0 <= remove <= m // 2, f"one step cannot remove {remove} of {m} rows"
@@ -33,10 +33,10 @@ def tome_step(metric: Tensor, values: Tensor, sizes: Tensor, remove: int) -> tup
 
 
 def tome(tokens: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Repeat steps until `r` rows are left: (values [r, D], sizes [r], row [N]) in ToMe's own order.
+    """Repeat `tome_step` until `r` rows remain: (values [r, D], sizes [r], row [N]) in ToMe's order.
 
-    There is no published schedule for projected tokens; ours removes min(m // 2, m - r) a step, with the
-    current rows as metric. Computed in float32.
+    There is no published schedule for projected tokens; ours removes min(m // 2, m - r) rows per step, with the current
+    rows as metric. Computed in float32.
     """
     values = tokens.float()
     sizes = torch.ones(len(tokens), device=tokens.device)
@@ -50,10 +50,10 @@ def tome(tokens: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ToMe(Selector):
-    """Similar tokens averaged; exactly `keep` rows.
+    """Averages similar tokens; exactly `keep` rows.
 
-    ToMe's own output order is scrambled, so rows are put in the order of the first token that each stands
-    for (our choice), which is also its position. extra: `sizes` [R]; `row` [N], the output row of a token.
+    ToMe's output order does not follow the image. Rows are therefore sorted by the index of the first token merged into
+    each (our choice), which is also the row's position. extra: `sizes` [R]; `row` [N], the output row of each token.
     """
 
     name = "tome"

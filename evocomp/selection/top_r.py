@@ -1,19 +1,19 @@
-"""Highest scores, without surprises: equal scores go to the lower index, results are in original order."""
+"""Deterministic top-r: ties go to the lower index, and results are in original order."""
 
 import torch
 from torch import Tensor
 
 
 def descending(scores: Tensor) -> Tensor:
-    """Indices [..., N] that sort `scores` [..., N] from high to low; among equals the lower comes first.
+    """Indices [..., N] that sort `scores` [..., N] in descending order; ties are in order of index.
 
-    `torch.topk` leaves the order of equal values to the backend, so it is not used anywhere in this room.
+    `torch.topk` leaves the order of equal values to the backend, so this package does not use it.
     """
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices
 
 
 def top_r(scores: Tensor, r: int) -> Tensor:
-    """The `r` highest of `scores` [..., N] as ascending indices [..., r], int64; each row by itself.
+    """Ascending indices [..., r] of the `r` highest of `scores` [..., N], int64, for each row.
 
     >>> top_r(torch.tensor([0.1, 0.9, 0.5, 0.9]), 2).tolist()
     [1, 3]

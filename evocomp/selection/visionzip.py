@@ -1,4 +1,4 @@
-"""VisionZip: dominant patches by CLS attention, the rest folded into contextual tokens (arXiv 2412.04467)."""
+"""VisionZip: dominant patches by CLS attention; the rest are merged into contextual tokens (arXiv 2412.04467)."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from evocomp.selection.top_r import top_r
 
 
 def visionzip_split(keep: int) -> tuple[int, int]:
-    """(dominant, contextual) rows for a budget: the published 27 : 5, so 64 = 54 + 10, half rounded up."""
+    """(dominant, contextual) rows for a budget in the published ratio 27 : 5, so that 64 = 54 + 10; half rounds up."""
     contextual = int(keep * 5 / 32 + 0.5)
     return keep - contextual, contextual
 
@@ -19,14 +19,13 @@ def visionzip_split(keep: int) -> tuple[int, int]:
 def visionzip(
     hidden: Tensor, attention: Tensor, keys: Tensor, dominant: int, contextual: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [dominant + contextual, C] for the projector, with the row numbers they stand on.
+    """Rows [dominant + contextual, C] for the projector, and their indices.
 
-    hidden [N+1, C] (row 0 CLS), attention [H, N], keys [N+1, C] (heads concatenated). Returns (rows,
-    dominant row numbers, target row numbers), numbers counted in `hidden`: patch p is row p + 1. Dominant
-    rows are CLS and the `dominant` - 1 patches with most attention, in spatial order. Of the remaining
-    rows every step-th is a target, and each other one joins the target whose head-averaged key has the
-    highest cosine. A contextual row is its target PLUS the mean of those that joined, as published: up to
-    twice the norm of an ordinary row, not an average.
+    hidden [N+1, C] (row 0 is CLS), attention [H, N], keys [N+1, C] (heads concatenated). Returns (rows, dominant
+    indices, target indices) with indices into `hidden`: patch p is row p + 1. Dominant rows are CLS and the `dominant`
+    - 1 patches with the largest attention, in spatial order. Of the remaining rows every step-th is a target, and each
+    other one is assigned to the target whose head-averaged key has the highest cosine. As published, a contextual row
+    is the target PLUS the mean of the rows assigned to it, not an average: its norm is up to twice that of other rows.
     """
     patches = top_r(attention.float().sum(0), dominant - 1) + 1
     chosen = torch.cat([patches.new_zeros(1), patches])
@@ -48,10 +47,10 @@ def visionzip(
 
 @dataclass(frozen=True)
 class VisionZip(Selector):
-    """CLS, dominant patches, then contextual rows; exactly `keep` rows through the projector.
+    """CLS, dominant patches, then contextual rows; exactly `keep` rows, all passed through the projector.
 
-    Not ascending: contextual rows come last, each at its target's position. CLS has no position of its
-    own and is given 0. `clip_keys` are those of the layer that `cls_attention` comes from.
+    Positions are not ascending: contextual rows come last, each at the position of its target. CLS has no position and
+    gets 0. `clip_keys` are those of the layer that `cls_attention` comes from.
     """
 
     name = "visionzip"
@@ -60,7 +59,7 @@ class VisionZip(Selector):
     source = "arXiv 2412.04467, github.com/dvlab-research/VisionZip"
 
     dominant: int | None = None
-    """Dominant rows, CLS included; None: the published split of 27 to 5."""
+    """Number of dominant rows, including CLS; None: the published ratio of 27 to 5."""
 
     def select(self, inputs: SelectionInputs, keep: int) -> Selection:
         dominant = visionzip_split(keep)[0] if self.dominant is None else min(self.dominant, keep)

@@ -1,4 +1,4 @@
-"""VisPruner: half by CLS attention, half by thinning near-duplicates (arXiv 2412.01818)."""
+"""VisPruner: half of the tokens by CLS attention, half by removing near-duplicates (arXiv 2412.01818)."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,13 @@ REMOVED_PER_ROUND = 8
 
 
 def vispruner(features: Tensor, scores: Tensor, r: int, important_ratio: float = 0.5) -> Tensor:
-    """`r` ascending indices from CLIP patch features [N, C] (before the projector) and CLS scores [N].
+    """Ascending indices [r] of the kept tokens, from CLIP features [N, C] before the projector and CLS scores [N].
 
-    int(r * important_ratio) tokens go by score. The others, in descending score, are thinned: even places
-    are compared with odd places and up to eight of those with the closest partner go, a round at a time;
-    survivors of the even places, closest partner first, then come before the odd places. An odd number of
-    tokens makes the even places the longer half (the published code raises IndexError there).
+    int(r * important_ratio) tokens are selected by score. The others, in descending order of score, are reduced in
+    rounds: each token with an even index in this order is compared with all tokens with an odd index, and up to eight
+    of the even ones with the most similar partner are removed. The order of the next round is the remaining even ones,
+    most similar partner first, then the odd ones. If the number of tokens is odd, the even half is longer (the
+    published code raises IndexError there).
     """
     important = int(r * important_ratio)
     order = descending(scores)
@@ -40,8 +41,8 @@ def vispruner(features: Tensor, scores: Tensor, r: int, important_ratio: float =
 class VisPruner(Selector):
     """Important and diverse patches. important_ratio=1 is FasterVLM.
 
-    The thinning follows exact places in the ranking, so a last-bit change of the attention can alter many
-    of the diverse tokens.
+    The removal of near-duplicates depends on the exact ranking, so that a rounding difference in the attention can
+    change many of the diverse tokens.
     """
 
     name = "vispruner"
@@ -49,7 +50,7 @@ class VisPruner(Selector):
     source = "arXiv 2412.01818, github.com/Theia-4869/VisPruner"
 
     important_ratio: float = 0.5
-    """Share of the budget that goes by attention; the authors also show 0.75 at 64 tokens."""
+    """Fraction of the budget that is selected by attention; the authors also report 0.75 at 64 tokens."""
 
     def select(self, inputs: SelectionInputs, keep: int) -> Selection:
         scores = cls_scores(inputs.cls_attention)

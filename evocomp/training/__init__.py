@@ -1,1 +1,1 @@
-"""Training under Lightning: the only room that knows it."""
+"""Training with PyTorch Lightning; no other package imports it."""

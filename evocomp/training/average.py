@@ -1,4 +1,4 @@
-"""Averaged weights, begun where averaging begins to help."""
+"""Exponential moving average of the weights that starts at a given epoch."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 
 class AverageFromEpoch(EMAWeightAveraging):
-    """Exponential moving average of the weights over the steps from an epoch on; the weights themselves before it.
+    """Exponential moving average of the weights over all steps from epoch `start` on; before it, a copy of the weights.
 
-    (Lightning's `update_starting_at_epoch` adds an update at the end of later epochs and holds back none of the steps.)
+    (Lightning's `update_starting_at_epoch` only adds an update at the end of later epochs; it does not skip steps.)
 
     Args:
-        decay: share of the average that a step keeps.
-        start: first epoch (from 0) that counts; the average sets out from the weights at its beginning.
+        decay: weight of the old average in each update.
+        start: first epoch (from 0) that is averaged; the average is initialised with the weights at its beginning.
     """
 
     def __init__(self, decay: float, start: int):
@@ -24,7 +24,7 @@ class AverageFromEpoch(EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Updates the average; before `start` as for the first time, which makes it a copy of the weights."""
+        """Update the average. Before `start` the update count is reset, so the average is a copy of the weights."""
         if trainer.current_epoch < self.start:
             self._average_model.n_averaged.zero_()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

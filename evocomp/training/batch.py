@@ -1,4 +1,4 @@
-"""What one training step sees: encoded samples joined with their labels."""
+"""The batch of a training step: encoded samples joined with their labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from evocomp.mllm.hf import FrozenMLLM
 
 @dataclass
 class CompressorInput:
-    """What the compressor reads of B samples: visual [B, N, D], prompt [B, T, D], and which entries are real."""
+    """Inputs of the compressor: visual [B, N, D], prompt [B, T, D], and their masks (True: not padding)."""
 
     visual: Tensor
     visual_mask: Tensor | None
@@ -26,7 +26,7 @@ class CompressorInput:
 
 @dataclass
 class Population:
-    """Masks that an earlier compressor proposed for some rows of the batch, all of size r.
+    """Masks of r tokens each that an earlier state of the compressor proposed for some rows of the batch.
 
     rows [b] of the batch; draws [b, K, r] in draw order; advantages [b, K]; old_log_prob [b, K].
     """
@@ -44,10 +44,10 @@ class TrainBatch:
     Attributes:
         ids: sample ids [B].
         round: round of the label store that the labels are from.
-        inputs: what the compressor reads.
+        inputs: inputs of the compressor.
         targets: [B, N] in {0, 1} (hard labels) or credits; None if there are populations.
-        populations: proposed masks, by size.
-        budget: [B] tokens that the masks keep; None if the labels are for all sizes.
+        populations: proposed masks, one `Population` for each mask size.
+        budget: [B] number of tokens that the masks keep; None if the labels do not depend on the number of kept tokens.
     """
 
     ids: list[int]
@@ -91,7 +91,7 @@ def question_ids(batch: Any) -> list[int]:
 
 
 def compressor_input(mllm: FrozenMLLM, features: Sequence[Features]) -> CompressorInput:
-    """Pad samples of unequal size; masks are None where nothing is padded (faster attention)."""
+    """Pad samples to equal lengths; a mask is None if nothing is padded, which makes attention faster."""
     visual, visual_mask = pad_right([f.visual for f in features])
     prompt, prompt_mask = pad_right([mllm.prompt_embeds(f) for f in features])
     return CompressorInput(
@@ -103,14 +103,14 @@ def compressor_input(mllm: FrozenMLLM, features: Sequence[Features]) -> Compress
 
 
 def has_label(record: Record) -> bool:
-    """Whether there is something to learn from: samples whose proposals were all alike have nothing."""
+    """Whether a record can be trained on: it cannot if all proposals of the sample had the same loss."""
     return "draws" not in record or record["draws"].size > 0
 
 
 def train_batch(
     mllm: FrozenMLLM, features: Sequence[Features], records: Sequence[Record], round: int
 ) -> TrainBatch:
-    """Join encoded samples with their records of a round."""
+    """Join encoded samples with their label records of a round."""
     batch = TrainBatch([f.id for f in features], round, compressor_input(mllm, features), None)
     shape = batch.inputs.visual.shape[:2]
     if "draws" in records[0]:

@@ -1,4 +1,4 @@
-"""From settings to a run: MLLM, labels, compressor, trainer. All of Lightning is in this room."""
+"""Builds a run from its settings and trains it: MLLM, labels, compressor, Lightning trainer."""
 
 import difflib
 import inspect
@@ -54,29 +54,31 @@ from evocomp.training.tensorboard_logger import RunLogger
 DEFAULT_EPOCHS = 6
 
 
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its own tips are not news of this run
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide tips that are not about this run
 
 
 @distributed.process_group()
 def run(config: RunConfig, answers: int = 0) -> bool:
-    """Label and train as the settings say, into `config.run_dir`; goes on where an earlier call stopped.
+    """Label and train as the settings say, into `config.run_dir`; an interrupted run is resumed.
 
     Args:
-        answers: (question, method) pairs of the evaluation that follows, for the time left that is shown.
+        answers: number of (question, selector) pairs of the evaluation that follows, for the remaining time that is
+            shown.
 
     Returns:
-        Whether there is something new to judge: False if the run was finished already and is judged as it was.
+        Whether there is something new to evaluate: False if the run is finished and already evaluated with these
+        settings.
 
     Raises:
-        UserError: the folder holds a run with other settings, and every mistake in data or settings.
+        UserError: the folder has a run with other settings, or data or settings are invalid.
     """
     folder = Path(config.run_dir)
     config = resolve_dtypes(config, folder)
     trainer_settings = with_strategy({**job_size(), **check_trainer(config.trainer)}, config.optim)
     if config.compressor.lora.r and "fsdp" in str(config.trainer.get("strategy", "")):
-        raise UserError("an adapter is too small to be sharded: set trainer.strategy=ddp, or compressor.lora.r=0")
+        raise UserError("fsdp cannot shard a LoRA adapter: set trainer.strategy=ddp, or compressor.lora.r=0")
     if is_finished(config, folder):
-        logger.info("%s is trained already; choose another --run_dir for a new run", folder)
+        logger.info("%s is already trained; choose another --run_dir for a new run", folder)
         return distributed.rank() == 0 and judge_as_asked(config, folder)
     distributed.set_threads(config.threads)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -94,7 +96,7 @@ def run(config: RunConfig, answers: int = 0) -> bool:
     data = LabelledQuestions(
         mllm,
         splits.train,
-        config.optim.batch_size // launched(),  # the same steps, however many processes an idle CPU allows
+        config.optim.batch_size // launched(),  # the same total batch for any number of processes
         config.labels.samples_per_epoch or config.labels.passes * labelled,
         config.seed,
     )
@@ -114,7 +116,7 @@ def run(config: RunConfig, answers: int = 0) -> bool:
     curves = Curves(refresh, monitor, config_files.to_dict(config))
     average = []
     if config.optim.ema:
-        # not from the start: the average would drag along what the compressor was before it had learned anything
+        # not from the start: the average would still contain the weights of the untrained compressor
         start = config.labels.refresh_start if config.labels.refresh == "on_policy" else 1
         average = [AverageFromEpoch(config.optim.ema, start)]
     trainer = build_trainer(config, folder, trainer_settings, [refresh, monitor, cost, curves, *average, progress])
@@ -122,7 +124,7 @@ def run(config: RunConfig, answers: int = 0) -> bool:
         last = last_checkpoint(folder)
         _fit(trainer, module, data, last)
         if trainer.received_sigterm or trainer.interrupted:
-            raise Interrupted("stopped in training; the same command goes on from the last checkpoint")
+            raise Interrupted("training was stopped; run the same command again to resume from the last checkpoint")
         finished, spent = whole(module), {"labelled": labelled, **cost.summary()}
         check_finite_weights(finished, f"the compressor of {folder}", "give a smaller optim.lr and another --run_dir")
         if trainer.is_global_zero:
@@ -132,12 +134,12 @@ def run(config: RunConfig, answers: int = 0) -> bool:
 
 
 def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, last: str | None) -> None:
-    """Train on from a checkpoint, without Lightning's advice for other cases, and with an interruption that is one."""
+    """Run `trainer.fit`, resuming from `last`; hide irrelevant warnings; Ctrl-C raises KeyboardInterrupt."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*`IterableDataset`.*|.*log_every_n_steps.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*WeightAveraging doesn't support sharding.*")
         warnings.filterwarnings("ignore", message=".*eval mode.*|.*Checkpoint directory .* exists.*")
-        # resuming is exact: the datamodule knows where it was
+        # resuming within an epoch is exact: the datamodule saves its position
         warnings.filterwarnings("ignore", message=".*ended before the epoch ended.*")
         try:
             trainer.fit(module, data, ckpt_path=last, weights_only=True)
@@ -150,12 +152,12 @@ def _fit(trainer: L.Trainer, module: CompressorModule, data: LabelledQuestions, 
         except SystemExit:
             if not trainer.interrupted:
                 raise
-            raise KeyboardInterrupt from None  # of which Lightning makes an exit that says nothing
+            raise KeyboardInterrupt from None  # Lightning converts it to SystemExit
 
 
 @distributed.process_group()
 def label_only(config: RunConfig) -> None:
-    """Make or complete round 0 of the label store, without training."""
+    """Make round 0 of the label store, or complete it, without training."""
     folder = Path(config.run_dir)
     check_trainer(config.trainer)  # not used here, but the same settings are to train
     config = resolve_dtypes(config, folder)
@@ -178,7 +180,7 @@ def label_only(config: RunConfig) -> None:
 
 
 def load_mllm(config: RunConfig) -> FrozenMLLM:
-    """The frozen MLLM on this process's device, or its part of one that several processes share."""
+    """The frozen MLLM on this process's device, or this process's shard of it (`model.shard`)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{distributed.local_rank()}"
@@ -194,14 +196,14 @@ def load_mllm(config: RunConfig) -> FrozenMLLM:
 
 
 def hedge_by(config: RunConfig, mllm: FrozenMLLM) -> str:
-    """Name of the order that `compressor.hedge` takes tokens from."""
+    """Name of the training-free score that `compressor.hedge` uses, with "auto" resolved for this model."""
     if config.compressor.hedge_by != "auto":
         return config.compressor.hedge_by
     return "divprune" if ClipTower.of(mllm.model) is None else "cls_attention"
 
 
 def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
-    """A new compressor for the MLLM, with `compressor.lora` as PEFT wraps it to train an adapter alone."""
+    """A new compressor for the MLLM; if `compressor.lora.r` > 0, PEFT wraps it and only an adapter is trained."""
     section = config.compressor
     compressor = EvoCompCompressor.from_mllm(
         mllm.model,
@@ -235,7 +237,7 @@ def build_trainer(
         "gradient_clip_val": 1.0,
         "use_distributed_sampler": False,
         "log_every_n_steps": 5,
-        "enable_progress_bar": False,  # RunProgress knows of labels and evaluation too
+        "enable_progress_bar": False,  # RunProgress also shows labelling and evaluation
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "default_root_dir": str(folder),
@@ -246,7 +248,7 @@ def build_trainer(
         save_top_k=1,
         every_n_epochs=1,
         save_on_train_epoch_end=True,
-        enable_version_counter=False,  # a run goes on from last.ckpt, never from last-v1.ckpt
+        enable_version_counter=False,  # a run resumes from last.ckpt, never from last-v1.ckpt
     )
     request = distributed.StopRequest(chain=False)
     first, last = NoteStop(request), StopCleanly(request, folder / "checkpoints" / "last.ckpt")
@@ -261,7 +263,7 @@ def build_trainer(
 
 
 def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
-    """Where curves go."""
+    """The Lightning loggers of a run."""
     match config.logger:
         case "tensorboard":
             return [RunLogger(folder)]
@@ -279,7 +281,7 @@ def build_logger(config: RunConfig, folder: Path) -> list[Logger]:
 
 
 def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
-    """The `trainer:` section, checked against the Trainer's own signature."""
+    """The `trainer:` section, checked against the signature of `lightning.Trainer`."""
     known = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
     ours = {"default_root_dir", "use_distributed_sampler"}
     for key in settings:
@@ -293,7 +295,7 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
         if key in settings:
             by_name.named_classes(key, settings[key])
     if settings.get("fast_dev_run"):
-        raise UserError("trainer.fast_dev_run would leave a run that counts as finished; try --trainer.max_epochs=1")
+        raise UserError("trainer.fast_dev_run would mark the run as finished; use --trainer.max_epochs=1 instead")
     epochs = settings.get("max_epochs", DEFAULT_EPOCHS)
     if not isinstance(epochs, int) or not 1 <= epochs <= 10**9:
         raise UserError(f"trainer.max_epochs={str(epochs)[:20]}: must be a whole number, at least 1")
@@ -317,22 +319,22 @@ def check_devices(devices: Any, accelerator: Any) -> None:
 
 
 def check_kept(config: RunConfig, mllm: FrozenMLLM, examples: Sequence[Example]) -> None:
-    """Kept counts must be possible for the images at hand, of which the first that decodes is looked at."""
+    """Raise `UserError` if `eval.kept` exceeds the number of visual tokens of the first image that decodes."""
     first = mllm.readable(examples, most=1)
     if not first:
-        raise UserError(f"data.source={config.data.source}: no image of a training question decodes; mend the data")
+        raise UserError(f"data.source={config.data.source}: no image of a training question can be decoded; check it")
     available = len(first[0][1].visual)
     too_many = [count for count in config.eval.kept if count > available]
     if too_many:
         raise UserError(
-            f"eval.kept={too_many[0]} is more than the {available} visual tokens of a picture; give smaller counts"
+            f"eval.kept={too_many[0]} is more than the {available} visual tokens of an image; give smaller counts"
         )
 
 
 def save_compressor(compressor: EvoCompCompressor, config: RunConfig, folder: Path) -> None:
-    """The finished compressor as an ordinary Hugging Face folder with its card; `evocomp eval` adds the table.
+    """Save the trained compressor as a Hugging Face folder with a model card; `evocomp eval` adds the table of results.
 
-    What was trained as an adapter is saved as one too, beside it.
+    A LoRA adapter is also saved separately, in the folder `adapter`.
     """
     if config.compressor.lora.r:
         save_lora(compressor, folder / "adapter")

@@ -1,4 +1,4 @@
-"""What a run spends, by purpose, so that recipes are compared at equal cost."""
+"""Compute spent by a run on labelling, refreshes and training, so that recipes can be compared at equal cost."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -13,11 +13,11 @@ from evocomp.training.batch import TrainBatch
 
 @dataclass
 class Spent:
-    """One purpose's share.
+    """Compute spent on one purpose.
 
-    forwards: (mask, question) pairs scored; packed: LLM sequences that this took; flops: of the LLM or compressor
-    (2 a weight and token forward, 6 with backward; attention scores left out); seconds: wall; cpu_seconds: of this
-    process.
+    forwards: scored (mask, question) pairs; packed: LLM sequences that held them; flops: of the LLM or the compressor
+    (per weight and token: 2 for a forward pass, 6 with the backward pass; attention scores not counted); seconds: wall
+    time; cpu_seconds: CPU time of this process.
     """
 
     forwards: int = 0
@@ -28,10 +28,9 @@ class Spent:
 
 
 class CostMeter(L.Callback):
-    """Adds up labelling (round 0), refreshes (later rounds) and training; survives resuming.
+    """Adds up the costs of labelling (round 0), refreshes (later rounds) and training; checkpoints contain the sums.
 
-    `RefreshLabels` wraps its work in `labelling`; everything between two batches' starts is training but for that
-    and for measurements on the selection split.
+    `RefreshLabels` runs in the context `labelling`. Training is the time from the start to the end of each batch.
     """
 
     def __init__(self, scorer: CandidateScorer):
@@ -41,7 +40,7 @@ class CostMeter(L.Callback):
         self._batch_started = (0.0, 0.0)
 
     def labelling(self, round: int) -> "_Meter":
-        """Context in which a round is made."""
+        """Context manager that measures the labelling of a round."""
         return _Meter(self, "labelling" if round == 0 else "refresh")
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -57,7 +56,7 @@ class CostMeter(L.Callback):
         share.flops += 6.0 * tokens * sum(p.numel() for p in module.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """What the whole job has spent: a checkpoint is of rank 0 alone. All ranks call it, as they save together."""
+        """Cost of all ranks, since only rank 0 writes the checkpoint. A collective operation: all ranks call it."""
         everyone = gather({name: asdict(share) for name, share in self.spent.items()})
         return {
             name: {
@@ -68,7 +67,7 @@ class CostMeter(L.Callback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Rank 0 carries on what all have spent, the others only the time that has passed."""
+        """Rank 0 continues the sums of all ranks; the others continue only the wall time."""
         self.spent = {
             name: Spent(**share) if rank() == 0 else Spent(seconds=share["seconds"]) for name, share in state.items()
         }
@@ -81,7 +80,7 @@ class CostMeter(L.Callback):
 
 
 class _Meter:
-    """Books what the scorer did between entry and exit."""
+    """Adds the work of the scorer between entry and exit to one purpose."""
 
     def __init__(self, cost: CostMeter, purpose: str):
         self.cost = cost

@@ -1,4 +1,4 @@
-"""`evocomp label --estimate`: what labels will cost, from samples timed here or from arithmetic."""
+"""`evocomp label --estimate`: cost of the labels, from samples timed on this machine or from FLOP counts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,24 +26,24 @@ from evocomp.training.build import load_mllm
 
 
 def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: float | None = None) -> str:
-    """What round 0 of the labels costs, as text: timed on this machine if it has that GPU, else by arithmetic.
+    """Cost of round 0 of the labels as text: timed if this machine has that GPU, else computed from FLOP counts.
 
-    Without a GPU's name, a configuration for the CPU (`trainer.accelerator=cpu`) is timed on this machine.
+    If no GPU is named, a configuration for the CPU (`trainer.accelerator=cpu`) is timed on this machine.
     """
     if gpu is None and config.trainer.get("accelerator") == "cpu":
         gpu = "here"
     known = GPUS.get((gpu or "h100").lower())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    # a model that this one process cannot hold is not timed
+    # a sharded model does not fit this single process, so it is not timed
     timed = config.model.shard == 1 and (gpu == "here" or (device and (gpu is None or gpu.lower() in device.lower())))
     if known is None and not timed:
-        raise UserError(f"--gpu={gpu} is unknown; choose one of {', '.join(GPUS)}, or here to time this machine")
+        raise UserError(f"--gpu={gpu} is unknown; choose one of {', '.join(GPUS)}, or `here` to time this machine")
     try:
         splits = load_splits(config.data)
     except UserError as error:
         if timed:
             raise
-        logger.info("%s; assumed: %d samples of common lengths", error, config.data.max_samples)
+        logger.info("%s; the estimate assumes %d samples of typical length", error, config.data.max_samples)
         splits = Splits([], [], [])
     samples = len(splits.train) or config.data.max_samples
     if timed:
@@ -57,7 +57,7 @@ def estimate_only(config: RunConfig, gpu: str | None, gpus: int = 1, price: floa
 
 
 def _timed(config: RunConfig, splits: Splits, samples: int, here: GPU) -> Estimate:
-    """From samples labelled now, on the GPU that this machine has, or else on its CPU."""
+    """Estimate from a few samples that are labelled now, on the GPU of this machine or else on its CPU."""
     mllm = load_mllm(config)
     target = Target.from_config(mllm.model.config.to_dict())
     labeller = build_rounds(resolve_dtypes(config, Path(config.run_dir)), mllm, splits, None)

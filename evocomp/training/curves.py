@@ -1,7 +1,7 @@
-"""Curves of a run beside losses and accuracy: baselines, speed of labelling, time.
+"""Curves of a run in addition to losses and accuracy: baselines, speed of labelling, time.
 
 Numbers go to every logger; histograms, images, the layout and the table of hyperparameters to TensorBoard only
-(`evocomp.training.tensorboard`). Nothing is computed for a logger that is not there.
+(`evocomp.training.tensorboard`). Without a logger nothing is computed.
 """
 
 import time
@@ -19,7 +19,7 @@ from evocomp.training.tensorboard import TensorBoardPage
 
 
 class Curves(L.Callback):
-    """Comes after `RefreshLabels` and `SelectionAccuracy` in the list of callbacks because it logs their results.
+    """Must come after `RefreshLabels` and `SelectionAccuracy` in the list of callbacks because it logs their results.
 
     Logged in every logger:
 
@@ -27,15 +27,15 @@ class Curves(L.Callback):
     - `labels/...` once per round: `mean_loss` of the last population, `per_second` and `forwards_per_second` of the
       whole job, `share_saved` (share of candidates that had been scored before), `wait_seconds_K` of rank K and
       `skew_seconds`, the difference between the longest and the shortest wait.
-    - `random/accuracy/kept_R` and `uncompressed/accuracy/kept_R` beside each `accuracy/kept_R`: the accuracy on the
+    - `random/accuracy/kept_R` and `uncompressed/accuracy/kept_R` for each `accuracy/kept_R`: the accuracy on the
       same questions with R random tokens and with all tokens. Measured once, logged as constants.
     - `time/...`: seconds so far of labelling, refreshes, training and measuring (the last since the latest start).
 
     Args:
         refresh, monitor: callbacks of the same trainer.
-        settings: of the run, for the table of hyperparameters.
-        pictures: number of questions of the selection split that are shown whenever accuracy is measured, always the
-            same ones, each about a different image.
+        settings: the settings of the run, for the table of hyperparameters.
+        pictures: number of questions of the selection split whose images are logged whenever accuracy is measured;
+            always the same questions, each about a different image.
         watched: number of labelled questions whose tokens are in the histograms.
     """
 
@@ -62,7 +62,7 @@ class Curves(L.Callback):
     # ------------------------------------------------------------ start and end
 
     def on_fit_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
-        self._before = self._label_cost()  # not 0 in a resumed run
+        self._before = self._label_cost()  # > 0 in a resumed run
 
     def on_train_start(self, trainer: L.Trainer, module: CompressorModule) -> None:
         if not trainer.loggers:

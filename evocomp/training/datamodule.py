@@ -1,4 +1,4 @@
-"""Training questions as batches of ids; features and labels are joined on the main process."""
+"""Training questions as batches of ids; features and labels are joined in the main process."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +19,15 @@ _NOT_RESUMED = {"epoch": -1, "consumed": 0, "batches": 0}
 
 
 class LabelledQuestions(L.LightningDataModule):
-    """Feeds a compressor. `RefreshLabels` says with `use` which labels hold.
+    """Training data of a compressor. `RefreshLabels` sets the current labels with `use`.
 
     Args:
-        mllm: encodes pictures; kept outside of every LightningModule.
+        mllm: encodes images; not a submodule of any LightningModule.
         examples: the training questions.
-        batch_size: questions a step and process.
-        samples_per_epoch: questions that an epoch trains on, over all processes.
-        seed: of the order.
-        workers: loader processes; they only hand out positions.
+        batch_size: questions per step and process.
+        samples_per_epoch: questions per epoch, over all processes.
+        seed: seed of the order of the questions.
+        workers: data loader processes; they only return indices.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class LabelledQuestions(L.LightningDataModule):
         self._order = None
 
     def use(self, round: int, records: dict[int, Record], epoch: int) -> None:
-        """From now on, labels are these records; samples without a record do not come up."""
+        """Set the labels of an epoch; samples without a record are skipped."""
         if not records:
-            raise UserError(f"round {round} of the label store holds no usable label; see the labelling log above")
+            raise UserError(f"round {round} of the label store has no usable label; see the labelling log above")
         self.round, self.records, self._epoch = round, records, epoch
         self._order = epoch_order(list(records), self.seed, epoch, self.slots)
 
@@ -66,8 +66,8 @@ class LabelledQuestions(L.LightningDataModule):
         self._sampler.consumed, self._resume_at = self._resume_at, 0
         if len(self._sampler) < self.batch_size:
             raise UserError(
-                f"{self.slots} training questions make no batch of optim.batch_size={self.batch_size} on each of "
-                f"{distributed.world_size()} processes; label more questions or lower the batch size"
+                f"{self.slots} training questions are too few for a batch of optim.batch_size={self.batch_size} on each"
+                f" of {distributed.world_size()} processes; label more questions or lower the batch size"
             )
         return DataLoader(
             Slots(self.slots),
@@ -80,7 +80,7 @@ class LabelledQuestions(L.LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Positions of the epoch -> the samples and labels that stand there now."""
+        """Replace indices into the order of the epoch by the samples and labels at these indices."""
         if not isinstance(batch, torch.Tensor):
             return batch
         ids = [int(self._order[position]) for position in batch.tolist()]
@@ -88,22 +88,22 @@ class LabelledQuestions(L.LightningDataModule):
         return train_batch(self.mllm, features, [self.records[id] for id in ids], self.round)
 
     def state_dict(self) -> dict[str, int]:
-        """Where in the epoch the whole job is; Lightning saves it with every checkpoint."""
-        # processed and not completed: a checkpoint at a batch's end is written between the two
+        """Position of the job within the epoch; Lightning saves it with every checkpoint."""
+        # `processed`, not `completed`: a checkpoint at the end of a batch is written between the two updates
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        # those that this epoch counted before a resume may have been of another number of processes
+        # batches counted before a resume may have been made by another number of processes
         counted, consumed = self._base["batches"], self._base["consumed"]
         if self._base["epoch"] != self._epoch or counted > batches:
             counted, consumed = 0, 0
         together = self.batch_size * distributed.world_size()
         consumed += (batches - counted) * together
-        # trainer.limit_train_batches ends an epoch before its positions do
+        # trainer.limit_train_batches may end an epoch early
         ended = self.slots - consumed < together or batches >= self.trainer.num_training_batches
         return {"epoch": self._epoch, "consumed": 0 if ended else consumed, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resume_at = state["consumed"]
         if self._sampler is not None:
-            # sharded strategies restore after the loader was made (the schedule asks for its length)
+            # sharded strategies restore the state after the loader was made (the schedule needs its length)
             self._sampler.consumed, self._resume_at = self._resume_at, 0
         self._base = state if state["consumed"] else dict(_NOT_RESUMED)

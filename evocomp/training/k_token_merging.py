@@ -1,10 +1,10 @@
-"""Train the rival K-Token Merging: block merger and LoRA on the answer loss, everything else frozen.
+"""Train K-Token Merging for comparison: block merger and LoRA on the answer loss, everything else frozen.
 
     python -m evocomp.training.k_token_merging --run runs/nano
 
-trains one merger for each kept count of the run that divides the number of visual tokens, and puts it where
-`evocomp eval --run runs/nano --panel full` finds it. The merger has about
-3 (K D)^2 parameters: with large blocks it is larger than a small LLM, and takes minutes of a CPU core on nano.
+trains one merger for each kept count of the run that divides the number of visual tokens, and saves it where
+`evocomp eval --run runs/nano --panel full` finds it. The merger has about 3 (K D)^2 parameters for blocks of K tokens:
+with large blocks it is larger than a small LLM. On nano its training takes minutes of a CPU core.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from evocomp.training.optim import learning_rate
 
 
 class KTokenModule(L.LightningModule):
-    """An ordinary loss over merger and LoRA; its checkpoints hold nothing else."""
+    """Trains merger and LoRA with the answer loss; checkpoints contain only these weights."""
 
     def __init__(self, model: KTokenMerger, lr: float = 2e-3, warmup_steps: int = 30, flat: float = 0.5):
         super().__init__()
@@ -51,7 +51,7 @@ class KTokenModule(L.LightningModule):
         self._model[0].train(False)
 
     def transfer_batch_to_device(self, batch: list[Features], device: torch.device, index: int) -> list[Features]:
-        """Features are made where the frozen model is."""
+        """Nothing to move: features are computed on the device of the frozen model."""
         return batch
 
     def training_step(self, batch: list[Features], batch_index: int) -> Tensor:
@@ -78,7 +78,7 @@ def train(
     lr: float = 2e-3,
     seed: int = 0,
 ) -> KTokenMerger:
-    """A merger of `block` tokens for `mllm`, trained on the answers of `examples`."""
+    """Train a merger of blocks of `block` tokens for `mllm` on the answers of `examples`."""
     L.seed_everything(seed, workers=True, verbose=False)
     model = KTokenMerger(mllm, block, r)
     loader = DataLoader(
@@ -102,9 +102,10 @@ def train(
 
 
 def train_for_run(run: Path, questions: int = 8000, steps: int = 1000, kept: Sequence[int] | None = None) -> None:
-    """Train a merger for each kept count of a finished run that divides N; those that are there are left alone.
+    """Train a merger for each kept count of a finished run that divides N; existing mergers are kept.
 
-    Scenes cost nothing to draw and answers are no labels: `questions` of them are drawn, more than are labelled.
+    The merger needs answers, not labels, so more questions than the labelled ones can be used: if the data are scenes,
+    `questions` of them are drawn.
     """
     config = config_files.load([run / "config.yaml"])
     distributed.set_threads(config.threads)
@@ -114,16 +115,16 @@ def train_for_run(run: Path, questions: int = 8000, steps: int = 1000, kept: Seq
     for budget in kept or config.eval.kept:
         folder = run / "k_token_merging" / str(budget)
         if count % budget:
-            logger.info("%d kept: %d tokens make no equal blocks", budget, count)
+            logger.info("%d kept: skipped, %d tokens cannot be divided into equal blocks", budget, count)
         elif (folder / "config.json").is_file():
-            logger.info("%d kept: %s is there already", budget, folder)
+            logger.info("%d kept: skipped, %s exists", budget, folder)
         else:
-            logger.info("%d kept: blocks of %d", budget, count // budget)
+            logger.info("%d kept: training a merger of blocks of %d tokens", budget, count // budget)
             train(mllm, examples, count // budget, steps, seed=config.seed).save(folder)
 
 
 def training_questions(data: DataConfig, questions: int) -> list[Example]:
-    """Questions of the training split, as many as wanted of drawn scenes."""
+    """At most `questions` questions of the training split; of scenes, exactly that many are drawn."""
     if data.source == "scenes":
         return drawn(data, data.train_seed, questions)
     return load_splits(replace(data, max_samples=questions)).train
@@ -131,15 +132,15 @@ def training_questions(data: DataConfig, questions: int) -> list[Example]:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evocomp.training.k_token_merging", description=__doc__)
-    parser.add_argument("--run", required=True, type=Path, help="a run folder that evocomp train wrote")
-    parser.add_argument("--questions", type=int, default=8000, help="training questions")
+    parser.add_argument("--run", required=True, type=Path, help="run folder written by `evocomp train`")
+    parser.add_argument("--questions", type=int, default=8000, help="number of training questions")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps for each kept count")
-    parser.add_argument("--kept", type=int, nargs="*", help="kept counts; default: those of the run")
+    parser.add_argument("--kept", type=int, nargs="*", help="numbers of kept tokens; default: those of the run")
     options = parser.parse_args(words)
     log.setup()
     try:
         if not (options.run / "config.yaml").is_file():
-            raise UserError(f"--run={options.run}: not a run folder (no config.yaml)")
+            raise UserError(f"--run={options.run} is not a run folder: config.yaml is missing; train it first")
         train_for_run(options.run, options.questions, options.steps, options.kept)
     except UserError as error:
         print(f"evocomp: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The compressor under Lightning: an ordinary loss on stored label records. It holds no MLLM."""
+"""The LightningModule of the compressor: a loss on stored label records. It does not contain the MLLM."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from evocomp.training.batch import CompressorInput, TrainBatch, question_ids
 from evocomp.training.optim import build_optimizer, schedule
 from evocomp.training.strategy import shard
 
-NEUTRAL_BUDGET = 16.0  # where the budget's input to the compressor is zero
+NEUTRAL_BUDGET = 16.0  # the budget for which the compressor's budget input is zero
 
 
 class CompressorModule(L.LightningModule):
@@ -116,7 +116,7 @@ class CompressorModule(L.LightningModule):
         return None if found is None else found.to(self.device)
 
     def on_train_epoch_end(self) -> None:
-        """Stop a training that has diverged before a checkpoint of it is written.
+        """Stop a diverged training before its checkpoint is written.
 
         Raises:
             UserError: weights or the last loss are not finite, in any process.
@@ -133,7 +133,7 @@ class CompressorModule(L.LightningModule):
             )
 
     def _policy(self, logits: Tensor, batch: TrainBatch, valid: Tensor | None) -> dict[str, Tensor]:
-        """Mean over the batch of the clipped policy loss; each mask size is a tensor of its own."""
+        """Mean of the clipped policy loss over the batch; masks of different sizes are in separate tensors."""
         total: dict[str, Tensor] = {}
         for population in batch.populations:
             rows = population.rows
@@ -150,7 +150,7 @@ class CompressorModule(L.LightningModule):
         return total
 
     def _any_budget(self, batch: TrainBatch) -> float | None:
-        """Labels that hold for every size say nothing about the budget."""
+        """Neutral budget for labels that do not depend on the number of kept tokens."""
         return NEUTRAL_BUDGET if self.compressor.config.budget_input else None
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class CompressorModule(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.compressor, self.optim_config)
         total = int(self.trainer.estimated_stepping_batches)
-        # a run may end before its epochs do (trainer.max_steps), so these are no share of all steps
+        # not a share of all steps: trainer.max_steps may end the run before its last epoch
         an_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         factor = schedule(self.optim_config, total, self.refresh_start * an_epoch)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -168,7 +168,7 @@ class CompressorModule(L.LightningModule):
 
     @torch.no_grad()
     def score(self, inputs: CompressorInput, budgets: Sequence[float] | None = None) -> list[np.ndarray]:
-        """Scores [N] of each sample, for its budget if the compressor reads one, in evaluation mode, on the CPU."""
+        """Scores [N] of each sample on the CPU, in evaluation mode; `budgets` is ignored without `budget_input`."""
         training = self.compressor.training
         self.compressor.eval()
         budget: Tensor | float | None = None

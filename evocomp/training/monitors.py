@@ -1,4 +1,4 @@
-"""What is watched while a compressor trains: accuracy on the selection split at each kept count."""
+"""Accuracy on the selection split at each number of kept tokens, measured during training."""
 
 import functools
 import time
@@ -22,22 +22,23 @@ from evocomp.training.module import CompressorModule
 from evocomp.training.strategy import whole
 
 Choose = Callable[[int], list[Shown]]
-"""Kept count -> what the LLM reads of the pictures of some samples."""
+"""Maps a number of kept tokens to the visual part of the LLM input of each sample."""
 
 Selection = Callable[[Sequence[Features]], Choose]
 
 
 class SelectionAccuracy(L.Callback):
-    """After every epoch: share of the selection questions that the frozen MLLM answers rightly when it sees the
-    compressor's top r tokens, for each r, by the questions' own rules of scoring as in the report. Logged as
-    `accuracy/kept_R`; `accuracy/mean` is their mean.
+    """Measures the accuracy of the frozen MLLM on the selection split with the compressor's kept tokens.
+
+    After every epoch, for each number of kept tokens R, answers are scored by the same rules as in the report. Logged
+    as `accuracy/kept_R`; `accuracy/mean` is their mean.
 
     Args:
-        every: epochs between measurements; the last epoch is always measured, whatever ends the run.
-        max_new_tokens: longest answer.
+        every: epochs between measurements; the last epoch is always measured.
+        max_new_tokens: largest number of tokens of an answer.
 
     Attributes:
-        answered, seconds: answers that this process has asked for, and the time that they took.
+        answered, seconds: number of answers that this process has generated, and the time that they took.
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class SelectionAccuracy(L.Callback):
         logger.info("epoch %d  validation accuracy by kept tokens  %s", trainer.current_epoch + 1, listed)
 
     def accuracy(self, selection: Selection, kept: Sequence[int], device: torch.device) -> list[float]:
-        """Share of right answers at each of the counts `kept`, over the questions of all ranks, which call it together.
+        """Share of correct answers at each count in `kept`, over the questions of all ranks.
+
+        A collective operation: all ranks call it.
 
         Args:
-            selection: what chooses the tokens.
-            device: where collectives of this job work.
+            selection: chooses the tokens.
+            device: device of the job's collective operations.
         """
         mine = self.mine
         started = time.perf_counter()
@@ -89,21 +92,21 @@ class SelectionAccuracy(L.Callback):
 
     @functools.cached_property
     def mine(self) -> list[Example]:
-        """This process's share of the questions, without those whose images do not decode.
+        """This process's share of the questions, without those whose images cannot be decoded.
 
-        Ranks (or those that hold the MLLM together) take every world-th question and sum up.
+        Each rank (or each group of ranks that shares a sharded MLLM) takes every world-th question.
         """
         share = self.examples[self.mllm.shard_group.index :: self.mllm.shard_group.count]
         return [example for example, _ in self.mllm.readable(share)]
 
     def is_due(self, trainer: L.Trainer) -> bool:
-        """Whether the epoch that now ends is one to measure after."""
+        """Whether accuracy is measured at the end of the current epoch."""
         epochs = trainer.current_epoch + 1
         last = epochs == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
         return last or epochs % self.every == 0
 
     def right_answers(self, examples: Sequence[Example], selection: Selection, kept: Sequence[int]) -> list[float]:
-        """Right answers at each of the counts `kept`, with the tokens that `selection` chooses."""
+        """Number of correct answers at each count in `kept`, with the tokens that `selection` chooses."""
         right = [0.0] * len(kept)
         for start in range(0, len(examples), self.batch):
             part = examples[start : start + self.batch]
@@ -116,7 +119,7 @@ class SelectionAccuracy(L.Callback):
         return right
 
     def by_compressor(self, module: CompressorModule, features: Sequence[Features]) -> Choose:
-        """The compressor's choice, as a `Selection` once the module is bound."""
+        """Tokens chosen by the compressor; a `Selection` when the module is bound with `partial`."""
         inputs = compressor_input(self.mllm, features)
         any_count = None if module.compressor.config.budget_input else module.score(inputs)
 
@@ -132,7 +135,7 @@ class SelectionAccuracy(L.Callback):
 
 
 def at_random(features: Sequence[Features]) -> Choose:
-    """The floor: tokens drawn evenly, the same for a question in every run; smaller sets lie in larger ones."""
+    """Random tokens as a baseline, the same for a question in every run; smaller sets are subsets of larger ones."""
     orders = [torch.from_numpy(np.random.default_rng(one.id).permutation(len(one.visual))) for one in features]
     pairs = list(zip(features, orders, strict=True))
     return lambda count: [shown(one.visual, order[:count].to(one.visual.device), 0) for one, order in pairs]

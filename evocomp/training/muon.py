@@ -1,6 +1,6 @@
-"""Muon whose Newton-Schulz iteration runs in the weights' own format.
+"""Muon with the Newton-Schulz iteration in the dtype of the weights.
 
-torch.optim.Muon runs it in bfloat16, which CPUs without bfloat16 units emulate: most of a training step there.
+torch.optim.Muon runs it in bfloat16. CPUs without bfloat16 units emulate that, and spend most of a training step on it.
 """
 
 import math
@@ -12,20 +12,20 @@ from torch import Tensor
 class FullPrecisionMuon(torch.optim.Muon):
     """torch.optim.Muon without the cast to bfloat16; same arguments, state and update rule.
 
-    Source: https://kellerjordan.github.io/posts/muon/, and for `match_rms_adamw`, the only scaling of the learning
-    rate that is made here, https://arxiv.org/abs/2502.16982.
+    Source: https://kellerjordan.github.io/posts/muon/. Only the learning-rate scaling `match_rms_adamw`
+    (https://arxiv.org/abs/2502.16982) is supported.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of all weights that have a gradient."""
+        """Update all weights that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             if group["adjust_lr_fn"] != "match_rms_adamw":
-                raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: only 'match_rms_adamw' is made")
+                raise ValueError(f"adjust_lr_fn={group['adjust_lr_fn']!r}: only 'match_rms_adamw' is supported")
             weights: list[Tensor] = []
             gradients: list[Tensor] = []
             buffers: list[Tensor] = []
@@ -40,9 +40,9 @@ class FullPrecisionMuon(torch.optim.Muon):
 
 
 def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """About the nearest orthogonal matrix [A, B], in the matrix's own format.
+    """Approximation of the nearest orthogonal matrix [A, B], in the dtype of the matrix.
 
-    With X = U S V^T each step takes S to a S + b S^3 + c S^5.
+    With X = U S V^T, each step maps S to a S + b S^3 + c S^5.
     """
     a, b, c = coefficients
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix

@@ -1,4 +1,4 @@
-"""Muon for the layer's matrices and AdamW for the rest, as one optimizer; and the learning-rate schedule."""
+"""One optimizer that uses Muon for the matrices of the layers and AdamW for the rest; learning-rate schedule."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,16 +10,17 @@ from torch import nn
 from evocomp.config.schema import OptimConfig
 from evocomp.training.muon import FullPrecisionMuon
 
-REFRESH_FLAT = 0.5  # share of the second schedule at its peak; tried on the selection split, experiments/LOG.md
+REFRESH_FLAT = 0.5  # share of steps before the second schedule decays; chosen on the selection split (LOG.md)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """One optimizer to Lightning (so that accumulation, clipping and schedules work), two inside.
+    """Muon and AdamW combined in one optimizer, so that Lightning's accumulation, clipping and schedules work.
 
     Args:
         matrices: 2-D weights of hidden layers, for Muon (torch.optim.Muon, scaled to match AdamW's steps).
-        rest: everything else, for AdamW.
-        full_precision: run Muon's Newton-Schulz iteration in the weights' format; torch's own runs it in bfloat16.
+        rest: all other weights, for AdamW.
+        full_precision: run Muon's Newton-Schulz iteration in the dtype of the weights; torch.optim.Muon runs it in
+            bfloat16.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         }
         weights = [p for part in self.parts.values() for group in part.param_groups for p in group["params"]]
         super().__init__(weights, {"lr": lr})
-        # the groups themselves are shared, so that a scheduler's learning rates reach both
+        # the parameter groups are shared, so that learning rates set by a scheduler reach both optimizers
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -61,7 +62,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer for all trainable weights of a compressor."""
+    """Optimizer for all trainable weights of a compressor."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.name == "adamw":
         return torch.optim.AdamW(
@@ -74,11 +75,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def schedule(config: OptimConfig, total: int, first: int = 0) -> Callable[[int], float]:
-    """Factor on `optim.lr` by step: one rise and fall, or with `optim.refresh_lr` a second one for the refreshes.
+    """Function from step to the factor on `optim.lr`: warm-up and decay, and a second time for `optim.refresh_lr`.
 
     Args:
         total: steps of the run.
-        first: step at which refreshes begin; 0 = there are none.
+        first: first step with refreshed labels; 0 = labels are not refreshed.
     """
     if not config.refresh_lr or not 0 < first < total:
         return partial(learning_rate, total=total, warmup=config.warmup_steps, flat=config.flat)
@@ -93,7 +94,7 @@ def schedule(config: OptimConfig, total: int, first: int = 0) -> Callable[[int],
 
 
 def learning_rate(step: int, total: int, warmup: int, flat: float) -> float:
-    """Factor on the peak rate: linear warm-up, constant until `flat` of the steps, linear to 1 %."""
+    """Factor on the peak rate: linear warm-up, constant for the share `flat` of the steps, linear decay to 1 %."""
     done = step / max(1, total)
     fall = 1 - max(0.0, (done - flat) / max(1e-9, 1 - flat))
     return min(1.0, (step + 1) / max(1, warmup)) * (0.99 * max(0.0, fall) + 0.01)

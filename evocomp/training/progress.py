@@ -1,4 +1,4 @@
-"""Progress of a run: labels, refreshes, training, validation and evaluation, with the time left of all of them."""
+"""Progress of a run: labels, refreshes, training, validation and evaluation, with the total time left."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,16 +20,17 @@ from evocomp.training.module import CompressorModule
 from evocomp.training.monitors import SelectionAccuracy
 
 UNKNOWN_SPEED = 1e10
-"""FLOP/s that are assumed until something was timed."""
+"""Speed [FLOP/s] that is assumed until some work has been timed."""
 
 AT_ONCE_SECONDS = 0.01
-"""Records that come closer together than this were scored together."""
+"""Records that arrive within a shorter time than this were scored in one batch."""
 
 
 class Settled:
-    """Progress of a round without questions whose time is not all known.
+    """Progress of a round without the questions of the current batch, whose time is only known when it ends.
 
-    A chunk's questions may be scored together: the first record then comes after the time of all, the others at once.
+    The questions of a chunk may be scored in one batch: its first record then arrives after the time of the whole
+    batch, and the others arrive immediately after it.
     """
 
     def __init__(self):
@@ -37,11 +38,11 @@ class Settled:
 
     @property
     def round(self) -> int:
-        """The round that was last seen."""
+        """The round of the last state, or -1."""
         return self.last.round if self.last.total else -1
 
     def without_the_last(self, state: LabelProgress) -> LabelProgress:
-        """Up to the last record that came before one that took its time; all of them when the round is complete."""
+        """Progress up to the start of the current batch; up to the end if the round is complete."""
         if state.round != self.round:
             self.last = replace(state, done=state.done - 1, made=0, seconds=0.0)
             self._settled = self.last
@@ -54,18 +55,18 @@ class Settled:
 
 
 class RunProgress(L.Callback):
-    """Follows a run from the first label to the last step.
+    """Shows the progress of a run from the first label to the last training step, with the time left.
 
-    Work that was not timed yet is expected to take as long as its arithmetic at the speed of labelling; validation
-    tells how long the evaluation will take.
+    The duration of work that has not been timed yet is estimated from its FLOP count and the speed of labelling; the
+    duration of the evaluation is estimated from validation.
 
     Args:
-        scorer: of the candidate masks; it counts the tokens that the frozen LLM has read.
-        questions: of the training split.
-        monitor: of the validation split; its answers tell how long those of the evaluation will take.
-        answers: (question, method) pairs of the evaluation that follows; 0 = none follows.
+        scorer: scorer of the candidate masks; it counts the tokens that the frozen LLM has processed.
+        questions: questions of the training split.
+        monitor: measures accuracy during training; the time of its answers predicts the time of the evaluation.
+        answers: number of (question, selector) pairs of the evaluation that follows; 0 = none follows.
 
-    In the list of callbacks it comes after those whose work it times.
+    It must come after the callbacks that it times in the list of callbacks.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class RunProgress(L.Callback):
         }
         self.progress = Progress(**self.stages)
         self._trainer: L.Trainer | None = None
-        self._flops: dict[str, float] = {}  # of a unit of each stage
+        self._flops: dict[str, float] = {}  # FLOP per unit of each stage
         self._epochs = 0
         self._tokens_before = 0
         self._labels = Settled()
@@ -106,7 +107,7 @@ class RunProgress(L.Callback):
         self._guess(UNKNOWN_SPEED)
 
     def _plan(self) -> None:
-        """Once: totals that Lightning knows when training is set up, and what was done before a resume."""
+        """Set the totals, which Lightning knows once training is set up, and the work done before a resume."""
         if self._epochs or self._trainer is None:
             return
         trainer, labels = self._trainer, self.config.labels
@@ -135,7 +136,11 @@ class RunProgress(L.Callback):
         return bool(self.monitor.examples) and due
 
     def _arithmetic(self, weights: int) -> dict[str, float]:
-        """FLOP of a unit of each stage: 2 a weight and token forward, 6 with backward. weights: of the compressor."""
+        """FLOP per unit of each stage: 2 per weight and token for a forward pass, 6 with the backward pass.
+
+        Args:
+            weights: number of weights of the compressor.
+        """
         labels, mllm = self.config.labels, self.scorer.mllm
         sample = mllm.features(self.questions[:1])[0]
         tokens, text = len(sample.visual), len(sample.text_at) + len(sample.answer_ids)
@@ -143,7 +148,7 @@ class RunProgress(L.Callback):
         compressor = 2.0 * weights * (tokens + text)
         kept, proposed = np.mean(self.config.eval.kept), np.mean(mask_sizes(labels.proposal_sizes, tokens))
         masks = float(candidate_forwards(self.config, 1))
-        if labels.refresh == "on_policy" and labels.probes:  # some questions are dropped after their probes
+        if labels.refresh == "on_policy" and labels.probes:  # some questions are dropped after `probes` masks
             masks = (labels.probes + labels.proposals) / 2
         answer = layers * (text + kept)
         return {
@@ -155,7 +160,7 @@ class RunProgress(L.Callback):
         }
 
     def _guess(self, speed: float, workers: int = 1) -> None:
-        """Expected seconds of what was not timed yet. speed: of one process [FLOP/s]."""
+        """Set the expected seconds per unit of each stage. speed: FLOP/s of one process."""
         for name, flops in self._flops.items():
             shared = workers if name in ("labels", "refresh", "validation") else 1
             self.stages[name].guess = flops / speed / shared
@@ -163,13 +168,13 @@ class RunProgress(L.Callback):
     # ------------------------------------------------------------ what is being done
 
     def label(self, state: LabelProgress) -> None:
-        """Called after each question that was labelled."""
+        """Update the progress; called after each labelled question."""
         self._plan()
         if state.round == 0:
             spent = self._layers() * (self.scorer.losses.tokens - self._tokens_before)
             self._guess(max(1.0, spent) / max(1e-9, state.seconds), state.workers)
         if state.round != self._labels.round:
-            self._book(self._labels.last)  # all of the round before
+            self._book(self._labels.last)  # the end of the previous round
             stage = self.stages["refresh" if state.round else "labels"]
             self._before_round = (stage.timed, stage.seconds)
         settled = self._labels.without_the_last(state)
@@ -180,7 +185,7 @@ class RunProgress(L.Callback):
         self.progress.show(settled.line().replace(":", number, 1))
 
     def _book(self, state: LabelProgress) -> None:
-        """Enter a round's progress into its stage."""
+        """Copy the progress of a round into its stage."""
         stage = self.stages["refresh" if state.round else "labels"]
         stage.done = max(0, state.round - 1) * state.total + state.done
         stage.timed = self._before_round[0] + state.workers * state.made
@@ -197,7 +202,7 @@ class RunProgress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: CompressorModule, outputs, batch, batch_idx) -> None:
         training = self.stages["training"]
         training.advance(1, self._lap())
-        if not self.stages["labels"].timed and not self.stages["refresh"].timed:  # the labels were there already
+        if not self.stages["labels"].timed and not self.stages["refresh"].timed:  # all labels were read from the store
             self._guess(self._flops["training"] * training.timed / training.seconds)
         loss = trainer.callback_metrics.get("train/loss")
         shown = f", loss {float(loss):.3f}" if loss is not None else ""
@@ -221,7 +226,7 @@ class RunProgress(L.Callback):
 
 
 def report_labels(progress: Progress) -> Callable[[LabelProgress], None]:
-    """Shows labelling alone, as the stage `labels`."""
+    """Function that shows the progress of labelling when no training follows; its stage is `labels`."""
 
     stage, labels = progress.stages["labels"], Settled()
 

@@ -1,4 +1,4 @@
-"""The callback that keeps labels fresh: makes a round of the store before the epoch that trains on it."""
+"""Callback that refreshes labels: it makes a round of the label store before the epoch that is trained on it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ from evocomp.training.datamodule import LabelledQuestions
 from evocomp.training.module import CompressorModule
 from evocomp.training.strategy import whole
 
-SCORED_TOGETHER = 64  # samples in one forward of the compressor
+SCORED_TOGETHER = 64  # samples in one forward pass of the compressor
 
 
 class RefreshLabels(L.Callback):
@@ -63,11 +63,11 @@ class RefreshLabels(L.Callback):
 
     @property
     def seconds(self) -> float:
-        """Wall time spent on labels so far."""
+        """Wall time spent on labels so far [s]."""
         return self.cost.spent["labelling"].seconds + self.cost.spent["refresh"].seconds
 
     def round_of(self, epoch: int) -> int:
-        """The round that an epoch trains on."""
+        """The label round that an epoch is trained on."""
         return self.config.round_of(epoch)
 
     def setup(self, trainer: L.Trainer, module: CompressorModule, stage: str) -> None:
@@ -86,7 +86,7 @@ class RefreshLabels(L.Callback):
         self.ensure(trainer, module, trainer.current_epoch)
 
     def ensure(self, trainer: L.Trainer, module: CompressorModule, epoch: int) -> None:
-        """Labels for this epoch, made if they are not there yet."""
+        """Load the labels of an epoch into the datamodule; make them first if they are not in the store."""
         if epoch == self.epoch:
             return
         round = self.round_of(epoch)
@@ -121,7 +121,7 @@ class RefreshLabels(L.Callback):
             with self.cost.labelling(round):
                 return self.labeller.ensure(round, scores=self._scores(whole(module)), report=self.report)
         except Interrupted:
-            logger.info("stopped while labelling; run the same command again to go on")
+            logger.info("labelling was stopped; run the same command again to resume")
             raise
 
     def _scores(self, module: CompressorModule):
@@ -136,7 +136,7 @@ class RefreshLabels(L.Callback):
         return scores
 
     def _log(self, trainer: L.Trainer, round: int, records: dict, before: dict) -> None:
-        """Curves by round: how good the labels are, and what the refresh changed."""
+        """Log the quality of the labels of a round and the changes by the refresh."""
         metrics: dict[str, float] = {"labels/round": float(round)}
         usable = [has_label(record) for record in records.values()]
         metrics["labels/share_usable"] = float(np.mean(usable))
@@ -155,9 +155,9 @@ class RefreshLabels(L.Callback):
             one.log_metrics(metrics, step=trainer.global_step)
 
     def _forget_old(self, trainer: L.Trainer) -> None:
-        """Delete rounds that neither this epoch nor a resume from any checkpoint of the run will read."""
+        """Delete rounds that are needed neither by this epoch nor for resuming from a checkpoint of the run."""
         needed = min([self.round, *(_round_of(path) for path in _checkpoints(trainer))])
-        # a round is made from the one before it; round 0 is what evocomp label makes
+        # a round is made from the previous one, which is kept; round 0 may come from `evocomp label` and is kept too
         self.labeller.forget(range(1, min(needed, self.round - 1)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,13 +165,13 @@ class RefreshLabels(L.Callback):
 
 
 def _checkpoints(trainer: L.Trainer) -> list[Path]:
-    """Checkpoints that lie in the folders where this run writes them."""
+    """Checkpoints in the folders to which this run writes them."""
     folders = {Path(one.dirpath) for one in trainer.checkpoint_callbacks if getattr(one, "dirpath", None)}
     return [path for folder in sorted(folders) for path in sorted(folder.glob("*.ckpt"))]
 
 
 def _round_of(path: Path) -> int:
-    """The round that a checkpoint was trained on; 0 (keep everything) if it cannot be told."""
+    """The label round that a checkpoint was trained on; 0 (keep all rounds) if it cannot be read."""
     try:
         return int(read_checkpoint(path)["callbacks"]["RefreshLabels"]["round"])
     except (UserError, TypeError, *DAMAGED):

@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of seed, epoch and position, so that training resumes exactly."""
+"""Order of the training samples: a pure function of seed, epoch and index, so that training resumes exactly."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,8 +7,11 @@ from torch.utils.data import Dataset, Sampler
 
 
 class Slots(Dataset):
-    """Positions 0..count-1 of an epoch. Samples are put in their places on the main process: loader workers
-    start before an epoch's labels are made, so they must not know of labels."""
+    """Indices 0..count-1 into the order of an epoch.
+
+    The main process replaces them by samples: loader workers start before the labels of an epoch are made, so they must
+    not depend on labels.
+    """
 
     def __init__(self, count: int):
         self.count = count
@@ -21,11 +24,11 @@ class Slots(Dataset):
 
 
 class ResumableSampler(Sampler[int]):
-    """This rank's positions of an epoch, from `consumed` on: consumed + rank, + world, + 2 world, ...
+    """This rank's indices of an epoch: consumed + rank, consumed + rank + world, consumed + rank + 2 world, ...
 
     Args:
-        count: positions of the epoch, over all ranks.
-        rank, world: which share; every rank gets equally many, the last incomplete round is left out.
+        count: number of indices of the epoch, over all ranks.
+        rank, world: rank and number of ranks; all ranks get equally many indices, a remainder is dropped.
     """
 
     def __init__(self, count: int, rank: int = 0, world: int = 1):
@@ -38,13 +41,13 @@ class ResumableSampler(Sampler[int]):
         return self.count // self.world
 
     def __iter__(self) -> Iterator[int]:
-        start, self.consumed = self.consumed, 0  # the next epoch begins at its beginning
+        start, self.consumed = self.consumed, 0  # the next epoch starts from index 0
         usable = self.count // self.world * self.world
         return iter(range(start + self.rank, usable, self.world))
 
 
 def epoch_order(ids: Sequence[int], seed: int, epoch: int, count: int) -> np.ndarray:
-    """`count` sample ids of an epoch [count]: one shuffle of all ids after another.
+    """Sample ids of an epoch [count]: concatenated permutations of all ids, cut to `count`.
 
     >>> sorted(epoch_order([5, 6, 7], seed=0, epoch=1, count=6)[:3].tolist())
     [5, 6, 7]

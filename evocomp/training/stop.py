@@ -1,4 +1,4 @@
-"""A job that is told to stop (SIGTERM: preemption, time limit) leaves a checkpoint of the very step it was at."""
+"""Clean stop on SIGTERM (preemption, time limit): training ends with a checkpoint of the current step."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from evocomp.labels.labeller import Interrupted
 
 
 class NoteStop(L.Callback):
-    """Notes SIGTERM in `request`. Comes first among the callbacks: others label in `on_train_start`.
+    """Records SIGTERM in `request`. Must be the first callback, because others label in `on_train_start`.
 
-    It takes the place of Lightning's own handler, which starts a collective inside the signal handler and so can
-    meet another one that is under way.
+    It replaces Lightning's own handler, which starts a collective operation inside the signal handler and can collide
+    with one that is already running.
     """
 
     def __init__(self, request: StopRequest):
@@ -29,7 +29,7 @@ class NoteStop(L.Callback):
         self._leave()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._leave()  # else the next run of this process, in a notebook, would be told to stop as well
+        self._leave()  # else the handler would also stop the next run of this process, for example in a notebook
 
     def _leave(self) -> None:
         if self._listening:
@@ -38,9 +38,9 @@ class NoteStop(L.Callback):
 
 
 class StopCleanly(L.Callback):
-    """Ends training at the same step on all ranks when any of them was asked to, with a checkpoint at `path`.
+    """Ends training at the same step on all ranks if any of them got SIGTERM, with a checkpoint at `path`.
 
-    Comes last among the callbacks: the others have then finished the step too.
+    Must be the last callback, so that all others have finished the step.
     """
 
     def __init__(self, request: StopRequest, path: Path):
@@ -50,12 +50,12 @@ class StopCleanly(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
         if progress.is_last_batch:
-            return  # the epoch's end has its own checkpoint; what comes next looks again
+            return  # the end of the epoch writes a checkpoint; the next batch checks again
         if progress.current.ready % trainer.accumulate_grad_batches:
-            return  # no checkpoint holds gradients of which more are to be added
+            return  # checkpoints do not contain accumulated gradients
         asked = torch.tensor(int(self.request.asked), device=module.device)
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce(asked, reduce_op="max")
         if asked:
             trainer.save_checkpoint(self.path)
-            raise Interrupted("stopped in training; the same command goes on from this step")
+            raise Interrupted("training was stopped; run the same command again to resume from this step")

@@ -1,7 +1,7 @@
-"""How training is spread: `ddp` (a replica each), `fsdp2` (weights sharded by fully_shard), `fsdp` (FSDP1, GPUs only).
+"""Distributed strategies: `ddp` (replicas), `fsdp2` (weights sharded by `fully_shard`), `fsdp` (FSDP1, GPUs only).
 
-The compressor is one decoder layer (0.2 G weights for a 7B target), so `ddp` is the right choice unless a target's
-layer with its optimizer does not fit.
+The compressor is one decoder layer (0.2 billion weights for a 7B model), so `ddp` is the right choice unless the layer
+and its optimizer state do not fit one device.
 """
 
 import os
@@ -23,7 +23,7 @@ SHARDED = ("fsdp", "fsdp2")
 
 
 def job_size() -> dict[str, int]:
-    """`devices` and `num_nodes` of the job that torchrun started: Lightning does not ask it."""
+    """`devices` and `num_nodes` of a job started by torchrun; Lightning does not read them from the environment."""
     if not launched_by_torchrun():
         return {"devices": 1}
     here = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else 1
@@ -31,10 +31,10 @@ def job_size() -> dict[str, int]:
 
 
 def with_strategy(settings: Mapping[str, Any], optim: OptimConfig) -> dict[str, Any]:
-    """The Trainer's settings with the strategy's name resolved.
+    """The settings of the Trainer with the name of the strategy resolved.
 
     Raises:
-        UserError: fsdp on a CPU, or an optimizer or an average that does not know sharded weights.
+        UserError: fsdp on a CPU, or an optimizer or weight average that does not support sharded weights.
     """
     name = settings.get("strategy")
     if name not in SHARDED:
@@ -48,18 +48,18 @@ def with_strategy(settings: Mapping[str, Any], optim: OptimConfig) -> dict[str, 
         needed.append("--optim.ema=0")
     if needed:
         raise UserError(
-            f"trainer.strategy={name} shards the weights' matrices, which optim.name=muon and optim.ema need whole: "
+            f"trainer.strategy={name} shards the weights; optim.name=muon and optim.ema need unsharded ones: "
             f"add {' and '.join(needed)}, or choose --trainer.strategy=ddp"
         )
     if name == "fsdp":
         return {**settings, "strategy": FSDPStrategy(state_dict_type="full")}
-    # one file, so that any number of processes, also one without sharding, can go on from it
+    # one file, so that any number of processes can resume from it, with or without sharding
     strategy = ModelParallelStrategy(_processes(settings), tensor_parallel_size=1, save_distributed_checkpoint=False)
     return {**settings, "strategy": strategy}
 
 
 def _processes(settings: Mapping[str, Any]) -> int:
-    """Processes of the job, as Lightning will count them."""
+    """Number of processes of the job, as Lightning counts them."""
     devices = settings.get("devices", 1)
     if isinstance(devices, str):
         devices = devices if devices in ("auto", "-1") else [one for one in devices.split(",") if one]
@@ -71,7 +71,7 @@ def _processes(settings: Mapping[str, Any]) -> int:
 
 
 def shard(compressor: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a compressor's layers, then the rest, over the mesh's data-parallel dimension; at most once."""
+    """Shard the layers of a compressor, then the rest, over the data-parallel dimension of the mesh; idempotent."""
     if isinstance(compressor, FSDPModule):
         return
     across = mesh["data_parallel"]
@@ -81,9 +81,10 @@ def shard(compressor: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def whole(module: nn.Module) -> nn.Module:
-    """A CompressorModule whose forward is no collective: the module itself, or a copy if its weights are sharded.
+    """A CompressorModule with unsharded weights: the module itself, or a copy if its weights are sharded.
 
-    All ranks call it together, and may then score different numbers of samples.
+    This function is a collective operation; the forward pass of the result is not, so that ranks may score different
+    numbers of samples.
     """
     if not _is_sharded(module):
         return module

@@ -24,24 +24,24 @@ from evocomp.training.tensorboard_logger import RunLogger
 from evocomp.viz import four_panels, gradient_density
 
 MANY = 4096
-"""Largest number of records in a histogram of labels: enough for its shape, and quick with a million of them."""
+"""Largest number of records in a histogram of labels: enough for its shape, and fast for stores of any size."""
 
 SHOWN = """
 recipe seed model.name data.source data.max_samples grouping.method grouping.centre grouping.count search.strategy
 search.population search.generations labels.target labels.refresh labels.passes compressor.init compressor.use_text
 compressor.budget_input loss.name loss.alpha optim.name optim.lr optim.batch_size optim.ema
 """.split()
-"""Settings in the table of hyperparameters: those that experiments change. config.yaml has all of them."""
+"""Settings in the table of hyperparameters: those that experiments vary. config.yaml has all settings."""
 
-# losses whose logits are independent probabilities; with the others, logits rank the tokens of a sample
+# losses that train the sigmoid of each logit; with the other losses, logits only rank the tokens of a sample
 _PROBABILITIES = ("ghm", "focal", "bce")
 
 
 class TensorBoardPage:
-    """Made by `of`. The tags are in `layout` and in the methods that write them.
+    """Writes the TensorBoard page; create it with `of`. The tags are in `layout` and in the methods that write them.
 
     Args:
-        epochs, ranks: of the run.
+        epochs, ranks: number of epochs and of processes of the run.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class TensorBoardPage:
     def of(
         cls, trainer: L.Trainer, refresh: RefreshLabels, monitor: SelectionAccuracy, pictures: int, watched: int
     ) -> "TensorBoardPage | None":
-        """The page of this run; None for another logger, for other ranks than 0, and for a sharded MLLM, which cannot
-        be run by rank 0 alone."""
+        """The page of this run; None without a `RunLogger`, on ranks other than 0, and for a sharded MLLM, which rank 0
+        alone cannot run."""
         if not trainer.is_global_zero or monitor.mllm.shard_group.size > 1:
             return None
         for logger in trainer.loggers:
@@ -81,26 +81,26 @@ class TensorBoardPage:
     # ------------------------------------------------------------ start and end
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Layout, hyperparameters, and the labels of the images, which stay those of the first round."""
+        """Write layout and hyperparameters, and make labels for the shown images; these labels are never refreshed."""
         kept = self.monitor.kept
         self.writer.add_custom_scalars(layout(kept, settings, self.epochs, self.ranks))
         names = ["accuracy/mean", *(f"accuracy/kept_{count}" for count in kept), "train/loss"]
         self.logger.log_table(chosen(settings), names)
-        self.labels = self._label_pictures()
+        self.labels = self._label_shown()
 
     def close(self) -> None:
-        """Everything on disk."""
+        """Write everything to disk."""
         self.logger.save()
 
-    def _label_pictures(self) -> list[Record]:
-        """Labels of the images, made in the same way and at the same cost as those of the training questions."""
+    def _label_shown(self) -> list[Record]:
+        """Labels of the shown questions, made like the labels of the training questions in round 0."""
         labeller = self.refresh.labeller
         known = {example.id: example for example in self.shown}
 
         def encode(ids: Sequence[int]) -> list[Features]:
             return labeller.mllm.features([known[id] for id in ids])
 
-        with labeller.scorer.uncounted():  # these are not the labels that training pays for
+        with labeller.scorer.uncounted():  # the cost of training does not include these labels
             made = {record["id"]: record for record in labeller.rounds.make(0, list(known), encode, {}, None)}
         return [made[example.id] for example in self.shown]
 
@@ -129,10 +129,10 @@ class TensorBoardPage:
     # ------------------------------------------------------------ every epoch
 
     def show_epoch(self, module: CompressorModule, step: int) -> None:
-        """Histograms of the watched questions and images of the shown ones, with the compressor as it is now."""
+        """Write histograms of the watched questions and images of the shown ones, with the current compressor."""
         self._show_tokens(module, step)
         if self.shown:
-            self._show_pictures(module, step)
+            self._show_images(module, step)
 
     def _show_tokens(self, module: CompressorModule, step: int) -> None:
         """Histograms of p and of GHM's gradient norm, and precision and recall of the tokens that the labels keep."""
@@ -156,7 +156,10 @@ class TensorBoardPage:
     def _precision_recall(
         self, tag: str, records: Sequence[Record], scores: Sequence[np.ndarray], absolute: bool, step: int
     ) -> None:
-        """Precision against recall of the labels' tokens, by p, or by rank within the sample for a ranking loss."""
+        """Precision-recall curve against the tokens kept by the labels.
+
+        The threshold is on p, or on the rank of a token within its sample if the loss only ranks tokens.
+        """
         pairs = [(r, s) for r, s in zip(records, scores, strict=True) if has_label(r)]
         if not pairs:
             return
@@ -164,7 +167,7 @@ class TensorBoardPage:
         found = np.concatenate([_sigmoid(row) if absolute else _rank(row) for _, row in pairs])
         self.writer.add_pr_curve(tag, kept, found, step)
 
-    def _show_pictures(self, module: CompressorModule, step: int) -> None:
+    def _show_images(self, module: CompressorModule, step: int) -> None:
         mllm = self.monitor.mllm
         features = mllm.features(self.shown)
         config = module.compressor.config
@@ -179,7 +182,7 @@ class TensorBoardPage:
             verdict = "correct" if score_answer(example, answer) >= 0.5 else "wrong"
             chosen = np.flatnonzero(kept_by(record, len(row), self.keep))
             lit, grid = first_image(one, shown.alone.cpu().numpy())
-            picture = four_panels(
+            panels = four_panels(
                 as_array(example.image),
                 grid,
                 first_image(one, chosen)[0],
@@ -194,7 +197,7 @@ class TensorBoardPage:
                 ),
                 first_image(one, shown.merged.cpu().numpy())[0].tolist(),
             )
-            self.writer.add_image(f"examples/{number}", picture, step, dataformats="HWC")
+            self.writer.add_image(f"examples/{number}", panels, step, dataformats="HWC")
         absolute = module.loss_config.name.startswith(_PROBABILITIES)
         self._precision_recall("retention/selection_questions", self.labels, scores, absolute, step)
 
@@ -204,11 +207,11 @@ def layout(
 ) -> dict[str, dict[str, list]]:
     """Charts of the Custom Scalars tab: category -> title -> [kind, tags].
 
-    The curves of one run share one colour, so a chart has one tag, and only those charts that the run fills are there.
+    The curves of one run share one colour, so each chart has one tag. Charts that would stay empty are left out.
 
     Args:
-        settings: of the run, as in config.yaml.
-        epochs: of the run.
+        settings: settings of the run, as in config.yaml.
+        epochs: number of epochs.
         ranks: number of processes.
     """
     accuracy = {"mean over kept counts": "accuracy/mean"}
@@ -240,7 +243,7 @@ def layout(
 
 
 def _refreshes(settings: dict[str, Any], epochs: int) -> bool:
-    """Whether the run labels again after its first epoch; a curve by round has a single point otherwise."""
+    """Whether labels are refreshed after the first epoch; otherwise curves by round have a single point."""
     labels = settings["labels"]
     return labels["refresh"] != "none" and labels["refresh_start"] < epochs
 
@@ -249,7 +252,7 @@ _TERMS = {"ghm": "GHM-C", "focal": "focal loss", "bce": "binary cross-entropy", 
 
 
 def _loss_charts(settings: dict[str, Any], epochs: int) -> dict[str, str]:
-    """A chart for each term of the loss."""
+    """One chart for each term of the loss."""
     name = settings["loss"]["name"]
     term = name.removesuffix("_cs")
     charts = {_TERMS[term]: f"train/{term}"}
@@ -264,7 +267,7 @@ def _loss_charts(settings: dict[str, Any], epochs: int) -> dict[str, str]:
 
 
 def _label_charts(settings: dict[str, Any]) -> dict[str, str]:
-    """Charts with a point for each round of labels."""
+    """Charts with one point for each label round."""
     speed = {"labels per second": "labels/per_second"}
     if settings["labels"]["refresh"] == "on_policy":
         return {
@@ -294,20 +297,20 @@ def chosen(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def varied(examples: Sequence[Example], count: int | None = None) -> list[Example]:
-    """Questions about `count` images, or all, the i-th question about the i-th image: all question types appear."""
-    by_picture: dict[str, list[Example]] = {}
+    """One question for each of `count` images (None: all): the i-th question of the i-th image, to vary the types."""
+    by_image: dict[str, list[Example]] = {}
     for example in examples:
-        by_picture.setdefault(example.image_id, []).append(example)
-    return [asked[i % len(asked)] for i, asked in enumerate(list(by_picture.values())[:count])]
+        by_image.setdefault(example.image_id, []).append(example)
+    return [asked[i % len(asked)] for i, asked in enumerate(list(by_image.values())[:count])]
 
 
 def budgets_of(records: Sequence[Record]) -> list[float] | None:
-    """Number of tokens that the proposed masks of each record keep; None for labels that hold for every size."""
+    """Number of tokens kept by the proposed masks of each record; None if labels do not depend on that number."""
     return [float(record["draws"].shape[-1]) for record in records] if "draws" in records[0] else None
 
 
 def _target(record: Record, tokens: int) -> np.ndarray:
-    """Targets [N] of a loss over probabilities."""
+    """Targets [N] of a loss on probabilities."""
     return record["credits"].astype(np.float64) if "credits" in record else kept_by(record, tokens, 0)
 
 

@@ -1,4 +1,4 @@
-"""Lightning's TensorBoard logger with baselines as runs of their own, which charts show in colours of their own."""
+"""Lightning's TensorBoard logger that writes baselines as separate runs, so that charts show them in other colours."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +15,9 @@ OWN, BASELINES = "compressor", ("random", "uncompressed")
 class RunLogger(TensorBoardLogger):
     """Writes to FOLDER/tensorboard/compressor, and a metric `BASELINE/TAG` as `TAG` to FOLDER/tensorboard/BASELINE.
 
-    TensorBoard colours curves by run, so the two curves of `accuracy/kept_16` and `random/accuracy/kept_16` share a
-    chart and differ in colour. Lightning's own metric `epoch` is left out, and the table of hyperparameters refers to
-    the curves of its metrics in place of writing a first value of 0 for each.
+    TensorBoard colours curves by run, so `accuracy/kept_16` and `random/accuracy/kept_16` share a chart and differ in
+    colour. Lightning's metric `epoch` is not written. The table of hyperparameters refers to the logged curves of its
+    metrics; Lightning would write an initial value of 0 for each.
     """
 
     def __init__(self, folder: str | Path):
@@ -37,7 +37,7 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_table(self, params: Mapping[str, Any], metrics: list[str]) -> None:
-        """The hyperparameters for the HParams tab, with the last values of these metrics once they are logged."""
+        """Write the hyperparameters for the HParams tab, which shows them with the last values of `metrics`."""
         self.log_hyperparams(dict(params))
         known = self._sanitize_params(dict(params))
         for summary in hparams(known, dict.fromkeys(metrics, 0.0)):

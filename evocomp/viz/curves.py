@@ -31,11 +31,11 @@ _READING = "band and bars: 95 % intervals; dashed: the LLM processes more tokens
 def retention_curve(rows: Sequence[Row], ours: str = "evocomp") -> Figure:
     """Accuracy as a percentage of the uncompressed accuracy against kept tokens, with intervals.
 
-    References (uncompressed, no image) are horizontal lines; methods whose LLM processes more tokens than are kept
-    are dashed. Rows are those of report.json; rows without an accuracy are left out.
+    References (uncompressed, no image) are horizontal lines; selectors whose LLM processes more tokens than are kept
+    are dashed. Rows are those of report.json; rows without an accuracy are ignored.
 
     Raises:
-        ValueError: no method has an accuracy at a kept count.
+        ValueError: no selector has an accuracy at a kept count.
     """
     curves, levels = _curves(rows)
     names = len(curves) + len(levels)
@@ -101,7 +101,7 @@ def search_trace(traces: np.ndarray, xlabel: str = "generation") -> Figure:
         (2, "best so far", ACCENT, "-"),
     ):
         low, middle, high = np.quantile(traces[:, :, column], (0.25, 0.5, 0.75), axis=0)
-        if name != "lowest":  # its band would cover that of the best so far
+        if name != "lowest":  # its band would cover that of `best so far`
             ax.fill_between(generations, low, high, color=color, alpha=0.14, linewidth=0)
         ax.plot(generations, middle, color=color, linewidth=3 if name == "best so far" else 1.8, linestyle=line)
         ends.append((name, float(middle[-1]), color, name == "best so far"))
@@ -115,7 +115,7 @@ def search_trace(traces: np.ndarray, xlabel: str = "generation") -> Figure:
 
 
 def _curves(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, float]]:
-    """Rows by method, most tokens first; and the level of each reference, which has one token count."""
+    """Rows per selector, most tokens first, and the level of each reference, which has a single token count."""
     rows = [row for row in rows if row["accuracy"] is not None and row["relative"] is not None]
     budgets = {row["kept"] for row in rows if not _is_reference(row)}
     methods: dict[str, list[Row]] = {}
@@ -126,7 +126,7 @@ def _curves(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, float]
         else:
             levels[row["method"]] = 100 * row["relative"]
     if not methods:
-        raise ValueError("no method has an accuracy at a kept count: nothing to draw")
+        raise ValueError("no selector has an accuracy at a kept count: nothing to draw")
     in_order = dict.fromkeys(row["method"] for row in rows if row["method"] in methods)
     return {method: methods[method] for method in in_order}, levels
 
@@ -142,7 +142,7 @@ def _relative(row: Row, name: str) -> float:
 
 
 def _looks(methods: dict[str, list[Row]], ours: str) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method: grey for references, colours in turn for the others."""
+    """Colour and marker of each selector: grey for references, a sequence of colours for the others."""
     looks, greys, colors = {ours: (ACCENT, MARKERS[0])}, 0, 0
     for method, found in methods.items():
         if method == ours:
@@ -157,16 +157,16 @@ def _looks(methods: dict[str, list[Row]], ours: str) -> dict[str, tuple[str, str
 
 
 def _name_ends(ax: Axes, ends: list[tuple[str, float, str, bool]], gap: float) -> None:
-    """Names at the right edge, at the ends of their lines; moved apart by `gap` inches where they would overlap."""
+    """Write names at the right ends of the lines, moved to be at least `gap` inches apart."""
     gap = gap / (ax.get_position().height * ax.get_figure().get_figheight())
     to_axes = ax.transData + ax.transAxes.inverted()
     x = ax.get_xlim()[1]
     wanted = [float(to_axes.transform((x, y))[1]) for _, y, _, _ in ends]
-    for (name, _, color, strong), at, place in zip(ends, wanted, spread_labels(wanted, gap, 0.0, 1.0), strict=True):
-        ax.plot([1.0, 1.03], [at, place], transform=ax.transAxes, color=FAINT, linewidth=1, clip_on=False)
+    for (name, _, color, strong), at, label in zip(ends, wanted, spread_labels(wanted, gap, 0.0, 1.0), strict=True):
+        ax.plot([1.0, 1.03], [at, label], transform=ax.transAxes, color=FAINT, linewidth=1, clip_on=False)
         ax.text(
             1.035,
-            place,
+            label,
             display_name(name),
             transform=ax.transAxes,
             parse_math=False,

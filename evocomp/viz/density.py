@@ -1,4 +1,4 @@
-"""Distributions: gradient norms in the bins of GHM-C, and the losses of the masks of a search."""
+"""Charts of distributions: gradient norms in the bins of GHM-C, and losses of the masks of a search."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from evocomp.viz.style import ACCENT, COLORS, INK, SOFT, new_figure, plain_axes
 
 
 def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
-    """Share of the tokens (bars) and of the loss's total weight (line) by gradient norm g = |p - y| in [0, 1].
+    """Fraction of the tokens (bars) and of the total weight in the loss (line) per gradient norm g = |p - y| in [0, 1].
 
     A token's weight in GHM-C is 1 / GD(g), and GD is the number of tokens in its bin times the number of bins
-    (arXiv 1811.05181, section 3): each bin that is not empty has the same total weight, however many easy tokens
-    crowd the first one.
+    (arXiv 1811.05181, section 3): all bins that are not empty have the same total weight, although most tokens are
+    easy and lie in the first one.
 
     Args:
         norm: gradient norms [n].
@@ -21,7 +21,7 @@ def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
     counts, edges = np.histogram(norm, bins=bins, range=(0, 1))
     weight = (counts > 0) / max(1, (counts > 0).sum())
     figure = new_figure(6.4, 3.8)
-    ax = plain_axes(figure, "gradient norm g = |p - y|", "share")
+    ax = plain_axes(figure, "gradient norm g = |p - y|", "fraction")
     middle = (edges[:-1] + edges[1:]) / 2
     ax.bar(middle, counts / max(1, counts.sum()), width=0.9 / bins, color=COLORS[4], label="of the tokens")
     ax.plot(middle, weight, color=ACCENT, marker="o", linewidth=2.2, label="of GHM's weight")
@@ -32,19 +32,19 @@ def gradient_density(norm: np.ndarray, bins: int = 10) -> Figure:
 
 
 def fitness_spread(losses: Sequence[np.ndarray]) -> Figure:
-    """Share of the masks scored that come within a given distance of their sample's best loss.
+    """Fraction of the scored masks whose loss is within a given distance of the best loss of their sample.
 
-    A line for each sample, and their median. A steep rise at the left edge means that many masks are about as good as
+    One line per sample, and their median. A steep rise at the left edge means that many masks are about as good as
     the label.
 
     Args:
-        losses: of every scored mask, an array for each sample [nats].
+        losses: losses of all scored masks [nats], one array per sample.
     """
     distances = [np.sort(one - one.min()) for one in losses]
     x = np.linspace(0, max(float(one[-1]) for one in distances), 200)
     shares = np.stack([np.searchsorted(one, x, side="right") / len(one) for one in distances])
     figure = new_figure(6.4, 4.0)
-    ax = plain_axes(figure, "loss above the sample's best [nats]", "share of masks at most that far")
+    ax = plain_axes(figure, "loss above the sample's best [nats]", "fraction of masks below")
     ax.plot(x, shares.T, color=SOFT, linewidth=0.9, alpha=0.6)
     ax.plot(x, np.median(shares, axis=0), color=ACCENT, linewidth=2.8, label="median sample")
     ax.set_xlim(0, x[-1])

@@ -1,4 +1,4 @@
-"""Names of methods as they are printed in reports, charts and notebooks."""
+"""Names of selectors as they are printed in reports, charts and notebooks."""
 
 import re
 
@@ -30,7 +30,7 @@ _ENDINGS = {"+context": " + context tokens", "_inside": ", inside the LLM"}
 
 
 def display_name(method: str) -> str:
-    """The printed name of a method of the panel; a name that is not known stays, without underscores.
+    """The printed name of a selector; in an unknown name, underscores are replaced by spaces.
 
     >>> [display_name(name) for name in ("full", "divprune+context", "fastv_inside", "evocomp_plus", "my_method")]
     ['uncompressed', 'DivPrune + context tokens', 'FastV, inside the LLM', 'EvoComp (plus)', 'my method']

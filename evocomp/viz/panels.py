@@ -1,4 +1,4 @@
-"""Images for TensorBoard, drawn without matplotlib to be quick: eight of them after every measured epoch."""
+"""Images for TensorBoard, drawn without matplotlib for speed: eight of them after every measured epoch."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ _INK, _PAPER = (31, 36, 48), (255, 255, 255)
 
 
 def heat(image: np.ndarray, scores: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The image in dark grey, tinted by the rank of each token's score [N], dark blue to orange: uint8.
+    """The image in dark grey, tinted by the rank of each token's score [N] from dark blue to orange: uint8.
 
-    Ranks, not values: the selection depends on ranks only, and logits have no common scale.
+    Ranks are shown because the selection depends on ranks only, and logits have no common scale.
     """
     rank = np.argsort(np.argsort(scores, kind="stable"), kind="stable") / max(1, len(scores) - 1)
     cold, hot = np.array([12.0, 44.0, 92.0]), np.array([255.0, 176.0, 64.0])
@@ -45,7 +45,7 @@ def four_panels(
         kept: tokens that the compressor selects.
         headline: the question.
         captions: one short line below each panel.
-        context: its context tokens.
+        context: tokens at the centres of context clusters.
     """
     panels = [
         image,
@@ -67,7 +67,7 @@ def four_panels(
 
 
 def _fit(text: str, font, width: int) -> str:
-    """The text, cut so that it does not reach the next panel."""
+    """The text, truncated to the width of a panel."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -29,7 +29,7 @@ class SheetItem:
 
     Attributes:
         kept: indices of the selected tokens.
-        context: indices of the context tokens, which are kept beside them.
+        context: indices of the context tokens, which are kept in addition.
         gold: the correct answer, if known.
     """
 
@@ -86,7 +86,7 @@ def _cell(item: SheetItem) -> _Cell:
         sign, color = "", SOFT
         if item.gold is not None:
             right = answer.strip().casefold() == item.gold.strip().casefold()
-            # a sign, because colour alone does not reach every reader
+            # a check mark or cross as well, for colour-blind readers
             sign, color = ("\u2713 ", COLORS[0]) if right else ("\u2717 ", ACCENT)
         lines += [(line, color, "normal") for line in wrap(f"{who}: {sign}{answer}", "normal", 2)]
     return _Cell(item, pixels_wide * scale, pixels_high * scale, lines)
@@ -128,7 +128,7 @@ def wrap(text: str, weight: str = "normal", most: int = _MOST_LINES) -> list[str
 
 
 def _fitting(text: str, weight: str) -> int:
-    """How many characters fit into a line, at least one."""
+    """Number of characters that fit into a line, at least one."""
     count = 1
     while count < len(text) and _inches(text[: count + 1], weight) <= _WIDTH:
         count += 1

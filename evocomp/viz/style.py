@@ -1,4 +1,4 @@
-"""Common style of all figures: no pyplot, colours that colour-blind readers can distinguish."""
+"""Common style of all figures, without pyplot, in colours that colour-blind readers can distinguish."""
 
 import io
 import math
@@ -16,7 +16,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches, that has no window and leaves the user's matplotlib settings alone."""
+    """An empty figure without a window, sizes in inches. It does not change the user's matplotlib settings."""
     return Figure(figsize=(width, height), dpi=150, facecolor=PAPER)
 
 
@@ -36,8 +36,8 @@ def plain_axes(figure: Figure, xlabel: str, ylabel: str) -> Axes:
 def spread_labels(wanted: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
     """Positions nearest to `wanted` (least squares) with at least `gap` between any two, in [low, high]; order is kept.
 
-    Isotonic regression by pool adjacent violators: labels that crowd form a block about its mean. Bounds clip its
-    result, which is the least squares solution under bounds; where not all fit between them, the gap shrinks.
+    Isotonic regression by pool adjacent violators: crowded labels form a block around their mean. Clipping to the
+    bounds gives the least squares solution under bounds. If not all labels fit between the bounds, the gap is reduced.
     """
     if len(wanted) > 1:
         gap = min(gap, (high - low) / (len(wanted) - 1))
@@ -57,7 +57,7 @@ def spread_labels(wanted: list[float], gap: float, low: float = -math.inf, high:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an <svg> element to put into a page; the same bytes every time."""
+    """The figure as an <svg> element for an HTML page, with reproducible bytes."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "evocomp", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -66,7 +66,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:
-    """Write an optimized PNG, replacing an older one in one step."""
+    """Write an optimized PNG, replacing an older one atomically."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -48,7 +48,7 @@ def kept_tokens(
 
     Selected tokens (`kept`) have a white outline, context tokens a blue one.
     """
-    ax = _picture_axes(image) if ax is None else ax
+    ax = _image_axes(image) if ax is None else ax
     _show(ax, light_up(image, kept, grid, context=context))
     for tokens, color in ((context, COLORS[4]), (kept, "white")):
         lit = np.zeros(grid, dtype=int)
@@ -80,9 +80,9 @@ def groups_over_image(
 ) -> Figure:
     """The image tinted by the group of each token [N]; `words[g]` is the name of group g.
 
-    Forty groups have no forty distinguishable colours, so borders are drawn and groups of three tokens or more named.
+    Many groups cannot all have distinguishable colours, so borders are drawn, and groups of three tokens or more named.
     """
-    ax = _picture_axes(image) if ax is None else ax
+    ax = _image_axes(image) if ax is None else ax
     groups = np.asarray(groups).reshape(grid)
     _show(ax, wash_groups(image, groups, grid))
     ax.add_collection(LineCollection(borders(groups, image.shape), colors="white", linewidths=1.2))
@@ -97,7 +97,7 @@ def wash_groups(image: np.ndarray, groups: np.ndarray, grid: tuple[int, int]) ->
     """The image in grey, tinted by the group of each token [N]: uint8 [height, width, 3]."""
     ids, compact, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     tints = np.empty((len(ids), 3))
-    tints[np.argsort(-sizes)] = _tints(len(ids))  # groups of similar size get hues that are far apart
+    tints[np.argsort(-sizes)] = _tints(len(ids))  # groups of similar size get distant hues
     wash = tints[compact.ravel()][patch_of_pixel(image.shape, grid)]
     grey = image.mean(axis=2, keepdims=True)
     return np.rint(0.5 * grey + 0.5 * 255 * wash).astype(np.uint8)
@@ -111,7 +111,7 @@ def _tints(count: int) -> np.ndarray:
 
 
 def _name_group(ax: Axes, member: np.ndarray, word: str, shape: tuple[int, ...]) -> None:
-    """Write the word on the token with most neighbours in the group; of several, on the one nearest to its centre."""
+    """Write the word on the token with most neighbours in the group; in a tie, on the one nearest to the centre."""
     places = np.argwhere(member)
     padded = np.pad(member, 1).astype(int)
     inside = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
@@ -131,7 +131,7 @@ def borders(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.array(upright + level, dtype=float).reshape(-1, 2, 2) * (wide, high)
 
 
-def _picture_axes(image: np.ndarray) -> Axes:
+def _image_axes(image: np.ndarray) -> Axes:
     height, width = image.shape[:2]
     figure = new_figure(4.0, 4.0 * height / width)
     return figure.add_axes((0.01, 0.01, 0.98, 0.98))

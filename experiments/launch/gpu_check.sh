@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What only an NVIDIA GPU can show: the kernels' tests on it, then the benches at the sizes of real models with random
-# weights (nothing is downloaded). Needs 40 GB of GPU memory for all of it.
+# Everything that needs an NVIDIA GPU: tests of the kernels, then benchmarks at the sizes of real models with random
+# weights (nothing is downloaded). Needs 40 GB of GPU memory.
 #   experiments/launch/gpu_check.sh runs/gpu_check [SECONDS, default 600] [STAGE...]
-# EVOCOMP_COMMIT names the commit where the sources are no checkout of it, TESTS the kernels' tests, if not all of them.
-# Every stage has a limit of its own and the next one follows whatever happened; logs and CSVs lie in the folder.
+# EVOCOMP_COMMIT: the commit, if the sources are not a git checkout. TESTS: tests to run instead of all kernel tests.
+# Every stage has its own time limit, and a failed stage does not stop the next one. Logs and CSV files are in the folder.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out="$(mkdir -p "$1" && cd "$1" && pwd)"
@@ -13,7 +13,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OF
 stage() { # NAME LIMIT COMMAND...
     local name="$1" limit="$2" began="$SECONDS" left=$((total - SECONDS)) code
     shift 2
-    ((left < 10)) && { echo "== $name: left out, no time"; return; }
+    ((left < 10)) && { echo "== $name: skipped, no time left"; return; }
     timeout -k 3 $((limit < left ? limit : left)) "$@" >"$out/$name.log" 2>&1
     code=$?
     echo "== $name: exit code $code after $((SECONDS - began)) s: $(tail -n 1 "$out/$name.log" | cut -c 1-100)"
@@ -24,10 +24,10 @@ bench() { # STAGE KIND LIMIT [SHAPE]
     stage "$1" "$3" python3 -m evocomp bench "$2" --out "$out" ${4:+--shape "$4"}
 }
 
-one() { # the stages by name
+one() { # run the stage of this name
     case "$1" in
         ops) bench ops ops 60 ;;
-        tests) # in two processes: an error on the device ends all that its process does there
+        tests) # in two processes: after an error on the device its process cannot use the device any more
             stage tests_torch 45 python3 -m pytest -m gpu --durations 5 tests/bench/test_bench_scorer.py tests/ops
             stage tests 75 python3 -m pytest -m "not slow" --durations 5 "${parallel[@]}" ${TESTS:-tests/ops_triton} ;;
         score) bench score label-search 75 llava15_7b ;;

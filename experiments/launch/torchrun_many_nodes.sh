@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The same line on every machine; HEAD is the first one's name or address, NODES how many there are:
+# Run the same command on every machine. HEAD: name or address of the first machine; NODES: number of machines.
 #   HEAD=node0 NODES=4 experiments/launch/torchrun_many_nodes.sh train --config experiments/llava15_7b.yaml
-# On the first machine add IS_HEAD=1 where its name does not resolve to itself (containers, network namespaces).
+# On the first machine add IS_HEAD=1 if its name does not resolve to itself (containers, network namespaces).
 set -euo pipefail
-: "${HEAD:?the first machine, as the others reach it}" "${NODES:?how many machines}"
+: "${HEAD:?set HEAD to the name or address of the first machine}" "${NODES:?set NODES to the number of machines}"
 verb="$1"
 shift
 strategy=()

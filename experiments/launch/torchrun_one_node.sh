@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All GPUs of this machine:  experiments/launch/torchrun_one_node.sh label --config experiments/llava15_7b.yaml
-# PROCESSES=2 experiments/launch/torchrun_one_node.sh ...  starts two, also on CPUs.
+# PROCESSES=2 experiments/launch/torchrun_one_node.sh ...  starts two processes, also on CPUs.
 set -euo pipefail
 processes="${PROCESSES:-gpu}"
 verb="$1"

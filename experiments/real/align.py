@@ -1,18 +1,19 @@
-"""Teach SmolLM2 to see: projector, then projector and LoRA, on packed questions about cached features.
+"""Align SmolLM2 with an image encoder: projector, then projector and LoRA, on packed questions with cached features.
 
     python -m experiments.real.align --config experiments/real/cpu.yaml
-    python -m experiments.real.align --config experiments/real/cpu.yaml --out runs/real   # goes on where it stopped
+    python -m experiments.real.align --config experiments/real/cpu.yaml --out runs/real   # resumes an interrupted run
     python -m experiments.real.align --config experiments/real/cpu.yaml --blind           # the same without images
 
-1. projector started in closed form (`ridge.py`), then a short while as a classifier of tokens: the nearest word
-   embedding must be the word for what the token shows. No LLM in it, seconds to minutes;
-2. the LLM's answer loss on the projector;
-3. the answer loss on projector and LoRA (peft). First with few visual tokens of each picture (some of every item
-   among them), later with all.
+1. The projector is initialised in closed form (`ridge.py`) and briefly trained as a classifier of tokens: the nearest
+   word embedding must be the word for what the token shows. This stage takes seconds to minutes and does not use the
+   LLM.
+2. The projector is trained with the answer loss of the LLM.
+3. Projector and LoRA (peft) are trained with the answer loss, first with few visual tokens of each image (including
+   some of every item), then with all.
 
-OUT receives an ordinary Hugging Face folder `model/` with LoRA merged, the small files `projector.safetensors` and
-`lora/` that are enough to make it again, and the gate's figures `gate.json`. `--blind` trains the LLM on the same
-questions for as many steps as the run in OUT without any visual token and writes OUT/blind/gate.json.
+OUT contains an ordinary Hugging Face folder `model/` with LoRA merged, the small files `projector.safetensors` and
+`lora/` from which `model/` can be made again, and the figures of the gate in `gate.json`. `--blind` trains the LLM
+without visual tokens on the same questions, for as many steps as the run in OUT, and writes OUT/blind/gate.json.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from experiments.real.recipe import Recipe, read_recipe
 from experiments.real.scenes import KINDS
 from experiments.real.words import train_words
 
-LONGEST = 600  # text tokens of all questions about a scene, when they are scored
+LONGEST = 600  # largest number of text tokens of all questions about a scene in the evaluation
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:
@@ -51,7 +52,7 @@ def lora_config(recipe: Recipe) -> LoraConfig:
 
 
 class Alignment(lightning.LightningModule):
-    """Answer loss of packed questions; step k always sees the same scenes, so a resumed run is the same run."""
+    """Answer loss of packed questions; step k always uses the same scenes, so that resuming is exact."""
 
     def __init__(self, model, tokenizer, recipe: Recipe, train: EncodedScenes, held_out: EncodedScenes):
         super().__init__()
@@ -65,7 +66,7 @@ class Alignment(lightning.LightningModule):
         self.centres = [_item_tokens(scene, recipe) for scene in train.scenes]
 
     def train(self, mode: bool = True):
-        """Frozen parts stay in evaluation mode."""
+        """Set the mode; the frozen vision tower stays in evaluation mode."""
         super().train(mode)
         self.tower.eval()
         return self
@@ -79,7 +80,7 @@ class Alignment(lightning.LightningModule):
         return loss
 
     def answer_loss(self, step: int) -> Tensor:
-        """Mean loss of a step's answers."""
+        """Mean loss of the answers of a step."""
         recipe = self.recipe
         rng = np.random.default_rng([recipe.seed, step])
         rows = rng.integers(0, len(self.train_scenes.scenes), recipe.batch)
@@ -125,7 +126,7 @@ class Alignment(lightning.LightningModule):
 
     @torch.no_grad()
     def scores(self, encoded: EncodedScenes) -> dict:
-        """Losses with the right and with the next scene's picture, and accuracy, for each kind of question."""
+        """Loss and accuracy with the correct image and with the image of the next scene, for each question type."""
         scenes, rows, batch = encoded.scenes, [], self.recipe.batch
         for start in range(0, len(scenes), batch):
             part = scenes[start : start + batch]
@@ -141,7 +142,7 @@ class Alignment(lightning.LightningModule):
 
 
 def summary(rows: list[tuple[int, int, float, bool]]) -> dict:
-    """Means of (wrong picture?, kind, loss, right?)."""
+    """Means over rows of (whether the image is wrong, kind, loss, whether the answer is correct)."""
 
     def mean(shift: int, column: int, kind: int | None = None) -> float:
         values = [row[column] for row in rows if row[0] == shift and kind in (None, row[1])]
@@ -168,7 +169,7 @@ def summary(rows: list[tuple[int, int, float, bool]]) -> dict:
 
 
 def _item_tokens(scene, recipe: Recipe) -> Tensor:
-    """Tokens at the centre of each item and beside it."""
+    """Indices of the tokens at the centre of each item and of their left and right neighbours."""
     step, found = recipe.size / recipe.side, []
     for left, top, right, bottom in (item.box for item in scene.items):
         x, y = (left + right) / 2, (top + bottom) / 2
@@ -179,7 +180,7 @@ def _item_tokens(scene, recipe: Recipe) -> Tensor:
 
 
 class Look(Callback):
-    """Prints and keeps the held-out figures now and then."""
+    """Evaluates on held-out scenes every `every` steps, and prints and saves the figures."""
 
     def __init__(self, path: Path, every: int):
         self.path, self.every, self.report_every = path, every, max(1, every // 5)
@@ -202,7 +203,7 @@ class Look(Callback):
 
 
 def affordable(module: Alignment, recipe: Recipe, timed: int = 4) -> Recipe:
-    """The recipe with as many steps as fit its `seconds`, by timing some of both lengths."""
+    """The recipe with as many steps as fit into `seconds`, found by timing steps with few and with all tokens."""
     taken = []
     for few_share in (1.0, 0.0):
         module.recipe = replace(recipe, steps=1, few_share=few_share)
@@ -227,7 +228,7 @@ def _wait(device: torch.device) -> None:
 
 
 def with_steps(module: Alignment, recipe: Recipe, out: Path) -> Recipe:
-    """The number of steps is settled once, so that a resumed run follows the same schedule."""
+    """The recipe with its number of steps, which is saved so that a resumed run has the same schedule."""
     if recipe.seconds:
         path = out / "steps.json"
         if not path.is_file():
@@ -239,7 +240,7 @@ def with_steps(module: Alignment, recipe: Recipe, out: Path) -> Recipe:
 
 
 def align(recipe: Recipe) -> dict:
-    """All stages, the gate, the saved model; returns the gate's figures."""
+    """Run all stages and the gate and save the model; returns the figures of the gate."""
     torch.manual_seed(recipe.seed)
     out, device = Path(recipe.out), torch.device("cuda" if recipe.accelerator == "gpu" else "cpu")
     out.mkdir(parents=True, exist_ok=True)
@@ -258,7 +259,7 @@ def align(recipe: Recipe) -> dict:
     module = Alignment(model, processor.tokenizer, recipe, train, held_out).to(device)
     recipe = with_steps(module, recipe, out)
     keep = ModelCheckpoint(out / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=recipe.save_every)
-    # a machine that slows down: better a step too few than none saved
+    # stop early on a machine that becomes slower, so that the model is saved in any case
     limit = [Timer(timedelta(seconds=1.3 * recipe.seconds + 20))] if recipe.seconds else []
     trainer = lightning.Trainer(
         max_steps=recipe.steps,
@@ -272,7 +273,7 @@ def align(recipe: Recipe) -> dict:
         enable_model_summary=False,
         default_root_dir=out,
     )
-    module.strict_loading = False  # a checkpoint holds what was trained; the rest comes from the packages
+    module.strict_loading = False  # checkpoints contain only trained weights; the others come from the packages
     loader = torch.utils.data.DataLoader(range(recipe.steps + 1), batch_size=1)
     trainer.fit(module, loader, ckpt_path=checkpoint if checkpoint.is_file() else None)
     module.to(device).eval()
@@ -286,22 +287,22 @@ def align(recipe: Recipe) -> dict:
 
 
 def _seen(encoded: EncodedScenes, recipe: Recipe) -> EncodedScenes:
-    """What the model is shown of the scenes: no token at all if it is blind."""
+    """The encoded scenes, without visual tokens if the recipe is blind."""
     return replace(encoded, raw=encoded.raw[:, :0]) if recipe.blind else encoded
 
 
 def blinded(recipe: Recipe) -> Recipe:
-    """The same training without visual tokens. Raises `UserError` before the run that sees has its steps."""
+    """The recipe without visual tokens. Raises `UserError` if the run with images has no number of steps yet."""
     steps = Path(recipe.out) / "steps.json"
     if recipe.seconds and not steps.is_file():
-        raise UserError(f"{steps} is missing; align the model that sees first: leave out --blind")
+        raise UserError(f"{steps} is missing; first align the model with images: leave out --blind")
     count = json.loads(steps.read_text()) if recipe.seconds else recipe.steps
     out = str(Path(recipe.out) / "blind")
     return replace(recipe, out=out, blind=True, few_share=0.0, seconds=0, steps=count)
 
 
 def save(module: Alignment, out: Path) -> None:
-    """The small files that were learned, in float16, and the merged model as a Hugging Face folder."""
+    """Save the trained weights as small files in float16, and the merged model as a Hugging Face folder."""
     module.vlm.save_pretrained(out / "lora")
     adapter = out / "lora" / "adapter_model.safetensors"
     save_file({name: value.half() for name, value in load_file(adapter).items()}, adapter, {"format": "pt"})

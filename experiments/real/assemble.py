@@ -1,9 +1,9 @@
-"""Put the model together again from the packages and the small shipped files, without training.
+"""Assemble the aligned model from the packages and the shipped weights, without training.
 
     python -m experiments.real.assemble --out runs/real/model
 
-The packages give SmolLM2 and EfficientNet-Lite2; `weights/` gives projector and LoRA. OUT is an ordinary Hugging
-Face folder (LoRA merged, 290 MB) that `evocomp` takes as `--model.name` through `evocomp_real`.
+SmolLM2 and EfficientNet-Lite2 come from the packages, projector and LoRA from `weights/`. OUT is an ordinary Hugging
+Face folder (LoRA merged, 290 MB) for `--model.name` of `evocomp_real`.
 """
 
 import argparse
@@ -22,18 +22,18 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def check_sums(folder: Path) -> None:
-    """Compare every shipped file with SHA256SUMS. Raises `UserError` for one that is missing or differs."""
+    """Compare all shipped files with SHA256SUMS. Raises `UserError` for a file that is missing or differs."""
     for line in (folder / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split()
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise UserError(f"{path} is missing or not the file that was shipped; check it out again")
+            raise UserError(f"{path} is missing or differs from the shipped file; check it out again")
 
 
 def assemble(folder: Path):
-    """The aligned model with LoRA merged, in bfloat16, and its processor; of the size that its gate.json names."""
+    """The aligned model with LoRA merged, in bfloat16, and its processor, of the size given in gate.json."""
     if not (folder / "projector.safetensors").is_file():
-        raise UserError(f"{folder} holds no projector.safetensors; train one: python -m experiments.real.align")
+        raise UserError(f"{folder} has no projector.safetensors; train it with python -m experiments.real.align")
     recipe = json.loads((folder / "gate.json").read_text())["recipe"]
     model = build_real(recipe["side"], recipe["size"], torch.float32)
     load_eyes(model, folder / "projector.safetensors")

@@ -1,13 +1,13 @@
-"""A small attention tower with a class token on the CNN's frozen features, so that methods that read CLS attention run.
+"""A small attention tower with a class token on the frozen CNN features, for selectors that need CLS attention.
 
     python -m experiments.real.attention train --config experiments/real/photos_gpu.yaml
     python -m experiments.real.attention attach --config experiments/real/photos_gpu.yaml
 
-Four encoder layers of transformers' CLIP (width 256, 3 M parameters) read the tokens of `EfficientNetLiteTower`. They
-learn to name, from the class token alone, the photographs and signs on training boards. `train` writes
-OUT/attention; its gate asks, on test boards, for a mean average precision of the names of 0.80 and for CLS attention
-on items of twice their share of the area. `attach` joins tower and aligned model in OUT/model_cls: the projector's
-weights for the 256 new channels are zero, so the model computes what it did before.
+Four encoder layers of transformers' CLIP (width 256, 3 M parameters) process the tokens of `EfficientNetLiteTower`.
+They are trained to name the photographs and signs on training boards from the class token alone. `train` writes
+OUT/attention; its gate requires, on test boards, a mean average precision of the names of at least 0.80, and CLS
+attention on items of at least twice their share of the area. `attach` combines tower and aligned model in
+OUT/model_cls: the projector's weights for the 256 new channels are zero, so the outputs of the model do not change.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LEARNED = ("encoder.", "embed.", "class_token", "mean", "scale")
 
 
 class EfficientNetLiteClipConfig(EfficientNetLiteConfig):
-    """Configuration of `EfficientNetLiteClipTower`: the CNN's, and the layers on top of it."""
+    """Configuration of `EfficientNetLiteClipTower`: that of the CNN, and the attention layers on top of it."""
 
     model_type = "efficientnet_lite_clip"
 
@@ -52,12 +52,12 @@ class EfficientNetLiteClipConfig(EfficientNetLiteConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of a token: the CNN's, then those of the attention layers."""
+        """Channels of a token: those of the CNN, then those of the attention layers."""
         return CHANNELS + 2 * self.side + self.width
 
 
 class SideLayer(CLIPEncoderLayer):
-    """CLIP's encoder layer on the last `width` channels; those before pass unchanged."""
+    """CLIP's encoder layer on the last `width` channels; the other channels pass unchanged."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         before, own = hidden_states.split([hidden_states.shape[-1] - self.embed_dim, self.embed_dim], dim=-1)
@@ -65,10 +65,10 @@ class SideLayer(CLIPEncoderLayer):
 
 
 class EfficientNetLiteClipTower(EfficientNetLiteTower):
-    """Tokens [B, 1 + side^2, C + width]: a class token, then the CNN's tokens with what attention made of them.
+    """Tokens [B, 1 + side^2, C + width]: a class token, then the CNN's tokens with the outputs of the attention layers.
 
     The first C channels are those of `EfficientNetLiteTower` (zero for the class token). `encoder.layers` and their
-    `self_attn` are where CLIP's are, so methods that read CLIP's attention find it.
+    `self_attn` have the same names as in CLIP, so selectors that read CLIP's attention find them.
     """
 
     config_class = EfficientNetLiteClipConfig
@@ -109,7 +109,7 @@ AutoModel.register(EfficientNetLiteClipConfig, EfficientNetLiteClipTower)
 
 
 def labels(encoded: EncodedScenes, words: list[str]) -> Tensor:
-    """Which names and sign words each scene shows: float [S, W]."""
+    """Multi-hot labels [S, W] of the names and words of signs in each scene, float."""
     shown = torch.zeros(len(encoded.scenes), len(words))
     number = {word: i for i, word in enumerate(words)}
     for row, scene in zip(shown, encoded.scenes, strict=True):
@@ -120,7 +120,7 @@ def labels(encoded: EncodedScenes, words: list[str]) -> Tensor:
 def train_tower(
     tower: EfficientNetLiteClipTower, encoded: EncodedScenes, words: list[str], steps: int, batch: int, lr: float
 ) -> nn.Linear:
-    """Teach the tower to name everything on a scene from its class token; returns the classifier."""
+    """Train the tower to name all items of a scene from its class token; returns the classifier."""
     device = tower.class_token.device
     classifier = nn.Linear(tower.config.width, len(words), device=device)
     learned = [p for n, p in tower.named_parameters() if n.startswith(LEARNED)] + list(classifier.parameters())
@@ -130,7 +130,7 @@ def train_tower(
     for step in range(steps):
         rows = torch.randint(len(targets), (batch,), generator=generator)
         tokens = tower.tokens(encoded.raw[rows.to(encoded.raw.device)].to(device).float())
-        # a photograph must be known by any half of its channels: few photographs, many boards
+        # dropout against overfitting: there are many boards but few photographs
         tokens = F.dropout(tokens, 0.5)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             logits = classifier(tower.states(tokens)[:, 0, -tower.config.width :])
@@ -147,7 +147,7 @@ def train_tower(
 
 @torch.no_grad()
 def gate(tower: EfficientNetLiteClipTower, classifier: nn.Linear, encoded: EncodedScenes, words: list[str], names: int):
-    """Mean average precision of the first `names` words, and CLS attention on items over their share of the area."""
+    """Mean average precision of the first `names` words, and the ratio of CLS attention on items to their area."""
     device, width = tower.class_token.device, tower.config.width
     scores, shares = [], []
     layer = tower.encoder.layers[-1]
@@ -182,7 +182,7 @@ def gate(tower: EfficientNetLiteClipTower, classifier: nn.Linear, encoded: Encod
 
 
 def train(recipe: Recipe, steps: int, batch: int, lr: float) -> dict:
-    """Train on cached features, measure on test boards, write OUT/attention; returns the gate's figures."""
+    """Train on cached features, evaluate on test boards, write OUT/attention; returns the figures of the gate."""
     torch.manual_seed(recipe.seed)
     device = torch.device("cuda" if recipe.accelerator == "gpu" else "cpu")
     config = EfficientNetLiteClipConfig(image_size=recipe.size, side=recipe.side)
@@ -207,16 +207,16 @@ def train(recipe: Recipe, steps: int, batch: int, lr: float) -> dict:
 
 
 def attach(folder: Path) -> tuple[LlavaForConditionalGeneration, object]:
-    """The aligned model of a folder with the trained tower in it, in bfloat16, and its processor.
+    """The aligned model of a folder with the trained attention tower, in bfloat16, and its processor.
 
     Raises:
-        UserError: the tower's gate was not passed, or it was never trained.
+        UserError: the tower is not trained or did not pass its gate.
     """
     path = folder / "attention" / "gate.json"
     if not path.is_file():
         raise UserError(f"{path} is missing; run `python -m experiments.real.attention train`")
     if not json.loads(path.read_text())["passed"]:
-        raise UserError(f"the attention tower did not pass its gate ({path}); methods that need it stay out")
+        raise UserError(f"the attention tower did not pass its gate ({path}); leave out selectors that need it")
     plain, _ = assemble(folder)
     vision = plain.config.vision_config
     config = LlavaConfig(
@@ -237,7 +237,7 @@ def attach(folder: Path) -> tuple[LlavaForConditionalGeneration, object]:
         f"model.vision_tower.{name}": value
         for name, value in load_file(folder / "attention" / "tower.safetensors").items()
     }
-    for part in ("mean", "scale"):  # those that the projector was aligned with
+    for part in ("mean", "scale"):  # keep the statistics that the projector was aligned with
         tower.pop(f"model.vision_tower.{part}")
     model.load_state_dict(state | tower)
     model.tie_weights()
@@ -248,8 +248,8 @@ def attach(folder: Path) -> tuple[LlavaForConditionalGeneration, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "attach"))
-    parser.add_argument("--config", type=Path, required=True, help="the alignment's recipe")
-    parser.add_argument("--out", default=None, help="the alignment's folder, if not the recipe's")
+    parser.add_argument("--config", type=Path, required=True, help="recipe of the alignment")
+    parser.add_argument("--out", default=None, help="folder of the alignment; default: that of the recipe")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -1,7 +1,7 @@
-"""Photo boards: small framed photographs and coloured signs on a background cut from other photographs.
+"""Photo boards: images with small framed photographs and coloured signs on a background cut from other photographs.
 
-A board has 3 x 3 (or 2 x 2) cells. Photographs and backgrounds come from the split that the specification names, so
-boards of two splits share no photograph. Classes of backgrounds are never asked for.
+A board has 3 x 3 (or 2 x 2) cells. Photographs and backgrounds come from one split, so boards of different splits share
+no photograph. No question asks about the classes of the backgrounds.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from experiments.real.scenes import (
     shaded,
 )
 
-ASKED = 4  # questions of naming, place and two steps about one board, at most
+ASKED = 4  # largest number of questions of each of the types naming, place and two-hop per board
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
@@ -50,12 +50,12 @@ class BoardSpec(SceneSpec):
 
 
 def draw(seed: int, index: int, spec: SceneSpec) -> Scene:
-    """Scene or board `index` of the stream `seed`."""
+    """Scene or board `index` of `seed`."""
     return draw_board(seed, index, spec) if isinstance(spec, BoardSpec) else draw_scene(seed, index, spec)
 
 
 def draw_board(seed: int, index: int, spec: BoardSpec) -> Scene:
-    """Board `index` of the stream `seed`: the same on every machine with the same Pillow."""
+    """Board `index` of `seed`; identical on all machines with the same version of Pillow."""
     rng = np.random.default_rng([seed, index])
     ground = str(rng.choice(spec.ground)) if spec.plain else ""
     canvas = Image.fromarray(shaded(ground, spec.size, rng) if spec.plain else _background(spec, rng))
@@ -84,7 +84,7 @@ def draw_board(seed: int, index: int, spec: BoardSpec) -> Scene:
 
 
 def _photo(name: str, split: Split, rng: np.random.Generator) -> Image.Image:
-    """A photograph [up to 160 pixels]; mirrored half of the time in training."""
+    """A random photograph of a class, at most 160 pixels wide and high; in training mirrored with probability 1/2."""
     files = photo_files(split)[name]
     with Image.open(files[int(rng.integers(len(files)))]) as stored:
         picture = stored.convert("RGB")
@@ -92,7 +92,7 @@ def _photo(name: str, split: Split, rng: np.random.Generator) -> Image.Image:
 
 
 def _framed(picture: Image.Image, color: str) -> Image.Image:
-    """The picture with a frame in place of its edge."""
+    """The photograph, shrunk to make room for a frame, with the frame around it."""
     width = max(2, round(0.06 * max(picture.size)))
     inner = picture.resize([max(1, length - 2 * width) for length in picture.size], Image.Resampling.BILINEAR)
     return ImageOps.expand(inner, width, COLORS[color])
@@ -108,13 +108,13 @@ def _sign(word: str, color: str) -> Image.Image:
 
 
 def _background(spec: BoardSpec, rng: np.random.Generator) -> np.ndarray:
-    """Mean of two planes [size, size, 3], since many photographs are empty in parts."""
+    """Mean of two planes [size, size, 3], because many photographs have empty parts."""
     first, second = (_plane(spec, rng) for _ in range(2))
     return ((first.astype(np.uint16) + second) // 2).astype(np.uint8)
 
 
 def _plane(spec: BoardSpec, rng: np.random.Generator) -> np.ndarray:
-    """A part [size, size, 3] of the plane that a photograph and its mirror images tile without seams."""
+    """A crop [size, size, 3] of the plane that a photograph and its mirror images tile without seams."""
     picture = _photo(str(rng.choice(BACKGROUNDS)), spec.split, rng)
     ratio = spec.size * rng.uniform(0.4, 0.8) / min(picture.size)
     tile = np.asarray(picture.resize([round(length * ratio) for length in picture.size], Image.Resampling.BILINEAR))
@@ -133,7 +133,7 @@ def _called(item: Item) -> str:
 
 
 def _questions(items: list[Item], spec: BoardSpec, rng: np.random.Generator) -> Iterator[Question]:
-    """Questions and the numbers of the items that they are about; as many "yes" as "no"."""
+    """Questions with the indices of the items that they are about; as many answers "yes" as "no"."""
     photos = [number for number, item in enumerate(items) if not item.is_word]
     signs = [number for number, item in enumerate(items) if item.is_word]
     places = [place_name(item.cell, spec.cells) for item in items]
@@ -165,7 +165,7 @@ def _questions(items: list[Item], spec: BoardSpec, rng: np.random.Generator) -> 
 
 
 def _neighbours(items: list[Item], cells: int) -> list[tuple[int, str, int]]:
-    """(item, side, photograph in the cell at that side of it)."""
+    """(index of an item, side, index of the photograph in the adjacent cell on that side)."""
     at = {divmod(item.cell, cells): number for number, item in enumerate(items)}
     found = []
     for (row, column), first in at.items():

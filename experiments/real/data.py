@@ -1,4 +1,4 @@
-"""Scenes and their questions as a folder in LLaVA's JSON format: what `evocomp` trains and is judged on.
+"""Write scenes and their questions to a folder in LLaVA's JSON format, for training and evaluation with `evocomp`.
 
     python -m experiments.real.data --config experiments/real/gpu.yaml --out runs/real/data --seed 31 --count 200
 """
@@ -26,7 +26,7 @@ def write_llava(
 ) -> int:
     """Write data.json and images/ with up to `per_scene` questions about each scene; returns their number."""
     if (out / "data.json").exists():
-        raise UserError(f"--out={out} already holds data.json; choose another folder")
+        raise UserError(f"--out={out} already contains data.json; choose another folder")
     (out / "images").mkdir(parents=True, exist_ok=True)
     work = partial(_write, out, seed, spec, per_scene)
     records = [record for part in in_processes(work, count, CHUNK, processes) for record in part]
@@ -35,7 +35,7 @@ def write_llava(
 
 
 def _write(out: Path, seed: int, spec: SceneSpec, per_scene: int, start: int, stop: int) -> list[dict]:
-    """The pictures of some scenes; their records."""
+    """Write the images of some scenes; returns the records of their questions."""
     records = []
     for index in range(start, stop):
         scene = draw(seed, index, spec)
@@ -56,12 +56,12 @@ def _write(out: Path, seed: int, spec: SceneSpec, per_scene: int, start: int, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=None, help="the alignment's recipe: same kind of scenes")
+    parser.add_argument("--config", type=Path, default=None, help="recipe of the alignment, for scenes of that kind")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=31)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--per-scene", type=int, default=4)
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of the photographs")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="split of the photographs")
     args = parser.parse_args()
     recipe = read_recipe(args.config)
     written = write_llava(args.out, args.seed, args.count, recipe.spec(args.split), args.per_scene, recipe.processes)

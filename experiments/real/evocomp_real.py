@@ -1,8 +1,8 @@
-"""The command line of EvoComp with this example's vision tower known to transformers.
+"""The command `evocomp` with the vision towers of this example registered in transformers.
 
     python -m experiments.real.evocomp_real train --config experiments/real/published.yaml
 
-Everything after the name goes to `evocomp`; nothing else differs.
+All arguments are passed to `evocomp`.
 """
 
 import sys

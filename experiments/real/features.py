@@ -1,6 +1,6 @@
-"""Tower features of many scenes, computed once: the tower is frozen, so alignment never needs pixels again.
+"""Computes the tower features of all scenes once: the tower is frozen, so the alignment only needs features.
 
-    python -m experiments.real.features --config experiments/real/gpu.yaml    # beforehand; needs no language model
+    python -m experiments.real.features --config experiments/real/gpu.yaml    # needs no language model
 """
 
 import argparse
@@ -25,7 +25,7 @@ from experiments.real.scenes import Scene, SceneSpec, in_processes
 from experiments.real.smollm2 import cache_folder
 
 CHUNK = 32
-TRAIN, HELD_OUT, TEST = 1, 2, 3  # streams of scenes; HELD_OUT is looked at while training, TEST only by the gate
+TRAIN, HELD_OUT, TEST = 1, 2, 3  # seeds of the scenes; HELD_OUT is evaluated during training, TEST only by the gate
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EncodedScenes:
 
     Attributes:
         raw: tower features [S, N, 472] in bfloat16.
-        shown: what each token shows [S, N] int16; see `token_words`.
+        shown: index of the word for each token [S, N] int16; see `token_words`.
     """
 
     scenes: list[Scene]
@@ -48,11 +48,11 @@ class EncodedScenes:
 def encode_scenes(
     tower: EfficientNetLiteTower, seed: int, count: int, spec: SceneSpec, folder: Path | None = None, processes: int = 0
 ) -> EncodedScenes:
-    """Draw and encode scenes 0..count-1 of a stream; on the CPU, whatever the tower's device.
+    """Draw and encode scenes 0..count-1 of a seed; the result is on the CPU, whatever the device of the tower.
 
     Args:
-        folder: where to keep the features; a file of a longer run of the same stream is used as it is.
-        processes: that draw scenes beside this one.
+        folder: cache folder of the features; a file with at least as many scenes of the same seed is reused.
+        processes: number of additional processes that draw scenes.
     """
     side = tower.config.side
     path = folder / f"features-{seed}-{spec.size}-{side}-{_digest(spec)}.pt" if folder is not None else None
@@ -78,7 +78,7 @@ def _digest(spec: SceneSpec) -> str:
 
 
 def _draw(seed: int, spec: SceneSpec, side: int, start: int, stop: int) -> tuple[np.ndarray, list[Scene], Tensor]:
-    """Pictures [n, size, size, 3], the scenes without them, and what each token shows [n, side^2]."""
+    """Images [n, size, size, 3], the scenes without images, and the words of the tokens [n, side^2]."""
     drawn, words = [draw(seed, index, spec) for index in range(start, stop)], scene_words(spec)
     bare = [Scene(None, s.items, s.color, s.style, s.questions) for s in drawn]
     shown = torch.stack([token_words(scene, words, spec.size, side) for scene in bare])
@@ -93,7 +93,7 @@ def _encode(tower: EfficientNetLiteTower, images: np.ndarray) -> Tensor:
 
 
 def encode_streams(tower: EfficientNetLiteTower, recipe: Recipe) -> Iterator[EncodedScenes]:
-    """Scenes for training, to look at meanwhile, and for the gate."""
+    """Encoded scenes for training, for evaluation during training, and for the gate."""
     tower = tower.to(memory_format=torch.channels_last).eval()
     streams = ((TRAIN, recipe.scenes, "train"), (HELD_OUT, recipe.held_out, "selection"), (TEST, recipe.test, "test"))
     for seed, count, split in streams:
@@ -101,10 +101,10 @@ def encode_streams(tower: EfficientNetLiteTower, recipe: Recipe) -> Iterator[Enc
 
 
 def token_words(scene: Scene, words: list[str], size: int, side: int) -> Tensor:
-    """What each token shows, as an index into `words`: int64 [side^2].
+    """The word for what each token shows, as an index into `words`: int64 [side^2].
 
-    A name or a sign's word where the item's box covers half of the token's square, the background's colour (if it has
-    one) where no box touches it, -1 elsewhere.
+    The name of a picture or the word of a sign if its box covers at least half of the token's patch; the colour of the
+    background, if it has one, where no box overlaps the patch; -1 elsewhere.
     """
     cover = torch.zeros(side * side, len(scene.items))
     step = size / side
@@ -121,13 +121,13 @@ def token_words(scene: Scene, words: list[str], size: int, side: int) -> Tensor:
 
 
 def scene_words(spec: SceneSpec) -> list[str]:
-    """Every word that a token may stand for: names, signs, backgrounds."""
+    """All words that a token can show: names, words of signs, colours of backgrounds."""
     return list(dict.fromkeys([*spec.names, *spec.words, *spec.ground]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=None, help="the alignment's recipe")
+    parser.add_argument("--config", type=Path, default=None, help="recipe of the alignment")
     recipe = read_recipe(parser.parse_args().config)
     torch.set_grad_enabled(False)
     tower = EfficientNetLiteTower(EfficientNetLiteConfig(image_size=recipe.size, side=recipe.side))

@@ -1,8 +1,9 @@
-"""Cut the test fixture: a slice of the real vocabulary, a closed-form projector, features of a few scenes.
+"""Make the test fixture: part of the real vocabulary, a closed-form projector, features of a few scenes.
 
     python -m experiments.real.fixture --out experiments/real/vocabulary
 
-849 named pictures and 196 tokens a picture: hard enough for a CNN that its tokens also land on rows that are no words.
+With 849 named pictures and 196 tokens per image the task is so hard for the CNN that some of its tokens are nearest to
+rows of the vocabulary that are not words.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main() -> None:
         for seed, count in ((1, args.scenes), (2, 60))
     )
     mean, scale, weight, bias = ridge_projector(train, spec, tokenizer, table)
-    # statistics folded into the map: one matrix from raw features to word embeddings
+    # fold the statistics into the map: one matrix from raw features to word embeddings
     weight, bias = scale[:, None] * weight, bias - (mean * scale) @ weight
     tokens = test.raw.float() @ weight + bias
     masks = vocabulary_masks(tokenizer, table)

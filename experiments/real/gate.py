@@ -1,14 +1,16 @@
-"""Whether a bed of scenes and its aligned model can rank token selectors; to be asked before anything is labelled.
+"""Checks whether scenes and an aligned model can rank token selectors; run it before labelling anything.
 
     python -m experiments.real.align --config experiments/real/photos_gpu.yaml
     python -m experiments.real.align --config experiments/real/photos_gpu.yaml --blind
     python -m experiments.real.gate --config experiments/real/photos_gpu.yaml
 
-1. The model sees: the right image lowers the answer loss by 1 nat against another scene's image, and balanced yes-no
-   questions about test photographs are answered with an accuracy of 0.80.
-2. Looking pays: that accuracy, and that of all questions, is 0.20 above the same model's trained without images.
-3. There is headroom: an oracle that selects from the boxes of the items asked about is 0.10 above the best
-   training-free selector at the two smallest budgets, both with context tokens. Selection photographs, new boards.
+1. The model uses the image: the correct image lowers the answer loss by at least 1 nat compared with the image of
+   another scene, and the accuracy on balanced yes-no questions about test photographs is at least 0.80.
+2. The image is needed: this accuracy, and the accuracy on all questions, is at least 0.20 above that of the same model
+   trained without images.
+3. There is headroom: an oracle that selects tokens in the boxes of the items in question is at least 0.10 above the
+   best training-free selector at the two smallest numbers of kept tokens, both with context tokens. Measured on new
+   boards of the selection photographs.
 
 Writes OUT/gate/gate.json. Exit code 1 if the gate is not passed.
 """
@@ -34,13 +36,13 @@ from experiments.real.boards import draw
 from experiments.real.recipe import Recipe, read_recipe
 from experiments.real.scenes import Item, SceneSpec
 
-SEED = 41  # of the boards on which headroom is measured
+SEED = 41  # seed of the boards on which headroom is measured
 FREE = ("random_tokens", "uniform_stride", "divprune", "cls_attention")
 Boxes = list[tuple[int, int, int, int]]
 
 
 def questions(spec: SceneSpec, boards: int, each: int) -> tuple[list[Example], list[Boxes]]:
-    """Questions about new boards, and the boxes that the oracle knows of each question."""
+    """Questions about new boards, and for each question the boxes that the oracle uses."""
     examples, boxes = [], []
     for index in range(boards):
         scene = draw(SEED, index, spec)
@@ -53,21 +55,21 @@ def questions(spec: SceneSpec, boards: int, each: int) -> tuple[list[Example], l
 
 
 def asked_boxes(items: tuple[Item, ...], about: tuple[int, ...]) -> Boxes:
-    """Boxes of the items asked about; of all where the question names none that is there."""
+    """Boxes of the items that a question is about; of all items if it is about none of them."""
     return [items[number].box for number in about] or [item.box for item in items]
 
 
 def oracle_tokens(boxes: Boxes, size: int, side: int, count: int) -> Tensor:
-    """Indices [count] of the tokens nearest to the middles of the boxes, the boxes taking turns.
+    """Indices [count] of the tokens nearest to the centres of the boxes, taken from each box in turn.
 
-    Tokens whose middle lies in a box come first, evenly spread over it; when all are taken, the nearest outside.
+    Tokens whose centre is in a box come first, evenly spread over it, then the nearest tokens outside.
     """
     middle = (torch.arange(side * side, dtype=torch.float64) + 0.5) % side * size / side
     x, y = middle, ((torch.arange(side * side) // side) + 0.5) * size / side
     orders = []
     for left, top, right, bottom in boxes:
         wide, high = (right - left) / 2, (bottom - top) / 2
-        # below 1 inside of the box
+        # less than 1 inside the box
         away = torch.maximum((x - left - wide).abs() / wide, (y - top - high).abs() / high)
         inside = (away < 1).nonzero()[:, 0]
         outside = away.masked_fill(away < 1, torch.inf).argsort(stable=True)
@@ -81,7 +83,7 @@ def oracle_tokens(boxes: Boxes, size: int, side: int, count: int) -> Tensor:
 
 
 def _spread_order(tokens: Tensor, x: Tensor, y: Tensor, centre: tuple[float, float]) -> list[int]:
-    """The token nearest to the centre, then always the one farthest from those before."""
+    """The token nearest to the centre, then repeatedly the token farthest from those already chosen."""
     if not len(tokens):
         return []
     points = torch.stack([x[tokens], y[tokens]], dim=1)
@@ -96,7 +98,7 @@ def _spread_order(tokens: Tensor, x: Tensor, y: Tensor, centre: tuple[float, flo
 def headroom(
     mllm: FrozenMLLM, recipe: Recipe, kept: list[int], boards: int, each: int, sharp: float, batch: int
 ) -> dict:
-    """Accuracies of the oracle and of training-free selectors with context tokens, at every kept count."""
+    """Accuracies of the oracle and of training-free selectors with context tokens, at all numbers of kept tokens."""
     examples, boxes = questions(recipe.spec("selection"), boards, each)
     judge = Panel(mllm, examples, batch, max_new_tokens=6, report=lambda text: print(text, flush=True))
 
@@ -121,7 +123,7 @@ def headroom(
 
 
 def _gain(found: list[Outcome], count: int, resampled: ImageBootstrap) -> dict:
-    """The oracle against the best training-free selector at one count."""
+    """Difference of the oracle to the best training-free selector at one number of kept tokens."""
     here = {o.method: np.asarray(o.correct) for o in found if o.kept == count and o.not_applicable is None}
     oracle = here.pop("oracle")
     best = max((name for name in here if name in FREE), key=lambda name: here[name].mean())
@@ -135,7 +137,7 @@ def _by_kind(outcome: Outcome, kinds: list[str]) -> dict[str, float]:
 
 
 def verdict(sees: dict, blind: dict, gains: dict) -> dict[str, bool]:
-    """Which conditions are met."""
+    """The conditions, and whether each is met."""
     yes_no = sees["by_kind"]["yes-no"]["accuracy"]
     smallest = sorted(gains, key=int)[:2]
     return {
@@ -149,18 +151,18 @@ def verdict(sees: dict, blind: dict, gains: dict) -> dict[str, bool]:
 
 def _figures(path: Path, command: str) -> dict:
     if not path.is_file():
-        raise UserError(f"{path} is missing; make it with `python -m experiments.real.align {command}`")
+        raise UserError(f"{path} is missing; make it with python -m experiments.real.align {command}")
     return json.loads(path.read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="the alignment's recipe")
-    parser.add_argument("--out", default=None, help="the alignment's folder, if not the recipe's")
-    parser.add_argument("--kept", default="64,32,16,8", help="token budgets")
+    parser.add_argument("--config", type=Path, required=True, help="recipe of the alignment")
+    parser.add_argument("--out", default=None, help="folder of the alignment; default: that of the recipe")
+    parser.add_argument("--kept", default="64,32,16,8", help="numbers of kept tokens")
     parser.add_argument("--boards", type=int, default=80)
-    parser.add_argument("--each", type=int, default=5, help="questions about a board")
-    parser.add_argument("--sharp", type=float, default=32, help="limit of the selected tokens (compressor.sharp)")
+    parser.add_argument("--each", type=int, default=5, help="questions per board")
+    parser.add_argument("--sharp", type=float, default=32, help="maximum number of selected tokens (compressor.sharp)")
     parser.add_argument("--batch", type=int, default=200)
     args = parser.parse_args()
     recipe = read_recipe(args.config, args.out)
@@ -171,19 +173,19 @@ def main() -> None:
     folder = next(path for path in (out / "model_cls", out / "model") if path.name == "model" or path.is_dir())
     mllm = FrozenMLLM.load(str(folder), "bfloat16", device=device)
     kept = [int(count) for count in args.kept.split(",")]
-    room = headroom(mllm, recipe, kept, args.boards, args.each, args.sharp, args.batch)
-    met = verdict(sees, blind, room["gains"])
+    measured = headroom(mllm, recipe, kept, args.boards, args.each, args.sharp, args.batch)
+    met = verdict(sees, blind, measured["gains"])
     columns = ("questions", "loss_right_picture", "loss_wrong_picture", "gap", "accuracy", "by_kind")
     figures = {
         "passed": all(met.values()),
         "conditions": met,
         "sees": {name: sees[name] for name in columns},
         "blind": {name: blind[name] for name in columns},
-        "headroom": room,
+        "headroom": measured,
     }
     (out / "gate").mkdir(exist_ok=True)
     (out / "gate" / "gate.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps({"conditions": met, "gains": room["gains"]}, indent=1))
+    print(json.dumps({"conditions": met, "gains": measured["gains"]}, indent=1))
     print("gate passed" if figures["passed"] else "gate NOT passed")
     sys.exit(0 if figures["passed"] else 1)
 

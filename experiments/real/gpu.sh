@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The whole example on one GPU: questions, features, alignment, gate, labels and both compressors, panel.
+# The complete example on one GPU: questions, features, alignment, gate, labels and both compressors, evaluation.
 #
-#   experiments/real/gpu.sh              # everything, into runs/real_gpu; started again, it goes on where it was
-#   experiments/real/gpu.sh pictures     # only what needs no language model: questions and features
+#   experiments/real/gpu.sh              # everything, into runs/real_gpu; started again, it resumes
+#   experiments/real/gpu.sh pictures     # only the parts without the language model: questions and features
 #
-# Each stage has a time limit [s] that can be set from outside; a stage that ends late or badly stops what needs it.
-# Expect on an idle host with an H100 (estimate): 6 minutes; 16 processes draw scenes. Seen beside 14 other jobs:
-# language model 80 s, alignment 203 s; labels were cut off (README.md), later stages never ran.
+# Each stage has a time limit [s] that environment variables can change. If a stage fails or exceeds its limit, only the
+# stages that depend on it are skipped. Estimated time on an idle host with an H100: 6 minutes; 16 processes draw scenes.
+# Measured on a machine shared with 14 other jobs: language model 80 s, alignment 203 s; the labels exceeded their time
+# limit (README.md), and later stages never ran.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 RUN=runs/real_gpu CONFIG=experiments/real/gpu.yaml
@@ -16,7 +17,7 @@ RIVALS=uniform_stride,average_pool,tome,divprune,cls_attention,visionzip
 LLM_RIVALS=fastv,sparsevlm,pyramiddrop,dart
 mkdir -p "$RUN"
 
-# stage NAME LIMIT COMMAND...: runs it, keeps its output in RUN/NAME.log, says how long it took and how it ended
+# stage NAME LIMIT COMMAND...: runs the command, writes its output to RUN/NAME.log, prints its duration and exit code
 stage() {
   local name=$1 limit=$2 begin=$SECONDS code=0
   shift 2
@@ -25,7 +26,7 @@ stage() {
   return "$code"
 }
 
-# questions NAME SEED SCENES PER_SCENE; a folder without data.json is one that was interrupted
+# questions NAME SEED SCENES PER_SCENE; a folder without data.json is from an interrupted run
 questions() {
   local folder=$RUN/questions/$1
   [ -f "$folder/data.json" ] && return
@@ -35,7 +36,7 @@ questions() {
 }
 
 pictures() {
-  if [ ! -f "$RUN/features.done" ]; then  # else align.py makes them
+  if [ ! -f "$RUN/features.done" ]; then  # without these features align.py makes them
     stage features 300 python3 -m experiments.real.features --config "$CONFIG" && touch "$RUN/features.done" &
   fi
   questions train 31 "$TRAIN_SCENES" 10 && questions few 31 "$TRAIN_SCENES" 2 &&
@@ -45,7 +46,7 @@ pictures() {
 
 aligned() { grep -qs '"passed": true' "$RUN/gate.json" && [ -f "$RUN/model/config.json" ]; }
 
-# both recipes at once: neither of them keeps a GPU busy alone; the second is the one that must not fail
+# both recipes in parallel, because one alone does not use the full GPU; only `plus` is required to succeed
 compressors() {
   local recipe
   for recipe in published plus; do
@@ -61,7 +62,7 @@ panel() {
     --questions "$QUESTIONS" --out "$RUN/judged/$1"
 }
 
-with_lock() {  # two at once (one that prepares, one that goes on) would draw the same scenes
+with_lock() {  # two runs of this script at the same time would draw the same scenes
   exec 9>"$RUN/lock" && flock 9
 }
 
@@ -70,7 +71,7 @@ if [ "${1:-all}" = pictures ]; then
   pictures
   exit
 fi
-stage language_model 120 python3 -m experiments.real.smollm2 &  # converts it, once
+stage language_model 120 python3 -m experiments.real.smollm2 &  # converts the language model once
 with_lock
 pictures
 exec 9>&-

@@ -1,10 +1,10 @@
-"""Seconds a label costs on SmolLM2: EvoComp's scorer beside the straightforward loop.
+"""Time per label on SmolLM2: EvoComp's scorer compared with a simple loop.
 
     python -m experiments.real.label_cost --model runs/real/model --masks 24 --samples 3
 
-The loop does what one would write first: for each candidate one full forward of the Hugging Face model on text and
-kept tokens, with logits at every position. The scorer batches candidates of equal length and takes logits at
-the answer only. Both must agree on the losses. A label is 528 masks; times are scaled from those that were run.
+The loop runs one full forward pass of the Hugging Face model per candidate, on text and kept tokens, with logits at all
+positions. The scorer batches candidates of equal length and computes logits only for the answer. Both must agree on the
+losses. A label needs 528 masks; times are scaled from the number of masks that were run.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.scoring.scorer import CandidateScorer
 from experiments.real.scenes import SceneSpec, scene_examples
 
-LABEL = 528  # masks: 48 a round, first population and ten generations
+LABEL = 528  # masks per label: 48 in the first population and in each of ten generations
 
 
 @torch.inference_mode()
 def plain_loop(mllm: FrozenMLLM, features, kept: np.ndarray) -> np.ndarray:
-    """Mean answer loss of each mask, one ordinary forward with logits everywhere at a time."""
+    """Mean answer loss of each mask, from one forward pass per mask with logits at all positions."""
     losses = []
     for mask in torch.from_numpy(kept.astype(np.int64)):
         embeds, positions = mllm.assemble(features, features.visual[mask][None], mask[None])
@@ -49,7 +49,7 @@ def plain_loop(mllm: FrozenMLLM, features, kept: np.ndarray) -> np.ndarray:
 
 
 def measure(mllm: FrozenMLLM, examples, masks: int, seed: int = 0) -> dict:
-    """CPU and wall seconds a mask of both ways, interleaved sample by sample."""
+    """CPU and wall time per label of the loop and the scorer, interleaved sample by sample."""
     rng = np.random.default_rng(seed)
     scorer = CandidateScorer(mllm, batch=48)
     spent = {"loop": [0.0, 0.0], "scorer": [0.0, 0.0]}

@@ -1,7 +1,7 @@
-"""SmolLM2 with eyes: a stock `LlavaForConditionalGeneration` around EfficientNet-Lite2 and SmolLM2-135M.
+"""SmolLM2 with an image encoder: a `LlavaForConditionalGeneration` with EfficientNet-Lite2 and SmolLM2-135M.
 
-49 visual tokens (224 pixels, side 7), 196 (224, 14) or 576 (384, 24, as many as LLaVA-1.5). transformers' own LLaVA
-class takes the registered CNN tower, so EvoComp's adapter needs no word about this model.
+49 visual tokens (224 pixels, side 7), 196 (224, 14) or 576 (384, 24, as many as LLaVA-1.5). transformers' LLaVA class
+accepts the registered CNN tower, so EvoComp needs no code for this model.
 """
 
 from pathlib import Path
@@ -22,9 +22,9 @@ from transformers import (
 from experiments.real.efficientnet import MEAN, STD, EfficientNetLiteConfig, package_weights
 from experiments.real.smollm2 import smollm2_folder
 
-# a special token that SmolLM2 knows and conversations never hold: no row has to be added to the tied table
+# a special token of SmolLM2 that conversations never contain, so that the tied embeddings need no new row
 IMAGE_TOKEN = "<empty_output>"
-# picture, question, answer: the shortest form, since every token of it is paid for in each of 528 forwards
+# image, question, answer: the shortest template, because all its tokens are processed in each of 528 forward passes
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}" + IMAGE_TOKEN + "\n"
@@ -34,12 +34,12 @@ CHAT_TEMPLATE = (
 
 
 def question_text(question: str) -> str:
-    """What stands between picture and answer in the template."""
+    """The text between image and answer in the template."""
     return f"\n{question}\n"
 
 
 def real_config(side: int = 7, image_size: int = 224) -> LlavaConfig:
-    """Configuration for `side` x `side` visual tokens of pictures of `image_size` pixels."""
+    """Configuration for `side` x `side` visual tokens of images with `image_size` pixels per side."""
     text = AutoConfig.from_pretrained(smollm2_folder())
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder())
     return LlavaConfig(
@@ -57,7 +57,7 @@ def real_config(side: int = 7, image_size: int = 224) -> LlavaConfig:
 def build_real(
     side: int = 7, image_size: int = 224, dtype: torch.dtype = torch.bfloat16
 ) -> LlavaForConditionalGeneration:
-    """Pretrained tower and LLM, a projector with fresh weights. Raises `UserError` if a package is missing."""
+    """Pretrained tower and LLM with a new projector. Raises `UserError` if a package is missing."""
     model = LlavaForConditionalGeneration(real_config(side, image_size))
     llm = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
     model.model.language_model.load_state_dict(llm.model.state_dict())
@@ -69,7 +69,7 @@ def build_real(
 
 
 def real_processor(config: LlavaConfig) -> LlavaProcessor:
-    """SmolLM2's tokenizer and ImageNet's pixels; saved beside the weights like any other."""
+    """Processor with SmolLM2's tokenizer and ImageNet's normalisation."""
     vision = config.vision_config
     pictures = CLIPImageProcessorPil(
         size={"height": vision.image_size, "width": vision.image_size},
@@ -89,7 +89,7 @@ def real_processor(config: LlavaConfig) -> LlavaProcessor:
 
 
 def eyes(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """What alignment learned besides LoRA: the projector, and the standardising of the tower's features."""
+    """The aligned weights other than LoRA: the projector, and mean and scale of the tower's features."""
     tower = model.model.vision_tower
     state = {f"projector.{name}": value for name, value in model.model.multi_modal_projector.state_dict().items()}
     return {**state, "tower.mean": tower.mean, "tower.scale": tower.scale}
@@ -100,7 +100,7 @@ def save_eyes(model: LlavaForConditionalGeneration, path: Path, dtype: torch.dty
 
 
 def load_eyes(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """Put saved projector and statistics into a model of the same `side`."""
+    """Load saved projector and feature statistics into a model of the same `side`."""
     state = load_file(path)
     projector = {name.removeprefix("projector."): v for name, v in state.items() if name.startswith("projector.")}
     model.model.multi_modal_projector.load_state_dict(projector)
@@ -109,12 +109,12 @@ def load_eyes(model: LlavaForConditionalGeneration, path: Path) -> None:
 
 
 def pixels(images, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Pictures [size, size, 3] uint8, normalised as the processor does: [B, 3, size, size]."""
+    """Images [size, size, 3] uint8, normalised as by the processor: [B, 3, size, size]."""
     return normalised(torch.from_numpy(np.stack(images)), dtype)
 
 
 def normalised(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The same for pictures [B, size, size, 3] uint8 on any device."""
+    """As `pixels`, for images [B, size, size, 3] uint8 on any device."""
     batch = images.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
     return ((batch - mean) / std).to(dtype)

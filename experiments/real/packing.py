@@ -1,4 +1,4 @@
-"""All questions of a scene in one row: they share the picture and see the picture and themselves only."""
+"""Packs all questions of a scene into one row: each question attends only to the shared image and to itself."""
 
 import functools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ IGNORE = -100
 
 @functools.cache
 def _columns(question: Question, tokenizer) -> np.ndarray:
-    """ids, offset, next token (answer only), kind: int64 [4, length]. Few questions differ, so each is made once."""
+    """id, offset, next token (answer only), kind: int64 [4, length]. Cached, because few questions are different."""
     prompt = tokenizer(question_text(question.text), add_special_tokens=False).input_ids
     reply = [*tokenizer(question.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     ids = [*prompt, *reply[:-1]]
@@ -26,7 +26,7 @@ def _columns(question: Question, tokenizer) -> np.ndarray:
 
 
 def pack(scene: Scene, tokenizer, length: int, questions: Sequence[int] | None = None) -> Tensor:
-    """ids, question number, offset in the question, next token (answers only), kind: int64 [5, length]."""
+    """id, index of the question, offset in the question, next token (answers only), kind: int64 [5, length]."""
     row = np.repeat(np.array([[tokenizer.pad_token_id], [-1], [0], [IGNORE], [-1]]), length, axis=1)
     at = 0
     for number in range(len(scene.questions)) if questions is None else questions:
@@ -45,9 +45,9 @@ def trimmed(rows: Tensor) -> Tensor:
 
 
 def targets(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Places in the flattened [B, L] that have a target [K], and the targets [K].
+    """Indices [K] into the flattened [B, L] that have a target, and the targets [K].
 
-    To be asked before rows go to a GPU: how many there are is known at once on the CPU only.
+    Call it before the rows are moved to a GPU, where finding their number needs a synchronisation.
     """
     flat = rows[:, 3].flatten()
     places = (flat != IGNORE).nonzero()[:, 0]
@@ -57,10 +57,10 @@ def targets(rows: Tensor) -> tuple[Tensor, Tensor]:
 def packed_logits(
     llm: nn.Module, head: nn.Module, visual: Tensor, index: Tensor, rows: Tensor, places: Tensor, total: int
 ) -> Tensor:
-    """Logits [K, V] at the K `places` that have a target, row after row.
+    """Logits [K, V] at the K indices `places` that have a target, in row order.
 
     Args:
-        visual: [B, R, D] visual tokens; `index` [B, R] their places among all `total` ones.
+        visual: visual tokens [B, R, D]; `index` [B, R] are their indices among all `total` tokens.
         rows: [B, 5, L] from `pack`; `places` [K] from `targets`.
     """
     ids, number, offset = rows[:, 0], rows[:, 1], rows[:, 2]
@@ -77,7 +77,7 @@ def packed_logits(
 
 @torch.no_grad()
 def question_scores(logits: Tensor, rows: Tensor, eos: int) -> list[tuple[int, float, bool]]:
-    """(kind, mean answer loss [nats] without the end mark, every token right?) of each packed question."""
+    """(kind, mean answer loss [nats] without the end token, whether all tokens are correct) of each packed question."""
     places, target = targets(rows)
     here = target.to(logits.device)
     losses = F.cross_entropy(logits.float(), here, reduction="none").cpu()

@@ -1,10 +1,10 @@
-"""Photographs of Caltech-101 as pictures for the boards: a folder of small JPEG files, split photo by photo.
+"""Photographs of Caltech-101 for the photo boards: a folder of small JPEG files, split by photograph.
 
     python -m experiments.real.photos --source caltech-101/101_ObjectCategories --out ~/.cache/evocomp/real/photos
 
-SOURCE has Caltech-101's own layout, CLASS/image_0001.jpg; `torchvision.datasets.Caltech101(root, download=True)` makes
-it, and so does the archive of https://data.caltech.edu/records/mzrjq-6wc02 (CC-BY-4.0). Every fourth photo of a class
-is a test photo. EVOCOMP_REAL_PHOTOS names another folder than the default.
+SOURCE has the layout of Caltech-101, CLASS/image_0001.jpg. Get it with `torchvision.datasets.Caltech101(root,
+download=True)` or from https://data.caltech.edu/records/mzrjq-6wc02 (CC-BY-4.0). Every fourth photograph of a class is
+a test photograph. EVOCOMP_REAL_PHOTOS overrides the default folder.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from evocomp.log import UserError, exit_code
 
 Split = Literal["train", "selection", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-LARGEST = 160  # pixels of a stored photo's longer side
-MOST = 80  # photos of a class
+LARGEST = 160  # longer side of a stored photograph [pixels]
+MOST = 80  # largest number of photographs per class
 # everyday names of the classes whose folder has another name
 RENAMED = {
     "Motorbikes": "motorbike",
@@ -53,7 +53,7 @@ NAMES = tuple(
     "phone,piano,pigeon,pizza,revolver,rhino,rooster,saxophone,scissors,scorpion,seahorse,skate,soccer ball,starfish,"
     "stop sign,strawberry,sunflower,turtle,umbrella,watch,wheelchair".split(",")
 )
-# scenes, textures and patterns; no question ever asks for them
+# scenes, textures and patterns for backgrounds; no question asks about them
 BACKGROUNDS = tuple("brain,buddha,chandelier,ferry,leopard,lotus,money,pagoda,pyramid,tree,water lily".split(","))
 
 
@@ -63,7 +63,7 @@ def photo_folder() -> Path:
 
 @cache
 def photo_files(split: Split) -> dict[str, tuple[Path, ...]]:
-    """Files of a split by name. Training and selection photos share the folder train/, each sixth is for selection.
+    """Files of a split by name. Training and selection share the folder train/; every sixth file is for selection.
 
     Raises:
         UserError: the folder is missing or lacks a name.
@@ -77,7 +77,7 @@ def photo_files(split: Split) -> dict[str, tuple[Path, ...]]:
         if not files:
             raise UserError(
                 f"no photos of {name!r} in {folder}; make the folder with `python -m experiments.real.photos`, or set "
-                "EVOCOMP_REAL_PHOTOS to where it is"
+                "EVOCOMP_REAL_PHOTOS to its path"
             )
         found[name] = tuple(files)
     return found
@@ -85,7 +85,7 @@ def photo_files(split: Split) -> dict[str, tuple[Path, ...]]:
 
 @cache
 def photo_set() -> str:
-    """Digest of all file names and sizes: tells one set of photos from another, for instance in names of caches."""
+    """Digest of all file names and sizes; identifies a set of photographs, for instance in the names of cache files."""
     digest = hashlib.sha256()
     for split in SPLITS:
         for name, files in photo_files(split).items():
@@ -94,7 +94,7 @@ def photo_set() -> str:
 
 
 def convert(source: Path, out: Path) -> int:
-    """Copy the photos of the used classes in a small size; returns their number.
+    """Copy downsized photographs of the used classes; returns their number.
 
     Raises:
         UserError: `out` exists, or `source` lacks a class.
@@ -106,7 +106,7 @@ def convert(source: Path, out: Path) -> int:
     missing = [name for name in (*NAMES, *BACKGROUNDS) if name not in folders]
     if missing:
         raise UserError(
-            f"--source={source} has no photos of {', '.join(missing)}; give Caltech-101's folder of classes"
+            f"--source={source} has no photos of {', '.join(missing)}; give the folder of Caltech-101's classes"
         )
     partial, count = out.with_name(out.name + ".partial"), 0
     for name in (*NAMES, *BACKGROUNDS):
@@ -124,7 +124,7 @@ def convert(source: Path, out: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder with a folder for each class")
+    parser.add_argument("--source", type=Path, required=True, help="folder with one subfolder per class")
     parser.add_argument("--out", type=Path, default=photo_folder())
     args = parser.parse_args()
     print(f"{convert(args.source, args.out)} photos in {args.out}")

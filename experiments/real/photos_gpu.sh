@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Photo boards on one GPU: alignment, blind model, attention tower, gate, two seeds of `plus`, panel.
+# Photo boards on one GPU: alignment, model without images, attention tower, gate, two seeds of `plus`, evaluation.
 #
-#   experiments/real/photos_gpu.sh           # everything, into runs/photos_gpu; started again, it goes on where it was
-#   experiments/real/photos_gpu.sh images    # only what needs no language model: questions, features, attention tower
+#   experiments/real/photos_gpu.sh           # everything, into runs/photos_gpu; started again, it resumes
+#   experiments/real/photos_gpu.sh images    # only the parts without the language model: questions, features, attention
 #
-# Each stage has its own log in runs/photos_gpu and a time limit [s] that can be set from outside. A stage that ends
-# late or badly stops only what needs it. KEEP=DIR: what is of value goes there after each stage, in four archives.
+# Each stage has its own log in runs/photos_gpu and a time limit [s] that environment variables can change. If a stage fails
+# or exceeds its limit, only the stages that depend on it are skipped. KEEP=DIR: the results are copied there after each
+# stage, as archives.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${RUN:=runs/photos_gpu}" "${CONFIG:=experiments/real/photos_gpu.yaml}" "${KEEP:=}"
@@ -19,7 +20,7 @@ LLM_CONTEXT=fastv+context,sparsevlm+context,dart+context
 real="python3 -m experiments.real.evocomp_real"
 mkdir -p "$RUN"
 
-# stage NAME LIMIT COMMAND...: runs it, keeps its output in RUN/NAME.log, says how long it took and how it ended
+# stage NAME LIMIT COMMAND...: runs the command, writes its output to RUN/NAME.log, prints its duration and exit code
 stage() {
   local name=$1 limit=$2 begin=$SECONDS code=0
   shift 2
@@ -29,7 +30,7 @@ stage() {
   return "$code"
 }
 
-# no stage waits for it and none fails by it
+# copies results to KEEP; errors here do not fail a stage
 keep() {
   [ -n "$KEEP" ] || return 0
   (
@@ -44,14 +45,14 @@ keep() {
   ) 8>"$RUN/keep.lock" 2>/dev/null
 }
 
-# pack NAME FILE...: once the last of them, which is written last, is there
+# pack NAME FILE...: makes an archive once the last of these files, which is written last, exists
 pack() {
   local archive=$KEEP/$1.tgz
   shift
   [ ! -e "$archive" ] && [ -e "${!#}" ] && tar czf "$archive.part" "$@" && mv "$archive.part" "$archive"
 }
 
-# questions NAME SEED BOARDS PER_BOARD SPLIT; a folder without data.json is one that was interrupted
+# questions NAME SEED BOARDS PER_BOARD SPLIT; a folder without data.json is from an interrupted run
 questions() {
   local folder=$RUN/questions/$1
   [ -f "$folder/data.json" ] && return
@@ -63,7 +64,7 @@ questions() {
 images() {
   questions train 31 "$TRAIN_BOARDS" 8 train && questions val 32 "$VAL_BOARDS" 4 selection &&
     questions test 33 "$TEST_BOARDS" 4 test
-  # else align.py makes them
+  # without these features align.py makes them
   [ -f "$RUN/features.done" ] || { stage features 200 python3 -m experiments.real.features --config "$CONFIG" &&
     touch "$RUN/features.done"; }
 }
@@ -97,7 +98,7 @@ panel() {
     --questions $((4 * TEST_BOARDS))
 }
 
-with_lock() { # two at once (one that prepares, one that goes on) would draw the same boards
+with_lock() { # two runs of this script at the same time would draw the same boards
   exec 9>"$RUN/lock" && flock 9
 }
 
@@ -107,7 +108,7 @@ if [ "${1:-all}" = images ]; then
   attention
   exit
 fi
-stage language_model 120 python3 -m experiments.real.smollm2 & # converts it, once
+stage language_model 120 python3 -m experiments.real.smollm2 & # converts the language model once
 with_lock
 images
 attention

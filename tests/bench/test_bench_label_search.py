@@ -23,7 +23,7 @@ def test_every_kind_of_row_is_there():
     rows = run(repeats=1, quick=True)
     kinds = [row["bench"] for row in rows]
     assert {"label search", "ablation", "memo", "hill_climb", "growth with q", "best masks"} <= set(kinds)
-    timed = [row for row in rows if not row["bench"].startswith(("growth", "best"))]  # slopes of so little vary
+    timed = [row for row in rows if not row["bench"].startswith(("growth", "best"))]  # slopes vary for such short runs
     assert all(row["ratio"] > 0 for row in timed)
     assert all({"device", "torch", "commit"} <= set(row) for row in rows)
     searches = [row for row in rows if row["bench"] == "label search"]
@@ -42,8 +42,8 @@ def test_the_ladder_ends_with_the_defaults():
     assert set(vars(defaults)) - set(settings) == {"memo", "prefix_reuse"}
 
 
-def test_straightforward_ways_agree():
-    """Cut out or masked away, from pixels on or from features: the same losses."""
+def test_baselines_agree():
+    """Dropped tokens removed or masked, from pixels or from features: the same losses."""
     middle = middle_sample(groups=20, answer=3)
     kept = middle.groups.kept(np.zeros((2, middle.groups.count), np.int32))
     kept[1] = np.sort(np.random.default_rng(0).permutation(576)[: middle.groups.count])
@@ -52,7 +52,7 @@ def test_straightforward_ways_agree():
 
 
 @pytest.mark.parametrize("bench", [memo_row, lambda *a, **k: search_row(a[0], "removed", *a[1:], **k)])
-def test_a_scorer_that_is_wrong_gets_no_row(sample, bench, monkeypatch):
+def test_a_wrong_scorer_gets_no_row(sample, bench, monkeypatch):
     right = CandidateScorer.__call__
     seen = []
 
@@ -74,12 +74,12 @@ def test_another_best_mask_is_reported_with_its_loss(sample):
     assert found == {"same_best_mask": False, "largest_difference": apart}
     assert found["largest_difference"] > 1e-3
     assert label_search.same_best(sample, good, good) == {"same_best_mask": True, "largest_difference": 0}
-    with pytest.raises(AssertionError):  # a loss that is not the mask's
+    with pytest.raises(AssertionError):  # a wrong loss of the mask
         label_search.same_best(sample, good, label_search.replace(good, kept=kept))
 
 
 def with_losses(monkeypatch, change):
-    """Our way of scoring gives `change(kept, losses)`."""
+    """Replace the scorer's losses by `change(kept, losses)`."""
     right = CandidateScorer.__call__
 
     def changed(self, features, kept, flips=False):
@@ -93,11 +93,11 @@ def noise(kept, size):
     return size * np.sin(kept.astype(float) @ np.arange(1, kept.shape[1] + 1) ** 2)
 
 
-def test_searches_that_end_elsewhere_are_counted(sample, monkeypatch):
+def test_searches_with_another_result_are_counted(sample, monkeypatch):
     row = label_search.best_masks([sample], "cpu", **EFFORT)
     assert row["ratio"] == row["equal_loss"] == 1 and row["largest_difference"] == 0
     assert row["largest_error"] <= 1e-5
-    # rounding of another size: other ties are broken, and the search ends elsewhere
+    # other rounding: ties are broken differently, and the search ends in another mask
     with_losses(monkeypatch, lambda kept, losses: losses + noise(kept, 4e-6))
     row = label_search.best_masks(nano_samples(2)[1:], "cpu", q=12, p=4, generations=3)
     assert row["ratio"] == 0 and row["largest_difference"] > 0
@@ -119,8 +119,8 @@ def test_a_search_misled_by_more_than_ties_gets_no_row(sample, monkeypatch, chan
         label_search.best_masks([sample], "cpu", **EFFORT)
 
 
-def test_searches_part_at_ties_only(sample):
-    """Of masks with known losses: where two ways may rank them otherwise, and where not."""
+def test_searches_diverge_at_ties_only(sample):
+    """Masks with known losses: where two implementations may rank them differently, and where not."""
     result = label_search._search(sample, label_search.Published(q=6, p=2), sample.removed, 1)
 
     def scored(losses, order=(0, 1, 2)):
@@ -131,7 +131,7 @@ def test_searches_part_at_ties_only(sample):
     assert label_search.ranked_alike(true, true, torch.float32) == 0
     tie = label_search.ranked_alike(true, scored([1.00001, 1.0, 5.0], (0, 1, 3)), torch.float32)
     assert tie == pytest.approx(1e-5, rel=0.1)
-    with pytest.raises(AssertionError, match="rank all masks alike"):
+    with pytest.raises(AssertionError, match="rank all masks equally"):
         label_search.ranked_alike(true, scored([1.0, 1.00001, 5.0], (0, 1, 3)), torch.float32)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         label_search.ranked_alike(true, scored([1.0, 1.1, 2.0]), torch.float32)

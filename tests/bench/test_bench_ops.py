@@ -52,9 +52,9 @@ def test_factorised_separation_is_five_times_faster_at_2880_tokens():
 
 @pytest.mark.gpu
 def test_gains_on_a_gpu():
-    # what the op is for: at least so many times faster, or smaller
+    # minimum gains: factors of speed or memory
     gates = {"cosine": 3, "head": 3, "grouping, peak memory": 4, "top-r compaction": 2}
-    gates |= {"GHM-C, forward + backward, queued": 5}  # of the GPU's time; the host's launches add the same to both
+    gates |= {"GHM-C, forward + backward, queued": 5}  # time of the GPU; launch overhead adds the same to both
     for row in run("cuda"):
         for bench, gate in gates.items():
             if row["bench"].startswith(bench):

@@ -1,4 +1,4 @@
-"""The benches at the sizes of real models, on models that are tiny: their parts compute what they claim."""
+"""The benchmarks at the sizes of real models, on tiny models: their parts compute what they are meant to time."""
 
 import numpy as np
 import pytest
@@ -44,12 +44,12 @@ def test_a_wrong_scorer_gets_no_row(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TINY[:2])
-def test_floor_is_what_torch_counts(name):
+def test_floor_equals_the_flop_counter_of_torch(name):
     sample, shape = example(name)
     settings = ScorerConfig(onednn=False, first_layer_once=False, shared_prefix="always")
     ours = CandidateScorer(sample.mllm, settings=settings)
     masks = sample.groups.kept(np.zeros((3, shape.groups), np.int32))
-    ours(sample.features, masks[:1])  # what comes before the picture is computed once
+    ours(sample.features, masks[:1])  # the text before the image is computed once
     with FlopCounterMode(display=False) as counter:
         ours(sample.features, masks)
     counted = {str(op): flop for op, flop in counter.get_flop_counts()["Global"].items()}
@@ -61,7 +61,7 @@ def test_floor_is_what_torch_counts(name):
     assert scorer.scoring_flop(target, shape, masks.shape) - attention == pytest.approx(products, rel=1e-9)
 
 
-def test_one_flip_masks_differ_in_one_place():
+def test_one_flip_masks_differ_in_one_token():
     sample, shape = example("tiny_llava_next")
     masks = scorer.one_flip(sample, 20)
     usual = [np.unique(column, return_counts=True) for column in masks.T]

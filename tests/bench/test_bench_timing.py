@@ -14,7 +14,7 @@ def test_quantiles_are_numpys(values):
 
 
 class Clock:
-    """Time that passes only when work is done, so that the result is exact."""
+    """A clock that advances only when work is done, so that results are exact."""
 
     def __init__(self, monkeypatch):
         self.now, self.log = 0.0, []
@@ -45,7 +45,7 @@ def test_samples_are_interleaved_and_alternate(monkeypatch):
     assert len(clock.log) > 8 + 2  # warm-up before
 
 
-def test_several_ways_take_turns_with_one_baseline(monkeypatch):
+def test_several_implementations_alternate_with_one_baseline(monkeypatch):
     clock = Clock(monkeypatch)
     baseline, *ways = (clock.work(name, seconds, name) for name, seconds in (("A", 3.0), ("B", 1.0), ("C", 2.0)))
     rows = compare_all("b", "", baseline, ways, lambda a, b: {"answers": a + b}, repeats=2)
@@ -76,7 +76,7 @@ def test_a_wrong_answer_gets_no_time(monkeypatch):
 
 
 def test_peak_memory_is_what_was_held_at_once():
-    held = torch.zeros(10_000)  # noqa: F841 held before: does not count
+    held = torch.zeros(10_000)  # noqa: F841 allocated before: not counted
 
     def work():
         first = torch.zeros(250_000)  # 1 MB

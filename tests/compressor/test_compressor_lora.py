@@ -1,4 +1,4 @@
-"""A compressor as a LoRA adapter: trains the right weights, the same after saving and merging."""
+"""A compressor as a LoRA adapter: its trained weights, and equal outputs after saving and merging."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_the_layer_is_frozen_and_not_saved(tmp_path):
     assert sum("budget" in name for name in names) == 2 and sum("score" in name for name in names) == 2
 
 
-def test_a_random_compressor_cannot_be_an_adapter():
+def test_lora_is_refused_for_a_random_compressor():
     with pytest.raises(UserError, match="layer=0"):
         add_lora(EvoCompCompressor.from_mllm(build("llava")))
 

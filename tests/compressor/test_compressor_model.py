@@ -1,4 +1,4 @@
-"""The compressor, against the target LLM's own layer and against what masks and budgets must mean."""
+"""The compressor, against the target LLM's own layer and against the definitions of masks and budget input."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_saves_and_loads_through_the_auto_classes(family, tmp_path):
     assert all(torch.equal(state[key], value) for key, value in again.state_dict().items())
     with torch.no_grad():
         ours, theirs = compressor(visual, prompt, budget=8.0), again(visual, prompt, budget=8.0)
-    # same bits in, but loaded weights may lie at other addresses, which changes the order of sums in BLAS
+    # equal inputs, but loaded weights may have another alignment, which changes the order of sums in BLAS
     assert_close(ours.logits, theirs.logits, rtol=1e-6, atol=1e-6)
 
 
@@ -145,11 +145,11 @@ def test_budget_vectors_move_visual_and_prompt_by_log2_of_r_over_16():
 
 
 @every_family
-def test_a_narrow_one_is_that_of_a_narrow_llm_that_reads_projected_tokens(family):
+def test_a_narrow_compressor_equals_that_of_a_narrow_llm_with_projected_tokens(family):
     torch.manual_seed(0)
     settings = {"budget_input": True, "num_layers": 2}
     narrow = EvoCompCompressor.from_mllm(build(family), width=HIDDEN // 2, **settings).eval()
-    small = layer_config(narrow.config)  # itself the text configuration of an LLM of half the heads
+    small = layer_config(narrow.config)  # equals the text configuration of an LLM with half the heads
     whole = narrow.config.text_config
     assert (small.hidden_size, small.num_attention_heads) == (HIDDEN // 2, whole.num_attention_heads // 2)
     assert small.num_key_value_heads == whole.num_key_value_heads // 2
@@ -168,7 +168,7 @@ def test_a_narrow_one_is_that_of_a_narrow_llm_that_reads_projected_tokens(family
     assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_narrow_one_is_saved_and_keeps_the_size_of_its_tokens(tmp_path):
+def test_a_narrow_compressor_is_saved_and_preserves_norms(tmp_path):
     torch.manual_seed(0)
     compressor, (visual, prompt) = EvoCompCompressor.from_mllm(build("llava"), width=HIDDEN // 2).eval(), tokens(64)
     projected = compressor.narrow(visual).detach()
@@ -185,7 +185,7 @@ def test_a_width_without_whole_heads_is_refused(width):
         EvoCompCompressor.from_mllm(build("llava"), width=width)
 
 
-def test_a_layer_of_the_llm_does_not_fit_into_a_narrow_one():
+def test_init_from_layer_is_refused_for_a_narrow_compressor():
     with pytest.raises(UserError, match=f"width {HIDDEN // 2}"):
         EvoCompCompressor.from_mllm(build("llava"), layer=0, width=HIDDEN // 2)
 
@@ -194,7 +194,7 @@ def test_a_layer_of_the_llm_does_not_fit_into_a_narrow_one():
     "kwargs", [{}, {"use_text": False}, {"budget_input": True, "num_layers": 2}, {"width": HIDDEN // 4}]
 )
 def test_every_parameter_gets_a_gradient(kwargs):
-    # DDP stops on a parameter without one
+    # DDP fails for a parameter without gradient
     compressor, (visual, prompt) = EvoCompCompressor.from_mllm(build("llava"), **kwargs), tokens()
     compressor(visual, prompt, budget=32.0).logits.square().sum().backward()
     assert [name for name, p in compressor.named_parameters() if p.grad is None] == []
@@ -231,7 +231,7 @@ def test_head_norm_none_reads_the_skip_sum():
 
 
 @pytest.mark.parametrize("bad", [{"head_norm": "batch"}, {"positions": "new"}])
-def test_bad_settings_are_named(bad):
+def test_invalid_settings_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         EvoCompConfig(**bad)
 
@@ -281,8 +281,8 @@ def test_bf16_weights_and_tokens():
     assert out.logits.dtype == out.hidden.dtype == torch.bfloat16
 
 
-def test_balanced_text_weighs_as_if_it_were_as_long_as_the_picture():
-    """Oracle without a bias: every text token as often, at one position, as makes the text as long as the picture."""
+def test_balanced_text_weighs_as_much_as_the_image():
+    """Reference without a bias: each text token is repeated at its position until the text is as long as the image."""
     n, t = 12, 3
     balanced, plain = make(balance_text=True), make()
     plain.load_state_dict(balanced.state_dict())

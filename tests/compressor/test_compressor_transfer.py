@@ -1,4 +1,4 @@
-"""A compressor for another hidden size, against pooling written as loops."""
+"""A compressor for another hidden size, against pooling in a loop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is kept. Dither: the Gumbel distribution without chance, and spread over the picture."""
+"""Selection of kept tokens. Dither: deterministic Gumbel noise, spread evenly over the image."""
 
 import numpy as np
 import pytest
@@ -11,23 +11,23 @@ from evocomp.mllm.context import shown
 
 
 @pytest.mark.parametrize("count", [144, 576, 2880])
-def test_noise_is_gumbel_and_evenly_so(count):
+def test_noise_follows_the_gumbel_distribution_evenly(count):
     noise = dither(count).double().numpy()
-    # the distance of the two distributions falls with 1/n; of a random sample it falls with 1/sqrt(n)
+    # the distance between the distributions falls as 1/n; for a random sample it falls as 1/sqrt(n)
     assert kstest(noise, gumbel_r.cdf).statistic < 4 / count
 
 
 @pytest.mark.parametrize("kept", [32, 64])
-def test_equal_scores_keep_tokens_from_everywhere(kept):
-    """Any nine rows of a picture hold three eighths of what is kept, give or take two; by chance three to five."""
+def test_equal_scores_keep_tokens_from_all_parts_of_the_image(kept):
+    """Any nine rows of an image contain three eighths of the kept tokens, +- 2; in a random sample +- 3 to 5."""
     own, _ = selected_tokens(torch.zeros(576), kept, EvoCompConfig(dither=1.0))
     rows = torch.bincount(own // 24, minlength=24).numpy()
     parts = [rows[start : start + 9].sum() for start in range(16)]
     assert np.abs(np.array(parts) - kept * 9 / 24).max() <= 2
 
 
-def test_kept_as_often_as_the_policy_draws_them():
-    """Two kinds of token: as many of each as Gumbel top-r keeps on the average of many draws."""
+def test_kept_counts_match_the_policys_mean():
+    """With two kinds of tokens, as many of each are kept as by Gumbel top-r on average over many samples."""
     logits = torch.zeros(576)
     logits[100:125] = 2.0
     own, _ = selected_tokens(logits, 64, EvoCompConfig(dither=1.0))
@@ -39,7 +39,7 @@ def test_kept_as_often_as_the_policy_draws_them():
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
-def test_as_much_of_it_as_asked(scale):
+def test_dither_is_scaled(scale):
     logits = torch.randn(10, generator=torch.Generator().manual_seed(0))
     expected = (logits + scale * dither(10)).topk(4).indices.sort().values
     assert torch.equal(selected_tokens(logits, 4, EvoCompConfig(dither=scale))[0], expected)
@@ -49,7 +49,7 @@ def test_as_much_of_it_as_asked(scale):
 @pytest.mark.parametrize(
     ("keep", "sharp", "selected"), [(16, 16, 8), (16, 0, 16), (6, 0.1, 2), (1, 2, 1), (99, 30.0, 15), (0, 5, 0)]
 )
-def test_context_takes_what_is_not_selected(keep, sharp, selected):
+def test_context_tokens_are_the_rest_of_the_budget(keep, sharp, selected):
     generator = torch.Generator().manual_seed(0)
     visual, logits = torch.randn(30, 4, generator=generator), torch.randn(30, generator=generator)
     config = EvoCompConfig(sharp=sharp)

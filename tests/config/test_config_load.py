@@ -1,4 +1,4 @@
-"""From files and words to one frozen config; every mistake is one line that names key, value and way out."""
+"""Loading settings from files and command line; each error is one line with key, value and what to do."""
 
 import dataclasses
 import errno
@@ -50,7 +50,7 @@ def refused(*settings: str, match: str, config=()) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------ what counts
+# ------------------------------------------------------------ order of sources
 
 
 def test_later_sources_win(yaml):
@@ -65,16 +65,16 @@ def test_no_source_gives_the_defaults():
     assert load() == RunConfig()
 
 
-def test_a_recipe_is_where_settings_begin(yaml):
+def test_files_and_command_line_override_the_recipe(yaml):
     published = load([], ["recipe=published"])
     assert (published.labels.target, published.labels.refresh, published.loss.name) == ("hard", "search", "ghm_cs")
     assert not published.compressor.budget_input and published.optim.ema == 0
     assert published.search == RunConfig().search, "Algorithm 1 is the default search of both"
-    # what a file says of the same setting wins over the recipe, wherever it is named
+    # a setting in a file overrides the recipe, wherever the recipe is named
     file = yaml("labels: {refresh: none}\noptim: {ema: 0.9}\n")
     mixed = load([file], ["recipe=published"])
     assert (mixed.labels.refresh, mixed.optim.ema, mixed.labels.target) == ("none", 0.9, "hard")
-    # the last recipe that is named counts
+    # the last named recipe applies
     assert load([yaml("recipe: published\n", "p.yaml")], ["recipe=plus"]) == RunConfig()
     refused("recipe=nonsense", match="recipe.*nonsense")
 
@@ -83,18 +83,18 @@ def test_a_recipe_is_where_settings_begin(yaml):
     "words",
     [["--seed=3", "--data.max_bad=4"], ["--seed", "3", "--data.max_bad", "4"], ["seed=3", "data.max_bad=4"]],
 )
-def test_three_spellings(words):
+def test_settings_may_be_written_in_three_ways(words):
     asked = parse(["config", *words])
     config = load(asked.config, asked.settings)
     assert (config.seed, config.data.max_bad) == (3, 4)
 
 
-def test_words_are_taken_apart():
+def test_the_command_line_is_split_into_files_and_settings():
     words = ["--config", "a", "--config=b", "--labels.overwrite", "--run_dir", "x=y", "seed=1"]
     asked = parse(["config", *words, "--trainer.devices", "2", "--seed", "2"])
     assert asked.config == ["a", "b"]
     assert asked.settings == ("labels.overwrite=true", "run_dir=x=y", "seed=1", "trainer.devices=2", "seed=2")
-    with pytest.raises(UserError, match="stray: not understood here; write --key=value"):
+    with pytest.raises(UserError, match="unexpected argument stray; write options as --key=value"):
         parse(["config", "stray"])
 
 
@@ -135,7 +135,7 @@ def test_what_is_saved_loads_as_the_same_config(tmp_path_factory, seed, run_dir,
     assert to_yaml(again) == path.read_text()
 
 
-# ------------------------------------------------------------ mistakes
+# ------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,8 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["search.generations=-1"], "search.generations=-1: must not be negative"),
         (["data.max_samples=-1"], "data.max_samples=-1: must not be negative"),
         (["data.scenes=huge"], "data.scenes: Invalid value 'huge', expected one of"),
-        (["model.name=nano576"], "model.name=nano576 was made for large scenes: set data.scenes=large"),
-        (["data.scenes=large"], "model.name=nano was made for small scenes: set data.scenes=small"),
+        (["model.name=nano576"], "model.name=nano576 needs large scenes: set data.scenes=large"),
+        (["data.scenes=large"], "model.name=nano needs small scenes: set data.scenes=small"),
         (["labels.chunk_size=0"], "labels.chunk_size=0: must be at least 1"),
         (["labels.credit_samples=-1"], "labels.credit_samples=-1: must not be negative"),
         (["labels.batch=0"], "labels.batch=0: must be at least 1"),
@@ -197,7 +197,7 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["optim.lr=-1"], "optim.lr=-1.0: must be above 0"),
         (["optim.lr=0"], "optim.lr=0.0: must be above 0"),
         (["optim.refresh_lr=-1"], "optim.refresh_lr=-1.0: must not be negative"),
-        (["optim.flat=2"], "optim.flat=2.0: a share"),
+        (["optim.flat=2"], "optim.flat=2.0: must be a fraction"),
         (["optim.ema=1"], "optim.ema=1.0: must lie below 1"),
         (["labels.credit_sizes=[]"], "labels.credit_sizes=.*: give at least one size above 0"),
         (["labels.proposal_sizes=[8,0]"], "labels.proposal_sizes=.*: give at least one size above 0"),
@@ -222,12 +222,12 @@ def test_wrong_types_name_key_and_value(setting, words):
         (["model.attention=flash_attention_2"], "set model.attention=sdpa or compressor.sharp=0"),
         (["compressor.sharp=-1"], "compressor.sharp=-1"),
         (["compressor.width=8", "compressor.init=layer"], "set compressor.init=random"),
-        (["labels.credit_of=group", "loss.name=bce"], "labels.credit_of=group is made for"),
-        (["labels.credit_of=group", "labels.credit_masks_from=search"], "labels.credit_of=group is made for"),
+        (["labels.credit_of=group", "loss.name=bce"], "labels.credit_of=group requires"),
+        (["labels.credit_of=group", "labels.credit_masks_from=search"], "labels.credit_of=group requires"),
         (["labels.target=credit", "labels.refresh=none", "loss.name=focal_cs"], "loss.name=focal_cs needs hard labels"),
     ],
 )
-def test_values_that_cannot_be(settings, match):
+def test_invalid_values_are_refused(settings, match):
     refused(*settings, match=match)
 
 
@@ -240,11 +240,11 @@ def test_values_that_cannot_be(settings, match):
         ("seed: x\n", "a.yaml: seed: Value 'x'"),
     ],
 )
-def test_files_that_cannot_be_read_name_themselves(text, match, yaml):
+def test_errors_of_unreadable_files_name_the_file(text, match, yaml):
     refused(config=[yaml(text)], match=match)
 
 
-def test_files_that_are_no_text_name_themselves(tmp_path, monkeypatch):
+def test_errors_of_binary_files_name_the_file(tmp_path, monkeypatch):
     path = tmp_path / "a.yaml"
     path.write_bytes(b"seed: 1 # \xff")
     refused(config=[path], match=r"a.yaml: not UTF-8 text \(byte 10\); save it as UTF-8$")
@@ -258,7 +258,7 @@ def test_files_that_are_no_text_name_themselves(tmp_path, monkeypatch):
     refused(config=[path], match=r"a.yaml: cannot be read \(Permission denied\); give a file with settings")
 
 
-def test_files_that_are_not_there():
+def test_missing_files_are_refused():
     refused(config=["nowhere.yaml"], match="--config=nowhere.yaml: no such file")
 
 
@@ -277,7 +277,7 @@ def test_names_of_installed_configurations_are_known_from_any_folder(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert {"nano", "nano_published", "llava15_7b"} <= set(shipped())
     assert load(["llava15_7b"]) == load(["llava15_7b.yaml"]) != load()
-    (tmp_path / "nano").mkdir()  # a folder is no file
+    (tmp_path / "nano").mkdir()  # a folder, not a file
     assert load(["nano"]).run_dir == "runs/nano"
     (tmp_path / "llava15_7b").write_text("seed: 7\n")
     assert load(["llava15_7b"]) == load([], ["seed=7"]), "a file comes first"
@@ -286,7 +286,7 @@ def test_names_of_installed_configurations_are_known_from_any_folder(tmp_path, m
 
 
 @pytest.mark.parametrize("key", [k for k, kind in leaves().items() if typing.get_origin(kind) is typing.Literal])
-def test_every_choice_is_refused_if_it_is_none(key):
+def test_unknown_choices_are_refused(key):
     message = refused(f"{key}=nonsense", match=f"{key}: Invalid value 'nonsense', expected one of")
     assert str(typing.get_args(leaves()[key])[0]) in message
 

@@ -1,4 +1,4 @@
-"""How answers are scored: by the benchmarks' published rules, worked out by hand."""
+"""Scores of answers by the benchmarks' published rules, against values computed by hand."""
 
 import itertools
 
@@ -39,7 +39,7 @@ def test_texts_are_normalised(text, expected):
     assert normalise(normalise(text)) == normalise(text)
 
 
-def test_exact_match_is_the_rule_where_none_is_named():
+def test_exact_match_is_the_default_rule():
     assert score_answer(example("red"), "Red.") == 1.0
     assert score_answer(example("2"), "two") == 1.0
     assert score_answer(example("red"), "dark red") == 0.0
@@ -55,11 +55,11 @@ def test_exact_match_is_the_rule_where_none_is_named():
         ("no", "There is no dog. Yes, I am sure.", 1),
         ("no", "It is not there", 1),
         ("yes", "There is no dog", 0),
-        ("no", "maybe", 0),  # everything that does not deny is a yes, as in POPE's own script
+        ("no", "maybe", 0),  # any answer without a negation counts as yes, as in POPE's script
         ("yes", "nothing", 1),
     ],
 )
-def test_yes_and_no(gold, answer, right):
+def test_yes_no_answers(gold, answer, right):
     assert score_answer(example(gold, "yes_no"), answer) == right
 
 
@@ -81,9 +81,9 @@ CHOICES = ("a red dog", "a cat", "two cats", "the moon")
         ("Answer is: (A)", "A"),
         ("I choose option B because it is so", "B"),
         ("The answer is a cat", "B"),
-        ("E", ""),  # there are four
+        ("E", ""),  # there are only four options
         ("a cat", "B"),
-        ("A cat", "B"),  # an article, and not option A
+        ("A cat", "B"),  # an article, not option A
         ("A red dog.", "A"),
         ("Two cats", "C"),
         ("it is the moon, I think", "D"),
@@ -91,7 +91,7 @@ CHOICES = ("a red dog", "a cat", "two cats", "the moon")
         ("", ""),
     ],
 )
-def test_the_letter_that_is_named(answer, letter):
+def test_option_letters_are_extracted(answer, letter):
     assert chosen_letter(answer, CHOICES) == letter
     gold = "D" if letter != "D" else "A"
     assert score_answer(example(letter or "Z", "multiple_choice", CHOICES), answer) == float(bool(letter))
@@ -103,7 +103,7 @@ said_by_annotators = st.sampled_from(["red", "blue", "two", "2", "the red"])
 
 @given(st.lists(said_by_annotators, min_size=2, max_size=10), st.sampled_from(["red", "2"]))
 def test_vqa_is_the_mean_over_annotators_left_out(answers, said):
-    """VQA's own definition: for each subset of n - 1 annotators min(1, number who said so / 3), averaged."""
+    """VQA's definition: the mean over all subsets of n - 1 annotators of min(1, number of equal answers / 3)."""
     plain = [{"the red": "red", "two": "2"}.get(a, a) for a in answers]
     subsets = list(itertools.combinations(plain, len(plain) - 1))
     expected = sum(min(1.0, subset.count(said) / 3) for subset in subsets) / len(subsets)

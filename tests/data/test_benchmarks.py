@@ -1,4 +1,4 @@
-"""Small files in the formats in which the benchmarks are published, written here, read by the readers."""
+"""Readers of the benchmarks, on small files in their published formats."""
 
 import base64
 import io
@@ -173,7 +173,7 @@ WRITERS = {w.__name__: w for w in (gqa, pope, vqav2, vizwiz, textvqa, mmbench, m
 WRITERS["mmbench_cn"] = mmbench
 
 
-# name -> first question: prompt, answer, kind, choices, shade of its picture, number of questions
+# name -> first question: prompt, answer, kind, choices, shade of its image, number of questions
 EXPECTED = {
     "gqa": ("Is it red?" + SHORT, "yes", "verify", (), 0, 1),
     "pope": ("Is there a dog in the image?" + SHORT, "yes", "popular", ("yes", "no"), 10, 4),
@@ -214,7 +214,7 @@ def test_answers_are_scored_by_each_benchmarks_rule(tmp_path):
         return read_task(name, folder)
 
     assert score_answer(first("pope")[1], "No, there is not.") == 1
-    # 3 of 10 said 2: leaving out each in turn, 3 x 2/3 + 7 x 1 over 10
+    # 3 of 10 answered 2: leaving out each in turn gives (3 x 2/3 + 7 x 1) / 10
     assert score_answer(first("vqav2")[0], "2") == pytest.approx(0.9)
     assert score_answer(first("textvqa")[0], "nok") == pytest.approx(9 / 30)
     assert score_answer(first("mmstar")[0], "C") == 1
@@ -222,7 +222,7 @@ def test_answers_are_scored_by_each_benchmarks_rule(tmp_path):
     assert (asked.kind, score_answer(asked, "Four"), score_answer(asked, "5")) == ("Math", 1, 0)
 
 
-def test_mmbench_rows_that_share_a_picture(tmp_path):
+def test_mmbench_rows_that_share_an_image(tmp_path):
     mmbench(tmp_path)
     first, again = read_task("mmbench", tmp_path)
     assert first.image == again.image and first.image_id == again.image_id
@@ -267,7 +267,7 @@ def _no_picture(folder):
         ("mmmu", lambda folder: (folder / "mmmu.jsonl").write_text(""), "no usable question"),
     ],
 )
-def test_faults_are_told_in_one_line(name, spoil, message, tmp_path):
+def test_faults_are_reported_in_one_line(name, spoil, message, tmp_path):
     WRITERS[name](tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message):

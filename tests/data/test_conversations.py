@@ -1,4 +1,4 @@
-"""LLaVA's format: what is read, what is left out, and how mistakes are told."""
+"""LLaVA's format: what is read, what is left out, and the error messages."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_every_answered_turn_is_an_example_with_its_history(folder):
     assert first.id != second.id
 
 
-def test_the_mark_of_the_picture_is_taken_out_wherever_it_stands(folder):
+def test_the_image_placeholder_is_removed_at_any_position(folder):
     said = turns("what is it\n<image>", "a cat", first="")
     assert read_conversations(folder([{"image": "a.png", "conversations": said}])).examples[0].prompt == "what is it"
 
@@ -82,7 +82,7 @@ def missing(folder, names: list[str]) -> list[dict]:
 
 
 def test_missing_images_are_named_and_left_out(folder, caplog):
-    """What does not decode is found when the model reads it: see tests/mllm/test_reader.py."""
+    """Images that cannot be decoded are tested in tests/mllm/test_reader.py."""
     reading = read_conversations(folder(missing(folder, ["gone", "lost"])), max_bad=2)
     assert [e.image_id for e in reading.examples] == ["a.png"]
     assert len(reading.bad) == 2
@@ -97,7 +97,7 @@ def test_more_bad_images_than_allowed_are_fatal(folder):
         read_conversations(source, max_bad=2)
 
 
-def test_a_broken_picture_of_many_records_counts_for_each(folder):
+def test_a_broken_image_of_many_records_counts_for_each(folder):
     records = [{"id": i, "image": "gone.png", "conversations": turns("q", "a")} for i in range(3)]
     with pytest.raises(UserError, match="record 2"):
         read_conversations(folder(records), max_bad=2)
@@ -119,16 +119,16 @@ def test_broken_json_names_file_and_line(folder):
         (["text"], "record 0 has no list `conversations`"),
         ([{"image": "a.png", "conversations": "q"}], "record 0 has no list `conversations`"),
         ([{"image": "a.png", "conversations": ["q", "a"]}], "record 0 has a turn that is not"),
-        ([{"image": "a.png", "conversations": turns("q")}], "no usable question about a picture in 1 records"),
+        ([{"image": "a.png", "conversations": turns("q")}], "no usable question about an image in 1 records"),
         ([], "no usable question"),
     ],
 )
-def test_files_of_another_form_are_told_so(folder, records, message):
+def test_files_of_another_format_are_refused(folder, records, message):
     with pytest.raises(UserError, match=message):
         read_conversations(folder(records))
 
 
-def test_missing_files_and_folders_are_told_so(folder, tmp_path):
+def test_missing_files_and_folders_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="data.source=.*nowhere: no such file or folder"):
         read_conversations(tmp_path / "nowhere")
     with pytest.raises(UserError, match="a folder must hold data.json"):
@@ -138,7 +138,7 @@ def test_missing_files_and_folders_are_told_so(folder, tmp_path):
         read_conversations(source, tmp_path / "pictures")
 
 
-def test_pictures_may_lie_elsewhere(folder, tmp_path):
+def test_images_may_be_in_another_folder(folder, tmp_path):
     source = folder([{"image": "sub/x.png", "conversations": turns("q", "a")}], "train.json")
     picture(tmp_path / "pictures" / "sub" / "x.png")
     (example,) = read_conversations(source / "train.json", tmp_path / "pictures").examples
@@ -160,12 +160,12 @@ def test_ids_do_not_depend_on_place_or_order(folder, tmp_path):
 
 
 def test_records_that_share_an_id_are_still_different_questions(folder):
-    """LLaVA-1.5's mixture names several records after one COCO picture."""
+    """Several records of LLaVA-1.5's mixture have the id of the same COCO image."""
     records = [{"id": "000000033471", "image": "a.png", "conversations": turns(f"q{i}", "a")} for i in range(3)]
     assert len({e.id for e in read_conversations(folder(records)).examples}) == 3
 
 
-def test_a_record_that_stands_twice_is_read_once(folder):
+def test_a_duplicate_record_is_read_once(folder):
     record = {"id": "1", "image": "a.png", "conversations": turns("q", "a", "r", "b")}
     assert len(read_conversations(folder([record, record])).examples) == 2
 

@@ -1,4 +1,4 @@
-"""LLaVA files as people have them: each kind is read as its author meant it, or named for what it is."""
+"""Irregular LLaVA files: each variant is read as intended or refused with a clear message."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ def write(folder, records, name="data.json"):
 
 
 def read(folder, record, **settings):
-    """What is made of one record, beside one that is good."""
+    """The examples of one record, in a file with another valid record."""
     good = {"id": "good", "image": "a.png", "conversations": said("good?", "yes")}
     reading = read_conversations(write(folder, [record, good]), **settings)
     assert reading.examples[-1].prompt == "good?"
@@ -45,7 +45,7 @@ def read(folder, record, **settings):
 
 
 def fault(folder, record) -> str:
-    """The one line that is said about a record, which is left out."""
+    """The warning about the only record, which is left out."""
     examples, reading = read(folder, {"id": "r7", **record})
     assert examples == [] and len(reading.bad) == 1 and reading.text_only == 0, (examples, reading)
     assert reading.bad[0].startswith("record r7: ") and "\n" not in reading.bad[0]
@@ -80,7 +80,7 @@ def test_one_record_and_mistakes_in_json_lines(folder):
     (folder / "one.json").write_text(json.dumps(record, indent=1))
     assert len(read_conversations(folder / "one.json").examples) == 1
     (folder / "x.jsonl").write_text(json.dumps(record) + "\n" + "{broken\n")
-    with pytest.raises(UserError, match=r"x.jsonl:2: not valid JSON .*one record a line"):
+    with pytest.raises(UserError, match=r"x.jsonl:2: not valid JSON .*one record per line"):
         read_conversations(folder / "x.jsonl")
     (folder / "deep.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match="deep.json"):
@@ -90,14 +90,14 @@ def test_one_record_and_mistakes_in_json_lines(folder):
         read_conversations(folder / "digits.json")
 
 
-# ------------------------------------------------------------ what is read
+# ------------------------------------------------------------ valid variants
 
 
 @pytest.mark.parametrize(
     "speakers",
     [("Human", "GPT"), (" human ", "gpt"), ("USER", "Assistant"), ("user", "model"), ("human", "chatgpt")],
 )
-def test_speakers_in_other_spellings(folder, speakers):
+def test_other_names_of_roles(folder, speakers):
     (example,), _ = read(folder, {"image": "a.png", "conversations": said("<image>\nwhat", "cat", speakers=speakers)})
     assert (example.prompt, example.answer) == ("what", "cat")
 
@@ -147,7 +147,7 @@ CAT = ("what is it", "a cat")
         },
     ],
 )
-def test_one_image_however_it_is_written(folder, record):
+def test_all_notations_of_one_image(folder, record):
     (example,), reading = read(folder, record)
     assert (example.prompt, example.answer, example.history, example.placed) == (*CAT, (), ())
     assert example.images == (str(folder / "a.png"),) and example.image_id == "a.png" and reading.bad == []
@@ -185,7 +185,7 @@ def test_a_null_answer_is_no_answer(folder, caplog):
     turns = said("q", None, "r", "b")
     (example,), reading = read(folder, {"id": "r7", "image": "a.png", "kind": None, "conversations": turns})
     assert (example.prompt, example.answer, example.history, example.kind) == ("r", "b", (("q", ""),), "")
-    assert reading.left_out == {"no answer": ["record r7"]} and "no answer), first of record r7" in caplog.text
+    assert reading.left_out == {"no answer": ["record r7"]} and "no answer), first in record r7" in caplog.text
     examples, reading = read(folder, {"id": "r7", "image": "a.png", "conversations": said(None, "a")})
     assert examples == [] and reading.left_out == {"the question is null": ["record r7"]}
 
@@ -214,7 +214,7 @@ def test_an_image_that_comes_in_a_later_turn(folder):
 # ------------------------------------------------------------ several images
 
 
-def test_several_images_stand_where_their_marks_do(folder):
+def test_several_images_are_placed_at_their_placeholders(folder):
     turns = said("<image>\nFirst <image> then, differ?", "yes", "and <image>?", "no")
     record = {"id": 1, "image": ["a.png", "b.png", "sub/c.png"], "conversations": turns}
     (one, two), _ = read(folder, record)
@@ -223,7 +223,7 @@ def test_several_images_stand_where_their_marks_do(folder):
     assert two.placed == ((0, 0), (0, 6), (1, 4)) and two.names == ("a.png", "b.png", "sub/c.png")
 
 
-def test_several_images_without_marks_come_first(folder):
+def test_several_images_without_placeholders_come_first(folder):
     (example,), _ = read(folder, {"image": ["a.png", "b.png"], "conversations": said("differ?", "yes")})
     assert len(example.images) == 2 and example.placed == ()
 
@@ -241,7 +241,7 @@ def test_images_named_in_the_turns(folder):
     assert example.prompt == "Isorred?" and example.placed == ((0, 2), (0, 4)) and example.names == ("a.png", "b.png")
 
 
-def test_images_that_a_question_joins_are_in_one_split(folder):
+def test_images_of_one_question_are_in_one_split(folder):
     names = ["a.png", "b.png", "sub/c.png", "ä.png"]
     records = [{"id": i, "image": n, "conversations": said("q", "a")} for i, n in enumerate(names)]
     records += [{"id": "both", "image": ["a.png", "b.png"], "conversations": said("q", "a")}]
@@ -251,22 +251,22 @@ def test_images_that_a_question_joins_are_in_one_split(folder):
     assert digest(splits.train) == digest(splits.train)
 
 
-# ------------------------------------------------------------ what is named
+# ------------------------------------------------------------ faults
 
 
 @pytest.mark.parametrize(
     ("record", "what"),
     [
-        ({"image": "a.png", "conversations": said("<image>\n<image>\nq", "a")}, "2 image marks .* for 1 image$"),
-        ({"image": "a.png", "conversations": said("<image>\nq", "a", "<image>\nr", "b")}, "2 image marks"),
-        ({"image": ["a.png", "b.png"], "conversations": said("<image>\nq", "a")}, "1 image mark .* for 2 images"),
+        ({"image": "a.png", "conversations": said("<image>\n<image>\nq", "a")}, "2 image placeholders .* for 1 image$"),
+        ({"image": "a.png", "conversations": said("<image>\nq", "a", "<image>\nr", "b")}, "2 image placeholders"),
+        ({"image": ["a.png", "b.png"], "conversations": said("<image>\nq", "a")}, "1 image placeholder .* 2 images"),
         ({"conversations": ASKED}, "names no image"),
         ({"image": "", "conversations": ASKED}, "names no image"),
         ({"image": [], "conversations": ASKED}, "names no image"),
         ({"image": None, "conversations": said("<image-placeholder> q", "a")}, "names no image"),
-        ({"image": [["a.png"]], "conversations": ASKED}, "list of images within a list"),
+        ({"image": [["a.png"]], "conversations": ASKED}, "nested list of images"),
         ({"image": ["a.png", None], "conversations": ASKED}, "without a name"),
-        ({"image": 7, "conversations": ASKED}, "by int, not by text"),
+        ({"image": 7, "conversations": ASKED}, "by int; give a string"),
         ({"image": True, "conversations": ASKED}, "by bool"),
         ({"image": "a.png", "images": ["b.png"], "conversations": ASKED}, "both `image` and `images`"),
         ({"image": "sub", "conversations": ASKED}, "is a folder"),
@@ -278,9 +278,9 @@ def test_images_that_a_question_joins_are_in_one_split(folder):
         ({"videos": ["a.mp4"], "conversations": said("q", "a")}, "has `videos?`, which is not supported"),
         ({"video": "a.mp4", "image": "a.png", "conversations": ASKED}, "has `videos?`, which is not supported"),
         ({"audio": "a.wav", "conversations": said("q", "a")}, "has `audio`"),
-        ({"image": "a.png", "conversations": said("<video>\nq", "a")}, "mark for video"),
-        ({"conversations": said("<video>\nq", "a")}, "mark for video"),
-        ({"image": "a.png", "conversations": said("q", "a", "r", "b <image>")}, "turn 4 has an image mark in an"),
+        ({"image": "a.png", "conversations": said("<video>\nq", "a")}, "placeholder for video"),
+        ({"conversations": said("<video>\nq", "a")}, "placeholder for video"),
+        ({"image": "a.png", "conversations": said("q", "a", "r", "b <image>")}, "turn 4 has an image placeholder"),
         ({"image": "a.png", "conversations": said("<|im_start|>user\nq", "a")}, r"token <\|im_start\|>"),
         ({"image": "a.png", "conversations": said("q", "a<|im_end|>")}, r"the answer of turn 2 .*<\|im_end\|>"),
         ({"image": "a.png", "conversations": said("<im_start>\nq", "a")}, "token <im_start>"),
@@ -290,9 +290,9 @@ def test_images_that_a_question_joins_are_in_one_split(folder):
         ({"image": "a.png", "conversations": said("<image_placeholder> q", "a")}, "token <image_placeholder>"),
         ({"image": "a.png", "conversations": [*ASKED, ASKED[1]]}, r"two answers in a row \(turns 2 and 3\)"),
         ({"image": "a.png", "conversations": [ASKED[0], *ASKED]}, r"two questions in a row \(turns 1 and 2\)"),
-        ({"image": "a.png", "conversations": [{"from": "tool", "value": "x"}, *ASKED]}, "turn 1 is by 'tool'"),
-        ({"image": "a.png", "conversations": [{"from": ["human"], "value": "x"}, *ASKED]}, "turn 1 is by"),
-        ({"image": "a.png", "conversations": [{"value": "x"}, *ASKED]}, "turn 1 is by nobody"),
+        ({"image": "a.png", "conversations": [{"from": "tool", "value": "x"}, *ASKED]}, "turn 1 has the role 'tool'"),
+        ({"image": "a.png", "conversations": [{"from": ["human"], "value": "x"}, *ASKED]}, "turn 1 has the role"),
+        ({"image": "a.png", "conversations": [{"value": "x"}, *ASKED]}, "turn 1 has the role none"),
         ({"image": "a.png", "conversations": said("q", True)}, "turn 2 is True, not text"),
         ({"image": "a.png", "conversations": said("q", float("nan"))}, "turn 2 is nan, not text"),
         ({"image": "a.png", "conversations": said("q", ["a", ["b"]])}, "turn 2 has"),
@@ -302,7 +302,7 @@ def test_images_that_a_question_joins_are_in_one_split(folder):
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, ASKED[1]]}, "part of type"),
     ],
 )
-def test_what_cannot_be_read_is_named(folder, record, what):
+def test_faulty_records_are_reported(folder, record, what):
     assert re.search(what, fault(folder, record)), fault(folder, record)
 
 

@@ -1,4 +1,4 @@
-"""Files become pixels as `transformers.image_utils.load_image` makes them, but for what that makes useless."""
+"""Images are read as by `transformers.image_utils.load_image`, except for formats where that gives useless images."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ def test_the_exif_orientation_is_applied_as_transformers_does(tmp_path, orientat
     exact = {"lossless": True} if suffix == "webp" else {}
     path = saved(tmp_path / f"photo.{suffix}", Image.fromarray(RGB), exif=exif, **exact)
     assert np.array_equal(as_array(path), np.asarray(load_image(path)))
-    # by hand, from the Exif standard: what stands at the top left of the upright image
+    # from the Exif standard: the corner that is at the top left of the upright image
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (-1, 0), 7: (-1, -1), 8: (0, -1)}
     assert as_array(path).shape[:2] == ((12, 20) if orientation < 5 else (20, 12))
     if suffix != "jpg":
@@ -87,9 +87,9 @@ def test_a_sixteen_bit_image_is_turned_upright_too(tmp_path):
     assert as_array(path)[..., 0].tolist() == [[150, 0], [200, 50], [250, 100]]
 
 
-def test_thirty_two_bits_have_no_known_white(tmp_path):
+def test_images_of_32_bits_with_unknown_range_are_refused(tmp_path):
     path = saved(tmp_path / "float.tiff", Image.fromarray(np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)))
-    with pytest.raises(BrokenImage, match=r"float.tiff has 32 bits a channel"):
+    with pytest.raises(BrokenImage, match=r"float.tiff has 32 bits per channel"):
         read_image(path)
     path = saved(tmp_path / "int.tiff", Image.fromarray(np.array([[0, 70000]], np.int32)))
     with pytest.raises(BrokenImage, match="32 bits"):
@@ -108,7 +108,7 @@ def test_base64_gives_the_same_pixels(tmp_path):
         read_image("data:image/png;base64,?")
 
 
-def test_pixels_opened_images_and_paths_are_taken(tmp_path):
+def test_pixels_opened_images_and_paths_are_accepted(tmp_path):
     path = saved(tmp_path / "a.png", Image.fromarray(GREY))
     for source in (path, tmp_path / "a.png", Image.open(path), GREY):
         assert np.array_equal(np.asarray(read_image(source)), np.dstack([GREY] * 3))
@@ -125,14 +125,14 @@ def noise() -> bytes:
 @pytest.mark.parametrize(
     "content", [b"", b"no image", noise()[:200], b"<svg></svg>", b"GIF89a\xff", b"BM" + b"\0" * 60]
 )
-def test_what_does_not_decode_is_broken(tmp_path, content):
+def test_images_that_cannot_be_decoded_are_broken(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(BrokenImage, match=r"image .*x.png does not decode \(.+\)$"):
         read_image(str(tmp_path / "x.png"))
 
 
-def test_what_cannot_be_read_is_not_broken(tmp_path):
-    """A failing disk must not make records disappear."""
+def test_unreadable_files_are_not_broken_images(tmp_path):
+    """A disk error must not cause records to be left out."""
     for path, what in ((tmp_path / "gone.png", "is missing"), (tmp_path, "cannot be read")):
         with pytest.raises(UserError, match=what) as caught:
             read_image(str(path))

@@ -1,4 +1,4 @@
-"""Scenes: the answers follow from the objects, by rules written here once more."""
+"""Scenes: the answers follow from the objects, by an independent implementation of the rules."""
 
 import hashlib
 
@@ -27,7 +27,7 @@ specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
 def answer_of(text: str, objects) -> str:
-    """The answer, from the words of the question and the list of objects alone."""
+    """The answer, computed from the text of the question and the list of objects only."""
     words = text.split()
 
     def those(**wanted):
@@ -74,7 +74,7 @@ def test_answers_follow_from_the_objects(spec, seed, index):
 @specs
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds)
-def test_objects_stand_in_their_cells_on_the_patch_grid(spec, seed):
+def test_objects_are_in_their_cells_on_the_patch_grid(spec, seed):
     scene = draw_scene(seed, 0, spec)
     signs = [thing for thing in scene.objects if thing.shape == SIGN]
     assert spec.min_objects <= len(scene.objects) - len(signs) <= spec.max_objects
@@ -94,7 +94,7 @@ def test_objects_stand_in_their_cells_on_the_patch_grid(spec, seed):
 
 
 def test_the_color_of_an_object_is_in_its_pixels():
-    """At the object's rim, past the digit; rings are hollow."""
+    """Pixels near the edge of the object, outside the digit; rings are hollow."""
     checked = 0
     for index in range(20):
         scene = draw_scene(9, index)
@@ -115,12 +115,12 @@ def test_a_scene_is_a_function_of_seed_and_number():
     assert np.array_equal(draw_scene(3, 5).image, draw_scene(3, 5).image)
     assert not np.array_equal(draw_scene(3, 5).image, draw_scene(3, 6).image)
     assert not np.array_equal(draw_scene(3, 5).image, draw_scene(4, 5).image)
-    # golden: the questions must not drift from one version to the next, or published tables lose their meaning
+    # golden: the questions must not change between versions, because published tables depend on them
     text = "|".join(f"{e.id} {e.kind} {e.prompt} {e.answer}" for e in scene_examples(101, 0, 5))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "4dac3cec71bf2845"
 
 
-def test_relation_is_asked_only_if_wanted():
+def test_relation_questions_are_included_only_on_request():
     plain, all_kinds = scene_examples(1, 0, 10), scene_examples(1, 0, 10, relation=True)
     assert {e.kind for e in plain} == set(KINDS) - {"relation", "read"}  # there are no signs in small scenes
     assert {e.kind for e in all_kinds} == set(KINDS) - {"read"}
@@ -130,7 +130,7 @@ def test_relation_is_asked_only_if_wanted():
     assert [e.id for e in all_kinds if e.kind != "relation"] == [e.id for e in plain]
 
 
-def test_ids_and_picture_names_are_unique_and_stable():
+def test_ids_and_image_names_are_unique_and_stable():
     examples = scene_examples(1, 0, 20, relation=True)
     assert len({e.id for e in examples}) == len(examples)
     assert len({e.image_id for e in examples}) == 20
@@ -148,8 +148,8 @@ def test_targets_point_at_the_object_that_is_asked_about():
                 assert question.answer in (str(thing.digit), thing.color, thing.shape)
 
 
-def test_the_letters_of_a_sign_stand_in_their_own_patches():
-    """Where a letter's dots are there is ink, and where its gaps are there is the plate."""
+def test_each_letter_of_a_sign_is_in_its_own_patch():
+    """The dots of a letter have the ink colour, its gaps the colour of the plate."""
     spec, checked = SPECS["large"], 0
     for index in range(10):
         scene = draw_scene(4, index, spec)
@@ -160,7 +160,7 @@ def test_the_letters_of_a_sign_stand_in_their_own_patches():
                 middle = thing.x + (place - 1) * spec.patch
                 left, top = round(middle * 2 - 5) / 2, round(thing.y * 2 - 7) / 2
                 if left % 1 or top % 1:
-                    continue  # half a pixel off: ink and plate mix
+                    continue  # off by half a pixel: ink and plate mix
                 cells = scene.image[int(top) : int(top) + 7, int(left) : int(left) + 5].astype(int).sum(2)
                 inked = np.zeros((7, 5), bool)
                 inked[tuple(np.array([(row, column) for column, row in dots(letter)]).T)] = True
@@ -173,10 +173,10 @@ def test_the_letters_of_a_sign_stand_in_their_own_patches():
     assert checked > 5
 
 
-def test_every_letter_of_every_word_can_be_told_apart():
+def test_all_glyphs_are_distinct():
     shapes = {glyph: dots(glyph) for glyph in "0123456789abcdefghijklmnopqrstuvwxyz"}
     same = [(a, b) for a in shapes for b in shapes if a < b and shapes[a] == shapes[b]]
-    assert same == [("0", "o")]  # which stand on objects and on signs
+    assert same == [("0", "o")]  # digits are on objects, letters on signs
     assert all(len(word) == 3 and word.isalpha() for word in SIGN_WORDS)
     assert len(set(SIGN_WORDS)) == len(SIGN_WORDS)
 
@@ -190,7 +190,7 @@ def test_ids_depend_on_everything_in_the_spec():
     )
 
 
-def test_answers_are_balanced_enough_that_guessing_fails():
+def test_answers_are_balanced_so_that_guessing_fails():
     examples = scene_examples(8, 0, 150)
     for kind in ("exist", "count"):
         answers = [e.answer for e in examples if e.kind == kind]
@@ -209,7 +209,7 @@ def test_stable_ids_fit_an_int64_and_are_not_negative(parts):
     assert 0 <= stable_id(*parts) < 2**63
 
 
-def test_stable_ids_keep_their_parts_apart():
+def test_stable_ids_depend_on_the_boundaries_of_their_parts():
     assert stable_id("ab", "c") != stable_id("a", "bc")
     assert stable_id("train", 3) == 1366800676291850055  # golden: label stores are keyed by these
     assert set(SHAPES).isdisjoint(COLORS)

@@ -1,4 +1,4 @@
-"""Splits share no picture, and are the same in every process."""
+"""Splits have no image in common, and are the same in every process."""
 
 import json
 from dataclasses import replace
@@ -36,13 +36,13 @@ def assert_apart(splits) -> None:
     assert len(set(everything)) == len(everything)
 
 
-def test_drawn_splits_have_their_sizes_and_share_no_picture():
+def test_drawn_splits_have_their_sizes_and_no_common_image():
     splits = load_splits(DataConfig(max_samples=50, val_samples=30, test_samples=40))
     assert [len(s) for s in (splits.train, splits.val, splits.test)] == [50, 30, 40]
     assert_apart(splits)
 
 
-def test_a_folder_gives_up_pictures_for_test_and_selection(folder):
+def test_images_of_a_folder_are_held_out_for_test_and_validation(folder):
     splits = load_splits(DataConfig(source=str(folder), max_samples=0, val_samples=10, test_samples=30))
     assert_apart(splits)
     assert 0 < len(splits.val) <= 10 and 0 < len(splits.test) <= 30
@@ -59,11 +59,11 @@ def test_what_is_held_out_depends_on_names_not_on_order(folder, tmp_path):
     other = load_splits(DataConfig(source=str(tmp_path), image_folder=str(folder), **settings))
     assert pictures(one.test) == pictures(other.test) and pictures(one.val) == pictures(other.val)
     assert_apart(one)
-    # golden: the same in every process and version, or a run's test would leak into another's training
+    # golden: must not change between versions, otherwise test images of one run could be training images of another
     assert pictures(one.test) == {f"images/scene-71-0000{n:02}.png" for n in (2, 3, 7, 10, 16, 19)}
 
 
-def test_own_files_for_the_splits(folder, tmp_path):
+def test_separate_files_for_the_splits(folder, tmp_path):
     write_scenes(tmp_path / "test", seed=72, count=3)
     settings = dict(max_samples=0, val_samples=0, test_samples=20, test_source=str(tmp_path / "test"))
     splits = load_splits(DataConfig(source=str(folder), **settings))
@@ -73,13 +73,13 @@ def test_own_files_for_the_splits(folder, tmp_path):
     assert [e.prompt for e in drawn_train.test] == [e.prompt for e in splits.test]
 
 
-def test_one_picture_cannot_be_split(tmp_path):
+def test_one_image_cannot_be_split(tmp_path):
     write_scenes(tmp_path, seed=73, count=1)
     splits = load_splits(DataConfig(source=str(tmp_path), max_samples=0, val_samples=5, test_samples=5))
     assert splits.test == [] and splits.val == [] and len(pictures(splits.train)) == 1
 
 
-def test_questions_per_picture_are_limited_and_spread_over_kinds():
+def test_questions_per_image_are_limited_and_of_all_kinds():
     few = drawn(DataConfig(), 5, 200, per_image=4)
     counts = [sum(e.image_id == name for e in few) for name in pictures(few)]
     assert max(counts) == 4 and len(counts) == 50
@@ -96,11 +96,11 @@ def test_other_test_questions():
 
 
 def test_files_have_no_seed(folder):
-    with pytest.raises(UserError, match="questions from files, which have no seed"):
+    with pytest.raises(UserError, match="tested on questions from files"):
         questions_of_the_test(DataConfig(source=str(folder)), seed=1)
 
 
-def test_the_digest_sees_what_is_asked():
+def test_the_digest_depends_on_the_questions():
     examples = drawn(DataConfig(), 5, 6)
     assert digest(examples) == digest(drawn(DataConfig(), 5, 6))
     changed = [
@@ -114,7 +114,7 @@ def test_the_digest_sees_what_is_asked():
     assert len({digest(examples), *map(digest, changed)}) == 7
 
 
-def test_the_digest_sees_other_pictures_of_the_same_names(tmp_path):
+def test_the_digest_depends_on_image_sizes(tmp_path):
     digests = []
     for number, content in enumerate((b"one", b"another", b"one", None)):
         path = tmp_path / str(number) / "x.png"
@@ -125,7 +125,7 @@ def test_the_digest_sees_other_pictures_of_the_same_names(tmp_path):
     assert digests[0] == digests[2] and len(set(digests)) == 3
 
 
-def test_the_digest_sees_every_image_and_where_it_stands(tmp_path):
+def test_the_digest_depends_on_every_image_and_its_position(tmp_path):
     for name, content in (("a", b"one"), ("b", b"another"), ("c", b"the third")):
         (tmp_path / name).write_bytes(content)
     one = Example(1, str(tmp_path / "a"), "a + b", "what", "red", further_images=(str(tmp_path / "b"),))

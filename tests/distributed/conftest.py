@@ -55,11 +55,11 @@ def run_job(server, here: Path, world: int, scenario: str, seconds=240, environm
 
 @pytest.fixture(scope="session")
 def start_job():
-    """`run_job`, for fixtures that live longer than a test."""
+    """`run_job`, for fixtures with a wider scope than a test."""
     return run_job
 
 
 @pytest.fixture
 def ranks(server, tmp_path_factory):
-    """ranks(world, scenario, **arguments): `run_job` in a folder of its own."""
+    """ranks(world, scenario, **arguments): `run_job` in a new folder."""
     return lambda *arguments, **options: run_job(server, tmp_path_factory.mktemp("job"), *arguments, **options)

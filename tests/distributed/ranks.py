@@ -82,7 +82,7 @@ def main() -> None:
     import lightning  # noqa: F401
 
     import evocomp.cli
-    import evocomp.training.build  # noqa: F401  (what takes long)
+    import evocomp.training.build  # noqa: F401  (slow imports)
 
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

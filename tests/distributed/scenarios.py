@@ -1,4 +1,4 @@
-"""What the ranks of the tests' jobs do: each function runs in every process of a job. See ranks.py."""
+"""Scenarios of the test jobs: each function runs in every process of a job. See ranks.py."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from evocomp.scoring.scorer import CandidateScorer
 
 TINY = [
     "recipe=published",
-    # named, so that runs which are compared do not depend on a measurement
+    # fixed, so that compared runs do not depend on a measurement
     "labels.dtype=model",
     "optim.muon_dtype=bfloat16",
     "data.max_samples=12",
@@ -34,14 +34,14 @@ def rank() -> int:
 
 
 def digest(folder: str, round: int = 0) -> str:
-    """Hash of a committed round, opened as it lies there."""
+    """Hash of a committed round."""
     from evocomp.labels.store import LabelStore
 
     return LabelStore(Path(folder)).digest(round)
 
 
 def before_batch(number: int, action) -> None:
-    """Do something when this rank is about to score its `number`-th batch of masks."""
+    """Call a function before this rank scores its `number`-th batch of masks."""
     original, seen = CandidateScorer._in_parts, [0]
 
     def counting(self, *arguments, **options):
@@ -54,7 +54,7 @@ def before_batch(number: int, action) -> None:
 
 
 def send_self(number: int, store: str = "", chunks: int = 0):
-    """A signal to this process, once so many chunks are stored (by whomever)."""
+    """Send a signal to this process once this number of chunks is stored (by any rank)."""
 
     def send() -> None:
         while len(list(Path(store).glob("round-0000/chunk-*.safetensors"))) < chunks:
@@ -67,7 +67,7 @@ def send_self(number: int, store: str = "", chunks: int = 0):
 
 
 def watch_for(words: str) -> dict[str, float]:
-    """Gets the time at which these words are logged, as `named`."""
+    """Records the time at which this text is logged, as `named`."""
     found: dict[str, float] = {}
 
     class Watch(logging.Handler):
@@ -75,7 +75,7 @@ def watch_for(words: str) -> dict[str, float]:
             if words in record.getMessage():
                 found.setdefault("named", time.time())
 
-    log.setup()  # else it would take this handler for its own
+    log.setup()  # otherwise it would treat this handler as its own
     log.logger.addHandler(Watch())
     return found
 
@@ -121,7 +121,7 @@ def label(
 
 @distributed.process_group()
 def uneven(work: float):
-    """A chunk that takes longer than collectives may and than a deadly silence; then the same before a barrier."""
+    """A chunk that takes longer than the timeouts of collectives and heartbeats; then the same before a barrier."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -134,7 +134,7 @@ def uneven(work: float):
         if chunk == 0:
             time.sleep(work)
         done.append(chunk)
-    everyone = distributed.gather(done)  # the group is as good as new
+    everyone = distributed.gather(done)  # the group still works
     if rank() == 1:
         time.sleep(work)
     try:
@@ -147,7 +147,7 @@ def uneven(work: float):
 
 @distributed.process_group()
 def between_rounds(size: int, training: float, hangs: bool):
-    """Two rounds with a time between them in which nothing is labelled, of shard groups of `size`; what each rank got.
+    """Two rounds of shard groups of `size`, with a pause between them; returns the chunks of each rank.
 
     Limits are short: 1.5 s without a candidate batch is a hang. hangs: rank 1 does so in round 1.
     """
@@ -158,7 +158,7 @@ def between_rounds(size: int, training: float, hangs: bool):
         if round:
             time.sleep(training)
             distributed.gather(None)
-            time.sleep(0.1 * group.leads)  # followers are the first to look
+            time.sleep(0.1 * group.leads)  # followers query first
         queue = distributed.WorkQueue(f"round-{round}", lambda chunk: False, group)
         done.append([])
         for chunk in queue([0, 1]):
@@ -171,7 +171,7 @@ def between_rounds(size: int, training: float, hangs: bool):
 
 
 class Spy:
-    """Made into a Lightning callback by `spying`: what each step saw, and its gradient."""
+    """Records the batch and the gradient of each step; `spying` turns it into a Lightning callback."""
 
     def __init__(self, out: Path, stop_at: int, store: Path):
         self.out, self.stop_at, self.store = out, stop_at, store
@@ -200,7 +200,7 @@ class Spy:
 
 
 def spying(spy: Spy, workers: int) -> None:
-    """Put the spy into the trainer that `run` builds, and give the loader worker processes."""
+    """Add the spy to the trainer that `run` builds, and set worker processes of the loader."""
     import functools
 
     import lightning as L
@@ -225,7 +225,7 @@ def train(
     join_counts: bool = True,
     own_disks: bool = False,
 ):
-    """`evocomp train` without its judgement; what the spy saw, and where training stood at the end.
+    """`evocomp train` without evaluation; returns the records of the spy and the final state of training.
 
     own_disks: each rank is a node of its own, with a store of labels of its own.
     """

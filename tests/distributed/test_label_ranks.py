@@ -1,4 +1,4 @@
-"""The label store is the same however it was made: any number of ranks, killed or not."""
+"""The label store is identical for any number of ranks, also if ranks are killed."""
 
 import signal
 import subprocess
@@ -28,14 +28,14 @@ def chunks(folder) -> list[int]:
     ("world", "how"),
     [(2, {}), *(pytest.param(3, how, marks=pytest.mark.slow) for how in ({}, {"static": True}))],
 )
-def test_several_ranks_make_the_same_bytes(ranks, alone, tmp_path, world, how):
+def test_several_ranks_make_identical_labels(ranks, alone, tmp_path, world, how):
     job = ranks(world, "label", folder=str(tmp_path / "labels"), **how).succeeded()
     assert {result["digest"] for result in job.results} == {alone}
 
 
 # ------------------------------------------------------------ one model held by several processes
 
-# four parts a population, for the members to share; savings that a sharded model does without
+# four batches per population, which the members divide; optimizations that a sharded model does not support
 SHARDED = ["labels.batch=2", "scorer.own_pass=false", "scorer.shared_prefix=never", "scorer.prefix_reuse=never"]
 KINDS = {
     "hard": [],
@@ -59,7 +59,7 @@ def test_two_processes_with_half_the_layers_each_make_the_same_bytes(ranks, tmp_
     settings = [*SHARDED, *KINDS[kind], "model.shard=2"]
     job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=settings).succeeded()
     assert {result["digest"] for result in job.results} == {unsharded(tmp_path, KINDS[kind])}
-    assert [result["made"] for result in job.results] == [12, 12]  # both go through all samples together
+    assert [result["made"] for result in job.results] == [12, 12]  # both process all samples together
     scored = [result["forwards"] for result in job.results]
     assert abs(scored[0] - scored[1]) < 0.2 * sum(scored) < sum(scored)  # and score half of the masks each
 
@@ -72,7 +72,7 @@ def test_shard_groups_share_a_queue_and_survive_each_other(ranks, tmp_path):
     assert {result["digest"] for result in job.results} == {alone}
     made = [result["made"] for result in job.results]
     assert made[0] == made[1] > 0 and made[2] == made[3] > 0 and made[0] + made[2] == 12
-    # a follower dies: its leader cannot go on, the other group does the rest
+    # a follower dies: its leader stops, and the other group finishes the work
     folder = str(tmp_path / "labels")
     job = ranks(4, "label", folder=folder, settings=settings, signal_rank=3)
     assert job.codes[3] == -signal.SIGKILL and job.codes[2] not in (0, None) and job.codes[:2] == [0, 0], job.outputs
@@ -82,11 +82,11 @@ def test_shard_groups_share_a_queue_and_survive_each_other(ranks, tmp_path):
 
 @pytest.mark.slow
 def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
-    """SIGTERM comes to one of two processes that need each other for every forward."""
+    """SIGTERM is sent to one of two processes that run every forward pass together."""
     settings, folder = [*SHARDED, "model.shard=2"], str(tmp_path / "labels")
     options = {"signal_rank": 1, "number": signal.SIGTERM, "chunks": 0}
     job = ranks(2, "label", folder=folder, settings=settings, **options)
-    assert job.codes == [2, 2] and all("stopped in labelling" in output for output in job.outputs), job.outputs
+    assert job.codes == [2, 2] and all("stopped during labelling" in output for output in job.outputs), job.outputs
     assert ranks(2, "label", folder=folder, settings=settings).succeeded().results[0]["digest"] == unsharded(
         tmp_path, []
     )
@@ -95,18 +95,18 @@ def test_a_stop_reaches_the_whole_shard_group(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["model.shard=3"], "no multiples of 3"),
+        (["model.shard=3"], "multiples of 3"),
         (["model.shard=2", "model.name=nowhere"], "model.name=nowhere does not load"),
-        (["model.shard=2", "labels.dtype=bfloat16"], "give labels.dtype=model"),
-        (["model.shard=2", "search.strategy=gradient_seeded"], "needs gradients"),
+        (["model.shard=2", "labels.dtype=bfloat16"], "set labels.dtype=model"),
+        (["model.shard=2", "search.strategy=gradient_seeded"], "gradient_seeded does not support sharded models"),
     ],
 )
-def test_what_shard_groups_cannot_do_is_refused_by_all(ranks, tmp_path, settings, says):
+def test_unsupported_settings_of_shard_groups_are_refused_on_all_ranks(ranks, tmp_path, settings, says):
     job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=settings)
     assert job.codes == [2, 2] and all(says in output for output in job.outputs), job.outputs
 
 
-def test_a_batch_that_leaves_processes_idle_is_told(ranks, tmp_path):
+def test_a_batch_that_leaves_processes_idle_is_a_warning(ranks, tmp_path):
     job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=["model.shard=0"]).succeeded()
     assert "give --labels.batch=4" in job.outputs[0]
 
@@ -114,7 +114,7 @@ def test_a_batch_that_leaves_processes_idle_is_told(ranks, tmp_path):
 # ------------------------------------------------------------ features on disk, nodes without a shared disk
 
 
-def test_features_on_disk_change_no_byte(ranks, alone, tmp_path):
+def test_cached_features_give_identical_labels(ranks, alone, tmp_path):
     settings, stamps = [f"model.feature_cache={tmp_path}/features"], []
     for name in ("first", "again"):  # filled by both ranks, then read by both
         job = ranks(2, "label", folder=f"{tmp_path}/{name}", settings=settings).succeeded()
@@ -134,17 +134,17 @@ def test_without_a_shared_disk_chunks_are_exchanged(ranks, alone, tmp_path):
     assert ranks(2, "label", folder=str(tmp_path), own_disks=True).succeeded().results[1]["digest"] == alone
 
 
-def test_work_longer_than_the_timeout_of_collectives_kills_nobody(ranks):
+def test_work_longer_than_the_timeout_of_collectives_kills_no_rank(ranks):
     job = ranks(2, "uneven", work=9.0).succeeded()
     first, second = job.results[0]["done"]
     assert sorted(first + second) == [0, 1, 2, 3] and [0] in (first, second)
-    assert max(result["waited"] for result in job.results) > 6  # in the queue, as long as that took
-    assert job.results[0]["barrier"] == "failed"  # a collective would not have borne it
+    assert max(result["waited"] for result in job.results) > 6  # waited in the queue for that time
+    assert job.results[0]["barrier"] == "failed"  # a collective would have failed
     assert "sent no heartbeat" not in job.outputs[0]
 
 
-def test_an_epoch_longer_than_the_limit_of_a_hang_is_not_one(ranks):
-    """Heartbeats go on while nothing is labelled: a follower that comes before its leader finds it alive."""
+def test_a_long_epoch_is_not_a_hang(ranks):
+    """Heartbeats continue while nothing is labelled: a follower that starts before its leader sees it alive."""
     job = ranks(2, "between_rounds", size=2, training=4.0, hangs=False).succeeded()
     assert [result["done"] for result in job.results] == [[[0, 1], [0, 1]]] * 2
     assert not any("sent no heartbeat" in output for output in job.outputs)
@@ -167,7 +167,7 @@ def test_a_dead_rank_is_named_and_its_chunk_taken_over(ranks, alone, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_is_named_within_a_minute(ranks, tmp_path):
-    """With the heartbeat that jobs have; the tests above are less patient."""
+    """With the default heartbeat; the tests above use shorter timeouts."""
     job = ranks(2, "label", folder=str(tmp_path / "labels"), signal_rank=1, patient=True)
     assert job.codes == [0, -signal.SIGKILL] and "rank 1 sent no heartbeat for 45 s" in job.outputs[0]
     died = float((tmp_path / "labels-died").read_text())
@@ -176,7 +176,7 @@ def test_a_rank_that_dies_is_named_within_a_minute(ranks, tmp_path):
 
 def test_killed_ranks_and_a_resume_on_another_number(ranks, alone, tmp_path):
     folder = tmp_path / "labels"
-    # rank 0 hosts the queue: with it the whole job ends
+    # rank 0 hosts the queue: the job ends with it
     job = ranks(3, "label", folder=str(folder), signal_rank=0)
     assert job.codes[0] == -signal.SIGKILL and job.codes[1] == job.codes[2] == 2, job.outputs
     assert "lost rank 0" in job.outputs[1]
@@ -188,7 +188,7 @@ def test_killed_ranks_and_a_resume_on_another_number(ranks, alone, tmp_path):
 def test_sigterm_leaves_a_clean_store(ranks, alone, tmp_path):
     folder = tmp_path / "labels"
     job = ranks(1, "label", folder=str(folder), signal_rank=0, number=signal.SIGTERM, chunks=0)
-    assert job.codes == [2] and "stopped in labelling" in job.outputs[0]
+    assert job.codes == [2] and "stopped during labelling" in job.outputs[0]
     assert not chunks(folder) and not list(folder.rglob("*.tmp*"))
     assert ranks(1, "label", folder=str(folder)).succeeded().results[0]["digest"] == alone
 
@@ -205,7 +205,7 @@ def test_a_full_disk_stops_the_job_and_leaves_the_store_intact(ranks, tmp_path, 
     try:
         job = ranks(world, "label", folder=str(disk / "labels"), settings=settings)
         assert set(job.codes) == {2} and "no space left" in job.outputs[0], job.outputs
-        assert "more than is free" in job.outputs[0]  # said beforehand
+        assert "more than is free" in job.outputs[0]  # reported before the work starts
         kept = chunks(disk / "labels")
         assert 0 < len(kept) < 6 and not list(disk.rglob("*.tmp*"))
         subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
@@ -227,10 +227,10 @@ def test_proposals_and_priorities_are_the_same_for_any_number_of_ranks(ranks, tm
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_in_an_on_policy_round_changes_no_byte(ranks, tmp_path):
+def test_a_rank_that_dies_in_an_on_policy_round_changes_no_label(ranks, tmp_path):
     (alone,) = ranks(1, "proposals", folder=str(tmp_path / "one")).succeeded().results
     job = ranks(2, "proposals", folder=str(tmp_path / "many"), signal_rank=1)
     assert job.codes[1] == -signal.SIGKILL and any("takes over chunk" in output for output in job.outputs), job.outputs
-    # the next round needs all ranks; another number of them goes on from what is there
+    # the next round needs all ranks; a job with another number of ranks resumes from the stored chunks
     (later,) = ranks(1, "proposals", folder=str(tmp_path / "many")).succeeded().results
     assert later["digests"] == alone["digests"]

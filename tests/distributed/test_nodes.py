@@ -60,7 +60,7 @@ class Nodes:
         ]
 
     def worker(self, node: int) -> int | None:
-        """Process id of the node's worker, if it lives."""
+        """Process id of the node's worker, if it is alive."""
         listed = subprocess.run(["pgrep", "-P", str(self.agents[node].pid)], capture_output=True, text=True).stdout
         return int(listed.split()[-1]) if listed.split() else None
 
@@ -75,7 +75,7 @@ class Nodes:
             time.sleep(0.05)
 
     def finish(self, seconds: float = 1200) -> float:
-        """Wait for the end; returns how long that took [s]."""
+        """Wait for the end; returns the elapsed time [s]."""
         started = time.monotonic()
         codes = [agent.wait(seconds) for agent in self.agents]
         assert codes == [0, 0], self.text()
@@ -121,7 +121,7 @@ def sh(command: str) -> None:
 
 @pytest.fixture
 def namespaces():
-    """Two network namespaces joined by a cable: prefixes of commands that run inside, and their variables."""
+    """Two connected network namespaces: prefixes of commands that run in them, and their variables."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     names = [f"evo{os.getpid()}n{node}" for node in range(2)]

@@ -1,4 +1,4 @@
-"""Two ranks train as one does on the joined batch; labels are never stale; a resume sees what was left."""
+"""Two ranks train like one on the joined batch; labels are never stale; a resumed run sees the remaining samples."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def accuracies(run: Path) -> list[tuple[str, str]]:
-    """What the CSV logger wrote about the selection split."""
+    """Metrics of the validation split from the CSV logger."""
     with (run / "curves" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [(name, value) for row in rows for name, value in row.items() if name.startswith("accuracy/") and value]
@@ -59,7 +59,7 @@ def ids(job) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_are_one_rank_with_the_joined_batch(train, single, strategy):
+def test_two_ranks_equal_one_rank_with_the_joined_batch(train, single, strategy):
     job, run, out = train(2, [*ADAMW, "optim.batch_size=4", f"trainer.strategy={strategy}"])
     job.succeeded()
     alone, alone_run, alone_out = single
@@ -74,12 +74,12 @@ def test_two_ranks_are_one_rank_with_the_joined_batch(train, single, strategy):
     assert all(key.startswith("compressor.") for key in weights(run))
 
 
-def test_a_finished_run_is_not_repeated_or_overwritten_and_its_ranks_part(train):
+def test_a_finished_run_is_not_repeated_and_its_ranks_leave_the_group(train):
     settings = [*ADAMW, "optim.batch_size=4"]
     job, run, _ = train(2, settings)
     assert all(result["steps"] and result["left"] for result in job.succeeded().results)
     again, _, _ = train(2, settings, run=run)
-    # a process that ends with its group open may abort, and then a launcher ends the others as well
+    # a process that exits with an open process group may abort, and the launcher then ends the others too
     assert all(not result["steps"] and result["left"] for result in again.succeeded().results)
     other, _, _ = train(2, [*settings, "optim.lr=2e-3"], run=run)
     assert other.codes == [2, 2] and "other settings" in other.outputs[0], other.outputs
@@ -88,7 +88,7 @@ def test_a_finished_run_is_not_repeated_or_overwritten_and_its_ranks_part(train)
 
 @pytest.mark.slow
 def test_without_joined_counts_two_ranks_differ(train, single):
-    """The test above would see it."""
+    """Shows that the test above can fail."""
     job, _, out = train(2, [*ADAMW, "optim.batch_size=4", "trainer.strategy=ddp"], join_counts=False)
     job.succeeded()
     theirs = gradients(single[2])
@@ -109,10 +109,10 @@ def test_no_label_is_stale(uninterrupted):
         assert [(step["epoch"], step["round"]) for step in result["steps"]] == expected
 
 
-def test_a_run_stopped_in_mid_epoch_goes_on_exactly(train, uninterrupted):
+def test_a_run_stopped_in_mid_epoch_resumes_exactly(train, uninterrupted):
     job, run, _, settings = uninterrupted
     first, again, _ = train(2, settings, shared_labels=False, workers=2, stop_at=5)
-    assert first.codes == [2, 2] and "stopped in training" in first.outputs[0]
+    assert first.codes == [2, 2] and "training was stopped" in first.outputs[0]
     assert all(result["left"] for result in first.results)
     second, _, _ = train(2, settings, run=again, shared_labels=False, workers=2)
     second.succeeded()
@@ -129,7 +129,7 @@ def test_a_run_stopped_in_mid_epoch_goes_on_exactly(train, uninterrupted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_training_goes_on_with_two_ranks_or_one(train, single, strategy):
+def test_training_resumes_with_two_ranks_or_one(train, single, strategy):
     settings = [*ADAMW, "optim.batch_size=4", f"trainer.strategy={strategy}"]
     longer = [*settings, "trainer.max_epochs=2"]
     first, run, _ = train(2, longer, stop_at=5)
@@ -147,8 +147,8 @@ def test_training_goes_on_with_two_ranks_or_one(train, single, strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_mixed_precision_and_gradient_accumulation_go_with_the_strategies(train, strategy):
-    """An interruption waits for the gradients that are being added up; then the resume is exact as ever."""
+def test_mixed_precision_and_gradient_accumulation_work_with_the_strategies(train, strategy):
+    """An interruption waits until accumulated gradients are applied; the resumed run is then exact."""
     half = [*ADAMW, "optim.batch_size=2", f"trainer.strategy={strategy}", "trainer.accumulate_grad_batches=2"]
     settings = [*half, "trainer.precision=bf16-mixed"]
     whole, run, out = train(2, settings)
@@ -185,7 +185,7 @@ def test_a_run_with_a_sharded_mllm_is_that_of_one_process_a_rank(train, recipe):
 
 
 @pytest.mark.slow
-def test_nodes_with_disks_of_their_own_train_alike_and_forget_old_rounds(train):
+def test_nodes_with_local_disks_train_alike_and_delete_old_rounds(train):
     settings = [*EPOCH, "optim.batch_size=4", "trainer.max_epochs=4"]
     shared, run, _ = train(2, settings, shared_labels=False)
     apart, own, _ = train(2, settings, shared_labels=False, own_disks=True)

@@ -1,4 +1,4 @@
-"""`evocomp eval --panel full` on a run folder: every rival has a row, or says why it has none."""
+"""`evocomp eval --panel full` on a run folder: every method has a row, or the reason why it has none."""
 
 import shutil
 
@@ -38,7 +38,7 @@ def test_every_rival_has_a_row(run_folder):
     assert given == {"evocomp", *(f"{name}+context" for name in free)}
     assert methods == expected | set(FULL) | staged | given
     without = {row["method"] for row in rows if row["not_applicable"]}
-    assert without == {"k_token_merging"}  # nothing was trained
+    assert without == {"k_token_merging"}  # there is no training
     inside = {row["method"] for row in rows if row["group"] == INSIDE_LLM}
     assert inside == staged
     for row in rows:
@@ -56,9 +56,9 @@ def test_a_panel_of_named_rivals(run_folder, tmp_path):
     rows = evaluate_run(run_folder, out=tmp_path, panel="divprune,fastv")
     methods = {row["method"] for row in rows}
     assert {"divprune", "fastv", "random", "full"} < methods and not methods & {"tome", "fastv_inside"}
-    with pytest.raises(UserError, match="'no_such' is none of basic, full, "):
+    with pytest.raises(UserError, match="'no_such' is unknown; choose basic, full, "):
         evaluate_run(run_folder, panel="divprune,no_such")
-    with pytest.raises(UserError, match="cdpruner.*no MLLM carries CLIP's text tower"):
+    with pytest.raises(UserError, match="cdpruner.*MLLMs do not contain CLIP's text tower"):
         evaluate_run(run_folder, panel="divprune,cdpruner")
 
 
@@ -66,12 +66,12 @@ def test_only_a_report_on_the_same_is_replaced(run_folder, tmp_path):
     quick = {"panel": "uniform_stride", "questions": 7}
     evaluate_run(run_folder, out=tmp_path / "new", **quick)
     before = (tmp_path / "new" / "report.json").read_text()
-    with pytest.raises(UserError, match="new holds a report of another run or on other questions; choose another"):
+    with pytest.raises(UserError, match="new contains a report of another run or on other questions; choose another"):
         evaluate_run(run_folder, out=tmp_path / "new", seed=5, **quick)
     assert (tmp_path / "new" / "report.json").read_text() == before
     evaluate_run(run_folder, out=tmp_path / "new", **quick | {"panel": "divprune"})
     assert "divprune" in (tmp_path / "new" / "report.json").read_text()
-    with pytest.raises(UserError, match="holds other files; choose another folder"):
+    with pytest.raises(UserError, match="contains other files; choose another folder"):
         evaluate_run(run_folder, out=tmp_path, **quick)
     with pytest.raises(UserError, match="give --out"):
         evaluate_run(run_folder, out=run_folder, **quick)

@@ -1,4 +1,4 @@
-"""A real lmms-eval run on a local task of scenes, found through the entry point of pyproject.toml."""
+"""A real lmms-eval run on a local task of scenes; the models are found by the entry point of pyproject.toml."""
 
 import importlib.util
 import json
@@ -69,7 +69,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, scenes):
-    """A task folder, and a folder that installs the entry point as pip would."""
+    """A task folder, and a folder that registers the entry point as pip does."""
     folder = tmp_path_factory.mktemp("lmms")
     rows = []
     for example in scenes:
@@ -104,7 +104,7 @@ def score(out):
 
 
 def expected(scenes, compressor, keep):
-    """The same questions by this package's own panel."""
+    """The same questions answered by this package's panel."""
     panel = Panel(FrozenMLLM.load("nano"), scenes)
     outcome = panel.full() if compressor is None else panel.compressor(compressor, keep)
     return sum(a == e.answer for a, e in zip(outcome.answers, scenes, strict=True)) / len(scenes)
@@ -127,7 +127,7 @@ def test_a_real_run(place, scenes, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     assert full == pytest.approx(expected(scenes, None, 0))
     assert compressed == pytest.approx(expected(scenes, compressor, 24))
-    assert compressed < full  # untrained weights keep tokens that say little
+    assert compressed < full  # a compressor with random weights keeps tokens that are not useful
 
 
 @pytest.mark.slow
@@ -153,5 +153,5 @@ def test_errors_of_generate_pass_handlers_of_exceptions():
     with pytest.raises(GenerationFailed, match="RuntimeError: no memory"):
         try:
             _loud(generate)()
-        except Exception:  # what stock models do
+        except Exception:  # as lmms-eval's own models do
             pytest.fail("swallowed")

@@ -1,4 +1,4 @@
-"""The panel asks every method the same questions: compared with the same steps done by hand."""
+"""The panel asks all methods the same questions; compared with the same steps done by hand."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def compressor(nano):
 
 
 def by_hand(panel, tokens_of) -> list[str]:
-    """Answers one at a time; tokens_of(asked) -> (tokens [R, D], places [R])."""
+    """Answers one at a time; tokens_of(asked) -> (tokens [R, D], indices [R])."""
     return [panel.mllm.answer([(a.features, *tokens_of(a))], 3)[0][0] for a in panel.asked]
 
 
@@ -43,7 +43,7 @@ def scores(panel, answers) -> list[float]:
     return [score_answer(a.example, text) for a, text in zip(panel.asked, answers, strict=True)]
 
 
-# ------------------------------------------------------------ references and floors
+# ------------------------------------------------------------ references
 
 
 def test_the_reference_sees_everything(panel):
@@ -79,11 +79,11 @@ def test_the_second_floor_sees_another_picture(panel):
 def test_where_there_is_no_other_picture_the_floor_says_so(nano, questions):
     one = [e for e in questions if e.image_id == questions[0].image_id]
     outcome = Panel(nano, one).wrong_image()
-    assert outcome.not_applicable and "no other picture" in outcome.not_applicable
+    assert outcome.not_applicable and "no other image" in outcome.not_applicable
     two = Panel(nano, [*one[:3], next(e for e in questions if e.image_id != questions[0].image_id)])
     two.asked[3].features = replace(two.asked[3].features, visual=two.asked[3].features.visual[:100])
     two.asked[0].features = replace(two.asked[0].features, visual=two.asked[0].features.visual[:100])
-    assert "2 questions saw their own" in two.wrong_image().note
+    assert "2 questions used their own" in two.wrong_image().note
 
 
 # ------------------------------------------------------------ methods
@@ -93,7 +93,7 @@ def test_a_rival_is_its_selection_answered(panel):
     methods = [Rival(selector("uniform_stride"), "stride"), Rival(selector("average_pool"), "pool")]
     outcomes = {(o.method, o.kept): o for o in panel.selectors(methods, (36, 4))}
     assert outcomes.keys() == {(m, k) for m in ("stride", "pool") for k in (36, 4)}
-    # every fourth token of the 144, as the selector itself puts it
+    # every fourth token of 144, as defined by the selector
     from evocomp.selection.base import SelectionInputs
 
     for count in (36, 4):
@@ -106,7 +106,7 @@ def test_a_rival_is_its_selection_answered(panel):
         places = torch.arange(144).view(12, 12)
         return means, places
 
-    # 36 of 144: means of 2 x 2; at which places they stand is the method's own matter
+    # 36 of 144: means of 2 x 2 tokens; the method chooses their positions
     inputs = SelectionInputs(panel.asked[0].features.visual, (12, 12))
     selection = selector("average_pool")(inputs, 36)
     assert torch.allclose(selection.tokens, pooled(panel.asked[0])[0], atol=1e-5)
@@ -144,7 +144,7 @@ def test_a_compressors_row_is_its_top_tokens_answered(panel, nano, budget):
         with torch.no_grad():
             for weight in one.budget.parameters():
                 weight.normal_()
-    one.train()  # the panel has to see to evaluation mode itself
+    one.train()  # the panel must set evaluation mode
     for kept in (32, 5):
 
         def top(asked, kept=kept):
@@ -188,8 +188,8 @@ def test_pictures_made_smaller(panel, nano):
 
     assert outcome.answers == by_hand(panel, smaller)
     assert outcome.kept == 16 and "16 tokens" in outcome.note
-    assert "9 tokens (the most that fit 10)" in panel.downsampling(10).note
-    # at full size nothing is lost
+    assert "9 tokens (the largest size of at most 10)" in panel.downsampling(10).note
+    # nothing is lost at full size
     assert panel.downsampling(144).answers == panel.full().answers
 
 
@@ -201,11 +201,11 @@ def test_what_a_model_cannot_do_has_a_row_that_says_why(panel, nano, questions):
     model = FrozenMLLM(build("qwen2_vl"), processor=nano.processor)
     other = Panel(nano, questions[:2])
     other.mllm = model
-    assert "pictures of other sizes are made for LLaVA only" in other.downsampling(8).not_applicable
+    assert "only LLaVA supports images of another size" in other.downsampling(8).not_applicable
 
 
 def test_a_rival_may_have_context_tokens_too(panel, nano):
-    """Its own choice among fewer, and what it drops in the others; a method that merges has no place for them."""
+    """With context tokens a selector selects fewer tokens and merges dropped ones; methods that merge are refused."""
     one = build_rival("uniform_stride+context", nano, 48.0)
     assert (one.label, one.sharp) == ("uniform_stride+context", 48.0)
     assert build_rival("uniform_stride", nano, 48.0).sharp == 0
@@ -225,7 +225,7 @@ def test_rows_with_context_stand_where_the_compressor_has_some():
     assert panel_names("divprune,random_tokens+context", context=True) == ("divprune", "random_tokens+context")
     with pytest.raises(UserError, match="no context tokens"):
         panel_names("divprune+context")
-    with pytest.raises(UserError, match="'divprun\\+context' is none of"):
+    with pytest.raises(UserError, match="'divprun\\+context' is unknown"):
         panel_names("divprun+context", context=True)
 
 

@@ -12,7 +12,7 @@ from evocomp.log import UserError
 
 def test_every_point_of_a_long_curve_comes_back(tmp_path):
     with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
-        for step in range(12_000):  # more than TensorBoard's own reader keeps unless told so
+        for step in range(12_000):  # more than TensorBoard's reader keeps by default
             writer.add_scalar("train/loss", step / 2, step)
     assert read_curves(tmp_path) == {"train/loss": [(step, step / 2) for step in range(12_000)]}
 
@@ -38,7 +38,7 @@ def test_labels_of_complete_rounds_come_back(tmp_path):
     record = {"id": 5, "kept": np.array([1, 2], np.uint16), "best_loss": np.float32(0.5)}
     store.write(0, 0, [record])
     store.commit(0, [0])
-    store.write(1, 0, [record])  # never committed
+    store.write(1, 0, [record])  # a round without COMMIT file
     for place in (tmp_path, tmp_path / "labels"):
         rounds = read_labels(place)
         assert list(rounds) == [0] and rounds[0][5]["kept"].tolist() == [1, 2]
@@ -91,5 +91,5 @@ def test_a_path_is_found_from_a_folder_below(tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         assert find_path("runs/a") == tmp_path / "runs" / "a"
         assert find_path(tmp_path / "runs") == tmp_path / "runs"
-    with pytest.raises(UserError, match="runs/b is neither in .*deep nor in a folder above it"):
+    with pytest.raises(UserError, match="runs/b is neither in .*deep nor in a parent folder of it"):
         find_path("runs/b")

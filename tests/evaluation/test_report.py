@@ -38,7 +38,7 @@ PROMISED |= {"retention_above_chance", "p_vs_evocomp", "difference_vs_evocomp", 
 
 
 def panel(seed: int = 0, pictures: int = 12, a_picture: int = 5):
-    """Answers drawn at random, with every part of a real panel in it."""
+    """Random answers with all parts of a real panel."""
     rng = np.random.default_rng(seed)
     n = pictures * a_picture
     gold = rng.choice(["red", "blue", "4"], n)
@@ -129,7 +129,7 @@ def test_seeds_are_averaged_question_by_question_and_their_spread_is_kept():
     accuracies = [np.mean(o.correct) for o in seeds]
     assert row["seeds"] == 3 and row["accuracy"] == pytest.approx(np.mean(accuracies))
     assert row["seed_std"] == pytest.approx(np.std(accuracies, ddof=1))
-    assert row["mcnemar_vs_evocomp"] is None  # thirds of a right answer are nothing that McNemar knows
+    assert row["mcnemar_vs_evocomp"] is None  # McNemar's test does not apply to scores of thirds
     full = outcomes[0].answers
     same = [np.mean([a == b for a, b in zip(o.answers, full, strict=True)]) for o in seeds]
     assert row["loyalty"] == pytest.approx(np.mean(same))
@@ -145,7 +145,7 @@ def test_fractional_scores_and_missing_answers():
 
 def test_a_panel_that_cannot_be_compared_is_refused():
     outcomes, questions = panel()
-    with pytest.raises(ValueError, match="no outcome called 'full'"):
+    with pytest.raises(ValueError, match="there is no outcome of 'full'"):
         summarise(outcomes[1:], questions)
     with pytest.raises(ValueError, match="FastV at 9 kept: expected one score"):
         summarise([*outcomes, Outcome("FastV", 9, np.ones(3))], questions)
@@ -211,7 +211,7 @@ HOSTILE = ("<script>alert(1)</script>", "a | b", "*x* _y_ `z`", "[a](b) ![c](d)"
 
 @pytest.mark.parametrize("words", HOSTILE)
 def test_words_from_data_are_shown_as_they_are(words, tmp_path):
-    """Kinds, prompts, answers, image names, methods, notes, reasons, remarks and the subject all come from outside."""
+    """Kinds, prompts, answers, image names, methods, notes, reasons, remarks and the subject are untrusted text."""
     n = 8
     questions = Questions([f"{words} {i // 2}" for i in range(n)], [words] * n, [words] * n, [words] * n)
     outcomes = [
@@ -238,7 +238,7 @@ def test_words_from_data_are_shown_as_they_are(words, tmp_path):
 
 @pytest.mark.parametrize("words", HOSTILE)
 def test_markdown_escapes_every_mark_once(words):
-    """Taking the backslashes off again gives the words, on one line."""
+    """Removing the backslashes gives the original words on one line."""
     escaped = page_module.escape_markdown(words)
     assert re.sub(r"\\(.)", r"\1", escaped) == " ".join(words.split())
     assert not re.search(r"(?<!\\)(\\\\)*[`*_\[\]<>|#$&]", escaped)
@@ -264,8 +264,8 @@ def test_the_best_of_each_group_is_strong_and_ties_alike():
     ]
     text = as_markdown(make_report(outcomes, questions, resamples=20))
     assert "| ToMe | **0.500 (50.0 %)**; " in text and "| HiRED | **0.500 (50.0 %)**; " in text
-    assert "| random tokens | 1.000" in text, "references are never the best"
-    assert "| FastV | 0.750" in text, "nor is a method that has its group for itself"
+    assert "| random tokens | 1.000" in text, "references are never bold"
+    assert "| FastV | 0.750" in text, "a method that is alone in its group is not bold"
     assert "| **EvoComp** | 0.250" in text and "| uncompressed (9 tokens) | 1.000" in text
 
 
@@ -282,7 +282,7 @@ def test_leads_have_our_sign():
 
 
 def judged_panel(ours: float, rival: float, images: int = 60, inside: float | None = None):
-    """120 questions about 60 images; each method is correct on the first so many of them."""
+    """120 questions about 60 images; each method is correct on a number of questions from the first one on."""
     n = 2 * images
     questions = Questions([str(i // 2) for i in range(n)], ["x"] * n, ["1"] * n)
 
@@ -304,7 +304,7 @@ def test_the_verdict_says_where_ours_is_ahead_level_and_behind():
     first, ahead, level = verdict(judged_panel(0.8, 0.4))
     assert first.startswith("With 4 / 2 of 9 visual tokens, EvoComp reaches 80.0 / 80.0 % of the uncompressed accuracy")
     assert "better than every other method" in ahead and "at 2 kept tokens" in ahead
-    assert level.startswith("At 4 kept tokens no method of this kind is better") and "ToMe" in level
+    assert level.startswith("At 4 kept tokens none of these methods is better") and "ToMe" in level
     *_, behind, after = verdict(judged_panel(0.4, 0.8, inside=0.9))
     assert behind == "At 2 kept tokens it is behind ToMe (p < 0.05)."
     assert after.endswith("FastV, inside the LLM is better at 2 kept tokens.")
@@ -317,7 +317,7 @@ def test_too_little_data_is_a_warning_in_the_place_of_a_ranking(images, warned, 
     assert bool(warnings(report)) == warned and (len(verdict(report)) == 1) == warned
     paths = write_report(report, tmp_path)
     for text in (paths["md"].read_text(), paths["html"].read_text(), terminal(report)):
-        assert (f"Only {2 * images} questions about {images} images were judged" in text) == warned
+        assert (f"Only {2 * images} questions about {images} images were evaluated" in text) == warned
 
 
 def test_terminal_table_is_aligned():
@@ -328,7 +328,7 @@ def test_terminal_table_is_aligned():
 
 
 class _Balance(HTMLParser):
-    """Collects tags that are not closed, and every address that a browser would fetch."""
+    """Collects unclosed tags and all addresses that a browser would fetch."""
 
     def __init__(self):
         super().__init__()
@@ -390,7 +390,7 @@ def test_roles_may_have_other_names():
 
 
 def test_a_model_that_answers_nothing_rightly_has_a_report_too(tmp_path):
-    """Nothing is relative to it, so there is no curve; the rest is written."""
+    """With an uncompressed accuracy of 0 there is no curve; everything else is written."""
     outcomes, questions = panel()
     outcomes = [replace(one, correct=np.zeros_like(one.correct)) for one in outcomes]
     write_report(make_report(outcomes, questions, resamples=50), tmp_path)
@@ -407,7 +407,7 @@ def every_form(report):
 def test_too_few_images_are_told_in_every_form():
     few, enough = (make_report(*panel(pictures=count), resamples=50) for count in (7, 12))
     for text in every_form(few):
-        assert "no two-sided p can be below 0.016" in " ".join(text.split())
+        assert "no two-sided p value can be below 0.016" in " ".join(text.split())
     for text in every_form(enough):
         assert "no two-sided p" not in text
     assert min(row["p_vs_evocomp"] for row in few.rows if row["p_vs_evocomp"] is not None) >= 2 / 2**7

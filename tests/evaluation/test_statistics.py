@@ -40,12 +40,12 @@ def test_agreeing_questions_of_a_picture_widen_the_interval_by_the_design_effect
     images = np.repeat(np.arange(pictures), per_picture)
     clustered = ImageBootstrap(images, resamples=8000).means(right).std()
     independent = ImageBootstrap(range(len(right)), resamples=8000).means(right).std()
-    # all nine agree, so the picture counts as one question: sqrt(9) times the error
+    # all nine answers are equal, so an image counts as one question: the error is sqrt(9) times as large
     assert clustered / independent == pytest.approx(3.0, rel=0.05)
 
 
 def test_every_resample_of_two_pictures_is_one_of_the_three_possible():
-    # pictures of 1 and 3 questions: both drawn twice, or one of each
+    # images with 1 and 3 questions: a resample has one of them twice, or both
     values = np.array([1.0, 0.0, 0.5, 1.0])
     drawn = ImageBootstrap(["a", "b", "b", "b"], resamples=4000, seed=3).means(values)
     outcomes, counts = np.unique(drawn.round(12), return_counts=True)
@@ -86,7 +86,7 @@ def test_paired_difference_against_the_interval_of_the_two_columns():
     assert result.mean == pytest.approx(first.mean() - second.mean())
     assert (result.low, result.high) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))))
     against = min((drawn < 1e-12).sum(), (drawn > -1e-12).sum())
-    assert 5 < against < 1000  # neither certain nor nothing
+    assert 5 < against < 1000  # the p value is neither 0 nor 1
     assert result.p == pytest.approx(2 * (against + 1) / 2001)
     assert bootstrap.difference(np.ones(400), np.zeros(400)).p == pytest.approx(2 / 2001)
 
@@ -99,7 +99,7 @@ def test_p_of_no_difference_is_uniform_enough_and_of_identical_answers_is_one():
     for trial in range(200):
         gap = rng.normal(size=60)
         small += ImageBootstrap(range(60), 200, seed=trial).difference(gap, np.zeros(60)).p <= 0.1
-    # 200 trials of chance 0.1 (a little more for a bootstrap of 60): five standard errors are 0.11
+    # 200 trials with probability 0.1 (slightly more for a bootstrap of 60): five standard errors are 0.11
     assert 0.03 <= small / 200 <= 0.21
 
 
@@ -121,12 +121,12 @@ def test_sign_flip_is_the_permutation_test_of_scipy(images):
 
 
 def test_seven_questions_cannot_tell_more_than_seven_coins():
-    """The bootstrap says 2 / (resamples + 1) here: no resample is on the far side."""
+    """The bootstrap gives 2 / (resamples + 1) here, because no resample is on the other side of zero."""
     result = ImageBootstrap(range(7), 2000).difference(np.ones(7), np.zeros(7))
     assert result.p == 2 / 2**7 == pytest.approx(0.015625)
     assert ImageBootstrap(range(7)).difference(np.zeros(7), np.ones(7)).p == 2 / 2**7
     assert ImageBootstrap(range(7)).difference(np.ones(7), np.ones(7)).p == 1.0
-    # seven questions about one image, and about two
+    # seven questions about one image, then about two
     assert ImageBootstrap(["a"] * 7).difference(np.ones(7), np.zeros(7)).p == 1.0
     assert ImageBootstrap(["a", "b", "a", "b", "a", "b", "a"]).difference(np.ones(7), np.zeros(7)).p == 0.5
 
@@ -143,7 +143,7 @@ def test_few_images_are_exact_and_clustered():
 def test_p_of_few_images_is_honest_where_there_is_no_difference():
     rng = np.random.default_rng(0)
     small = [ImageBootstrap(range(8), 50).difference(rng.normal(size=8), np.zeros(8)).p <= 0.05 for _ in range(600)]
-    # an exact test errs in at most 5 %; 600 trials have a standard error of 0.9 %
+    # an exact test rejects in at most 5 % of trials; with 600 trials the standard error is 0.9 %
     assert np.mean(small) <= 0.05 + 3 * 0.009
 
 
@@ -169,7 +169,7 @@ def test_mcnemar_by_enumerating_every_way_the_coins_fall(only_first, only_second
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 3000), st.integers(0, 3000))
 def test_mcnemar_by_whole_numbers(a, b):
-    """The binomial sum without rounding; scipy's own test underflows to 0 below 1e-299."""
+    """The exact binomial sum; scipy's test underflows to 0 below 1e-299."""
     trials, ways, tail = a + b, 1, 0
     for k in range(min(a, b) + 1):
         tail += ways
@@ -180,7 +180,7 @@ def test_mcnemar_by_whole_numbers(a, b):
 
 
 def test_retention_above_chance_is_that_of_the_published_example():
-    # SCOPE on MMStar at 10 % kept: 78.8 % plainly, 64 % above the chance of four choices
+    # SCOPE on MMStar at 10 % kept: relative accuracy 78.8 %, above the chance of four choices 64 %
     assert retention_above_chance(48.74, 25.0, 61.88) == pytest.approx(0.6437, abs=1e-4)
     assert retention_above_chance(0.5, 0.3, 0.3) is None
     assert retention_above_chance(0.3, 0.3, 0.9) == 0.0

@@ -36,7 +36,7 @@ def test_nearest_words_equal_brute_force_for_any_chunk(chunk, generator):
 
 
 @pytest.mark.parametrize("chunk", [2, 8192])
-def test_ties_go_to_the_lowest_id_and_empty_rows_never_win(chunk):
+def test_ties_go_to_the_lowest_id_and_zero_rows_are_never_nearest(chunk):
     table = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     tokens = torch.tensor([[3.0, 0.0], [-1.0, -1.0]])
     assert nearest_words(tokens, table, chunk=chunk)[0].tolist() == [2, 1]
@@ -55,7 +55,7 @@ def test_bfloat16_inputs_are_compared_in_float32(generator):
 
 
 def test_centring_and_whitening_equal_the_formula_in_fp64(generator):
-    # a cone: every token and word shares a large mean, so that the raw and the centred answers differ
+    # a narrow cone: tokens and words have a large common mean, so that plain and centred results differ
     tokens = torch.randn(30, 6, generator=generator) * torch.tensor([5, 1, 1, 1, 1, 0.1]) + 4
     table = torch.randn(40, 6, generator=generator) - 3
     mask = torch.arange(40) < 33

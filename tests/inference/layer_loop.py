@@ -1,6 +1,6 @@
-"""The oracle: one prompt through the decoder layers by hand, without hooks, cache, padding or mask helpers.
+"""Reference implementation: one prompt through the decoder layers in a loop, without hooks, cache, padding or masks.
 
-Tokens that do not stay are cut out before layer `layer`. What goes in is captured from the unmodified model.
+Dropped tokens are removed before layer `layer`. The decoder's inputs are captured from the unmodified model.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from tests.inference.tiny_models import IMAGE, VIDEO, quiet
 
 @dataclass
 class Row:
-    """One prompt as the unmodified model hands it to its decoder: no padding."""
+    """One prompt as input of the unmodified model's decoder, without padding."""
 
     ids: Tensor  # [S]
     embeds: Tensor  # [S,D]
@@ -49,7 +49,7 @@ def rows(model, inputs) -> list[Row]:
 
 
 def extend(model, row: Row, new_ids: Tensor) -> Row:
-    """The prompt with tokens after it, one position each."""
+    """The prompt followed by text tokens, one position each."""
     embeds = model.get_input_embeddings()(new_ids)
     step = torch.arange(1, len(new_ids) + 1)
     return Row(
@@ -61,8 +61,8 @@ def extend(model, row: Row, new_ids: Tensor) -> Row:
 
 
 def attends(model, ids: Tensor, index: Tensor, prompt: int, layer: int) -> Tensor:
-    """bool [L,L]: which token may look at which; index [L]: places in the whole sequence, prompt: its
-    length."""
+    """bool [L,L]: which token attends to which; index [L]: indices in the full sequence; prompt: length of
+    the prompt."""
     length, blocks = len(index), policy(model).blocks
     config = model.get_decoder().config
     place = torch.arange(length)
@@ -84,18 +84,18 @@ def attends(model, ids: Tensor, index: Tensor, prompt: int, layer: int) -> Tenso
 
 
 @torch.no_grad()
-def logits(model, row: Row, prompt: int, stays: Tensor, layer: int, speaks: list[int]) -> Tensor:
-    """Logits [L,V] at the tokens that stay. stays bool [S]; they are cut out before layer `layer`.
+def logits(model, row: Row, prompt: int, stays: Tensor, layer: int, assignment: list[int]) -> Tensor:
+    """Logits [L,V] at the kept tokens. stays bool [S]: kept tokens; the others are dropped before layer `layer`.
 
-    speaks [S]: who speaks for each token: a token that stays becomes the mean of all that it speaks for, and counts as
-    often in the attention.
+    assignment [S]: index of the kept token of each token's cluster. A kept token becomes the mean of its cluster and is
+    weighted in the attention by the cluster's size.
     """
     llm, policies = model.get_decoder(), policy(model)
     hidden, index = row.embeds[None], torch.arange(len(row.ids))
     for number, block in enumerate(llm.layers):
         if number == layer:
             index = stays.nonzero().squeeze(1)
-            members = [[i for i, owner in enumerate(speaks) if owner == place] for place in index.tolist()]
+            members = [[i for i, owner in enumerate(assignment) if owner == place] for place in index.tolist()]
             hidden = torch.stack([hidden[0, own].mean(0) for own in members])[None]
             often = torch.tensor([float(len(own)) for own in members])
         positions = row.positions[..., index]
@@ -122,7 +122,7 @@ def logits(model, row: Row, prompt: int, stays: Tensor, layer: int, speaks: list
 
 
 def assert_by_hand(out, expected: list[Tensor]) -> None:
-    """What `generate` returned, with logits, has those of `expected_logits`: 1e-4 of their spread."""
+    """Assert that logits returned by `generate` equal those of `expected_logits`, within 1e-4 of their spread."""
     for row, wanted in enumerate(expected):
         got = torch.stack([step[row] for step in out.logits])
         assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.std().item())
@@ -132,7 +132,7 @@ def expected_logits(model, inputs, sizes, last, sequences: Tensor, layer: int, o
     """For every row, logits [new,V] that should have produced the new tokens of `sequences` [B,S+new].
 
     sizes [row][image]: visual tokens of the images; last: the record whose kept indices are taken as given.
-    owners [row][image]: who speaks for each of an image's tokens; None: each for itself.
+    owners [row][image]: who assignment for each of an image's tokens; None: each for itself.
     """
     new = sequences[:, inputs["input_ids"].shape[1] :]
     found = []
@@ -143,15 +143,15 @@ def expected_logits(model, inputs, sizes, last, sequences: Tensor, layer: int, o
         visual = ((row.ids == IMAGE) | (row.ids == VIDEO)).nonzero().squeeze(1)
         offset, stays = 0, torch.ones(prompt + len(tail) - 1, dtype=torch.bool)
         stays[visual] = False
-        speaks = list(range(len(stays)))
+        assignment = list(range(len(stays)))
         for place, (image, size) in enumerate(zip(kept, of_row, strict=True)):
             own = visual[offset : offset + size]
             stays[own[image]] = True
             if owners is not None:
                 for token, owner in enumerate(owners[number][place].tolist()):
-                    speaks[int(own[token])] = int(own[owner])
+                    assignment[int(own[token])] = int(own[owner])
             offset += size
         assert offset == len(visual)
         whole = extend(model, row, tail[:-1])
-        found.append(logits(model, whole, prompt, stays, layer, speaks)[-len(tail) :])
+        found.append(logits(model, whole, prompt, stays, layer, assignment)[-len(tail) :])
     return found

@@ -1,4 +1,4 @@
-"""The model card: says what is known, and what is not."""
+"""The model card: recorded entries, and entries that were not recorded."""
 
 import pytest
 import yaml
@@ -20,7 +20,7 @@ def rows(text, heading):
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines()]
 
 
-def test_card_tells_everything_that_was_recorded(tmp_path):
+def test_card_shows_all_recorded_entries(tmp_path):
     compressor = EvoCompCompressor.from_mllm(
         build("llava"), keep=64, base_model_name_or_path="org/llava-nano"
     )
@@ -41,12 +41,12 @@ def test_card_tells_everything_that_was_recorded(tmp_path):
     assert card(again.config) == text
 
 
-@pytest.mark.parametrize(("sharp", "said"), [(0.25, "means of the rest stand beside"), (0, "the rest never reach")])
-def test_card_says_what_becomes_of_the_rest(sharp, said):
+@pytest.mark.parametrize(("sharp", "text"), [(0.25, "together with means of dropped"), (0, "the others never reach")])
+def test_card_describes_the_dropped_tokens(sharp, text):
     config = EvoCompCompressor.from_mllm(build("llava"), sharp=sharp).config
     cells = dict(rows(card(config), "Compressor")[2:])
-    assert said in card(config)
-    assert cells["selected at most (share or number)"] == ("0.25" if sharp else "all that are kept")
+    assert text in card(config)
+    assert cells["maximum of selected tokens (or fraction)"] == ("0.25" if sharp else "all that are kept")
 
 
 def test_card_of_an_adapter(tmp_path):
@@ -56,7 +56,7 @@ def test_card_of_an_adapter(tmp_path):
     assert load_compressor(tmp_path, build("llava")).get_base_model().config.metadata == {"data": "scenes"}
 
 
-def test_paths_of_the_machine_stay_out_of_the_card():
+def test_the_card_contains_no_local_paths():
     for path in ("/data/someone/models/my-llava", "./my-llava", "~/models/my-llava", "C:\\models\\my-llava"):
         config = EvoCompCompressor.config_class(base_model_name_or_path=path)
         text = card(config)

@@ -1,4 +1,4 @@
-"""Compiled models: every handle has its own effect, none is left behind, and `last` tells what really happened."""
+"""Compiled models: each handle has its effect, removing it restores the model, and `last` is correct."""
 
 import copy
 
@@ -13,7 +13,7 @@ from tests.inference import tiny_models
 from tests.inference.test_hooks import jumble
 from tests.inference.tiny_models import prompts, quiet
 
-BACKEND = "eager"  # Dynamo's part alone: what is traced and what is checked, without a C++ compiler
+BACKEND = "eager"  # Dynamo only: tracing and guards, without a C++ compiler
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def close(ours, theirs):
         pytest.param(decoder, marks=pytest.mark.slow),
     ],
 )
-def test_a_sweep_on_a_compiled_model_is_one_on_the_model(model, compiled):
+def test_a_compiled_model_gives_the_results_of_the_model_at_all_keeps(model, compiled):
     inputs, settings = prompts("llava"), [dict(keep=2), dict(keep=6, layer=1)]
     plain, wanted = logits(model, inputs), []
     for each in settings:
@@ -134,11 +134,11 @@ def test_a_static_cache_that_is_compiled_by_default_decodes_as_a_dynamic_one(mod
     close(after.logits[-1], before.logits[-1])
 
 
-def test_the_compiled_wrapper_is_taken_for_the_model_in_it(model):
+def test_the_compiled_wrapper_is_unwrapped(model):
     inputs = prompts("llava")
     with compress(whole(model), jumble, keep=2) as handle:
         assert handle.model is model
-        logits(model, inputs)  # not through the wrapper: nothing is compiled
+        logits(model, inputs)  # a direct call of the model, without compilation
         assert handle.last.after == [2, 4]
         with pytest.raises(UserError, match="compressed already"):
             compress(model, jumble)
@@ -155,7 +155,7 @@ def test_two_models_of_one_class_share_code_but_not_hooks(model):
             close(logits(model, inputs), wanted)
 
 
-def test_one_graph_for_all_is_refused(model):
+def test_fullgraph_is_refused(model):
     inputs, config = prompts("llava"), CompileConfig(backend=BACKEND, mode=None, fullgraph=True)
     config._compile_all_devices = True
     with compress(model, jumble, keep=2), pytest.raises(UserError, match="fullgraph=False"):

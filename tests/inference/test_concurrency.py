@@ -1,4 +1,4 @@
-"""Calls from several threads on one handle do not mix, nor do a forward and a later backward pass."""
+"""Calls from several threads on one handle are independent, and so are two forward passes before one backward pass."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ def questions(family):
 
 @pytest.mark.parametrize("family", ["llava", "mistral3", "gemma3", "smolvlm", "internvl", "qwen2_5_vl"])
 @pytest.mark.parametrize("layer", [0, 2])
-def test_threads_answer_as_one_after_the_other(family, layer):
+def test_threads_give_the_answers_of_sequential_calls(family, layer):
     model = build(family)
     if family == "internvl":
         rows = [prompts(family)] * 4
@@ -57,7 +57,7 @@ def test_a_thread_that_has_made_no_call_sees_the_last_of_any(monkeypatch):
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_with_two_forward_passes_before_one_backward(layer, reentrant):
-    # as in preference optimisation; layers run again in the backward pass, with what their own call was given
+    # as in preference optimisation; the backward pass runs layers again with the inputs of their own call
     inputs = prompts("llava")
     labels = inputs["input_ids"].clone()
     labels[:, :-4] = -100

@@ -1,4 +1,4 @@
-"""Context tokens in a compressed model: means and weights by hand, layer by layer, in all families."""
+"""Context tokens in a compressed model, against means and weights in a loop over layers, in all families."""
 
 import copy
 
@@ -17,14 +17,14 @@ from tests.inference.layer_loop import assert_by_hand, expected_logits
 from tests.inference.test_hooks import answer, jumble, sizes
 from tests.inference.tiny_models import FAMILIES, build, prompts
 
-# the oracle counts an image's tokens, and in these families separators stand between them
+# the reference counts an image's tokens, and these families have separators between them
 WITH_SEPARATORS = ("llava_next", "llava_onevision")
 every_family = pytest.mark.parametrize("family", [name for name in FAMILIES if name not in WITH_SEPARATORS])
 layers = pytest.mark.parametrize("layer", [0, 2])
 
 
 class Merging:
-    """Keeps what `jumble` likes best; the dropped tokens go to the last three of them in turns."""
+    """Keeps the highest scores of `jumble`; dropped tokens are assigned to the last three kept ones in turn."""
 
     def __init__(self):
         self.owners = []
@@ -51,7 +51,7 @@ def by_row(owners):
 @every_family
 @layers
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_means_and_weights_by_hand(family, layer, attention):
+def test_means_and_weights_against_a_loop_over_layers(family, layer, attention):
     model, inputs, picker = build(family, attention), prompts(family), Merging()
     with compress(model, picker, keep=0.4, layer=layer) as handle:
         out = answer(model, inputs)
@@ -91,7 +91,7 @@ def test_a_static_cache_agrees(family, layer):
 
 @pytest.mark.parametrize("family", WITH_SEPARATORS)
 @pytest.mark.parametrize("newline", ["keep", "drop"])
-def test_separators_speak_for_themselves(family, newline):
+def test_separators_are_never_merged(family, newline):
     model, inputs, picker = build(family), prompts(family), Merging()
     with compress(model, picker, keep=5, newline=newline) as handle:
         answer(model, inputs, max_new_tokens=1)
@@ -104,7 +104,7 @@ def test_separators_speak_for_themselves(family, newline):
 
 @layers
 def test_a_compressor_with_context(layer):
-    """Its selected tokens, and the others in context tokens as the module that merges them says."""
+    """The selected tokens, and the others merged as by `evocomp.mllm.context`."""
     model, inputs = build("llava"), prompts("llava")
     torch.manual_seed(0)
     compressor = EvoCompCompressor.from_mllm(model, sharp=6).eval()
@@ -118,7 +118,7 @@ def test_a_compressor_with_context(layer):
             assert (count[torch.isin(index, best)] == 1).all()
 
 
-def test_context_of_a_compressor_is_that_of_its_own_picture():
+def test_context_tokens_are_means_within_their_own_image():
     model, inputs = build("llava"), prompts("llava")
     torch.manual_seed(0)
     compressor = EvoCompCompressor.from_mllm(model, sharp=6).eval()
@@ -134,7 +134,7 @@ def test_context_of_a_compressor_is_that_of_its_own_picture():
 
 
 def test_a_compressed_model_answers_as_in_the_panel(nano, questions):
-    """The same tokens, sizes and first logits; the compressor reads its budget, which is what it selects."""
+    """The same tokens, sizes and first logits; the budget input is the number of selected tokens."""
     torch.manual_seed(0)
     compressor = EvoCompCompressor.from_mllm(nano.model, budget_input=True, sharp=1 / 6)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_a_compressed_model_answers_as_in_the_panel(nano, questions):
         assert_close(given, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_inputs_alone_cannot_carry_weights():
+def test_compress_inputs_refuses_context_tokens():
     model, inputs = build("llava"), prompts("llava")
     compressor = EvoCompCompressor.from_mllm(model, sharp=6).eval()
     with pytest.raises(UserError, match=r"use evocomp.compress, or set compressor.config.sharp = 0"):
@@ -161,7 +161,7 @@ def test_inputs_alone_cannot_carry_weights():
     assert compress_inputs(model, inputs, compressor, keep=6).compression.after == [6, 12]
 
 
-def test_kernels_that_take_no_weights_are_refused():
+def test_attention_kernels_without_a_bias_are_refused():
     model, inputs = copy.deepcopy(build("llava")), prompts("llava")
     model.get_decoder().config._attn_implementation = "flash_attention_2"
     compressor = EvoCompCompressor.from_mllm(build("llava"), sharp=6).eval()

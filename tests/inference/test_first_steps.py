@@ -1,4 +1,4 @@
-"""What somebody who has trained nothing does first: the shipped model, a drawn scene, a selector by name."""
+"""First steps without training: the shipped model, a drawn scene, a selector by name."""
 
 import socket
 
@@ -41,7 +41,7 @@ def test_shipped_models_load_in_one_line():
         model, processor = evocomp.load_nano(name)
         assert model.config.vision_config.image_size == pixels
         assert processor.tokenizer.decode([3], skip_special_tokens=True) == ""
-    with pytest.raises(UserError, match="no shipped model is called 'micro'; use one of nano, nano576"):
+    with pytest.raises(UserError, match="'micro' is not a shipped model; use one of nano, nano576"):
         evocomp.load_nano("micro")
 
 
@@ -86,7 +86,7 @@ def test_drawn_questions_are_of_their_scene_and_kind():
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """Words for `evocomp generate` about a drawn image."""
+    """Arguments of `evocomp generate` for a drawn image."""
     monkeypatch.chdir(tmp_path)
     drawn = draw_question(0)
     drawn.image.save("a.png")

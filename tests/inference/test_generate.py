@@ -1,4 +1,4 @@
-"""Timed answers: the same answers, and times that add up."""
+"""Timed answers: equal to untimed ones, with consistent times."""
 
 import copy
 import time
@@ -56,7 +56,7 @@ class Prepared:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_encoding_apart_changes_no_answer(family):
+def test_separate_encoding_changes_no_answer(family):
     model, processor = copy.deepcopy(build(family)), Prepared(family)
     model.generation_config.suppress_tokens = [IMAGE, VIDEO]
     with compress(model, jumble, keep=0.4, layer=1) as handle:
@@ -65,7 +65,7 @@ def test_encoding_apart_changes_no_answer(family):
     assert answer.text == str(wanted[0, -4:].tolist()) and answer.after < answer.before
 
 
-def test_times_are_of_their_stages(model):
+def test_each_time_is_that_of_its_stage(model):
     processor = processor_for_llava()
     plain = timed_generate(model, processor, image, "w30 w31", max_new_tokens=3)
     assert plain.compressor == 0.0 and plain.after == plain.before == 16
@@ -80,7 +80,7 @@ def test_times_are_of_their_stages(model):
     assert answer.total == answer.encode + answer.compressor + answer.prefill + answer.decode
 
 
-def test_the_picker_is_put_back_after_an_error(model):
+def test_the_selector_is_restored_after_an_error(model):
     with compress(model, lambda *_: 1 / 0, keep=4) as handle:
         picker = handle.picker
         with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""The handle in use: what it records, when it refuses, and that it leaves a model as it found it."""
+"""The handle: its records, its errors, and that removing it restores the model."""
 
 import copy
 
@@ -53,7 +53,7 @@ def hooks(model):
     }
 
 
-# --- leaving no trace ---
+# --- removal ---
 
 
 @every_family
@@ -73,7 +73,7 @@ def test_after_remove_everything_is_as_before(family):
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, again.logits, strict=True))
 
 
-def test_hooks_go_when_the_block_ends_with_an_error(llava, inputs):
+def test_hooks_are_removed_when_the_block_ends_with_an_error(llava, inputs):
     answer(llava, inputs)
     before = hooks(llava)
     with pytest.raises(ZeroDivisionError), compress(llava, lambda *_: 1 / 0, keep=4):
@@ -129,19 +129,19 @@ def test_keep_can_be_set_between_calls(llava, inputs):
         assert handle.keep == 0.5
 
 
-def test_small_images_stay_whole_with_one_warning(llava, inputs, caplog):
-    log._said.clear()
+def test_small_images_keep_all_tokens_with_one_warning(llava, inputs, caplog):
+    log._warned.clear()
     log.logger.propagate = True
     with compress(llava, first, keep=100) as handle, caplog.at_level("WARNING"):
         answer(llava, inputs, max_new_tokens=1)
         answer(llava, inputs, max_new_tokens=1)
     assert handle.last.after == [16, 32]
     assert [record.message for record in caplog.records if "keep=100" in record.message] == [
-        "keep=100 is more than some images have tokens; those images stay whole"
+        "keep=100 is more than the number of tokens of some images; all tokens of those images are kept"
     ]
 
 
-def test_prompts_without_images_run_untouched(llava, inputs):
+def test_prompts_without_images_are_not_changed(llava, inputs):
     text = {
         "input_ids": torch.tensor([[1, 30, 31, 32]]),
         "attention_mask": torch.ones(1, 4, dtype=torch.long),
@@ -158,7 +158,7 @@ def test_prompts_without_images_run_untouched(llava, inputs):
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
-def test_newline_separators_stay_or_go(family):
+def test_newline_separators_are_kept_or_dropped(family):
     model, inputs = build(family), prompts(family)
     with torch.no_grad():
         images = image_features(model, inputs)
@@ -186,7 +186,7 @@ def test_dense_positions_count_kept_tokens_only(family):
     model, inputs = build(family), prompts(family)
     with compress(model, jumble, keep=4, positions="dense") as handle:
         ours = answer(model, inputs)
-    # by hand: the kept tokens as a prompt of their own, with the features put in as embeddings
+    # reference: a prompt of the kept tokens alone, with the features as embeddings
     for row in range(2):
         expected = _dense_by_hand(model, family, inputs, handle.last, row, ours.sequences)
         assert_close(torch.stack([step[row] for step in ours.logits]), expected, rtol=1e-4, atol=1e-4)
@@ -217,7 +217,7 @@ def _dense_by_hand(model, family, inputs, last, row, sequences):
         layer_loop.rows = original
 
 
-# --- callers of every kind ---
+# --- kinds of callers ---
 
 
 def test_the_decode_loop_may_be_the_callers_own(llava, inputs):
@@ -263,7 +263,7 @@ def test_masks_with_too_few_columns_are_refused(llava, inputs, layer):
     with torch.no_grad(), compress(llava, jumble, keep=4, layer=layer):
         with pytest.raises(UserError, match="30 columns but the conversation 48 tokens"):
             decoded_with_masks(llava, one, lambda cache, length: 30)
-        with pytest.raises(UserError, match="24 columns but the conversation 48 tokens"):  # which of them are padding?
+        with pytest.raises(UserError, match="24 columns but the conversation 48 tokens"):  # which are padding?
             decoded_with_masks(llava, inputs, lambda cache, length: 24)
 
 
@@ -308,7 +308,7 @@ def test_decoding_goes_on_after_a_mask_of_the_callers_own(llava, inputs):
     one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
     own, token = mask_of_the_callers_own(inputs, 1)[1:], torch.tensor([[40]])
     seen = torch.nn.functional.pad(own[:, :, -1:], (0, 1), value=True)
-    seen[..., -5:-3] = True  # by the new token, as any word
+    seen[..., -5:-3] = True  # the new token sees them like any other word
     with torch.no_grad():
         cache = llava(**one, attention_mask=own).past_key_values
         plain = llava(input_ids=token, attention_mask=seen, past_key_values=cache).logits
@@ -366,7 +366,7 @@ def test_a_second_turn_over_the_cache(family, layer):
         assert_close(got, wanted[-len(got) :], rtol=1e-4, atol=1e-4)
 
 
-def test_a_second_turn_at_layer_0_is_refused_with_the_way_out(llava, inputs):
+def test_a_second_turn_at_layer_0_is_refused_with_the_alternative(llava, inputs):
     with compress(llava, jumble, keep=4):
         turn = answer(llava, inputs)
         ids = torch.cat([turn.sequences, torch.full((2, 3), 40)], dim=1)
@@ -378,7 +378,7 @@ def test_a_second_turn_at_layer_0_is_refused_with_the_way_out(llava, inputs):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_new_images_over_an_old_cache_are_refused(llava, inputs, layer):
+def test_new_images_with_a_filled_cache_are_refused(llava, inputs, layer):
     with compress(llava, jumble, keep=4, layer=layer), torch.no_grad():
         cache = llava(**inputs).past_key_values
         with pytest.raises(UserError, match="empty cache"):
@@ -413,7 +413,7 @@ def test_a_cache_that_was_reset_holds_nothing_of_the_prompt_before(llava, inputs
 
 
 @every_family
-def test_restored_length_gives_the_loss_of_a_prompt_with_holes(family):
+def test_restored_length_gives_the_loss_of_the_masked_prompt(family):
     model, inputs = build(family), prompts(family)
     labels = inputs["input_ids"].clone()
     labels[:, :-4] = -100
@@ -462,7 +462,7 @@ def test_restored_length_holds_for_hidden_states_of_every_layer(family, layer):
 
 def test_labels_without_restored_length_are_refused(llava, inputs):
     labels = inputs["input_ids"].clone()
-    labels[:, :-2] = -100  # something is left for the selector to read
+    labels[:, :-2] = -100  # the selector still has text to read
     with compress(llava, jumble, keep=4), pytest.raises(UserError, match="restore_length=True"):
         llava(**inputs, labels=labels)
 
@@ -503,7 +503,7 @@ def test_pipeline_works_unchanged(llava):
     prompt = processor(images=image, text="<image> w30 w31", return_tensors="pt")
     with compress(llava, first, keep=4):
         tokens = llava.generate(**prompt, max_new_tokens=4, **quiet(llava))
-    # callers cut the answer off by the length of the prompt that they gave
+    # callers slice the answer by the length of their prompt
     tail = processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     assert len(tail.split()) == 4 and short[0]["generated_text"].endswith(tail)
 
@@ -517,7 +517,7 @@ def test_peft_wrapped_models(llava, inputs, layer):
     wrapped = peft.get_peft_model(llava, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)).eval()
     labels, before = inputs["input_ids"].masked_fill(torch.arange(47) < 44, -100), hooks(wrapped)
     with compress(wrapped, jumble, keep=4, layer=layer) as handle:
-        ours = answer(wrapped, inputs)  # the adapter adds zeros, in another order of sums
+        ours = answer(wrapped, inputs)  # the adapter adds zeros, which changes the order of sums
         assert handle.last.after == [4, 8]
         with pytest.raises(UserError, match="compressed already"):
             compress(wrapped.get_base_model(), jumble)
@@ -538,8 +538,8 @@ def test_inference_mode_and_bf16(llava, inputs):
     assert out.logits[0].isfinite().any() and handle.last.after == [4, 8]
 
 
-def test_prompts_given_as_embeddings_stay_whole(llava, caplog):
-    log._said.clear()
+def test_prompts_given_as_embeddings_are_not_compressed(llava, caplog):
+    log._warned.clear()
     log.logger.propagate = True
     embeds = torch.randn(1, 6, 32)
     with torch.no_grad():
@@ -561,7 +561,7 @@ def _video(family):
         count = 13
     else:  # 2 temporal steps of 4 x 4 merged patches
         frames = [[VIDEO] * 8, [VIDEO] * 8]
-        between = words[:2] if family == "qwen3_vl" else []  # its time stamps part the frames
+        between = words[:2] if family == "qwen3_vl" else []  # time stamps separate its frames
         ids = [1, words[2], 3, *frames[0], *([4, *between, 3] if between else []), *frames[1], 4, *words[3:]]
         pixels = torch.randn(2 * 4 * 8, 3 * 2 * 16, generator=generator)
         extra = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[2, 4, 8]])}
@@ -609,7 +609,7 @@ def test_images_and_videos_in_one_prompt():
     assert_close(torch.cat(out.logits), wanted, rtol=1e-4, atol=1e-4)
 
 
-# --- refusals ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -672,5 +672,5 @@ def test_a_compressor_of_another_size_is_refused_with_the_transfer_option(llava,
     assert handle.last.after == [4, 8]
 
 
-def test_picture_tokens_of_the_test_bed_are_right():
+def test_image_tokens_of_the_tiny_models_are_right():
     assert all(sum(PICTURE_TOKENS[f]) == int((prompts(f)["input_ids"] == IMAGE).sum()) for f in FAMILIES)

@@ -1,4 +1,4 @@
-"""A compressor whose selection is hedged by a training-free order: the same tokens in panel and model."""
+"""A compressor with `hedge`: the panel and the compressed model keep the same tokens."""
 
 import pytest
 import torch

@@ -49,8 +49,8 @@ def test_keeping_all_changes_nothing(family, layer, attention):
 
 @every_family
 @every_layer
-def test_pruned_is_each_row_through_the_layers_by_hand(family, layer):
-    # rows of different length and different kept counts, left padding and cache, against neither of them
+def test_pruned_rows_against_a_loop_over_layers(family, layer):
+    # rows of different length and different kept counts, with left padding and cache; the reference has neither
     model, inputs = build(family), prompts(family)
     with compress(model, jumble, keep=0.4, layer=layer) as handle:
         out = answer(model, inputs)
@@ -138,7 +138,7 @@ def test_kv_cache_is_short_from_the_layer_on(layer):
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_one_row_without_padding(family, layer):
-    # transformers then leaves out the mask altogether
+    # transformers then passes no mask
     model, inputs = build(family), prompts(family)
     pixels = {"qwen3_vl": 64}.get(family, 1)
     real, shape = inputs["attention_mask"][0].bool(), inputs["input_ids"].shape
@@ -152,9 +152,8 @@ def test_one_row_without_padding(family, layer):
     assert_close(torch.cat(out.logits), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_gaps_in_positions_are_no_borders_of_packed_sequences():
-    # without cache and without mask transformers takes gaps for borders: a plain forward pass must not fall
-    # for it
+def test_gaps_in_positions_are_not_read_as_packed_sequences():
+    # without cache and mask, transformers reads gaps as borders of packed sequences: a plain forward pass must not
     model, inputs = build("llava"), prompts("llava")
     one = {"input_ids": inputs["input_ids"][1:], "pixel_values": inputs["pixel_values"][1:]}
     with torch.no_grad(), compress(model, jumble, keep=4) as handle:
@@ -182,7 +181,7 @@ def test_sliding_window_in_every_layer():
 
 
 def test_static_cache_agrees_with_dynamic_where_every_layer_has_a_window():
-    # the last token then sees few of the prompt's real ones
+    # the last token then attends to few real tokens of the prompt
     from tests.inference import tiny_models
 
     torch.manual_seed(0)
@@ -197,7 +196,7 @@ def test_static_cache_agrees_with_dynamic_where_every_layer_has_a_window():
         assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_first_full_attention_layer_may_lie_after_the_cut():
+def test_first_full_attention_layer_may_come_after_pruning():
     # Gemma3 starts with sliding layers: masks of the whole prompt are then sized by a layer that is short
     import copy
 

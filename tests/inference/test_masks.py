@@ -1,4 +1,4 @@
-"""Masks of the shortened sequence, against masks of the whole one with rows and columns cut out by loops."""
+"""Masks of the shortened sequence, against masks of the full one with rows and columns removed in loops."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ rows = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max
 
 @given(rows)
 @settings(deadline=None)
-def test_short_index_is_the_left_padded_list_of_what_stays(batch):
+def test_short_index_is_the_left_padded_list_of_kept_tokens(batch):
     index, valid = short_index(torch.tensor(batch))
     length = max(map(sum, batch))
     for row, stays in enumerate(batch):
@@ -28,7 +28,7 @@ def test_short_index_is_the_left_padded_list_of_what_stays(batch):
 
 @given(rows, st.sampled_from([None, 1, 2, 4]), st.booleans(), st.booleans(), st.integers(0, 3), st.randoms())
 @settings(max_examples=60, deadline=None)
-def test_gathered_mask_is_the_whole_mask_with_the_rest_cut_out(
+def test_gathered_mask_is_the_full_mask_without_dropped_rows_and_columns(
     batch, window, spares, floating, extra, random
 ):
     stays = torch.tensor(batch)
@@ -55,7 +55,7 @@ def test_gathered_mask_is_the_whole_mask_with_the_rest_cut_out(
                 assert bool(mask[row, 0, q, k]) == expected
 
 
-def test_take_gathers_along_the_sequence_whatever_comes_before():
+def test_take_gathers_along_the_sequence_for_any_leading_dimensions():
     x = torch.arange(3 * 2 * 5 * 4).view(3, 2, 5, 4)
     index = torch.tensor([[0, 3], [2, 4]])
     expected = torch.stack([torch.stack([x[r, b][index[b]] for b in range(2)]) for r in range(3)])
@@ -64,14 +64,14 @@ def test_take_gathers_along_the_sequence_whatever_comes_before():
     assert torch.equal(take(x[0, :1], index), torch.stack([x[0, 0][index[b]] for b in range(2)])[None][0])
 
 
-def test_a_word_that_the_last_token_does_not_see_is_no_padding():
+def test_a_word_hidden_from_the_last_token_is_not_padding():
     mask = torch.ones(1, 2, 5, 5).tril().bool() & torch.tensor([False, True, True, True, True])
     mask[:, :, -1, 1:3] = False
     assert padding_mask(mask | torch.eye(5).bool(), 5).tolist() == [[False, True, True, True, True]]
 
 
 @pytest.mark.parametrize("window", [None, 2])
-def test_plain_masks_are_told_from_a_callers_own(window):
+def test_plain_masks_are_distinguished_from_a_callers_own(window):
     config = SimpleNamespace(num_hidden_layers=2, sliding_window=window)
     real = torch.tensor([[False, True, True, True], [True, True, True, False]])
     back = torch.arange(4)[:, None] - torch.arange(4)
@@ -88,7 +88,7 @@ def test_plain_masks_are_told_from_a_callers_own(window):
 
 
 @pytest.mark.parametrize("as_dict", [False, True])
-def test_padding_is_read_off_prepared_masks(as_dict):
+def test_padding_is_derived_from_prepared_masks(as_dict):
     real = torch.tensor([[False, False, True, True], [True, True, True, True]])
     causal = torch.ones(4, 4).tril().bool()
     prepared = torch.nn.functional.pad(

@@ -1,4 +1,4 @@
-"""Kept tokens have the positions that they had, wherever a decoder's layers read them: against the decoder itself on a
+"""Kept tokens keep their position ids, wherever a decoder's layers read them: against the decoder itself on a
 shortened sequence."""
 
 import copy
@@ -70,7 +70,7 @@ def livened(model):
 
 
 def by_the_decoder(model, inputs, kept, sequences):
-    """Logits of the new tokens: the unhooked decoder on the tokens that stay, at their positions, without a cache."""
+    """Logits of the new tokens: the decoder without hooks on the kept tokens, at their positions, without a cache."""
     seen = {}
     hook = model.get_decoder().register_forward_pre_hook(lambda _, __, kw: seen.update(kw), with_kwargs=True)
     answer(model, inputs, max_new_tokens=1)
@@ -100,8 +100,8 @@ def test_every_text_model_inside_an_mllm(kind):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_layers_that_read_more_are_refused(kind):
-    with pytest.raises(UserError, match="supports layers of attention"):
+def test_layers_with_other_inputs_are_refused(kind):
+    with pytest.raises(UserError, match="supports full and sliding-window attention layers only"):
         compress(llava_with(kind, REFUSED[kind]), jumble)
 
 
@@ -129,7 +129,7 @@ def test_ministral_3_beyond_its_original_length(layer):
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
 def test_gaps_in_positions_are_one_sequence_for_flash_attention(family, layer):
-    # it takes positions that start again for packed sequences
+    # it reads restarting positions as packed sequences
     model, inputs, seen = build(family), one_prompt(family), []
     block = model.get_decoder().layers[-1].self_attn
     with compress(model, jumble, keep=5, layer=layer):
@@ -138,6 +138,6 @@ def test_gaps_in_positions_are_one_sequence_for_flash_attention(family, layer):
         )
         answer(model, inputs, max_new_tokens=1)
         hook.remove()
-    if seen[0] is not None:  # with M-RoPE the layers may be given none
+    if seen[0] is not None:  # with M-RoPE, the layers may get none
         (starts, _), (longest, _) = prepare_fa_kwargs_from_position_ids(seen[0])
         assert starts.tolist() == [0, seen[0].shape[1]] and longest == seen[0].shape[1]

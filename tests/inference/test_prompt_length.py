@@ -1,4 +1,4 @@
-"""The same prompt leads to the same kept tokens, however it is run; an answer is never read as the question."""
+"""The same prompt keeps the same tokens in all kinds of calls, and an answer is never read as part of the prompt."""
 
 import copy
 
@@ -43,7 +43,7 @@ def kept(handle):
     return [image.tolist() for row in handle.last.indices for image in row]
 
 
-# the image tokens of the tiny Gemma 3 are alike, so that nothing could change its choice
+# the image tokens of the tiny Gemma 3 are nearly equal, so that its choice would never change
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mistral3", "paligemma", "smolvlm", "internvl"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_same_prompt_keeps_the_same_tokens(family, layer):
@@ -54,7 +54,7 @@ def test_the_same_prompt_keeps_the_same_tokens(family, layer):
         longer = with_answer(inputs, out.sequences[:, start:])
         labels = labels_of(inputs, longer)
         end_of_turn = labels.clone()
-        end_of_turn[:, -1] = -100  # chat templates end with a token or two that nobody is trained to say
+        end_of_turn[:, -1] = -100  # chat templates end with one or two tokens that are not trained
         ways = {
             "uncached": lambda: answer(model, inputs, use_cache=False),
             "beams": lambda: answer(model, inputs, num_beams=2),
@@ -75,7 +75,7 @@ def test_the_same_prompt_keeps_the_same_tokens(family, layer):
         assert kept(handle) == wanted
         handle.prompt_length = None
         model(**longer)
-        assert kept(handle) != wanted  # or nothing was shown: the answer would have changed the choice
+        assert kept(handle) != wanted  # otherwise the test shows nothing: the answer must be able to change the choice
 
 
 @some_families
@@ -97,8 +97,8 @@ def test_a_prompt_alone_keeps_what_it_keeps_in_a_batch(family):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_one_token_more_is_another_prompt(layer):
-    # outside of `generate` nothing says that a longer prompt is a step of a generation
+def test_a_longer_prompt_is_another_prompt(layer):
+    # outside `generate`, a longer prompt is not known to be a step of a generation
     model, inputs = build("llava"), prompts("llava")
     longer = with_answer(inputs, torch.tensor([[40], [41]]))
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_a_chunked_prefill_is_refused_unless_there_is_one_chunk():
             answer(model, inputs, prefill_chunk_size=20)
         assert handle.last is None
         text = {"input_ids": torch.arange(20, 50)[None], "attention_mask": torch.ones(1, 30, dtype=torch.long)}
-        chunked = answer(model, text, prefill_chunk_size=7)  # there is nothing to choose
+        chunked = answer(model, text, prefill_chunk_size=7)  # no image, so nothing to choose
         assert torch.equal(chunked.sequences, answer(model, text).sequences)
         answer(model, inputs)
         assert kept(handle) == wanted
@@ -196,7 +196,7 @@ def test_logits_of_completions_are_those_of_generation(family, layer, right):
 
 
 @pytest.mark.parametrize("keep", [20, torch.tensor([3, 40])])
-def test_rows_that_would_not_line_up_are_refused(keep):
+def test_misaligned_rows_of_logits_are_refused(keep):
     model, inputs = build("llava"), prompts("llava")
     arguments = dict(logits_to_keep=keep, prompt_length=inputs["input_ids"].shape[1])
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_a_placeholder_in_an_answer_is_an_ordinary_token(family, layer):
     assert_close(logits[1], wanted[1:], rtol=1e-4, atol=1e-4 * wanted.std().item())
 
 
-def test_generation_may_say_the_placeholder():
+def test_generation_may_produce_the_placeholder():
     model, inputs = build("llava"), prompts("llava")
     others = [token for token in range(model.config.text_config.vocab_size) if token != IMAGE]
     with compress(model, jumble, keep=5) as handle:

@@ -29,8 +29,8 @@ def test_keeping_all_changes_nothing(family):
 
 
 @every_family
-def test_agrees_with_the_hooks_to_the_bit(family):
-    # whose pruned answers are checked against layers run by hand
+def test_equals_the_hooks_bit_for_bit(family):
+    # the hooks are tested against a loop over layers
     model, inputs = build(family), prompts(family)
     with compress(model, jumble, keep=0.4) as handle:
         hooked = answer(model, inputs)
@@ -44,7 +44,7 @@ def test_agrees_with_the_hooks_to_the_bit(family):
 
 
 @every_family
-def test_forward_without_cache_takes_them_too(family):
+def test_forward_without_cache_accepts_the_inputs(family):
     # gaps in the positions must not look like borders of packed sequences
     model, inputs = build(family), prompts(family)
     short = compress_inputs(model, inputs, jumble, keep=0.4)
@@ -58,7 +58,7 @@ def test_forward_without_cache_takes_them_too(family):
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_mrope_has_no_gaps_in_its_text_row(family):
-    # generate drops a mask without padding; without a cache gaps there would part the prompt
+    # generate drops a mask without padding; without a cache, gaps would then split the prompt
     model, inputs = build(family), prompts(family)
     one = {name: value[1:] for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
     one |= {"pixel_values": inputs["pixel_values"][64:], "image_grid_thw": inputs["image_grid_thw"][1:]}
@@ -125,7 +125,7 @@ def test_rows_without_padding_need_no_mask():
     assert same(answer(model, compress_inputs(model, one, jumble, keep=4)).logits, hooked.logits)
 
 
-def test_inputs_without_images_come_back():
+def test_inputs_without_images_are_returned_unchanged():
     text = {"input_ids": torch.tensor([[1, 30]])}
     assert compress_inputs(build("llava"), text, jumble) == text
 

@@ -1,4 +1,4 @@
-"""What may choose: compressors in all forms, functions, and baselines."""
+"""Everything that can be a selector: compressors in all forms, functions, and training-free selectors."""
 
 import copy
 import math
@@ -101,7 +101,7 @@ def test_an_adapter_folder_loads_on_the_models_own_layer(tmp_path):
     assert not torch.allclose(records[0], records[2])
 
 
-def test_dtypes_follow_the_model_but_for_the_head(tmp_path):
+def test_the_compressor_has_the_models_dtype_except_for_the_head(tmp_path):
     model = copy.deepcopy(build("llava")).bfloat16()
     compressor_for(model).float().save_pretrained(tmp_path / "whole")
     save_lora(add_lora(compressor_for(model), r=2), tmp_path / "adapter")
@@ -150,7 +150,7 @@ def test_a_folder_that_holds_no_compressor_is_named(tmp_path):
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("kept", [0, 100])
 def test_broken_weights_are_named(tmp_path, adapter, kept):
-    """Of a download or copy that was cut short."""
+    """Weights of a truncated download or copy."""
     model = build("llava")
     if adapter:
         save_lora(add_lora(compressor_for(model), r=2), tmp_path)
@@ -176,7 +176,7 @@ def test_broken_weights_are_named(tmp_path, adapter, kept):
         ("nano", "", False),
     ],
 )
-def test_a_compressor_of_another_model_of_the_same_width_is_told(caplog, monkeypatch, trained_for, given, warns):
+def test_a_compressor_of_another_model_of_the_same_width_is_a_warning(caplog, monkeypatch, trained_for, given, warns):
     model = build("llava")
     compressor = compressor_for(model)
     compressor.config.base_model_name_or_path = trained_for
@@ -189,7 +189,7 @@ def test_a_compressor_of_another_model_of_the_same_width_is_told(caplog, monkeyp
         assert says in caplog.records[0].message
 
 
-def test_things_that_are_no_selector_are_named():
+def test_invalid_selectors_are_refused():
     with pytest.raises(UserError, match="no selector"):
         picker_for(192, build("llava"))
 
@@ -203,7 +203,7 @@ def test_scores_of_the_wrong_shape_are_named(bad):
         answer(build("llava"), prompts("llava"), max_new_tokens=1)
 
 
-def test_scores_that_are_no_numbers_are_named():
+def test_nan_scores_are_refused():
     def broken(visual, text, keep):
         return torch.tensor([math.nan] + [1.0] * (len(visual) - 1))
 
@@ -211,7 +211,7 @@ def test_scores_that_are_no_numbers_are_named():
         answer(build("llava"), prompts("llava"), max_new_tokens=1)
 
 
-def test_picks_of_a_small_model_are_reused_in_a_big_one():
+def test_kept_tokens_of_a_small_model_are_reused_in_a_large_one():
     small, big, inputs = build("llava"), build("gemma3"), prompts("gemma3")
     text_only = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     with compress(small, jumble, keep=4) as chosen:
@@ -224,7 +224,7 @@ def test_picks_of_a_small_model_are_reused_in_a_big_one():
 
 @pytest.mark.parametrize("newline", ["keep", "drop"])
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
-def test_reused_picks_are_the_same_tokens_among_newline_separators(family, newline):
+def test_reused_tokens_are_the_same_with_newline_separators(family, newline):
     model, inputs = build(family), prompts(family)
     with compress(model, jumble, keep=8, newline=newline) as chosen:
         answer(model, inputs, max_new_tokens=1)
@@ -237,18 +237,18 @@ def test_reused_picks_are_the_same_tokens_among_newline_separators(family, newli
 @pytest.mark.parametrize(
     "record, message",
     [
-        (SimpleNamespace(picked=[[torch.tensor([15])]] * 3), "token 15 was picked but the image has 8"),
-        (SimpleNamespace(picked=[[torch.tensor([1])]]), "1 images were picked"),
+        (SimpleNamespace(picked=[[torch.tensor([15])]] * 3), "token 15 was kept, but the image has 8"),
+        (SimpleNamespace(picked=[[torch.tensor([1])]]), "1 images in the record"),
         (None, "not as NoneType; give `lambda: handle.last`"),
         ([[torch.tensor([1])]] * 3, "not as list; give `lambda: handle.last`"),
     ],
 )
-def test_picks_that_cannot_be_reused_are_named(record, message):
+def test_kept_tokens_that_cannot_be_reused_are_refused(record, message):
     with compress(build("qwen2_vl"), ReusedPicks(lambda: record), keep=4), pytest.raises(UserError, match=message):
         answer(build("qwen2_vl"), prompts("qwen2_vl"), max_new_tokens=1)
 
 
-def test_picks_that_are_no_token_numbers_are_caught():
+def test_invalid_token_indices_are_refused():
     class Broken:
         def pick(self, visual, text, keep):
             return [(torch.tensor([99]), None) for _ in visual]
@@ -259,7 +259,7 @@ def test_picks_that_are_no_token_numbers_are_caught():
 
 @dataclass
 class Stride:
-    """In the form of the selectors of `evocomp.selection`."""
+    """A selector with the interface of `evocomp.selection`."""
 
     merges: bool = False
     needs = frozenset({"tokens"})
@@ -280,7 +280,7 @@ def test_baselines_choose_by_indices():
         assert handle.last.after == [0, 0]
 
 
-def test_baselines_that_merge_without_tokens_are_named():
+def test_merging_selectors_without_tokens_are_refused():
     with (
         compress(build("llava"), Stride(merges=True), keep=4),
         pytest.raises(UserError, match="Stride merges"),
@@ -288,7 +288,7 @@ def test_baselines_that_merge_without_tokens_are_named():
         answer(build("llava"), prompts("llava"), max_new_tokens=1)
 
 
-def test_divprune_of_the_selection_room():
+def test_divprune_of_the_selection_package():
     divprune = pytest.importorskip("evocomp.selection.divprune")
     model, inputs = build("llava"), prompts("llava")
     with compress(model, divprune.DivPrune(), keep=4) as handle:

@@ -1,4 +1,4 @@
-"""Speculative greedy decoding gives what greedy decoding gives, and the selector never reads a draft."""
+"""Speculative greedy decoding equals greedy decoding, and the selector never reads a draft."""
 
 import copy
 
@@ -32,7 +32,7 @@ def one_prompt(family):
 
 
 def uncompressed(model):
-    """A copy without the hooks that were copied with it."""
+    """A copy of the model without the copied hooks."""
     twin = copy.deepcopy(model)
     owners = {hook.__self__ for hook in twin.base_model._forward_pre_hooks.values() if hasattr(hook, "__self__")}
     for handle in [owner for owner in owners if isinstance(owner, Handle)]:
@@ -89,7 +89,7 @@ def test_an_assistant_is_greedy_decoding(family, layer, assistant):
 
 @layers
 def test_a_draft_may_repeat_the_placeholder(layer):
-    # the words before the image come again in the answer, and what followed them was the image
+    # the words before the image occur again in the answer, so that the draft continues with the placeholder
     model, inputs = build("llava"), one_prompt("llava")
     before = inputs["input_ids"][0, (inputs["input_ids"][0] == IMAGE).nonzero()[0] - 1].item()
     others = [token for token in range(TEXT["vocab_size"]) if token not in (before, IMAGE)]

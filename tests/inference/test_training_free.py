@@ -1,4 +1,4 @@
-"""Selectors by name inside `compress`: the panel's own selections, whatever is beside them in the batch."""
+"""Selectors by name in `compress`: the same selections as in the panel, alone and in batches."""
 
 import copy
 import socket
@@ -62,7 +62,7 @@ def test_every_name_gives_a_result_or_one_line(family, name):
 
 
 def hooks(model) -> int:
-    """Hooks on all modules but those that transformers itself leaves to return hidden states."""
+    """Hooks on all modules, except those of transformers that record hidden states."""
     found = [
         hook
         for module in model.modules()
@@ -82,7 +82,7 @@ def kept_by_panel(panel, name, kept, context=0.0, number=0):
 
 @usable_with_llava
 @pytest.mark.parametrize("kept", [5, 16, 40])
-def test_what_the_panel_selects_and_answers(nano, questions, name, kept):
+def test_same_selection_and_answer_as_the_panel(nano, questions, name, kept):
     panel = Panel(nano, questions[:3])
     for number, example in enumerate(questions[:3]):
         shown = kept_by_panel(panel, name, kept, number=number)
@@ -90,7 +90,7 @@ def test_what_the_panel_selects_and_answers(nano, questions, name, kept):
             given = nano.model(**nano._process(example)).logits[0, -1]
         (index,) = handle.last.indices[0]
         if name == "random_tokens":
-            assert len(index) == kept  # the panel draws by the question's number
+            assert len(index) == kept  # the panel's random numbers depend on the question's index
             continue
         if name in MERGES:
             (merged,) = handle.last.merged
@@ -172,8 +172,8 @@ def inputs_of(visual):
 
 
 @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), True, "0.25"])
-def test_a_context_that_is_no_share_is_named(bad):
-    with pytest.raises(UserError, match="context=.*: give the most tokens that are selected"):
+def test_invalid_context_is_refused(bad):
+    with pytest.raises(UserError, match="context=.*: give the maximum number of selected tokens"):
         compress(build("llava"), "divprune", context=bad)
 
 
@@ -198,7 +198,7 @@ class MergingPicker:
         return [(torch.arange(r), None, one) for one, r in zip(owner, keep, strict=True)]
 
 
-def test_a_picker_that_merges_takes_no_context():
+def test_a_merging_selector_refuses_context():
     with (
         compress(build("llava"), MergingPicker(), keep=4, context=0.5),
         pytest.raises(UserError, match="merges tokens itself"),
@@ -221,7 +221,7 @@ def alone(inputs, row, images):
 
 @usable_with_llava
 @pytest.mark.parametrize("context", [None, 0.5])
-def test_the_same_alone_and_in_a_batch(name, context):
+def test_same_selection_alone_and_in_a_batch(name, context):
     if context and name in MERGES:
         context = 0
     model, inputs = build("llava"), prompts("llava")
@@ -285,7 +285,7 @@ def test_only_the_layers_that_a_selector_reads_are_run():
     ]
     try:
         with compress(model, "fastv", keep=4):
-            runs.clear()  # compress() has checked on a short sequence that it reads this decoder rightly
+            runs.clear()  # compress() has tested on a short sequence that it reads this decoder correctly
             answer(model, prompts("llava"), max_new_tokens=1)
     finally:
         for hook in hooks:
@@ -294,7 +294,7 @@ def test_only_the_layers_that_a_selector_reads_are_run():
 
 
 @pytest.mark.parametrize("name", ["fastv", "cls_attention"])
-def test_threads_do_not_see_one_another(name):
+def test_threads_are_independent(name):
     """Different prompts of different lengths, many times at once."""
     model, inputs = build("llava"), prompts("llava")
     rows = [alone(inputs, 0, slice(0, 1)), alone(inputs, 1, slice(1, 3))]
@@ -335,7 +335,7 @@ def picked(picker, given):
     return [pick.kept.tolist() for pick in picker.pick(visual, text, [4] * len(visual), llm_input=given)]
 
 
-def test_a_prompt_without_text_after_the_image_is_named():
+def test_a_prompt_without_text_after_the_image_is_refused():
     model, inputs = build("llava"), prompts("llava")
     last = int((inputs["input_ids"][0] == IMAGE).nonzero()[-1]) + 1
     with compress(model, "fastv", keep=4), pytest.raises(UserError, match="ranks by the text after the image"):
@@ -346,7 +346,7 @@ def test_a_prompt_without_text_after_the_image_is_named():
         )
 
 
-def test_a_sliding_window_shorter_than_the_prompt_is_named():
+def test_a_sliding_window_shorter_than_the_prompt_is_refused():
     config = copy.deepcopy(build("llava").config)
     shared = {key: getattr(config.text_config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
     shared |= {key: getattr(config.text_config, key) for key in ("num_hidden_layers", "num_attention_heads")}
@@ -359,7 +359,7 @@ def test_a_sliding_window_shorter_than_the_prompt_is_named():
 # ------------------------------------------------------------ the tower
 
 
-def test_encodings_made_elsewhere_are_told_from_those_of_this_call():
+def test_stale_encodings_are_refused():
     model, inputs = build("llava"), prompts("llava")
     encoded = families.encode(model, inputs)
     given = {name: value for name, value in inputs.items() if name != "pixel_values"}

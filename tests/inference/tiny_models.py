@@ -188,7 +188,7 @@ def _built(family: str, attention: str):
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     model.set_attn_implementation(attention)
-    # random models otherwise answer with one token for ever and hardly look at their picture
+    # otherwise random models repeat one token and hardly depend on the image
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "norm" not in name:
@@ -202,8 +202,8 @@ def _built(family: str, attention: str):
 
 
 def build(family: str, attention: str = "sdpa"):
-    """The tiny model of a family (one object per family and attention: leave it as you found it)."""
-    return _built(family, "eager" if family == "paligemma2" else attention)  # Gemma 2 has no other
+    """The tiny model of a family (one object per family and attention: tests must not change it)."""
+    return _built(family, "eager" if family == "paligemma2" else attention)  # Gemma 2 supports only this one
 
 
 def _pixels(*shape, seed=0):
@@ -254,7 +254,7 @@ def _words(n, seed):
 
 
 def _picture(family, n):
-    """Placeholder ids of one picture of n tokens, framed as the family frames them."""
+    """Placeholder ids of one image of n tokens, with the family's start and end tokens."""
     if family in ("idefics3", "smolvlm"):
         runs = [[FAKE, name] + [IMAGE] * 16 for name in (TILE_1, TILE_2, GLOBAL)[3 - n // 16 :]]
         return sum(runs, []) + [FAKE]
@@ -267,10 +267,10 @@ def _picture(family, n):
 
 
 def prompts(family: str) -> dict[str, torch.Tensor]:
-    """Processor-like inputs: row 0 with one picture, row 1 with two, left padded."""
+    """Processor-like inputs: row 0 with one image, row 1 with two, left padded."""
     inputs = PIXELS[family]()
     a, b, c = PICTURE_TOKENS[family]
-    # PaliGemma puts pictures first, with nothing between
+    # PaliGemma puts images first, without separators
     first, between = ([], []) if family.startswith("paligemma") else ([1, *_words(3, 1)], _words(2, 2))
     rows = [
         [*first, *_picture(family, a), *_words(9, 3)],
@@ -289,7 +289,7 @@ def prompts(family: str) -> dict[str, torch.Tensor]:
     return inputs
 
 
-# visual tokens of the three pictures
+# visual tokens of the three images
 PICTURE_TOKENS = {
     "llava": (16, 16, 16),
     "llava_next": (52, 56, 70),
@@ -308,7 +308,7 @@ PICTURE_TOKENS = {
 
 
 def quiet(model) -> dict:
-    """Keywords for `generate`: greedy, no invented placeholders (those would be taken for pictures)."""
+    """Keywords for `generate`: greedy, no generated placeholders (they would be read as images)."""
     return dict(do_sample=False, suppress_tokens=[IMAGE, VIDEO])
 
 

@@ -12,7 +12,7 @@ from evocomp.search import Published, run, stream
 
 
 def brute_force(masks, losses, n, scale):
-    """One token of one question at a time; `scale(c)` divides the sum."""
+    """Credits by plain loops over questions and tokens; the sum is divided by `scale(c)`."""
     out = np.zeros((len(losses[0]), n))
     for j in range(len(out)):
         for i in range(n):
@@ -63,14 +63,14 @@ def test_credits_rank_tokens_by_their_effect():
 
 
 def test_group_means_find_what_single_tokens_hide():
-    """Few masks of many tokens: a group that matters stands out, its tokens alone do not."""
+    """With few masks of many tokens, credits of an important group stand out, those of its single tokens do not."""
     rng = np.random.default_rng(0)
     groups = Groups(np.arange(192) // 16)
     masks = [random_masks(192, 16, 24, rng)]
     losses = [(2.0 - (groups.of[masks[0]] == 5).any(1) + 0.2 * rng.standard_normal(24))[None]]
     single = credits(masks, losses, 192)
     pooled = group_means(single, groups)
-    for group in range(groups.count):  # from the definition
+    for group in range(groups.count):  # by definition
         own = groups.of == group
         assert np.allclose(pooled[0, own], single[0, own].mean())
     best = groups.of[np.argsort(-single[0])[:16]]
@@ -82,7 +82,7 @@ def test_credits_of_a_searchs_masks():
     groups = Groups(np.array([0, 0, 1, 1, 1, 2]))
     effect = np.array([1.0, 2.0, 1.5, 0.0, 0.5, 1.0])
     result = run(Published(), groups, lambda kept: effect[kept].sum(1), stream(0, 0, 0), 10)
-    assert result.evaluations == 6  # every mask there is
+    assert result.evaluations == 6  # all possible masks
     losses = [result.scored_losses[None]]
     values = marginal_credits([result.scored_kept], losses, 6)
     expected = brute_force([result.scored_kept], losses, 6, np.sqrt)

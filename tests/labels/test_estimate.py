@@ -1,4 +1,4 @@
-"""The cost estimate against counts that do not come from it: published figures, transformers, torch's FLOP counter."""
+"""The cost estimate against independent numbers: published figures, transformers, and torch's FLOP counter."""
 
 import re
 
@@ -21,10 +21,10 @@ LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
 
 @pytest.mark.parametrize(
     ("name", "length", "answer", "seconds"),
-    # 528 forwards with answer logits at 800 TFLOP/s, worked out independently: 2.02 s and 2.51 s
+    # 528 forwards with answer logits at 800 TFLOP/s, computed independently: 2.02 s and 2.51 s
     [(LLAVA, 35 + 150 + 50, 5, 2.02), (QWEN, 30 + 200 + 60, 8, 2.51)],
 )
-def test_a_sample_costs_what_was_worked_out_by_hand(name, length, answer, seconds):
+def test_the_cost_of_a_sample_equals_a_calculation_by_hand(name, length, answer, seconds):
     target = Target.from_config(KNOWN[name])
     assert 528 * target.forward(length, answer) / 800e12 == pytest.approx(seconds, abs=0.006)
 
@@ -46,7 +46,7 @@ def test_decoder_weights_are_those_of_transformers(name, kind):
     assert Target.from_config(known).body == weights
 
 
-def test_matrix_products_are_those_that_torch_counts(nano, encoded):
+def test_flops_equal_torchs_flop_counter(nano, encoded):
     target, sample = Target.named("nano", ASSETS), encoded[0]
     index = torch.arange(20)[None]
     with FlopCounterMode(display=False) as counter:
@@ -60,7 +60,7 @@ def test_matrix_products_are_those_that_torch_counts(nano, encoded):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, nano):
-    """A finished little label store: (config, labeller, records)."""
+    """A small complete label store: (config, labeller, records)."""
     from evocomp.data.splits import load_splits
     from evocomp.labels.build import build_labeller
 
@@ -71,7 +71,7 @@ def run(tmp_path_factory, nano):
     return config, labeller, labeller.ensure(0)
 
 
-def test_forwards_and_disk_bound_what_a_run_needs(run):
+def test_forward_passes_and_disk_space_are_upper_bounds_of_a_run(run):
     config, labeller, records = run
     saved = sum(int(record["saved"]) for record in records.values())
     assert len(records) * candidate_forwards(config) == labeller.scorer.forwards + saved
@@ -81,7 +81,7 @@ def test_forwards_and_disk_bound_what_a_run_needs(run):
 
 
 def test_credits_are_counted_as_they_are_made():
-    """Of searched masks as many as the search scores, of some questions only; refreshes draw from all of them."""
+    """Credits from search masks count the masks of a subset of the questions; refreshes draw from all questions."""
     credit = ["labels.credit_masks_from=search", "labels.credit_samples=100", "labels.samples_per_refresh=300"]
     config, target = load(settings=[*credit, "compressor.sharp=0"]), Target.named("nano", ASSETS)
     assert candidate_forwards(config) == 1 + 48 * 11 and candidate_forwards(config, 1) == 16
@@ -97,7 +97,7 @@ def test_credits_are_counted_as_they_are_made():
     assert 0.8 * once.disk < len(kept) < once.disk
 
 
-def test_timed_samples_tell_lengths_and_hours(run):
+def test_timed_samples_give_lengths_and_hours(run):
     config, labeller, records = run
     result = by_timing(config, Target.named("nano", ASSETS), labeller, 1000, GPUS["l4"], count=2)
     first = labeller.encode(list(records)[:3])
@@ -106,8 +106,8 @@ def test_timed_samples_tell_lengths_and_hours(run):
     assert "2 samples timed here" in result.report()
 
 
-def test_credits_are_timed_by_whole_pictures(nano, tmp_path):
-    """All questions about a picture share its masks: one alone would cost as much as all."""
+def test_credits_are_timed_by_image(nano, tmp_path):
+    """All questions about an image share its masks, so that a single question would cost as much as all of them."""
     from evocomp.data.splits import load_splits
     from evocomp.labels.build import build_rounds
 
@@ -134,21 +134,21 @@ def test_hours_price_and_refresh_follow(run):
 
 
 @pytest.mark.parametrize("name", ["llava15_7b", "llava15_7b_published", "llava_next_7b", "qwen25_vl_7b"])
-def test_the_heads_of_the_big_runs_say_what_the_estimator_says(name, capsys):
+def test_comments_in_the_7b_recipes_equal_the_estimate(name, capsys):
     from pathlib import Path
 
     path = Path(__file__).resolve().parent.parent.parent / "experiments" / f"{name}.yaml"
     assert cli.main(["label", "--config", str(path), "--estimate", "--gpu", "h100", "--gpus=8"]) == 0
     said = capsys.readouterr().out
     hours = float(re.search(r"GPU-hours +([\d.]+)", said)[1])
-    refresh = float(re.search(r"a refresh +([\d.]+)", said)[1])
+    refresh = float(re.search(r"per refresh +([\d.]+)", said)[1])
     disk = re.search(r"disk +at most (.*)", said)[1]
     head = path.read_text().partition("recipe:")[0]
     assert f"labels {hours:.0f} GPU-hours" in head
     assert f"refresh {refresh:.1f} GPU-hours" in head and disk in head
 
 def test_a_cpu_configuration_is_timed_on_this_machine(capsys):
-    """nano runs on a CPU: no GPU's price, and all 144 visual tokens are counted."""
+    """nano runs on a CPU: the estimate has no GPU price and counts all 144 visual tokens."""
     few = ["--data.max_samples=60", "--labels.credit_samples=60", "--labels.dtype=model"]
     assert cli.main(["label", "--config", "nano", "--estimate", *few]) == 0
     said = capsys.readouterr().out
@@ -157,11 +157,11 @@ def test_a_cpu_configuration_is_timed_on_this_machine(capsys):
     assert re.search(r"time +\d+ s \([\d.]+ labels/s\)", said) and "USD" not in said and "GPU" not in said
     assert cli.main(["label", "--config", "nano", "--estimate", "--gpu", "h100", *few]) == 0
     said = capsys.readouterr().out
-    assert "of 144 visual" in said and "on H100 (arithmetic" in said
+    assert "of 144 visual" in said and "on H100 (calculated" in said
 
 
 def test_a_refresh_is_timed_by_masks_of_each_question(nano, monkeypatch):
-    """On-policy masks are not shared by the questions about an image, as those of round 0 are."""
+    """Unlike in round 0, the questions about an image do not share on-policy masks."""
     from evocomp.data.splits import load_splits
     from evocomp.labels.build import build_rounds
 

@@ -1,4 +1,4 @@
-"""Hard labels: what the published search finds on the nano MLLM, and that later rounds lose nothing."""
+"""Hard labels: the published search on the nano MLLM improves the loss, and later rounds never make it worse."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SMALL = SearchConfig(population=16, parents=4, generations=2)
 
 
 class Watched(CandidateScorer):
-    """Remembers every mask that it is given."""
+    """A scorer that records every mask."""
 
     def __init__(self, mllm):
         super().__init__(mllm)
@@ -25,7 +25,7 @@ class Watched(CandidateScorer):
         return losses
 
     def of(self, id: int, round: int = 0) -> list[tuple]:
-        """Masks of a sample that a round asked for."""
+        """Masks of a sample that were scored in a round."""
         return [tuple(row) for at, of, kept, _ in self.asked if (at, of) == (round, id) for row in kept.tolist()]
 
 
@@ -85,7 +85,7 @@ def test_the_published_search_beats_its_first_population_and_all_tokens(make, en
     assert mean["best_loss"] < 0.8 * mean["first_best"] < mean["first_mean"]
 
 
-def test_a_label_keeps_one_token_of_each_group_and_has_the_loss_that_it_says(make, ids, nano, encoded):
+def test_a_label_keeps_one_token_of_each_group_and_stores_its_loss(make, ids, nano, encoded):
     records, _ = make(ids)
     by_id = {f.id: f for f in encoded}
     for id, record in records.items():
@@ -142,21 +142,21 @@ def test_a_refresh_never_loses_the_best(make, ids):
     assert improved > 3
 
 
-def test_scores_seed_a_refresh_and_still_lose_nothing(make, ids):
+def test_scores_seed_a_refresh_and_never_make_the_best_worse(make, ids):
     seen = []
 
     def scores(features, budgets):
         assert budgets is None
         seen.append([f.id for f in features])
-        # a compressor that is sure of the first token of the picture's second half
+        # a compressor with one very high score: the first token of the image's second half
         return [np.where(np.arange(144) == 72, 50.0, 0.0).astype(np.float32) for _ in features]
 
     labels = LabelConfig(warm_start="scores")
     history, scorer = make(ids, labels=labels, rounds=2, scores=scores)
-    assert seen == [ids]  # asked once, for all samples, and not for round 0
+    assert seen == [ids]  # called once for all samples, and not in round 0
     for id in ids:
         assert history[1][id]["best_loss"] <= history[0][id]["best_loss"]
-        # half of 16 were drawn from the scores
+        # half of the 16 candidates were drawn from the scores
         assert sum(72 in row for row in scorer.of(id, round=1)) >= 5
     plain, _ = make(ids, labels=LabelConfig(), rounds=2, scores=scores)
     assert seen == [ids] and any(not same(plain[1][id], history[1][id]) for id in ids)
@@ -164,7 +164,7 @@ def test_scores_seed_a_refresh_and_still_lose_nothing(make, ids):
 
 def test_a_record_depends_on_seed_and_sample_alone(make, ids):
     all_of_them, scorer = make(ids)
-    # two questions about one picture have the same groups, and masks of their own
+    # two questions about an image have the same groups but different masks
     alike = [id for id in ids if np.array_equal(all_of_them[id]["groups"], all_of_them[ids[0]]["groups"])]
     assert len(alike) > 1 and scorer.of(alike[0])[1:9] != scorer.of(alike[1])[1:9]
     for order in (ids[::-1], ids[3:5]):
@@ -176,7 +176,7 @@ def test_a_record_depends_on_seed_and_sample_alone(make, ids):
 
 def test_random_labels_are_the_control_without_information(make, ids):
     history, scorer = make(ids, labels=LabelConfig(target="random"), rounds=2)
-    assert all(kept.shape[1] == 144 for _, _, kept, _ in scorer.asked)  # nothing but the full loss is looked at
+    assert all(kept.shape[1] == 144 for _, _, kept, _ in scorer.asked)  # only the loss of all tokens is computed
     for id in ids:
         record = history[0][id]
         groups = Groups(record["groups"])
@@ -193,7 +193,7 @@ def test_random_labels_are_the_control_without_information(make, ids):
         (GroupingConfig(method="dpc_knn", count=12), 12),
     ],
 )
-def test_groups_to_a_wanted_number(make, ids, grouping, count):
+def test_number_of_groups_can_be_set(make, ids, grouping, count):
     records, _ = make(ids[:3], grouping=grouping)
     assert all(Groups(r["groups"]).count == count == len(r["kept"]) for r in records.values())
 
@@ -208,7 +208,7 @@ def test_centring_makes_more_groups(make, ids):
 
 @pytest.mark.parametrize("mask", [True, False])
 def test_special_words_are_left_out_only_if_asked(nano, encoded, mask):
-    """The word that most tokens are nearest to is declared special."""
+    """Declare the word that most tokens are nearest to as special."""
     tokens, words = encoded[0].visual.double(), nano.vocabulary.double()
     cosine = (tokens / tokens.norm(dim=1, keepdim=True)) @ (words / words.norm(dim=1, keepdim=True)).T
     favourite = int(cosine.argmax(1).mode().values)

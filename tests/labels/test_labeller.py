@@ -1,4 +1,4 @@
-"""Rounds of a store: the same bytes however they were made, and a crash costs the chunk in work."""
+"""Rounds of a label store: bytes do not depend on how they were made, and a crash loses the current chunk only."""
 
 import json
 import os
@@ -36,7 +36,7 @@ TINY = [
 
 @pytest.fixture
 def labeller(nano, tmp_path):
-    """labeller(name, *settings): one with a store in a folder of that name."""
+    """labeller(name, *settings): a labeller whose store is in a folder of that name."""
 
     def build(name: str, *settings: str):
         config = load([], [*TINY, *settings])
@@ -72,15 +72,15 @@ def test_later_rounds_give_the_same_bytes(labeller):
     for round in range(3):
         one.ensure(round)
     for round in range(3):
-        other = labeller("other")  # every round in a process of its own
+        other = labeller("other")  # a new labeller for every round
         other.ensure(round)
     digests = [digest(one.store.path, round) for round in range(3)]
     assert digests == [digest(other.store.path, round) for round in range(3)] and len(set(digests)) == 3
 
 
 @pytest.mark.parametrize("batch", [1, 1000])
-def test_the_batch_is_no_matter_of_bytes_but_for_rounding(labeller, batch):
-    """What the store's fingerprint leaves out must not change labels."""
+def test_the_batch_size_changes_labels_by_rounding_only(labeller, batch):
+    """Settings that are not in the store's fingerprint must not change labels."""
     one, other = labeller("one"), labeller("other", f"labels.batch={batch}")
     records, again = one.ensure(0), other.ensure(0)
     for id, record in records.items():
@@ -100,7 +100,7 @@ def test_a_complete_round_is_not_made_again(labeller):
     assert all(np.array_equal(again[id]["kept"], records[id]["kept"]) for id in records)
 
 
-def test_only_what_is_missing_is_made(labeller):
+def test_only_missing_chunks_are_made(labeller):
     one = labeller("one")
     one.ensure(0)
     whole, before = digest(one.store.path), chunks(one.store.path)
@@ -115,7 +115,7 @@ def test_only_what_is_missing_is_made(labeller):
     assert {name: after[name] for name in before if "2." not in name} == {n: before[n] for n in before if "2." not in n}
 
 
-def test_the_costliest_chunks_come_first(labeller):
+def test_the_most_expensive_chunks_come_first(labeller):
     one = labeller("one")
     written = []
     write = one.store.write
@@ -126,7 +126,7 @@ def test_the_costliest_chunks_come_first(labeller):
     assert [words[chunk] for chunk in written] == sorted(words, reverse=True) and len(set(words)) > 2
 
 
-def test_sigterm_leaves_finished_chunks_and_the_next_start_goes_on(labeller):
+def test_after_sigterm_finished_chunks_remain_and_the_next_run_resumes(labeller):
     whole = labeller("whole")
     whole.ensure(0)
     one = labeller("one")
@@ -136,7 +136,7 @@ def test_sigterm_leaves_finished_chunks_and_the_next_start_goes_on(labeller):
         if progress.made == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="finished chunks are stored, the same command goes on"):
+    with pytest.raises(Interrupted, match="finished chunks are stored, run the same command to resume"):
         one.ensure(0, report=stop_in_the_third_chunk)
     assert signal.getsignal(signal.SIGTERM) is handler
     finished = chunks(one.store.path)
@@ -148,7 +148,7 @@ def test_sigterm_leaves_finished_chunks_and_the_next_start_goes_on(labeller):
     assert digest(one.store.path) == digest(whole.store.path)
 
 
-def test_progress_is_counted_and_said(labeller):
+def test_progress_is_counted_and_reported(labeller):
     one = labeller("one")
     states = []
     records = one.ensure(0, report=lambda p: states.append((p.done, p.forwards, p.saved, p.mean_best)))
@@ -187,7 +187,7 @@ def label(folder: Path, *settings: str) -> int:
 LONGER = ["data.max_samples=18", "search.population=48", "search.parents=12", "search.generations=5"]
 
 
-def test_sigkill_costs_the_chunk_in_work_and_nothing_else(tmp_path):
+def test_sigkill_loses_the_current_chunk_only(tmp_path):
     folder = tmp_path / "killed"
     words = ["label", f"--labels.dir={folder}", f"--run_dir={folder}-run", *TINY, *LONGER]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -219,12 +219,12 @@ def test_a_store_of_other_settings_is_refused_and_replaced_only_if_asked(tmp_pat
     assert label(folder, "--search.generations=2") == 2
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.strip().splitlines()) == 1
-    assert "was made by search.generations=1 (this run has search.generations=2)" in said.err
+    assert "was made with search.generations=1 (this run has search.generations=2)" in said.err
     assert said.err.strip().endswith("choose another folder or --labels.overwrite=true")
     assert digest(folder) == first
     assert label(folder, "--search.generations=2", "--labels.overwrite=true") == 0
     assert digest(folder) != first
-    # overwriting does not throw away what these very settings have made
+    # overwrite does not delete labels of the same settings
     before = chunks(folder)
     assert label(folder, "--search.generations=2", "--labels.overwrite=true") == 0
     assert chunks(folder) == before
@@ -235,7 +235,7 @@ def test_a_store_of_other_settings_is_refused_and_replaced_only_if_asked(tmp_pat
     ["seed=3", "data.train_seed=7", "data.max_samples=11", "grouping.centre=true", "search.mutation=0.3",
      "labels.target=random", "labels.generations_per_refresh=2", "model.dtype=bfloat16"],
 )  # fmt: skip
-def test_what_labels_depend_on_is_in_the_fingerprint(labeller, nano, tmp_path, setting):
+def test_the_fingerprint_contains_settings_that_labels_depend_on(labeller, nano, tmp_path, setting):
     from evocomp.log import UserError
 
     labeller("one")
@@ -243,40 +243,40 @@ def test_what_labels_depend_on_is_in_the_fingerprint(labeller, nano, tmp_path, s
         from evocomp.mllm.hf import FrozenMLLM
 
         config = load([], [*TINY, setting])
-        with pytest.raises(UserError, match="was made by dtype=float32"):
+        with pytest.raises(UserError, match="was made with dtype=float32"):
             build_labeller(config, FrozenMLLM.load("nano", "bfloat16"), load_splits(config.data), tmp_path / "one")
         return
-    with pytest.raises(UserError, match="was made by"):
+    with pytest.raises(UserError, match="was made with"):
         labeller("one", setting)
 
 
 @pytest.mark.parametrize(
     "setting", ["labels.batch=3", "labels.passes=1", "optim.lr=1", "eval.kept=[8]", "run_dir=x", "threads=2"]
 )
-def test_what_labels_do_not_depend_on_is_not(labeller, setting):
+def test_the_fingerprint_contains_no_other_settings(labeller, setting):
     labeller("one")
     labeller("one", setting)
 
 
-def test_a_lost_round_that_cannot_be_made_again_is_named(labeller):
+def test_a_lost_round_that_cannot_be_made_again_is_an_error(labeller):
     from evocomp.log import UserError
 
     one = labeller("one")
     one.ensure(0)
     one.ensure(1)
     one.store.remove(1)
-    with pytest.raises(UserError, match="round 1 of label store .* is gone or broken.*begin anew in another --run_dir"):
+    with pytest.raises(UserError, match="round 1 of label store .* is missing or corrupt.*start a new --run_dir"):
         one.ensure(2)
     assert one.ensure(1) and one.ensure(2)
 
 
-def test_runs_share_the_first_round_whatever_their_context_tokens(labeller):
+def test_runs_with_different_context_tokens_share_round_0(labeller):
     settings = ["recipe=plus", "labels.refresh=on_policy", "labels.credit_masks=4"]
     assert labeller("one", *settings, "compressor.sharp=9").rounds.sharp == 9
     assert labeller("one", *settings, "compressor.sharp=5").rounds.sharp == 5
 
 
-def test_other_weights_are_another_model(labeller, nano, tmp_path):
+def test_other_weights_change_the_fingerprint(labeller, nano, tmp_path):
     import copy
 
     from evocomp.log import UserError
@@ -286,11 +286,11 @@ def test_other_weights_are_another_model(labeller, nano, tmp_path):
     model = copy.deepcopy(nano.model)
     model.get_output_embeddings().weight[0, 0] += 1
     config = load([], TINY)
-    with pytest.raises(UserError, match="was made by weights="):
+    with pytest.raises(UserError, match="was made with weights="):
         build_labeller(config, FrozenMLLM(model, nano.processor, "nano"), load_splits(config.data), tmp_path / "one")
 
 
-# ------------------------------------------------------------ what must not count as done
+# ------------------------------------------------------------ incomplete or invalid labels
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def own_data(tmp_path):
     return tmp_path / "data", some
 
 
-def test_questions_about_broken_images_have_no_label_and_all_others_theirs(labeller, own_data, nano, caplog):
+def test_only_questions_about_broken_images_have_no_label(labeller, own_data, nano, caplog):
     folder, records = own_data
     settings = [f"data.source={folder}"]
     whole = labeller("whole", *settings).ensure(0)
@@ -330,7 +330,7 @@ def test_questions_about_broken_images_have_no_label_and_all_others_theirs(label
     nano._left_out.clear()
 
 
-def test_a_commit_that_lists_fewer_chunks_is_not_believed(labeller):
+def test_a_commit_with_missing_chunks_is_incomplete(labeller):
     one = labeller("one")
     records, before = one.ensure(0), digest(one.store.path)
     path = one.store.path / "round-0000" / "COMMIT.json"
@@ -344,7 +344,7 @@ def test_a_commit_that_lists_fewer_chunks_is_not_believed(labeller):
     assert not one.store.committed(0), "a gap"
 
 
-def test_labels_that_are_no_numbers_are_not_stored(labeller, monkeypatch):
+def test_nan_labels_are_not_stored(labeller, monkeypatch):
     one = labeller("one")
     make = one.rounds.make
 
@@ -358,7 +358,7 @@ def test_labels_that_are_no_numbers_are_not_stored(labeller, monkeypatch):
     assert not one.store.committed(0) and one.store.stored(0) == []
 
 
-def test_stored_labels_that_are_no_numbers_are_not_read(tmp_path):
+def test_stored_nan_labels_are_not_read(tmp_path):
     store = LabelStore.open(tmp_path / "s", {})
     store.write(0, 0, [{"id": 5, "credits": np.array([0.1, np.inf], np.float16)}])
     store.commit(0, [0])

@@ -1,4 +1,4 @@
-"""`auto` number formats: measured once, saved, and never measured again for the same run or store."""
+"""`auto` dtypes are measured once, saved, and never measured again for the same run or store."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from tests.training.test_run import PLUS, QUICK
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Sets what the measurement says, and counts how often it is asked."""
+    """Replaces the measurement by a fixed result and counts its calls."""
     asked = []
 
     def say(name: str):
@@ -32,26 +32,26 @@ def settings(folder, *more) -> list[str]:
 
 
 @pytest.mark.parametrize(("faster", "labels"), [("bfloat16", "bfloat16"), ("float32", "model")])
-def test_auto_is_what_is_faster_here(tmp_path, measured, faster, labels):
+def test_auto_chooses_the_faster_dtype(tmp_path, measured, faster, labels):
     measured(faster)
     config = resolve_dtypes(load(settings=settings(tmp_path)), tmp_path)
     assert (config.labels.dtype, config.optim.muon_dtype) == (labels, faster)
     assert resolve_dtypes(config, tmp_path) is config
 
 
-def test_what_is_named_is_not_measured(tmp_path, measured):
+def test_explicit_dtypes_are_not_measured(tmp_path, measured):
     asked = measured("bfloat16")
     config = load(settings=settings(tmp_path, "labels.dtype=float32", "optim.muon_dtype=float32"))
     assert resolve_dtypes(config, tmp_path) is config and not asked
 
 
 @pytest.mark.parametrize("own", ["model.dtype=bfloat16", "model.shard=2"])
-def test_labels_stay_in_the_format_of_a_half_or_sharded_model(tmp_path, measured, own):
+def test_half_precision_and_sharded_models_keep_their_dtype(tmp_path, measured, own):
     measured("bfloat16")
     assert resolve_dtypes(load(settings=settings(tmp_path, own)), tmp_path).labels.dtype == "model"
 
 
-def test_a_run_saves_what_was_chosen_and_keeps_it(tmp_path, measured):
+def test_a_run_saves_and_keeps_the_chosen_dtype(tmp_path, measured):
     measured("bfloat16")
     folder = tmp_path / "run"
     config = load(settings=settings(folder))
@@ -62,12 +62,12 @@ def test_a_run_saves_what_was_chosen_and_keeps_it(tmp_path, measured):
     assert meta["fingerprint"]["labels"]["dtype"] == "bfloat16"
     asked = measured("float32")
     asked.clear()
-    (folder / "trained.json").unlink()  # an interrupted run goes on, on another machine
+    (folder / "trained.json").unlink()  # an interrupted run is resumed on another machine
     assert run(config) and not asked
     assert config_files.load([folder / "config.yaml"]) == saved
 
 
-def test_training_keeps_the_format_of_labels_that_are_there(tmp_path, measured):
+def test_training_keeps_the_dtype_of_existing_labels(tmp_path, measured):
     measured("bfloat16")
     config = load(settings=settings(tmp_path / "run"))
     label_only(config)
@@ -75,12 +75,12 @@ def test_training_keeps_the_format_of_labels_that_are_there(tmp_path, measured):
     assert run(config)
     saved = config_files.load([tmp_path / "run" / "config.yaml"])
     assert (saved.labels.dtype, saved.optim.muon_dtype) == ("bfloat16", "float32")
-    # thrown away, they bind nobody
+    # labels that will be overwritten do not determine the dtype
     again = replace(config, labels=replace(config.labels, overwrite=True, dir=str(tmp_path / "run" / "labels")))
     assert resolve_dtypes(again, tmp_path / "other").labels.dtype == "model"
 
 
-def test_a_run_from_before_the_settings_does_what_it_did(tmp_path, measured):
+def test_a_run_older_than_the_settings_keeps_its_behaviour(tmp_path, measured):
     asked = measured("float32")
     config = load(settings=settings(tmp_path))
     text = config_files.to_yaml(replace(config, labels=replace(config.labels, dtype="bfloat16")))
@@ -89,10 +89,10 @@ def test_a_run_from_before_the_settings_does_what_it_did(tmp_path, measured):
     assert (found.labels.dtype, found.optim.muon_dtype) == ("bfloat16", "auto") and not asked
 
 
-def test_the_measurement_names_the_faster_format(monkeypatch):
+def test_the_measurement_returns_the_faster_dtype(monkeypatch):
     threads = torch.get_num_threads()
     for costs, expected in (((1.0, 0.5), "bfloat16"), ((1.0, 0.9), "float32"), ((1.0, 60.0), "float32")):
-        # float32 and bfloat16 take turns; each is timed at its start and end
+        # float32 and bfloat16 alternate; the clock is read at the start and end of each
         ticks = iter([x for _ in range(number_format.REPEATS) for cost in costs for x in (0.0, cost)])
         monkeypatch.setattr(number_format.time, "perf_counter", lambda ticks=ticks: next(ticks))
         number_format.faster_on_cpu.cache_clear()

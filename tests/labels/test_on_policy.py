@@ -1,4 +1,4 @@
-"""On-policy rounds on losses that are known: what is drawn, compared, dropped and carried on."""
+"""On-policy rounds on known losses: draws, advantages, samples without differences, and copied priorities."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ LOGITS = np.linspace(-1, 1, N).astype(np.float32)
 
 
 class Landscape:
-    """Losses of masks: a sample `id` is hard by id / 40 for each kept token below N / 2; id 0 is flat."""
+    """Losses of masks: id / 40 for each kept token below N / 2, so that all losses of sample 0 are equal."""
 
     def __init__(self):
         self.masks = 0
@@ -31,7 +31,7 @@ class Landscape:
 
 
 class First:
-    """Round 0 of some other kind."""
+    """Round 0 of another kind of label."""
 
     def chunks(self, round, previous):
         return [[0, 1]]
@@ -57,7 +57,7 @@ def scores(features, budgets):
 
 
 def make(rounds, round, previous, order=1):
-    """A whole round, its chunks in either order: records by id."""
+    """All records of a round by id; `order` -1 makes its chunks in reverse order."""
     found = {}
     for ids in rounds.chunks(round, previous)[::order]:
         found |= {record["id"]: record for record in rounds.make(round, ids, encode, previous, scores)}
@@ -68,7 +68,7 @@ def drawn(records):
     return {id for id, record in records.items() if record["draws"].size}
 
 
-def test_records_hold_what_was_proposed_and_how_good_it_was():
+def test_records_contain_proposals_and_advantages():
     rounds, _ = build()
     records = make(rounds, 1, {})
     assert records.keys() == set(range(40))
@@ -84,8 +84,8 @@ def test_records_hold_what_was_proposed_and_how_good_it_was():
         assert np.allclose(record["log_prob"], old, atol=1e-5)
 
 
-def test_a_chunk_is_made_by_its_arguments_alone():
-    """No matter what was called before it, if anything, and whatever stands beside it in the chunk."""
+def test_a_chunk_depends_on_its_arguments_only():
+    """A record depends neither on earlier calls nor on the other samples of its chunk."""
     first = make(build()[0], 1, {})
     for round, previous in ((1, {}), (2, first)):
         rounds, _ = build()
@@ -112,14 +112,14 @@ def test_proposals_follow_the_scores():
 
 
 @pytest.mark.parametrize("probes", [0, 4])
-def test_flat_samples_are_dropped_and_their_priority_falls(probes):
+def test_samples_with_equal_losses_are_dropped_and_lose_priority(probes):
     rounds, scorer = build(samples_per_refresh=40, probes=probes)
     records = make(rounds, 1, {})
     assert 0 not in drawn(records) and records[0]["spread"] == 0
-    # four probes may tie by chance where sixteen proposals do not
+    # four probes may have equal losses by chance when sixteen proposals do not
     assert len(set(range(10, 40)) - drawn(records)) <= (3 if probes else 0)
     assert all(record["spread"] > 0.1 for id, record in records.items() if id in drawn(records))
-    # from the next round on they are drawn with odds 0.03 against up to 1.53
+    # from the next round on their weight is 0.03, that of others up to 1.53
     again, count = 0, 0
     for round in range(2, 60):
         some = rounds.draw(round, records)
@@ -130,14 +130,14 @@ def test_flat_samples_are_dropped_and_their_priority_falls(probes):
     assert shares[0] < 0.05 < 0.2 < shares[39]
 
 
-def test_probes_save_the_masks_of_samples_on_which_nothing_depends():
+def test_probes_save_masks_of_samples_with_equal_losses():
     whole, all_masks = build(ids=[0, 1, 30], samples_per_refresh=3)
     make(whole, 1, {})
     probed, few_masks = build(ids=[0, 1, 30], samples_per_refresh=3, probes=4)
     records = make(probed, 1, {})
     assert all_masks.masks == 3 * 16
     assert few_masks.masks == 3 * 4 + 12 * len(drawn(records))
-    # what is scored in two parts is what would have been scored at once
+    # scoring in two parts gives the same records as scoring at once
     again = make(whole, 1, {})
     for id in drawn(records):
         assert np.array_equal(records[id]["draws"], again[id]["draws"])
@@ -150,11 +150,11 @@ def test_the_first_round_draws_evenly_and_later_ones_by_priority():
     first = [sum(id in rounds.draw(1, {}) for id in range(20)) for _ in range(1)]
     assert 0 < first[0] < 16
     low = np.mean([sum(id < 20 for id in rounds.draw(round, previous)) for round in range(2, 200)])
-    # 16 of 40 without replacement, odds 0.03 against CAP + 0.03: nearly all are of the second kind
+    # 16 of 40 without replacement, weights 0.03 and CAP + 0.03: nearly all are of the second kind
     assert low < 16 * FLOOR / (FLOOR + CAP) * 5
 
 
-def test_a_round_is_the_same_in_any_order_and_after_any_stop():
+def test_a_round_does_not_depend_on_order_or_interruptions():
     previous = make(build()[0], 1, {})
     forward, backward = make(build()[0], 2, previous), make(build()[0], 2, previous, order=-1)
     for id in range(40):
@@ -171,18 +171,18 @@ def test_samples_that_were_not_drawn_keep_their_priority():
     assert idle and all(later[id]["spread"] == min(CAP, previous[id]["spread"]) for id in idle)
 
 
-def test_round_zero_is_the_other_kinds_and_later_ones_need_a_compressor():
+def test_round_0_is_another_kind_and_later_rounds_need_a_compressor():
     rounds, _ = build()
     assert rounds.chunks(0, {}) == [[0, 1]]
     assert [r["id"] for r in rounds.make(0, [0, 1], encode, {}, None)] == [0, 1]
     ids = rounds.chunks(1, {})[0]
-    with pytest.raises(UserError, match="needs a compressor that trains"):
+    with pytest.raises(UserError, match="needs the compressor of a training run"):
         list(rounds.make(1, ids, encode, {}, None))
 
 
 @pytest.mark.parametrize("probes", [0, 4])
-def test_context_takes_what_is_not_drawn(probes):
-    """A compressor is told how many tokens are drawn, as it is when it is used; the rest of a mask is context."""
+def test_tokens_that_are_not_drawn_are_context_tokens(probes):
+    """The compressor's budget is the number of drawn tokens, as at inference; the rest of a mask are context tokens."""
     rounds, scorer = build(sharp=12, proposal_sizes=(4, 8), probes=probes)
     told = set()
 
@@ -196,7 +196,7 @@ def test_context_takes_what_is_not_drawn(probes):
     assert told == {3.0, 5.0} and scorer.asked == {(3, 1), (5, 3)}
 
 
-def test_hedged_masks_hold_the_first_of_the_priority_order_that_were_not_drawn():
+def test_hedged_masks_are_filled_in_priority_order():
     rounds, scorer = build(hedge=0.5)
     seen = []
 

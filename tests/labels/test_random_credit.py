@@ -1,4 +1,4 @@
-"""Credits of random masks as a round of labels: whole pictures, and tokens of one meaning that share a credit."""
+"""Credit labels from random masks: questions about an image share masks, and tokens of a group share credits."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from evocomp.scoring.scorer import CandidateScorer
 
 @pytest.fixture(scope="module")
 def records(nano, questions, encoded):
-    """records(grouper): those of the first two pictures."""
+    """records(grouper): the records of the first two images."""
     pictures = list(dict.fromkeys(one.image_id for one in questions))[:2]
     asked = [one for one in questions if one.image_id in pictures]
     by_id = {one.id: one for one in encoded}

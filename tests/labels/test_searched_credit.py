@@ -1,4 +1,4 @@
-"""Credits of the masks that a search has scored: every strategy serves, and the arithmetic is what it says."""
+"""Credits from the masks that a search has scored, for every strategy, against the definition."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_every_strategy_gives_credits(nano, encoded, strategy):
         assert record["best_loss"] == np.float32(result.loss)
         gains = np.minimum(result.scored_losses.astype(np.float64), 6.0)
         gains = (gains.mean() - gains) / (gains.std(ddof=1) + 0.1)
-        for token in range(len(features.visual)):  # one by one, from the definition
+        for token in range(len(features.visual)):  # one by one, by definition
             holds = (result.scored_kept == token).any(axis=1)
             expected = gains[holds].mean() if holds.any() else 0.0
             assert record["credits"][token] == pytest.approx(expected, abs=2e-3)
@@ -36,14 +36,14 @@ def test_every_strategy_gives_credits(nano, encoded, strategy):
         assert np.abs(record["credits"][alone].astype(float)).max(initial=0) < 1e-3
 
 
-def test_targets_for_losses_that_expect_probabilities(nano, encoded):
+def test_probability_targets(nano, encoded):
     kind = build(nano, [encoded[0].id], "published", probabilities=True)
     (record,) = kind.make(0, kind.search.ids, lambda ids: encoded[:1], {}, None)
     assert 0 < record["credits"].min() and record["credits"].max() < 1
 
 
 def test_a_gradient_finds_better_masks_than_the_first_population_of_others(nano, encoded):
-    """Its first population is drawn where the gradient says that tokens help."""
+    """The first population is drawn from the gradient of the loss."""
     first = {}
     for strategy in ("uniform_crossover", "gradient_seeded"):
         kind = build(nano, [], strategy)

@@ -124,7 +124,7 @@ def test_digest_does_not_depend_on_the_order_of_writing(tmp_path):
     assert store.digest(0) != digests[0]
 
 
-def test_missing_lists_what_is_to_be_done_in_the_given_order(store):
+def test_missing_chunks_are_listed_in_the_given_order(store):
     store.write(0, 1, chunk(1))
     assert store.has(0, 1) and not store.has(0, 0)
     assert store.missing(0, [3, 1, 0]) == [3, 0]
@@ -149,7 +149,7 @@ def test_chunks_are_immutable(store, caplog):
     assert read_chunk(store, 0, 0)[0]["id"] == 0
 
 
-def test_another_fingerprint_is_refused_and_overwrite_starts_anew(store):
+def test_another_fingerprint_is_refused_unless_overwritten(store):
     store.write(0, 0, chunk(0))
     store.commit(0, [0])
     other = {**MADE_BY, "model": "qwen"}
@@ -159,7 +159,7 @@ def test_another_fingerprint_is_refused_and_overwrite_starts_anew(store):
     assert "model=llava (this run has model=qwen)" in message and "--labels.overwrite=true" in message
     assert "data" not in message and "\n" not in message
     assert store.rounds() == [0]
-    # overwrite does not throw away what this very run made: a restarted job goes on
+    # overwrite does not delete labels of the same fingerprint, so that a restarted job resumes
     assert LabelStore.open(store.path, MADE_BY, overwrite=True).rounds() == [0]
     assert LabelStore.open(store.path, other, overwrite=True).rounds() == []
     with pytest.raises(UserError):
@@ -178,7 +178,7 @@ def test_another_schema_is_refused(store):
         LabelStore.open(store.path, MADE_BY)
 
 
-def test_another_numpy_is_said(store, caplog):
+def test_another_numpy_version_is_logged(store, caplog):
     meta = json.loads((store.path / "meta.json").read_text())
     assert meta["numpy"] == np.__version__
     (store.path / "meta.json").write_text(json.dumps({**meta, "numpy": "1.0"}))
@@ -186,24 +186,24 @@ def test_another_numpy_is_said(store, caplog):
     assert "numpy 1.0" in caplog.text
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tmp.tex").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="neither empty nor a label store"):
             LabelStore.open(tmp_path, MADE_BY, overwrite)
-    with pytest.raises(UserError, match="cannot be a folder"):
+    with pytest.raises(UserError, match="cannot create label folder"):
         LabelStore.open(tmp_path / "thesis.tmp.tex", MADE_BY)
     assert (tmp_path / "thesis.tmp.tex").exists()
 
 
-def test_a_broken_meta_file_is_named(store):
+def test_a_damaged_meta_file_is_an_error(store):
     (store.path / "meta.json").write_text("{")
     with pytest.raises(UserError, match="meta.json"):
         LabelStore.open(store.path, MADE_BY)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "header"])
-def test_a_damaged_chunk_is_named(store, damage):
+def test_a_damaged_chunk_is_an_error(store, damage):
     for number in range(2):
         store.write(0, number, chunk(number))
     path = store.path / "round-0000" / "chunk-000001.safetensors"
@@ -216,7 +216,7 @@ def test_a_damaged_chunk_is_named(store, damage):
             harmed = {"cut": content[:-7], "flip": content[:-1] + b"\x55", "header": b"\xff" * 99}[damage]
             path.write_bytes(harmed)
 
-    if damage in ("cut", "header"):  # seen even before there is a hash
+    if damage in ("cut", "header"):  # detected even before the commit stores hashes
         harm()
         with pytest.raises(UserError, match="chunk-000001.safetensors is broken or cut short"):
             read_chunk(store, 0, 1)
@@ -231,7 +231,7 @@ def test_a_damaged_chunk_is_named(store, damage):
                 read()
         assert store.committed(0)
         path.unlink()
-    # the way out that the message names: without the file the round is incomplete, and is made complete
+    # the remedy in the error message: without the file the round is incomplete and can be completed
     assert not store.committed(0) and store.rounds() == [] and store.missing(0, range(2)) == [1]
     with pytest.raises(UserError, match="not complete"):
         store.read(0)
@@ -307,7 +307,7 @@ WRITER = """
     def fsync(fd):
         real(fd)
         if number == 5:
-            # the state that the kill is to hit: bytes on disk, not yet under their name
+            # the kill must hit this state: bytes on disk, but not yet under the final name
             print("writing", flush=True)
             time.sleep(60)
     os.fsync = fsync
@@ -317,7 +317,7 @@ WRITER = """
 """
 
 
-def test_a_killed_writer_leaves_whole_chunks_and_a_resumed_one_gives_the_same_bytes(tmp_path):
+def test_a_killed_writer_leaves_complete_chunks_and_resumes_with_the_same_bytes(tmp_path):
     reference = LabelStore.open(tmp_path / "reference", MADE_BY)
     for number in range(40):
         reference.write(0, number, chunk(number))
@@ -344,7 +344,7 @@ def test_a_killed_writer_leaves_whole_chunks_and_a_resumed_one_gives_the_same_by
     assert store.digest(0) == reference.digest(0)
 
 
-def test_the_sweep_spares_writers_that_live_and_other_hosts(store):
+def test_the_sweep_spares_live_writers_and_other_hosts(store):
     folder = store.path / "round-0000"
     folder.mkdir()
     host = socket.gethostname()

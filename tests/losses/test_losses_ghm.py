@@ -12,7 +12,7 @@ from evocomp.log import UserError
 from evocomp.losses.ghm import GHMC, exact_density, exact_ghm_loss
 from evocomp.ops import ghm_histogram
 
-# made by mmdet 3.3.0's GHMC in fp32; data/ghmc.json tells how
+# results of GHMC in mmdet 3.3.0 in fp32; data/ghmc.json describes how they were made
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "ghmc.json").read_text())["cases"]
 ARRAYS = dict(np.load(DATA / "ghmc_expected.npz"))
@@ -46,7 +46,7 @@ def test_paper_rule_is_the_papers_formula(case):
     torch.testing.assert_close(value, torch.tensor(expected), **TOLERANCE)
 
 
-def test_momentum_is_part_of_the_state_and_rests_in_evaluation(generator):
+def test_running_counts_are_saved_and_fixed_in_evaluation(generator):
     logits, targets = torch.randn(50, generator=generator), torch.rand(50, generator=generator)
     loss = GHMC(momentum=0.5)
     loss(logits, targets)
@@ -62,7 +62,7 @@ def test_momentum_is_part_of_the_state_and_rests_in_evaluation(generator):
 
 
 def brute_force_density(norm, eps):
-    """The window as the paper writes it, with an n x n matrix."""
+    """The window density as defined in the paper, with an n x n matrix."""
     inside = (norm[None] > norm[:, None] - eps) & (norm[None] < norm[:, None] + eps)
     length = (norm + eps).clamp_max(1) - (norm - eps).clamp_min(0)
     return inside.sum(1) / length
@@ -116,11 +116,11 @@ def test_histogram_approaches_exact_with_finer_bins(generator):
     # a linear density of norms on [0, 1], by inverting its distribution function
     norm = torch.rand(200_000, generator=generator, dtype=torch.float64).mul(8).add(1).sqrt().sub(1) / 2
     logits, targets = torch.logit(norm), torch.zeros_like(norm)
-    # the limit: sum BCE / GD -> integral of BCE(g) dg = integral of -log(1 - g) dg = 1
+    # limit for many bins: sum BCE / GD -> integral of BCE(g) dg = integral of -log(1 - g) dg = 1
     for loss, gap in ((GHMC(form="exact", eps=0.005), 1e-3), (GHMC(bins=100), 1e-3)):
         assert abs(loss(logits, targets) - 1) < gap
     coarse = abs(GHMC(bins=2)(logits, targets) - 1)
-    assert coarse > 0.05  # and the test would see a coarse one
+    assert coarse > 0.05  # so the test distinguishes coarse from fine bins
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
@@ -136,7 +136,7 @@ def test_mean_over_ranks_is_the_joined_batch(rule, momentum, seed, sizes):
     shards = list(zip(logits.split(sizes), targets.split(sizes), strict=True))
 
     sent = []
-    for shard in shards:  # what every rank gives to the all-reduce
+    for shard in shards:  # the counts that every rank passes to the all-reduce
         GHMC(rule=rule, reduce_counts=lambda c: sent.append(c) or c)(*shard)
     assert all(c.dtype == torch.int64 for c in sent)
     total = sum(sent)
@@ -156,6 +156,6 @@ def test_mean_over_ranks_is_the_joined_batch(rule, momentum, seed, sizes):
         ({"form": "exact", "reduce_counts": lambda c: c}, "form=histogram"),
     ],
 )
-def test_options_that_do_not_fit(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         GHMC(**options)

@@ -15,7 +15,7 @@ def random_draws(batch: int, n: int, r: int, k: int, generator: torch.Generator)
 
 
 def brute_force(logits, order):
-    """The product of one softmax after another over what is left, in Python."""
+    """The product of successive softmax probabilities over the remaining tokens, in Python."""
     weight = {i: math.exp(x) for i, x in enumerate(logits)}
     probability = 1.0
     for i in order:
@@ -79,7 +79,7 @@ def example(generator):
     return logits, draws, advantages, plackett_luce_log_prob(logits, draws).detach()
 
 
-def test_fresh_masks_give_the_reinforce_gradient(generator):
+def test_unchanged_policy_gives_the_reinforce_gradient(generator):
     logits, draws, advantages, old = example(generator)
     ours = policy_loss(logits, draws, advantages, old, variance_weight=0)
     reinforce = -(advantages * plackett_luce_log_prob(logits, draws) / 3).mean()
@@ -87,7 +87,7 @@ def test_fresh_masks_give_the_reinforce_gradient(generator):
     assert ours["clipped"] == 0
 
 
-def test_the_ratio_is_clipped_where_it_would_gain(generator):
+def test_the_ratio_is_clipped(generator):
     logits, draws, advantages, old = example(generator)
     factor = torch.tensor([[0.5, 0.9, 1.0, 1.1, 2.0]], dtype=torch.float64)  # pi / pi_old, r-th root
     parts = policy_loss(logits, draws, advantages, old - 3 * factor.log(), variance_weight=0)

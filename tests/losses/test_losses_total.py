@@ -42,7 +42,7 @@ def expected_term(name, logits, targets, valid):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_named_parts_add_up(name, batch):
+def test_terms_add_up_to_the_loss(name, batch):
     logits, hidden, targets, valid = batch
     parts = build_loss(name, alpha=0.3)(logits, hidden, targets, valid)
     term = name.removesuffix("_cs")
@@ -57,7 +57,7 @@ def test_named_parts_add_up(name, batch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_padding_is_invisible(name, batch):
+def test_padding_is_ignored(name, batch):
     logits, hidden, targets, valid = batch
     loss = build_loss(name)
     clean = loss(logits, hidden, targets, valid)

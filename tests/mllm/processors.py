@@ -1,4 +1,4 @@
-"""Processors of every supported family over one small tokenizer; made from their classes, no download."""
+"""Processors of every supported family, built from their classes over one small tokenizer, without a download."""
 
 from functools import cache
 
@@ -32,7 +32,7 @@ def _trained() -> str:
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    # spaces and line ends merge with their neighbours, as in real vocabularies
+    # spaces and line breaks merge with neighbouring characters, as in real vocabularies
     raw.train_from_iterator(
         [TEXT] * 50, trainers.BpeTrainer(vocab_size=500, special_tokens=ADDED, initial_alphabet=alphabet)
     )
@@ -40,7 +40,7 @@ def _trained() -> str:
 
 
 def tokenizer(**named: str) -> tf.PreTrainedTokenizerFast:
-    """Byte-pair encoding with the added tokens of all families; `named`: those that a processor asks it for."""
+    """A byte-pair tokenizer with the added tokens of all families; `named`: tokens that processors look up by name."""
     marks = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained()), **marks, extra_special_tokens=named
@@ -48,7 +48,7 @@ def tokenizer(**named: str) -> tf.PreTrainedTokenizerFast:
 
 
 def build(family: str) -> tuple[tf.ProcessorMixin, str]:
-    """The family's processor, and what its chat template writes for an image. Without video processors."""
+    """The family's processor without its video processor, and the text that its chat template writes for an image."""
     frame = "<|vision_start|><|image_pad|><|vision_end|>"
     qwen = dict(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096)
     side = {"height": 16, "width": 16}
@@ -85,7 +85,7 @@ def build(family: str) -> tuple[tf.ProcessorMixin, str]:
             own = tokenizer(**named, video_token="<video>")
             return tf.InternVLProcessor(images, own, None, image_seq_length=4), "<IMG_CONTEXT>"
         case "mistral3":
-            pytest.importorskip("torchvision")  # its processor's module does not load without
+            pytest.importorskip("torchvision")  # the processor's module cannot be imported without it
             images = tf.PixtralImageProcessor(size={"longest_edge": 32}, patch_size=4)
             return tf.PixtralProcessor(images, tokenizer(), patch_size=4, spatial_merge_size=2), "[IMG]"
         case "gemma3":

@@ -1,4 +1,4 @@
-"""Context tokens: who speaks for whom by loops, and weights in the attention against copies of the token."""
+"""Context tokens: cluster assignment against plain loops, and attention weights against copies of a token."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.mllm.test_hf import tiny
 
 
 def by_loops(visual: np.ndarray, kept: list[int], count: int) -> tuple[list[int], list[int]]:
-    """Centres in the order of their choice, and the owner of each token; float64."""
+    """Centres in order of selection, and the cluster assignment of each token; float64."""
     unit = visual / np.linalg.norm(visual, axis=1, keepdims=True)
     dropped = [i for i in range(len(visual)) if i not in kept]
     centres = [max(dropped, key=lambda i: unit[i] @ unit[dropped].sum(0))]
@@ -32,22 +32,22 @@ def by_loops(visual: np.ndarray, kept: list[int], count: int) -> tuple[list[int]
 @settings(max_examples=60, deadline=None)
 def test_every_dropped_token_goes_to_its_nearest_centre(size, data):
     kept_count = data.draw(st.integers(1, size - 1))
-    assume(size - kept_count != 2)  # two are equally typical
+    assume(size - kept_count != 2)  # with two dropped tokens the first centre is a tie
     count = data.draw(st.integers(1, size - kept_count))
     rng = np.random.default_rng(data.draw(st.integers(0, 10_000)))
     visual = rng.normal(size=(size, 5))
     kept = np.stack([np.sort(rng.permutation(size)[:kept_count]) for _ in range(3)])
     centres, owner = owners(torch.from_numpy(visual).float(), torch.from_numpy(kept), count)
     for row in range(3):
-        expected, speaks = by_loops(visual, kept[row].tolist(), count)
+        expected, assignment = by_loops(visual, kept[row].tolist(), count)
         assert centres[row].tolist() == sorted(expected)
-        assert owner[row].tolist() == speaks
+        assert owner[row].tolist() == assignment
 
 
 @given(st.integers(3, 12), st.integers(0, 10_000))
 @settings(max_examples=40, deadline=None)
-def test_equal_tokens_have_centres_of_their_own(size, seed):
-    """Ties in everything: still as many centres as asked for, and nobody is lost."""
+def test_equal_tokens_have_distinct_centres(size, seed):
+    """With equal tokens, there are still `count` distinct centres, and every token is assigned."""
     rng = np.random.default_rng(seed)
     visual = torch.from_numpy(rng.integers(1, 3, size=(size, 2))).float()
     kept = torch.from_numpy(rng.permutation(size)[:1])[None]
@@ -59,7 +59,7 @@ def test_equal_tokens_have_centres_of_their_own(size, seed):
     assert means(visual, centres, owner)[1].exp().sum().round() == size - 1
 
 
-def test_a_context_token_is_the_mean_of_those_it_speaks_for():
+def test_a_context_token_is_the_mean_of_its_cluster():
     visual = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     kept = torch.tensor([3, 30, 17])
     one = shown(visual, kept, 5)
@@ -74,7 +74,7 @@ def test_a_context_token_is_the_mean_of_those_it_speaks_for():
 
 
 @pytest.mark.parametrize("context", [0, 4])
-def test_nothing_dropped_nothing_changed(context):
+def test_without_dropped_tokens_nothing_changes(context):
     visual = torch.randn(9, 6)
     one = shown(visual, torch.randperm(9)[: 9 - context], context)
     assert torch.equal(one.tokens, visual) and torch.equal(one.places, torch.arange(9))
@@ -82,7 +82,7 @@ def test_nothing_dropped_nothing_changed(context):
 
 
 @given(st.integers(0, 300), st.one_of(st.just(0.0), st.floats(0.01, 0.99), st.floats(1, 300)))
-def test_few_kept_tokens_are_selected_and_of_many_never_more_than_the_limit(keep, sharp):
+def test_small_budgets_are_selected_and_large_ones_never_exceed_the_limit(keep, sharp):
     selected, context = split(keep, 576, sharp)
     limit = (sharp if sharp >= 1 else 576 * sharp) or float("inf")
     assert selected + context == keep and 0 <= context and min(keep, 1) <= selected <= max(1, limit + 0.5)
@@ -92,9 +92,9 @@ def test_few_kept_tokens_are_selected_and_of_many_never_more_than_the_limit(keep
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_weight_in_the_attention_is_that_many_copies_of_the_token(family, attention):
-    """The same next-token logits where each context token stands there as often as its size says: copies have one
-    position and see each other, so they stay equal."""
+def test_an_attention_weight_equals_copies_of_the_token(family, attention):
+    """The next-token logits equal those of a sequence in which each context token is repeated as often as its cluster
+    has members. The copies share a position and attend to each other, so they stay equal."""
     features, _, model = tiny(family)
     model.set_attn_implementation(attention)
     mllm = FrozenMLLM(model, processor=None)
@@ -120,7 +120,7 @@ def test_a_weight_in_the_attention_is_that_many_copies_of_the_token(family, atte
 
 
 def _answer(mllm, features, one):
-    """What `answer` gives without a tokenizer: the first logits."""
+    """`answer` with a stub tokenizer: only its logits are meaningful."""
     mllm.processor = type("Processor", (), {"tokenizer": _Tokenizer()})()
     return mllm.answer([(features, *one)], max_new_tokens=1)
 
@@ -144,14 +144,14 @@ def test_sizes_are_added_to_masks_of_either_kind():
     assert torch.softmax(expected, -1).isfinite().all()
 
 
-def test_attention_that_takes_no_weights_is_refused(nano):
+def test_attention_without_additive_masks_is_refused(nano):
     check_weighable(nano.decoder.config)
     config = type(nano.decoder.config)(attn_implementation="flex_attention")
     with pytest.raises(UserError, match=r"attn_implementation='sdpa'"):
         check_weighable(config)
 
 
-def test_sliding_windows_are_refused_where_they_would_be_lost(monkeypatch):
+def test_sliding_windows_are_refused_with_context_tokens(monkeypatch):
     features, _, model = tiny("qwen2_5_vl")
     mllm = FrozenMLLM(model, processor=None)
     mllm.check_weighable()
@@ -159,5 +159,5 @@ def test_sliding_windows_are_refused_where_they_would_be_lost(monkeypatch):
     monkeypatch.setattr(model.get_decoder().config, "layer_types", ["full_attention", "sliding_attention"])
     with pytest.raises(UserError, match=r"set compressor\.sharp=0, or use evocomp\.compress"):
         AnswerLosses(mllm, settings=ScorerConfig(own_pass=False)).batch([features], kept, context=2)
-    with pytest.raises(UserError, match="sliding windows"):
+    with pytest.raises(UserError, match="do not support context tokens with sliding_attention layers"):
         _answer(mllm, features, shown(features.visual, kept[0, 0], 2))

@@ -1,4 +1,4 @@
-"""Family policies, against what transformers' own forward pass does with the same inputs."""
+"""Family policies against transformers' own forward pass on the same inputs."""
 
 import tomllib
 from pathlib import Path
@@ -18,7 +18,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def decoder_inputs(model, inputs) -> dict:
-    """What the unmodified model hands to its LLM."""
+    """The input embeddings that the unmodified model passes to its LLM."""
     seen = {}
     hook = model.get_decoder().register_forward_pre_hook(lambda _, __, kw: seen.update(kw), with_kwargs=True)
     with torch.no_grad():
@@ -28,7 +28,7 @@ def decoder_inputs(model, inputs) -> dict:
 
 
 @every_family
-def test_image_features_are_the_rows_that_the_llm_sees(family):
+def test_image_features_are_the_rows_of_the_llm_input(family):
     model, inputs = build(family), prompts(family)
     with torch.no_grad():
         features = image_features(model, inputs)
@@ -38,7 +38,7 @@ def test_image_features_are_the_rows_that_the_llm_sees(family):
 
 
 @every_family
-def test_image_numbers_follow_the_pictures(family):
+def test_image_numbers_follow_the_images(family):
     model, inputs = build(family), prompts(family)
     with torch.no_grad():
         numbers = families.image_numbers(model, inputs["input_ids"], families.encode(model, inputs))
@@ -97,7 +97,7 @@ def test_old_transformers_is_refused(monkeypatch):
     families.check_supported(build("llava"))
 
 
-def test_prompt_and_pixels_that_disagree_are_named():
+def test_prompts_that_do_not_match_the_pixels_are_refused():
     model, inputs = build("llava"), prompts("llava")
     inputs["pixel_values"] = inputs["pixel_values"][:2]
     with pytest.raises(UserError, match="48 image placeholders.*32 tokens"):

@@ -1,4 +1,4 @@
-"""Features from the disk are those of the tower, and nothing that happens to the disk changes a number."""
+"""Features from the disk cache equal those of the tower, even if files are damaged or the disk is full."""
 
 import copy
 import errno
@@ -22,7 +22,7 @@ def tokens(model, inputs, encoded) -> torch.Tensor:
 
 
 def runs_of_layers(model) -> list[int]:
-    """Grows by one whenever a matrix of the tower's layers is used."""
+    """A list that grows by one for every forward pass of a linear layer of the tower."""
     runs: list[int] = []
     for module in families.tower(model).modules():
         if isinstance(module, torch.nn.Linear):
@@ -34,7 +34,7 @@ def runs_of_layers(model) -> list[int]:
 def test_every_family_gets_the_same_tokens_to_the_bit_without_its_tower(family, tmp_path):
     model, inputs = copy.deepcopy(build(family)), prompts(family)
     for weight in model.parameters():
-        if not weight.any():  # a projector of zeros would agree with everything
+        if not weight.any():  # with a projector of zeros all outputs would be equal
             torch.nn.init.normal_(weight)
     cache, runs = FeatureCache(tmp_path, model, "a"), runs_of_layers(model)
     with torch.no_grad():
@@ -44,12 +44,12 @@ def test_every_family_gets_the_same_tokens_to_the_bit_without_its_tower(family, 
         again = tokens(model, inputs, cache.encode(inputs))
         other = tokens(model, inputs, cache.encode({**inputs, "pixel_values": 2 * inputs["pixel_values"]}))
     assert torch.equal(first, expected) and torch.equal(again, expected) and not torch.equal(other, expected)
-    assert 0 < spent == len(runs) * 2 / 3  # nothing ran the second time
+    assert 0 < spent == len(runs) * 2 / 3  # the tower did not run the second time
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
 
 
-def test_it_is_smaller_than_what_the_projector_makes_of_llava(tmp_path):
-    """16 numbers a patch and a class token here, 32 after the projector; 1,024 and 4,096 in LLaVA-1.5."""
+def test_the_cache_is_smaller_than_llavas_projector_output(tmp_path):
+    """Per token, 16 numbers are cached and the projector returns 32; in LLaVA-1.5 these are 1,024 and 4,096."""
     model, inputs = build("llava"), prompts("llava")
     FeatureCache(tmp_path, model, "a").encode(inputs)
     (path,) = tmp_path.rglob("*.safetensors")
@@ -57,7 +57,7 @@ def test_it_is_smaller_than_what_the_projector_makes_of_llava(tmp_path):
     assert path.stat().st_size < 4 * width * 3 * 17 + 200
 
 
-def test_other_models_pixels_and_formats_have_files_of_their_own(tmp_path):
+def test_other_models_pixels_and_dtypes_have_separate_files(tmp_path):
     model, inputs = build("llava"), prompts("llava")
     FeatureCache(tmp_path, model, "a").encode(inputs)
     FeatureCache(tmp_path, model, "b").encode(inputs)
@@ -65,12 +65,12 @@ def test_other_models_pixels_and_formats_have_files_of_their_own(tmp_path):
     half = copy.deepcopy(model).to(torch.bfloat16)
     FeatureCache(tmp_path, half, "b").encode({**inputs, "pixel_values": inputs["pixel_values"].bfloat16()})
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4
-    # the words are none of its business
+    # the cache key does not depend on the text
     FeatureCache(tmp_path, model, "b").encode({**inputs, "attention_mask": inputs["attention_mask"] * 0 + 1})
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4
 
 
-def test_a_damaged_file_is_made_again(tmp_path, caplog):
+def test_a_damaged_file_is_replaced(tmp_path, caplog):
     model, inputs = build("llava"), prompts("llava")
     cache = FeatureCache(tmp_path, model, "a")
     expected = tokens(model, inputs, cache.encode(inputs))
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_made_again(tmp_path, caplog):
     assert "damaged" in caplog.text and path.read_bytes() == whole
 
 
-def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_stops_writing_but_not_the_run(tmp_path, monkeypatch, caplog):
     model, inputs = build("llava"), prompts("llava")
     cache = FeatureCache(tmp_path, model, "a")
     expected = tokens(model, inputs, families.encode(model, inputs))
@@ -93,19 +93,19 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path, monkeypatch, cap
     for _ in range(2):
         assert torch.equal(tokens(model, inputs, cache.encode(inputs)), expected)
     assert caplog.text.count("is full") == 1 and not [path for path in tmp_path.rglob("*") if path.is_file()]
-    with pytest.raises(UserError, match="not even one"):
+    with pytest.raises(UserError, match="no image fits"):
         cache.reserve(10, free=0)
 
 
-def test_room_is_told_and_asked_for_beforehand(tmp_path, caplog):
+def test_disk_space_is_logged_and_checked_beforehand(tmp_path, caplog):
     model, inputs = build("llava"), prompts("llava")
     cache = FeatureCache(tmp_path, model, "a")
     cache.encode(inputs)
     size = next(tmp_path.rglob("*.safetensors")).stat().st_size
     with caplog.at_level("INFO", logger="evocomp"):
         cache.reserve(1000, free=999 * size)
-    assert "for 1000 pictures" in caplog.text
-    with pytest.raises(UserError, match="name a folder on a larger disk"):
+    assert "for 1000 images" in caplog.text
+    with pytest.raises(UserError, match="choose a folder on a larger disk"):
         cache.reserve(1000, free=999 * size - 1)
 
 
@@ -124,7 +124,7 @@ def _encode_all(folder, family: str, order: int) -> None:
         cache.encode({**inputs, "pixel_values": inputs["pixel_values"] + shift})
 
 
-def test_several_processes_may_fill_it_at_once(tmp_path):
+def test_several_processes_may_write_at_once(tmp_path):
     processes = [
         multiprocessing.get_context("fork").Process(target=_encode_all, args=(tmp_path / "both", "llava", order))
         for order in (1, -1)
@@ -139,7 +139,7 @@ def test_several_processes_may_fill_it_at_once(tmp_path):
     assert files[0] == files[1] and len(files[0]) == 12
 
 
-def test_the_mllm_reads_it(nano, questions, tmp_path):
+def test_the_mllm_uses_the_cache(nano, questions, tmp_path):
     with_cache, again, without = (FrozenMLLM(nano.model, nano.processor) for _ in range(3))
     for mllm in (with_cache, again):
         mllm.cache = FeatureCache(tmp_path, nano.model, nano.fingerprint())

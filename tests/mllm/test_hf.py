@@ -1,4 +1,4 @@
-"""The adapter against transformers' own forward pass of the unmodified model."""
+"""`FrozenMLLM` against the forward pass of the unmodified model in transformers."""
 
 from dataclasses import replace
 
@@ -30,11 +30,11 @@ def everything(features: Features) -> torch.Tensor:
 
 
 def unmodified(nano, example: Example, answer_ids: torch.Tensor) -> torch.Tensor:
-    """Teacher-forced logits [A, V] of the answer from the model as transformers ships it."""
+    """Teacher-forced logits [A, V] of the answer from the unmodified transformers model."""
     inputs = nano._process(example)
     ids = torch.cat([inputs["input_ids"], answer_ids[None, :-1]], dim=1)
     with torch.no_grad():
-        # the head on the same rows as ours: on other numbers of rows, matrix products round otherwise
+        # the head on the same rows as `FrozenMLLM`: the rounding of matrix products depends on the number of rows
         return nano.model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -53,8 +53,8 @@ def test_keeping_all_tokens_is_the_unmodified_model_to_the_bit(nano, questions, 
         assert ours.shape == theirs.shape and float((ours - theirs).abs().max()) == 0.0
 
 
-def test_logits_to_keep_is_no_trick(nano, questions):
-    """The rows compared above are those of the whole forward pass, but for the rounding of the head's product."""
+def test_logits_to_keep_equals_the_full_forward_pass(nano, questions):
+    """The rows compared above are those of the full forward pass, up to rounding in the head."""
     example = questions[0]
     (features,) = nano.features([example])
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_logits_to_keep_is_no_trick(nano, questions):
 
 
 def dropped(features: Features) -> torch.Tensor:
-    """A mask with a gap: the first 20 and the last 20 tokens."""
+    """Indices of kept tokens with a gap: the first 20 and the last 20 tokens."""
     return torch.cat([torch.arange(20), torch.arange(124, 144)])
 
 
@@ -79,7 +79,7 @@ def decoder_output(nano, features: Features, index: torch.Tensor, visual: torch.
 
 
 def test_without_a_mask_transformers_takes_gaps_for_borders_of_packed_sequences(nano, encoded):
-    """Why the mask is needed at all. If this fails, transformers has changed and the mask may go."""
+    """The reason for the all-ones mask. If this test fails, transformers has changed and the mask can be removed."""
     features = encoded[0]
     index = dropped(features)
     altered = features.visual.clone()
@@ -101,7 +101,7 @@ def test_a_token_before_a_gap_changes_the_logits(nano, encoded):
         assert float((before - after).abs().max()) > 1e-3
 
 
-def test_answers_see_tokens_before_a_gap(nano, encoded):
+def test_answers_attend_to_tokens_before_a_gap(nano, encoded):
     features = encoded[0]
     index = dropped(features)
     altered = features.visual.clone()
@@ -114,7 +114,7 @@ def test_answers_see_tokens_before_a_gap(nano, encoded):
 
 
 def by_hand(model, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Last row's logits of a plain causal pass: our own 4-D mask, every layer called by us."""
+    """Logits of the last token from a plain causal pass that calls every layer with an explicit 4-D mask."""
     length = embeds.shape[1]
     mask = torch.full((length, length), torch.finfo(embeds.dtype).min).triu(1)[None, None]
     decoder = model.get_decoder()
@@ -152,18 +152,18 @@ def test_features_are_those_of_the_model(nano, questions):
         assert features.prompt_ids[features.visual_at].tolist() == [nano.model.config.image_token_id] * 144
         assert features.positions.tolist() == list(range(len(features.prompt_ids)))
         words = nano.processor.tokenizer.convert_ids_to_tokens(features.prompt_ids[features.text_at].tolist())
-        assert words == ["<bos>", *example.prompt.split()]  # one start mark only
+        assert words == ["<bos>", *example.prompt.split()]  # one bos token only
         assert nano.processor.tokenizer.decode(features.answer_ids) == example.answer
         assert torch.equal(nano.prompt_embeds(features), nano.vocabulary[features.prompt_ids[features.text_at]])
         assert grid_of(features) == (12, 12)
 
 
-def test_earlier_turns_stand_in_the_prompt(nano, questions):
+def test_earlier_turns_are_in_the_prompt(nano, questions):
     asked = replace(questions[0], id=1, prompt="shape of red", history=(("color of circle", "red"),))
     (features,) = nano.features([asked])
     words = nano.processor.tokenizer.convert_ids_to_tokens(features.prompt_ids[features.text_at].tolist())
     assert words == "<bos> color of circle red <eos> shape of red".split()
-    # the picture comes before the first question
+    # the image comes before the first question
     assert int(features.visual_at[0]) == 1
 
 
@@ -177,8 +177,8 @@ def test_families_with_all_tokens_are_the_unmodified_model(family):
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
-def test_separators_are_no_visual_tokens_and_always_there(family):
-    """What labels and panel score is what the LLM reads behind `compress` with the same choice."""
+def test_separators_are_not_visual_tokens_and_always_kept(family):
+    """Labels and panel score the same LLM input that `compress` builds for the same selection."""
     features, inputs, model = tiny(family)
     rows = image_features(model, inputs)[0]
     is_separator = families.newline_rows(model, rows)
@@ -198,7 +198,7 @@ def test_separators_are_no_visual_tokens_and_always_there(family):
     assert features.picture_end == int(families.visual_mask(model, inputs["input_ids"])[0].nonzero().max()) + 1
 
 
-def test_a_question_is_not_answered_from_another_one_of_its_id(nano, questions):
+def test_questions_with_the_same_id_do_not_share_a_cache_entry(nano, questions):
     mllm = FrozenMLLM(nano.model, nano.processor)
     one, other = questions[0], replace(questions[0], prompt=questions[1].prompt, answer=questions[1].answer)
     mllm.features([one])
@@ -208,7 +208,7 @@ def test_a_question_is_not_answered_from_another_one_of_its_id(nano, questions):
 
 
 @every_scorable_family
-def test_families_see_tokens_before_a_gap(family):
+def test_families_attend_to_tokens_before_a_gap(family):
     features, _, model = tiny(family)
     mllm, count = FrozenMLLM(model, processor=None), len(features.visual)
     index = torch.cat([torch.arange(3), torch.arange(count - 3, count)])
@@ -226,7 +226,7 @@ def test_families_that_need_more_than_embeddings_are_refused(family):
 
 
 def tiny(family: str) -> tuple[Features, dict, torch.nn.Module]:
-    """Row 0 of the family's prompts (one picture), without its padding, as the adapter would encode it."""
+    """Features of row 0 of the family's prompts (one image), without padding."""
     model, inputs = build(family), prompts(family)
     real = inputs["attention_mask"][0].bool()
     inputs = {
@@ -239,7 +239,7 @@ def tiny(family: str) -> tuple[Features, dict, torch.nn.Module]:
 
 
 class Prepared:
-    """Stands in for a processor: its prompt and pixels are ready, its answers are one token."""
+    """A stub processor with a prepared prompt and pixels, whose answers are one token."""
 
     chat_template = ""
     bos_token = None
@@ -278,21 +278,21 @@ def test_answers_do_not_depend_on_the_batch(nano, encoded):
     assert torch.allclose(first, torch.cat([logits for _, logits in alone]), atol=1e-4)
 
 
-def test_no_visual_token_at_all_can_be_answered(nano, encoded):
+def test_prompts_without_visual_tokens_can_be_answered(nano, encoded):
     nothing = torch.zeros(0, dtype=torch.long)
     texts, logits = nano.answer([(encoded[0], encoded[0].visual[:0], nothing)])
     assert len(texts) == 1 and torch.isfinite(logits).all()
 
 
-def test_answers_stop_at_the_end_mark(nano, encoded):
+def test_answers_stop_at_the_eos_token(nano, encoded):
     texts, _ = nano.answer([(f, f.visual, everything(f)) for f in encoded[:10]], max_new_tokens=8)
     assert all(len(text.split()) == 1 for text in texts)
 
 
-# ------------------------------------------------------------ pictures
+# ------------------------------------------------------------ images
 
 
-def test_a_picture_is_encoded_once_and_kept_while_there_is_room(nano, questions):
+def test_an_image_is_encoded_once_until_it_is_evicted(nano, questions):
     mllm = FrozenMLLM(nano.model, nano.processor, cache_bytes=2 * 144 * 96 * 4)
     calls = []
     handle = nano.model.base_model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
@@ -305,7 +305,7 @@ def test_a_picture_is_encoded_once_and_kept_while_there_is_room(nano, questions)
         assert len(calls) == 2
         mllm.features([b[0], a[0]])
         assert len(calls) == 2
-        mllm.features([c[0]])  # pushes the picture out that was used least recently
+        mllm.features([c[0]])  # evicts the least recently used image
         mllm.features([a[0]])
         assert len(calls) == 3
         again = mllm.features([b[0]])[0]
@@ -315,8 +315,8 @@ def test_a_picture_is_encoded_once_and_kept_while_there_is_room(nano, questions)
     assert torch.equal(again.visual, nano.features([b[0]])[0].visual)
 
 
-def test_pictures_of_one_name_in_two_folders_are_two_pictures(nano, tmp_path):
-    """Training and test folders of one data set often both hold a 0001.png."""
+def test_images_of_the_same_name_in_two_folders_are_distinct(nano, tmp_path):
+    """Training and test folders of a data set often contain files of the same name, such as 0001.png."""
     features = []
     for number in range(2):
         folder = tmp_path / str(number)
@@ -335,7 +335,7 @@ def test_files_and_pixels_give_the_same_features(nano, questions, tmp_path):
     assert np.array_equal(as_array(str(tmp_path / "a.png")), example.image)
 
 
-def test_other_sizes(nano, questions, encoded):
+def test_images_are_encoded_at_other_sizes(nano, questions, encoded):
     assert torch.equal(nano.encode_resized(questions[0], None), encoded[0].visual)
     assert nano.encode_resized(questions[0], (48, 32)).shape == (6 * 4, 96)
     assert nano.patch_size == 8
@@ -366,28 +366,28 @@ def test_the_fingerprint_follows_weights_and_processor(nano):
     assert again.fingerprint() != before
 
 
-def test_what_does_not_load_is_one_line(tmp_path):
+def test_loading_errors_are_one_line(tmp_path):
     for name in ("nanno", str(tmp_path)):
         with pytest.raises(UserError) as caught:
             FrozenMLLM.load(name)
-        assert f"model.name={name} does not load" in str(caught.value) and "\n" not in str(caught.value)
+        assert f"model.name={name} cannot be loaded" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_answers_without_a_token_and_prompts_with_a_placeholder_are_named(nano, questions):
-    with pytest.raises(UserError, match="has no token"):
+def test_answers_without_tokens_and_prompts_with_a_placeholder_are_refused(nano, questions):
+    with pytest.raises(UserError, match="has no tokens"):
         nano.features([replace(questions[0], id=11, answer=" ")])
-    with pytest.raises(UserError, match="color of <image> circle.*processor refuses it"):
+    with pytest.raises(UserError, match="color of <image> circle.*rejects it"):
         nano.features([replace(questions[0], id=12, prompt="color of <image> circle")])
 
 
-def test_a_processor_without_a_template_is_named(nano, questions, monkeypatch):
+def test_a_processor_without_a_chat_template_is_refused(nano, questions, monkeypatch):
     mllm = FrozenMLLM(nano.model, nano.processor, name="mine")
     monkeypatch.setattr(nano.processor, "chat_template", None)
     with pytest.raises(UserError, match="processor of mine has no chat template"):
         mllm.features(questions[:1])
 
 
-def test_padding_on_the_right():
+def test_pad_right():
     rows = [torch.ones(n, 2) * n for n in (3, 1, 2)]
     padded, real = pad_right(rows)
     assert padded.shape == (3, 3, 2) and real.tolist() == [[True] * 3, [True, False, False], [True, True, False]]

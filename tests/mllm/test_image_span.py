@@ -1,4 +1,4 @@
-"""Token ids of a known image in another prompt: what the family's own processor makes of that prompt."""
+"""Reusing a known image's token ids in another prompt gives the same inputs as the family's own processor."""
 
 from dataclasses import replace
 from functools import cache
@@ -16,7 +16,7 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.image_span import find_image_span
 from tests.mllm import processors
 
-# what Gemma 3 and PaliGemma write beside an image may merge with the text
+# the text that Gemma 3 and PaliGemma insert next to an image may merge with the prompt's text
 PREPARED_EACH_TIME = {"gemma3", "paligemma"}
 IMAGES = [
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
@@ -27,13 +27,13 @@ parts = st.lists(st.sampled_from([" ", "\n", "\n\n", "what", " colour", "  squar
 
 @cache
 def prepared(family: str):
-    with pytest.MonkeyPatch.context() as patch:  # video processors need torchvision; none of them is used
+    with pytest.MonkeyPatch.context() as patch:  # video processors need torchvision and are not used here
         patch.setattr(tf.ProcessorMixin, "check_argument_for_proper_class", lambda self, name, value: type(value))
         return processors.build(family)
 
 
 def both(family: str, image: Image.Image, text: str, special: bool) -> tuple[dict, list[int]]:
-    """What the processor makes of text and image, and the text's ids with the placeholder."""
+    """The processor's output for text and image, and the token ids of the text with the placeholder."""
     processor, _ = prepared(family)
     inputs = processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=special)
     ids = processor.tokenizer(text, add_special_tokens=special).input_ids
@@ -62,7 +62,7 @@ def test_there_is_no_span_where_text_could_merge_with_it(family):
     assert find_image_span(processor, ids, inputs) is None
 
 
-def test_a_prompt_with_two_placeholders_or_none_is_left_to_the_processor():
+def test_prompts_without_exactly_one_placeholder_use_the_processor():
     processor, placeholder = prepared("llava")
     inputs, ids = both("llava", IMAGES[0], f"{placeholder} what", True)
     span = find_image_span(processor, ids, inputs)
@@ -82,7 +82,7 @@ def test_the_image_processor_runs_once_for_an_image(nano, questions, monkeypatch
             assert torch.equal(getattr(one, name), getattr(alone, name)), name
 
 
-def test_an_image_that_was_forgotten_is_processed_again(nano, questions, monkeypatch):
+def test_an_evicted_image_is_processed_again(nano, questions, monkeypatch):
     small = FrozenMLLM(nano.model, nano.processor)
     small.cache_bytes = 1
     first, other = questions[0], next(one for one in questions if one.image_id != questions[0].image_id)

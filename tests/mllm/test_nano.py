@@ -1,4 +1,4 @@
-"""The shipped models: ordinary Hugging Face folders, and they answer from their picture."""
+"""The shipped models are ordinary Hugging Face folders, and their answers depend on the image."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ from evocomp.mllm.hf import FrozenMLLM
 from evocomp.mllm.nano import ASSETS, READING_WORDS, WORDS, build_nano, nano_config, nano_processor
 
 FOLDER = ASSETS / "nano"
-FRESH = 424242  # no setting, no training and no other test draws scenes from this seed
+FRESH = 424242  # a seed that no setting, training or other test uses
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def nano576():
 
 
 def share_right(nano, examples, other_pictures=False, batch=100) -> float:
-    """Share of exact answers with all tokens; or with those of the picture half of the list away."""
+    """Accuracy with all tokens, or with the visual tokens of another question's image (half of the list away)."""
     features = nano.features(examples)
     everything = torch.arange(len(features[0].visual))
     right = 0
@@ -41,7 +41,7 @@ def fresh(count: int) -> list:
     return scene_examples(FRESH, 0, count // 10)[:count]
 
 
-def test_answers_fresh_questions_and_needs_the_picture(nano):
+def test_answers_new_questions_and_needs_the_image(nano):
     examples = fresh(400)
     assert len(examples) == 400 and {e.kind for e in examples} == {"color", "shape", "digit", "find", "exist", "count"}
     assert share_right(nano, examples) >= 0.93
@@ -52,7 +52,7 @@ def fresh_large(count: int) -> list:
     return scene_examples(FRESH, 0, count // 10, SPECS["large"])[:count]
 
 
-def test_the_larger_model_answers_fresh_questions_and_needs_the_picture(nano576):
+def test_the_larger_model_answers_new_questions_and_needs_the_image(nano576):
     examples = fresh_large(200)
     assert len(examples) == 200 and "read" in {e.kind for e in examples}
     assert len(nano576.features(examples[:1])[0].visual) == 576
@@ -77,7 +77,7 @@ def test_answers_two_thousand_fresh_questions(nano):
 
 @pytest.fixture(scope="module")
 def plain():
-    """Loaded by transformers alone, with every connection refused."""
+    """transformers alone loads the model, without any network connection."""
     with pytest.MonkeyPatch.context() as patch:
 
         def refuse(*_):
@@ -96,7 +96,7 @@ def test_auto_classes_load_it_offline(plain):
     assert not model.config.text_config.tie_word_embeddings
 
 
-def test_generate_answers_as_the_adapter_does(plain, nano, questions, encoded):
+def test_generate_gives_the_answers_of_frozen_mllm(plain, nano, questions, encoded):
     model, processor = plain
     questions, encoded = questions[::2], encoded[::2]
     theirs = []
@@ -137,7 +137,7 @@ def test_assets_are_small_enough_to_ship(name):
 
 
 @pytest.mark.parametrize(("name", "size", "words"), [("nano", 96, WORDS), ("nano576", 192, READING_WORDS)])
-def test_the_recipe_builds_what_is_shipped(nano, nano576, name, size, words):
+def test_the_recipe_builds_the_shipped_models(nano, nano576, name, size, words):
     shipped = {"nano": nano, "nano576": nano576}[name]
     model, processor = shipped.model, shipped.processor
     config = nano_config(size, words=words)
@@ -155,13 +155,13 @@ def test_the_recipe_builds_what_is_shipped(nano, nano576, name, size, words):
     assert made.chat_template == processor.chat_template
 
 
-def test_fresh_weights_depend_on_the_generator_alone():
+def test_random_weights_depend_only_on_the_generator():
     one, same, other = (build_nano(nano_config(), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     equal = [torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True)]
     assert all(equal)
     embeddings = [m.get_input_embeddings().weight for m in (one, other)]
     assert not torch.equal(*embeddings)
-    # stated in the recipe: words are spread widely, pictures come in at unit scale
+    # initialisation of the recipe: word embeddings have a large variance, visual tokens unit scale
     assert abs(embeddings[0].std().item() - 0.5) < 0.02
 
 

@@ -1,4 +1,4 @@
-"""From examples to features: images as transformers reads them, several of them, and broken ones."""
+"""Encoding of examples: image orientation, several images per question, and broken images."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ from tests.mllm.answer_logits import answer_logits
 
 @pytest.fixture
 def fresh(nano):
-    """A reader that remembers nothing."""
+    """A reader with an empty cache."""
     return FrozenMLLM(nano.model, nano.processor, "nano")
 
 
@@ -42,10 +42,10 @@ def said(*texts) -> list[dict]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def test_a_photo_on_its_side_is_read_upright(fresh, tmp_path):
+def test_exif_orientation_is_applied(fresh, tmp_path):
     (pixels,) = scenes(1)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    exif[0x0112] = 6  # EXIF orientation: rotate clockwise by 90 degrees
     on_its_side = Image.fromarray(np.rot90(pixels).copy())
     on_its_side.save(tmp_path / "photo.png", exif=exif)
     upright = Example(1, pixels, "upright", "what is it", "red")
@@ -61,18 +61,18 @@ def test_a_photo_on_its_side_is_read_upright(fresh, tmp_path):
 
 @pytest.fixture
 def two(fresh, tmp_path) -> list[Example]:
-    """Two turns about two images, the second of which comes in the second turn."""
+    """A conversation of two turns; each turn has one image."""
     for number, pixels in enumerate(scenes(2)):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     turns = said("<image>\ncolor of circle", "red", "and <image> there is", "blue")
     return conversation(tmp_path, {"id": 5, "image": ["0.png", "1.png"], "conversations": turns})
 
 
-def test_prompts_hold_each_image_where_it_was_put(fresh, two):
+def test_images_are_at_their_position_in_the_prompt(fresh, two):
     first, second = fresh.features(two)
     count = len(first.visual)
     tokenizer, image = fresh.processor.tokenizer, fresh.processor.image_token
-    # by hand: nano's template writes words and images in their order, and <eos> after an answer
+    # written by hand: nano's template keeps the order of text and images, and ends an answer with <eos>
     expected = f"{' '.join([image] * count)} color of circle red <eos> and {' '.join([image] * count)} there is"
     assert second.prompt_ids.tolist() == tokenizer(expected).input_ids
     assert second.counts == (count, count) and first.counts == () and len(second.visual) == 2 * count
@@ -109,21 +109,21 @@ def test_a_panel_with_questions_about_two_images(fresh, two):
     assert lit.tolist() == [3, 143] and grid == (12, 12)
 
 
-def test_another_image_is_none_of_the_questions_own(fresh, two):
-    """Of two questions about a + b and about a, neither is shown to the other as a wrong image."""
+def test_a_wrong_image_is_never_one_of_the_questions_own(fresh, two):
+    """Questions that share an image are not used as each other's wrong image."""
     alone = replace(two[0], id=7, prompt="shape of red")
-    assert "no other picture" in Panel(fresh, [two[0], alone]).wrong_image().not_applicable
+    assert "no other image" in Panel(fresh, [two[0], alone]).wrong_image().not_applicable
     a, b = two[1].images
     names = two[1].names[::-1]
     swapped = replace(two[1], id=8, image=b, further_images=(a,), image_ids=names, image_id=" + ".join(names))
-    assert "no other picture" in Panel(fresh, [two[1], swapped]).wrong_image().not_applicable
+    assert "no other image" in Panel(fresh, [two[1], swapped]).wrong_image().not_applicable
 
 
 def _rival(name: str) -> Rival:
     return Rival(selector(name), name)
 
 
-def test_images_given_as_base64_are_remembered_by_their_content(fresh, tmp_path):
+def test_base64_images_are_cached_by_content(fresh, tmp_path):
     (pixels,) = scenes(1)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     text = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
@@ -138,7 +138,7 @@ def test_images_given_as_base64_are_remembered_by_their_content(fresh, tmp_path)
 
 @pytest.fixture
 def broken(tmp_path) -> list[Example]:
-    """Four records, of which the second and third have images that do not decode."""
+    """Four records; the images of the second and third cannot be decoded."""
     (pixels,) = scenes(1)
     for name in ("a", "b", "c", "d"):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
@@ -148,7 +148,7 @@ def broken(tmp_path) -> list[Example]:
     return conversation(tmp_path, *records)
 
 
-def test_broken_images_are_named_with_their_record(fresh, broken, tmp_path):
+def test_errors_about_broken_images_name_the_record(fresh, broken, tmp_path):
     with pytest.raises(BrokenImage, match=r"^record r-b: image .*b.png does not decode \("):
         fresh.features(broken)
     (tmp_path / "d.png").unlink()
@@ -157,7 +157,7 @@ def test_broken_images_are_named_with_their_record(fresh, broken, tmp_path):
     assert not isinstance(caught.value, BrokenImage)
 
 
-def test_examples_with_broken_images_are_left_out_until_there_are_too_many(fresh, broken, caplog):
+def test_examples_with_broken_images_are_skipped_up_to_a_limit(fresh, broken, caplog):
     fresh.max_bad = 2
     found = fresh.readable(broken)
     assert [example.record for example, _ in found] == ["record r-a", "record r-d"]
@@ -171,15 +171,15 @@ def test_examples_with_broken_images_are_left_out_until_there_are_too_many(fresh
         other.readable(broken)
 
 
-def test_a_panel_judges_without_them(fresh, broken):
+def test_a_panel_skips_broken_images(fresh, broken):
     panel = Panel(fresh, broken)
     assert len(panel.questions) == 2 and len(panel.full().answers) == 2
     with pytest.raises(UserError, match="no image decodes"):
         Panel(fresh, broken[1:3])
 
 
-def test_scenes_are_encoded_as_ever(fresh):
-    """One image, first of its prompt: nothing of the above changes a bit of it."""
+def test_encoding_of_scenes_is_unchanged(fresh):
+    """Support for several images does not change the features of questions about one image, to the last bit."""
     (example,) = scene_examples(3, 0, 1)[:1]
     (features,) = fresh.features([example])
     text = fresh.processor.apply_chat_template(

@@ -1,4 +1,4 @@
-"""Questions about two images of different sizes, with the families' own processors, against the unmodified model."""
+"""Questions about two images of different sizes, encoded by the families' processors, against the unmodified model."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from evocomp.scoring.answer_losses import AnswerLosses
 from tests.inference.tiny_models import IMAGE, PAD, VIDEO, VOCABULARY, build
 from tests.mllm.answer_logits import answer_logits
 
-# images and words in their order, as in the families' own templates
+# keeps the order of images and text, as the families' own templates do
 TEMPLATE = (
     "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}{{ ' MARK ' }}"
     "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
@@ -38,7 +38,7 @@ def tokenizer(image: str):
 
 
 class QwenProcessor:
-    """Qwen's processor as far as images go; the real one needs torchvision for its videos."""
+    """Qwen's processor for images only; the original needs torchvision for videos."""
 
     def __init__(self, pictures, words, template: str):
         self.image_processor, self.tokenizer, self.chat_template = pictures, words, template

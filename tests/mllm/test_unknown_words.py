@@ -12,12 +12,12 @@ def test_words_that_nano_does_not_know(nano):
     assert unknown_words(tokenizer, texts_of(scene_examples(1, 0, 20, relation=True))) == []
 
 
-def test_they_are_listed_once_in_one_line(nano, caplog):
+def test_unknown_words_are_listed_in_one_warning(nano, caplog):
     turns = (("is it Tuesday", "no"),)
     asked = [Example(i, "x", "x", "who sits there", "a dog", history=turns) for i in range(50)]
     warn_of_unknown_words(nano.processor.tokenizer, texts_of(asked), "nano")
     (line,) = caplog.messages
-    assert line == "nano does not know 5 words, and reads the same unknown token for each: who sits dog it Tuesday"
+    assert line == "nano does not know 5 words and replaces each by the unknown token: who sits dog it Tuesday"
     caplog.clear()
     warn_of_unknown_words(nano.processor.tokenizer, [f"w{i}" for i in range(100)], "nano")
     assert caplog.messages[0].endswith("w19 and 80 more")

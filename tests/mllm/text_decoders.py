@@ -1,4 +1,4 @@
-"""Tiny random LLaVAs over many text decoders of transformers, made from config classes, and one sample for them."""
+"""Tiny random LLaVA models with many text decoders, built from transformers' config classes, and a sample."""
 
 import functools
 
@@ -10,10 +10,10 @@ from evocomp.mllm.hf import FrozenMLLM
 
 HIDDEN, VOCABULARY, IMAGE = 32, 96, 5
 BEFORE, TOKENS, SEPARATE = 9, 9, 5
-"""Text before the image, visual tokens, text after it."""
+"""Numbers of text tokens before the image, visual tokens, and text tokens after it."""
 
 SHORT, LONG = 6, 64
-"""Attention windows: shorter than any sequence of the sample, longer than all."""
+"""Attention windows: one shorter than every sequence of the sample, one longer than all."""
 
 TEXT = dict(
     vocab_size=VOCABULARY,
@@ -36,7 +36,7 @@ def rope(kind: str, **settings) -> dict:
 
 
 def row(config: str, **settings):
-    """A row of the table: a config class by name and its settings beyond `TEXT`."""
+    """A decoder: the name of its config class, and its settings in addition to `TEXT`."""
     return functools.partial(_config, config, settings)
 
 
@@ -132,7 +132,7 @@ DECODERS = {
     "llama4, chunks of 6": row("Llama4TextConfig", attention_chunk_size=SHORT, attn_temperature_tuning=False, **LLAMA4),
     "llama4, chunks of 64": row("Llama4TextConfig", attention_chunk_size=LONG, attn_temperature_tuning=False, **LLAMA4),
     "llama4, scaled queries": row("Llama4TextConfig", floor_scale=17, attention_chunk_size=LONG, **LLAMA4),
-    # layers that are no attention
+    # layers other than attention
     "lfm2": row("Lfm2Config", layer_types=["conv", "full_attention", "conv"]),
     "qwen3_next": row(
         "Qwen3NextConfig",
@@ -147,17 +147,17 @@ DECODERS = {
     ),
 }
 EAGER = ("llama, gelu", "mistral, window 6", "qwen2, window 6", "llama4, chunks of 6")
-"""Decoders that are tried with eager attention besides, which adds its masks to the logits."""
+"""Decoders that are also tested with eager attention, which adds masks to the logits."""
 
 REFUSED = {
     "llama, dynamic rope beyond it": "dynamic RoPE depends on the longest sequence",
     "llama, longrope beyond it": "longrope RoPE depends on the longest sequence",
 }
-"""Decoders whose losses are refused, and why."""
+"""Decoders that are refused for scoring, and a part of the error message."""
 
 
 def build(name: str, attention: str | None = None) -> FrozenMLLM:
-    """A LLaVA over the named decoder, random weights of a size at which attention matters."""
+    """A LLaVA model with the named decoder. Its random weights are large enough for attention to affect the output."""
     torch.manual_seed(0)
     vision = tf.CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8

@@ -23,20 +23,20 @@ def on(device, dtype=torch.float32):
     return stub
 
 
-def test_the_cpu_takes_the_reference_and_says_so_once(caplog):
+def test_the_cpu_uses_the_reference_and_logs_it_once(caplog):
     with caplog.at_level(logging.INFO, logger="evocomp"):
         assert [dispatch.choose(torch.zeros(1)) for _ in range(3)] == ["reference"] * 3
     assert [r.message for r in caplog.records] == ["ops: reference on cpu"]
 
 
 @pytest.mark.parametrize("installed,expected", [(True, "triton"), (False, "reference")])
-def test_cuda_takes_the_kernel_where_triton_is_installed(installed, expected, monkeypatch):
+def test_cuda_uses_the_kernel_if_triton_is_installed(installed, expected, monkeypatch):
     monkeypatch.setattr(dispatch, "triton_installed", lambda: installed)
     assert dispatch.choose(on("cuda")) == expected
     assert dispatch.choose(on("cuda", torch.float64)) == "reference"
 
 
-def test_a_kernel_that_is_slower_runs_where_it_is_forced(monkeypatch, caplog):
+def test_a_slower_kernel_runs_only_if_forced(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
     with caplog.at_level(logging.INFO, logger="evocomp"):
         assert dispatch.choose(on("cuda"), slower="vocabulary_argmax") == "reference"

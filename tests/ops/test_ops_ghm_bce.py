@@ -9,7 +9,7 @@ from evocomp.ops import ghm_bce, ghm_histogram
 
 
 def brute_force(logits, targets, bins, rule):
-    """The published sum, token by token, with Python counts."""
+    """The published sum by a plain loop over tokens."""
     g = (torch.sigmoid(logits) - targets).abs().tolist()
     index = [min(int(x * bins), bins - 1) for x in g]
     regions = bins if rule == "paper" else len(set(index))
@@ -54,7 +54,7 @@ def test_backward_is_the_closed_form(generator):
     st.lists(st.integers(0, 30), min_size=1, max_size=5),
     st.sampled_from(["paper", "non_empty"]),
 )
-def test_shards_with_summed_counts_make_the_joined_batch(seed, sizes, rule):
+def test_shards_with_summed_counts_equal_the_combined_batch(seed, sizes, rule):
     generator = torch.Generator().manual_seed(seed)
     n = sum(sizes)
     logits = (torch.randn(n, generator=generator, dtype=torch.float64) * 2).requires_grad_()

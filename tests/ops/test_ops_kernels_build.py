@@ -1,4 +1,4 @@
-"""The kernels, at the sizes of real models, go through Triton and ptxas for real GPUs; it needs none."""
+"""Compiles the kernels with Triton and ptxas for real GPUs, at the sizes of real models. No GPU is needed."""
 
 import os
 import re
@@ -32,7 +32,7 @@ TYPES = {
 
 
 class Builder:
-    """Stands in for a kernel: builds what a launch would build, and keeps the resources it needs."""
+    """A stub kernel that compiles the kernel instead of launching it, and records the resources that it needs."""
 
     def __init__(self, kernel, capability):
         self.kernel, self.capability, self.resources = kernel, capability, None
@@ -51,7 +51,7 @@ class Builder:
                 signature[name] = "*" + TYPES[value.dtype]
                 attributes[(i,)] = [["tt.divisibility", 16]]
             elif name.isupper() and name not in ("N", "V", "D", "R") or value == 1:
-                signature[name], constants[name] = "constexpr", value  # the JIT, too, builds a 1 in
+                signature[name], constants[name] = "constexpr", value  # like the JIT, treat 1 as a constant
             else:
                 signature[name] = "i32"
                 if value % 16 == 0:
@@ -62,7 +62,7 @@ class Builder:
 
 
 def _resources(cubin):
-    """Registers and stack bytes (spills) of a thread, as ptxas left them."""
+    """Registers and stack bytes (spills) per thread, as reported by ptxas."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -155,7 +155,7 @@ def build(module, name, launch, dtype, capability, monkeypatch):
 
 
 class Idle:
-    """A kernel that is not the one under test."""
+    """A kernel other than the one under test."""
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: None

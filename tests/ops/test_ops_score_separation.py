@@ -83,7 +83,7 @@ def test_padding_may_hold_nan(generator):
 
 def test_zero_rows_follow_the_clamp_of_torch(generator):
     hidden, retained, valid = example(generator)
-    hidden[0, :4], hidden[1, 0] = 0, hidden[1, 0] * 1e-12  # zero, and inside the clamp
+    hidden[0, :4], hidden[1, 0] = 0, hidden[1, 0] * 1e-12  # zero, and a norm below EPS
     hidden.requires_grad_()
     ours, truth = cosine_separation(hidden, retained, valid), pairwise(hidden, retained, valid)
     torch.testing.assert_close(ours, truth)
@@ -92,7 +92,7 @@ def test_zero_rows_follow_the_clamp_of_torch(generator):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.01, 100))
-def test_bounded_and_blind_to_length_and_order(seed, scale):
+def test_bounded_and_independent_of_length_and_order(seed, scale):
     generator = torch.Generator().manual_seed(seed)
     hidden, retained, valid = example(generator)
     base = cosine_separation(hidden, retained, valid)

@@ -8,7 +8,7 @@ from evocomp.ops import top_r_compact
 
 
 def expected_index(scores, r, valid):
-    """Python's sort: by (padding, -score, position), padding by position alone; then positions in order."""
+    """Indices by Python's sort: by (padding, -score, index), padding by index only; then ascending."""
     value = [-torch.inf if s != s else s for s in scores]
     order = sorted(range(len(scores)), key=lambda i: (not valid[i], -value[i] if valid[i] else 0, i))
     return sorted(order[:r])
@@ -60,7 +60,7 @@ def test_gradients_reach_the_kept_rows_only(generator):
     assert scores.grad is None
 
 
-def test_reads_nothing_back_to_the_host():
+def test_copies_nothing_to_the_host():
     # meta tensors hold no values: any .item(), nonzero() or boolean indexing would raise
     kept = top_r_compact(
         torch.empty(2, 9, device="meta"),
@@ -73,7 +73,7 @@ def test_reads_nothing_back_to_the_host():
 
 
 @pytest.mark.parametrize("r", [0, 10])
-def test_impossible_r(r):
+def test_r_out_of_range_is_refused(r):
     with pytest.raises(UserError, match="from 1 to 9"):
         top_r_compact(torch.zeros(1, 9), r, torch.zeros(1, 9, 2))
 

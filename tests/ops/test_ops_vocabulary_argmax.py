@@ -27,7 +27,7 @@ def test_is_the_argmax_of_the_full_cosine_matrix(shape, chunk):
 def test_small_integers_tie_to_the_lowest_id_for_any_chunk(seed, n, v, chunk):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(-2, 3, (n, 3), generator=generator).float()
-    # powers of two only: every product, sum and norm is exact, so equal cosines are equal bits
+    # powers of two only: every product, sum and norm is exact, so that equal cosines are bitwise equal
     table = torch.zeros(v, 3)
     table[torch.arange(v), torch.randint(0, 3, (v,), generator=generator)] = 2.0 ** torch.randint(
         -2, 3, (v,), generator=generator
@@ -37,11 +37,11 @@ def test_small_integers_tie_to_the_lowest_id_for_any_chunk(seed, n, v, chunk):
     assert torch.equal(vocabulary_argmax(tokens, table, chunk=chunk)[0], lowest)
 
 
-def test_zero_nan_and_masked_rows_never_win(generator):
+def test_zero_nan_and_masked_rows_are_never_nearest(generator):
     tokens = torch.randn(30, 8, generator=generator)
     table = torch.randn(20, 8, generator=generator)
     table[3], table[4, 2] = 0, torch.nan
-    table[5] = tokens[0]  # the perfect answer, but masked
+    table[5] = tokens[0]  # the nearest row, but masked
     mask = torch.ones(20, dtype=torch.bool)
     mask[5] = False
     index, cosine = vocabulary_argmax(tokens, table, mask, chunk=6)
@@ -54,7 +54,7 @@ def test_zero_token_has_cosine_zero():
     assert index.tolist() == [0, 0] and cosine.tolist() == [0, 0]
 
 
-def test_without_an_allowed_row_the_cosine_says_so():
+def test_without_an_allowed_row_the_cosine_is_minus_infinity():
     _, cosine = vocabulary_argmax(torch.ones(2, 4), torch.eye(4), torch.zeros(4, dtype=torch.bool))
     assert (cosine == -torch.inf).all()
 
@@ -64,7 +64,7 @@ def test_low_precision_inputs_are_scored_in_fp32(dtype, generator):
     tokens = torch.randn(64, 48, generator=generator).to(dtype)
     table = torch.randn(500, 48, generator=generator).to(dtype)
     exact_index, _ = vocabulary_argmax(tokens.double(), table.double())
-    with torch.autocast("cpu", torch.bfloat16):  # must not leak into the scores
+    with torch.autocast("cpu", torch.bfloat16):  # must not affect the scores
         index, cosine = vocabulary_argmax(tokens, table, chunk=100)
     assert cosine.dtype == torch.float32
     full = F.cosine_similarity(tokens.double()[:, None], table.double()[None], dim=-1)
@@ -76,7 +76,7 @@ def test_low_precision_inputs_are_scored_in_fp32(dtype, generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_chunks_on_a_gpu(dtype):
     generator = torch.Generator("cuda").manual_seed(0)
-    # small whole numbers: sums are exact in any order, so that copies in other chunks score the same bits
+    # small integers: sums are exact in any order, so that copies in other chunks have bitwise equal scores
     both = (torch.randn(n, 4096, generator=generator, device="cuda").mul(2).round() for n in (577, 9001))
     tokens, table = (one.to(dtype) for one in both)
     table[7000:] = table[:2001]

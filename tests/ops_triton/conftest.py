@@ -1,6 +1,6 @@
 """Kernels against their references: on a GPU, or on the CPU in Triton's interpreter.
 
-The interpreter is chosen when kernels are imported, so run this folder in a process of its own:
+The interpreter is selected when kernels are imported, so run this folder in a separate process:
 ``TRITON_INTERPRET=1 pytest tests/ops_triton``.
 """
 
@@ -31,7 +31,7 @@ def kernels_only(monkeypatch):
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A fresh seed every run, shown when the test fails."""
+    """A new seed in every run, printed if the test fails."""
     seed = random.SystemRandom().randrange(2**31)
     print(f"seed {seed}")
     return torch.Generator(DEVICE).manual_seed(seed)

@@ -1,20 +1,20 @@
-"""What the kernel tests share: the error bound, guarded memory, and a kernel that does nothing."""
+"""Helpers of the kernel tests: the error bound, guarded memory, and a kernel that does nothing."""
 
 import os
 
 import torch
 
-# TRITON_INTERPRET wins, so that a machine with a GPU can run the interpreter's tests too
+# TRITON_INTERPRET takes precedence, so that a machine with a GPU can also run the tests in the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu"
 
-# what rounding the result alone may cost, relative to the largest value
+# error from rounding the result, relative to the largest value
 FLOOR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 BAND = 64
 _real_empty = torch.empty
 
 
 def assert_accurate(got, eager, truth):
-    """The kernel's error against fp64 truth is at most twice that of eager torch in the same dtype."""
+    """Check that the kernel's error against fp64 is at most twice that of eager torch in the same dtype."""
     assert got.shape == truth.shape
     scale = truth.abs().max().clamp_min(1e-30)
     error, allowed = ((x.double() - truth).abs().max() / scale for x in (got, eager))
@@ -28,7 +28,7 @@ def poison(dtype):
 
 
 class GuardedMemory:
-    """Stands in for torch.empty; every block lies between two bands that must stay as they are."""
+    """Replaces torch.empty; every block lies between two guard bands that must not change."""
 
     def __init__(self):
         self.blocks = []
@@ -49,7 +49,7 @@ class GuardedMemory:
 
 
 def between_bands(tensor):
-    """The same values in the middle of a larger buffer of NaN: reading beyond the ends shows."""
+    """The same values in the middle of a larger buffer of NaN, so that out-of-bounds reads are detected."""
     size = tensor.numel()
     block = _real_empty(size + 2 * BAND, dtype=tensor.dtype, device=tensor.device).fill_(poison(tensor.dtype))
     view = block[BAND : BAND + size].view(tensor.shape)
@@ -66,7 +66,7 @@ def strided(tensor):
 
 
 class DoesNothing:
-    """A kernel that launches and writes nothing: every check must fail with it."""
+    """A kernel that writes nothing: every check must fail with it."""
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: None

@@ -1,4 +1,4 @@
-"""torch.compile passes through the custom ops without a graph break, and through the references too."""
+"""torch.compile traces the custom ops and the references without a graph break."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ def example(generator, b, k, n, r, d, dtype=torch.float32):
 
 
 def check(visual, selected, count):
-    """Every step is a farthest-point step and every token has a nearest centre, to rounding, in float64."""
+    """Check in float64, up to rounding, that centres are farthest points and tokens have their nearest centre."""
     centres, assignment = context_clusters(visual, selected, count)
     n = visual.shape[1]
     assert ((centres >= 0) & (centres < n)).all() and ((assignment >= 0) & (assignment < n)).all()
@@ -35,7 +35,7 @@ def check(visual, selected, count):
 
 
 def assert_farthest_points(cosines, kept, chosen):
-    """Whether some order of the centres is one of farthest-point steps: the order is found again, step by step."""
+    """Whether farthest-point sampling can select the centres in some order, which is reconstructed step by step."""
     dropped = torch.ones(len(cosines), dtype=torch.bool, device=cosines.device)
     dropped[kept] = False
     typical = (cosines * dropped).sum(1).masked_fill(~dropped, -torch.inf)

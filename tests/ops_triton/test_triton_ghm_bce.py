@@ -13,14 +13,14 @@ RULES = ["paper", "non_empty"]
 
 @pytest.fixture(params=["one program", "many"])
 def programs(request, monkeypatch):
-    """Both ways over the logits: by one program, which small batches take, and by as many as large ones need."""
-    monkeypatch.setattr(_module(), "BLOCK_ALONE", 1024)  # more than one turn of its loops
+    """Run tests with a single program, as for small batches, and with several programs, as for large ones."""
+    monkeypatch.setattr(_module(), "BLOCK_ALONE", 1024)  # several iterations of its loops
     if request.param == "many":
         monkeypatch.setattr(_module(), "ALONE", 0)
 
 
 def example(generator, shape, dtype=torch.float32, bins=10):
-    """Logits whose gradient norms keep away from bin edges, where rounding decides the bin."""
+    """Logits whose gradient norms are not near bin edges, where rounding would determine the bin."""
     logits = (torch.randn(shape, generator=generator, device=DEVICE) * 3).to(dtype)
     targets = (torch.rand(shape, generator=generator, device=DEVICE) < 0.3).float()
     place = (logits.double().sigmoid() - targets).abs() * bins
@@ -30,7 +30,7 @@ def example(generator, shape, dtype=torch.float32, bins=10):
 
 
 def eager(logits, targets, valid, counts, rule):
-    """What one writes without the op: torch functions in the logits' own dtype, gradient by autograd."""
+    """An eager implementation with torch functions in the dtype of the logits; gradient by autograd."""
     targets = targets.to(logits.dtype)
     with torch.no_grad():
         index = ((logits.float().sigmoid() - targets.float()).abs() * len(counts)).long()
@@ -132,7 +132,7 @@ def test_operator_registration(generator):
 
 
 def test_a_training_batch_is_one_launch_and_a_gradient_one_product(monkeypatch):
-    """What the host does for it is what it costs: nothing is zeroed before, nothing summed or converted after."""
+    """Host overhead dominates, so nothing is zeroed before the launch, and nothing summed or converted after it."""
     launched = []
 
     class Recorder:
@@ -154,7 +154,7 @@ def test_a_training_batch_is_one_launch_and_a_gradient_one_product(monkeypatch):
 
 
 class Operators(TorchDispatchMode):
-    """Names of the aten operators that ran."""
+    """Names of the aten operators that are called within the block."""
 
     def __enter__(self):
         self.names = set()

@@ -19,7 +19,7 @@ def example(generator, shape, dtype=torch.float32):
 
 
 def eager(hidden, weight, bias, retained, valid):
-    """What one writes without the op: normalise, average both segments, multiply; gradients by autograd."""
+    """An eager implementation: normalise, average both segments, multiply; gradients by autograd."""
     valid = torch.ones_like(retained) if valid is None else valid
     hidden = hidden.masked_fill(~valid[..., None], 0)
     unit = F.normalize(hidden, dim=-1, eps=max(reference.EPS, torch.finfo(hidden.dtype).tiny))

@@ -18,7 +18,7 @@ def example(generator, b, n, d=5, dtype=torch.float32):
 def check(scores, r, embeddings, valid):
     positions = torch.arange(scores.shape[1], device=DEVICE).expand(3, *scores.shape) * 2
     index = reference.top_r_index(scores, r, valid)
-    # alone first: gathering by a wrong index reads outside memory, which ends all work of a process on its GPU
+    # test the index alone first: gathering with a wrong index reads out of bounds, which makes the GPU context unusable
     assert torch.equal(_module().top_r_index(scores, r, valid), index)
     kept = top_r_compact(scores, r, embeddings, positions, valid)
     assert torch.equal(kept.index, index)

@@ -41,14 +41,14 @@ def test_mixed_dtypes_and_strides(generator):
 
 def test_duplicate_rows_tie_to_the_lowest_id(generator):
     # copies in one block, in other blocks and in other slices of the vocabulary
-    # (small integers: every sum is exact, so copies score the same bits in any order of addition)
+    # (small integers: every sum is exact, so that copies have bitwise equal scores in any order of addition)
     tokens, table = (x.mul(2).round() for x in example(generator, 37, 40, 19))
     index, _ = vocabulary_argmax(tokens, table.repeat(5, 1))
     assert torch.equal(index, vocabulary_argmax(tokens, table)[0])
     check(tokens, table)
 
 
-def test_zero_nan_and_masked_rows_never_win(generator):
+def test_zero_nan_and_masked_rows_are_never_nearest(generator):
     tokens, table = example(generator, 30, 100, 8)
     table[3], table[64], table[4, 2], table[5] = 0, 0, torch.nan, tokens[0]
     mask = torch.rand(100, generator=generator, device=DEVICE) < 0.8

@@ -1,4 +1,4 @@
-"""What needs the example's packages or archives; skipped, with the reason, where they are not installed."""
+"""Tests that need the packages or archives of the example; skipped if they are not installed."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_package_weights_fit_the_own_module():
 @weights
 @pytest.mark.skipif(not installed("efficientnet_lite_pytorch"), reason="efficientnet-lite-pytorch is not installed")
 def test_network_equals_the_packages_own_architecture():
-    """The package pads for its own size, 260 pixels; there both must agree."""
+    """The package pads for images of 260 pixels; for this size both must agree."""
     from efficientnet_lite_pytorch import EfficientNet
 
     from experiments.real.efficientnet import EfficientNetLite2, package_weights
@@ -46,8 +46,8 @@ def test_network_equals_the_packages_own_architecture():
 @pictures
 @pytest.mark.parametrize(
     ("name", "classes"),
-    # ImageNet-1k classes of what the pictures show
-    # (glossy toys as they are, most others pass for balloons)
+    # ImageNet-1k classes of the objects in the pictures
+    # (most other pictures are glossy and classified as balloons)
     [("umbrella", {879}), ("soccer ball", {805})],
 )
 def test_imagenet_top_3_of_rendered_pictures(name, classes):
@@ -108,7 +108,7 @@ def test_questions_agree_with_what_was_drawn():
 
 @pictures
 def test_boxes_hold_what_differs_from_the_background():
-    """Outside of all boxes there is background only: its pixels vary about one colour by little."""
+    """Outside of all boxes there is only background, whose pixels vary little around one colour."""
     scene = scenes.draw_scene(7, 5)
     inside = np.zeros(scene.image.shape[:2], bool)
     for left, top, right, bottom in (item.box for item in scene.items):

@@ -1,4 +1,4 @@
-"""Parts of the real-weights example that need nothing installed: tower, projector, packing, truth of the tokens."""
+"""Parts of the real-weights example that need no further package: tower, projector, packing, words of the tokens."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from experiments.real.scenes import Item, Question, Scene
 
 @pytest.fixture(scope="module")
 def tiny():
-    """LLaVA with the real tower (random weights) and a tiny LLM with the nano MLLM's words."""
+    """LLaVA with the real tower (random weights) and a tiny LLM with the vocabulary of the nano MLLM."""
     torch.manual_seed(0)
     words = nano.nano_processor(nano.nano_config()).tokenizer
     text = LlamaConfig(
@@ -89,7 +89,7 @@ def test_tower_lays_tokens_out_in_raster_order_with_their_places(size, side):
 
 
 def test_tokens_of_a_smaller_picture_stand_where_they_would_in_the_whole_grid():
-    """What the panel's downsampling asks for: 3 x 3 tokens in the middles of thirds of a 4 x 4 grid."""
+    """As for the panel's downsampling: 3 x 3 tokens at the centres of the thirds of a 4 x 4 grid."""
     from transformers import AutoModel
 
     tower = AutoModel.from_config(EfficientNetLiteConfig(image_size=64, side=4)).eval()
@@ -100,7 +100,7 @@ def test_tokens_of_a_smaller_picture_stand_where_they_would_in_the_whole_grid():
 
 
 def test_adapter_takes_stock_llava_with_this_tower(tiny):
-    """Scoring with all tokens kept is transformers' own forward."""
+    """Scoring with all tokens kept equals transformers' own forward pass."""
     model, processor = tiny
     mllm = FrozenMLLM(model, processor, "tiny")
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -116,7 +116,7 @@ def test_adapter_takes_stock_llava_with_this_tower(tiny):
 
 
 def test_saved_folder_loads_as_any_model_does(tiny, tmp_path):
-    """The way of `evocomp --model.name FOLDER`: sdpa kernel, weights and buffers of the tower included."""
+    """As loaded by `evocomp --model.name FOLDER`: sdpa kernel, with weights and buffers of the tower."""
     model, processor = tiny
     model.model.vision_tower.scale.fill_(0.5)
     model.save_pretrained(tmp_path)
@@ -129,7 +129,7 @@ def test_saved_folder_loads_as_any_model_does(tiny, tmp_path):
 
 
 def test_packed_questions_score_as_if_asked_alone(tiny):
-    """Packing is only a way to compute: each question's logits equal those of a sequence with nothing else in it."""
+    """Packing does not change results: each question has the logits of a sequence with this question alone."""
     model, processor = tiny
     questions = (
         Question("naming", "color of circle", "red square"),
@@ -163,7 +163,7 @@ def test_packed_questions_score_as_if_asked_alone(tiny):
 
 
 def test_packing_with_kept_tokens_matches_the_adapter(tiny):
-    """Few visual tokens at their own places score as EvoComp's adapter scores them."""
+    """A few visual tokens with their original positions have the scores of EvoComp's adapter."""
     model, processor = tiny
     mllm = FrozenMLLM(model, processor, "tiny")
     image = np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -193,7 +193,7 @@ def test_ridge_solves_the_penalised_least_squares_problem(generator):
     x = torch.randn(200, 12, generator=generator)
     y = x @ torch.randn(12, 5, generator=generator) + 3 + 0.1 * torch.randn(200, 5, generator=generator)
     weight, bias = fit_ridge(x, y, penalty=50.0)
-    # the same problem as ordinary least squares with extra rows; the offset is left unpenalised by centring
+    # the same problem as ordinary least squares with extra rows; centring leaves the offset unpenalised
     centred, offset = (x - x.mean(0)).double(), y.mean(0).double()
     extra = torch.cat([centred, (50.0 * 200 / 1000) ** 0.5 * torch.eye(12, dtype=torch.float64)])
     target = torch.cat([y.double() - offset, torch.zeros(12, 5, dtype=torch.float64)])
@@ -204,7 +204,7 @@ def test_ridge_solves_the_penalised_least_squares_problem(generator):
 
 @pytest.mark.parametrize("rank", [3, 16, 24])
 def test_llavas_projector_computes_the_ridge_map(tiny, rank, generator):
-    """Exact up to half the hidden width, the best map of that rank beyond."""
+    """Exact up to a rank of half the hidden width, else the best approximation of that rank."""
     projector = LlavaMultiModalProjector(tiny[0].config)
     wide, hidden = projector.linear_1.in_features, projector.linear_1.out_features
     weight = torch.randn(wide, rank, generator=generator) @ torch.randn(rank, hidden, generator=generator)
@@ -226,7 +226,7 @@ def test_token_words_name_what_covers_the_token():
     shown = token_words(scene, words, size=128, side=4).view(4, 4).tolist()
     assert shown == [
         [0, 2, 2, 2],
-        [0, -1, 1, 1],  # a quarter of the second square is under the sign: neither sign nor background
+        [0, -1, 1, 1],  # the sign covers a quarter of the second patch: neither sign nor background
         [2, 2, 2, 2],
         [2, 2, 2, 2],
     ]

@@ -18,7 +18,7 @@ from experiments.real.scenes import COLORS, NUMBERS, place_name
 
 @pytest.fixture
 def photo_root(tmp_path, monkeypatch):
-    """Caltech-101's layout with 12 small photographs of each class, every one of a grey level of its own."""
+    """The layout of Caltech-101 with 12 small photographs per class, each of a different grey level."""
     source, back = tmp_path / "101_ObjectCategories", {name: folder for folder, name in photos.RENAMED.items()}
     for name in (*photos.NAMES, *photos.BACKGROUNDS):
         folder = source / back.get(name, name.replace(" ", "_"))

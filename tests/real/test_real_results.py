@@ -1,4 +1,4 @@
-"""What a finished run leaves: small files with checksums, and the panel as rows."""
+"""Outputs of a finished run: small files with checksums, and the report as rows."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def finished(tmp_path):
 
 
 def test_shipped_compressor_works_as_the_one_that_was_trained(finished, tmp_path):
-    """Half the bytes, the same scores but for float16's rounding."""
+    """Half the bytes, and the same scores up to float16 rounding."""
     ship(finished, tmp_path / "out")
     check_sums(tmp_path / "out")
     folders = (finished / "plus" / "compressor", tmp_path / "out" / "compressor")

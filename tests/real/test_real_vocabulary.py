@@ -1,6 +1,6 @@
 """Grouping on a real vocabulary: SmolLM2's embedding rows, EfficientNet features, a closed-form projector.
 
-The fixture is cut by `python -m experiments.real.fixture`; nothing has to be installed for these tests.
+The fixture is made by `python -m experiments.real.fixture`; these tests need no further package.
 """
 
 import json
@@ -38,12 +38,12 @@ def test_groups_are_few_beside_tokens(real):
         groups = vocabulary_groups(tokens, real.table, real.words_mask)
         ids, _ = nearest_words(tokens, real.table, real.words_mask)
         assert groups.count == len(ids.unique())
-        assert 2 <= groups.count <= len(tokens) // 3  # regions share words: neither one group nor all apart
+        assert 2 <= groups.count <= len(tokens) // 3  # neither a single group nor one per token
         assert int(groups.sizes.sum()) == len(tokens) == 196
 
 
 def test_rows_that_were_never_trained_are_one_direction(real):
-    """Why there are hubs: the rows that the mask leaves out are copies of each other, the others are not."""
+    """The cause of hubs: the rows that the mask excludes are nearly equal, the others are not."""
     rows = torch.nn.functional.normalize(real.table, dim=1)
     never = rows[~real.trained & real.special]
     assert len(never) >= 4
@@ -62,7 +62,7 @@ def test_vocabulary_mask_takes_hub_tokens_out(real, name):
         assert mask[masked].all() and real.trained[masked].all()
         unaffected = mask[bare]
         assert torch.equal(bare[unaffected], masked[unaffected])
-    assert hubs > 0.01 * real.tokens[..., 0].numel(), "without a mask, hubs must win some tokens of this fixture"
+    assert hubs > 0.01 * real.tokens[..., 0].numel(), "without a mask, hubs must attract some tokens"
 
 
 def test_leaving_special_tokens_out_is_not_enough(real):
@@ -75,7 +75,7 @@ def test_leaving_special_tokens_out_is_not_enough(real):
 
 
 def test_nearest_words_name_what_tokens_show(real):
-    """Tokens land on a piece of their own word far more often than on one of another scene's word."""
+    """Tokens are nearest to a part of their own word far more often than to a part of another scene's word."""
     texts = [text.strip() for text in real.texts]
 
     def share(shown):

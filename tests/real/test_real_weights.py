@@ -1,4 +1,4 @@
-"""The shipped small files: whole, of the right shapes, and with a gate that passed."""
+"""The shipped weights are complete, have the right shapes, and passed the gate."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Losses of masks against transformers' own decoder, in which dropped tokens are masked away and not removed."""
+"""Losses of masks against transformers' own decoder, in which dropped tokens are masked instead of removed."""
 
 from dataclasses import fields, replace
 
@@ -33,7 +33,7 @@ every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTI
 
 
 def masked_losses(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> torch.Tensor:
-    """[Q] from whole prompts in which the attention mask hides what is not kept, one at a time, all logits."""
+    """Losses [Q], one mask at a time, from full prompts in which the attention mask hides the dropped tokens."""
     ids, answer = features.prompt_ids, features.answer_ids
     embeds = mllm.embed(ids.index_fill(0, features.visual_at, 0)).detach()
     embeds[features.visual_at] = features.visual
@@ -68,7 +68,7 @@ def with_answer(features: Features, *ids: int) -> Features:
 
 
 def later_picture(features: Features, words: int = 11) -> Features:
-    """The same prompt behind more text, as with a system prompt."""
+    """The same prompt after additional text, such as a system prompt."""
     text = torch.arange(20, 20 + words)
     return replace(
         features,
@@ -81,7 +81,7 @@ def later_picture(features: Features, words: int = 11) -> Features:
 
 @every_setting
 @pytest.mark.parametrize("words", [0, 11])
-def test_every_saving_leaves_the_losses_of_candidates(nano, encoded, settings, words):
+def test_optimizations_do_not_change_losses_of_candidates(nano, encoded, settings, words):
     losses = AnswerLosses(nano, settings=settings)
     for features in encoded[:3]:
         asked = later_picture(with_answer(features, 9, 14, 22), words)
@@ -94,7 +94,7 @@ def test_every_saving_leaves_the_losses_of_candidates(nano, encoded, settings, w
 
 
 @every_setting
-def test_every_saving_leaves_the_losses_of_batches(nano, encoded, settings):
+def test_optimizations_do_not_change_losses_of_batches(nano, encoded, settings):
     answers = ((9,), (14, 22, 30), (22, 9))
     some = [with_answer(f, *a) for f, a in zip((encoded[0], encoded[25], encoded[45]), answers, strict=True)]
     kept = torch.stack([masks(one, 4, 16, seed) for seed, one in enumerate(some)])
@@ -105,7 +105,7 @@ def test_every_saving_leaves_the_losses_of_batches(nano, encoded, settings):
 
 @every_setting
 @pytest.mark.parametrize("words", [0, 11])
-def test_every_saving_leaves_the_losses_of_shared_scoring(nano, encoded, settings, words):
+def test_optimizations_do_not_change_losses_of_shared_scoring(nano, encoded, settings, words):
     one_picture = [f for f in encoded if f.image_id == encoded[0].image_id][:4]
     asked = [later_picture(with_answer(f, *range(9, 10 + i)), words) for i, f in enumerate(one_picture)]
     kept = masks(asked[0], 5, 16)
@@ -132,8 +132,8 @@ def test_families(family, own_pass, prefix):
     torch.testing.assert_close(together[:, 0], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_candidates_that_share_a_beginning_give_the_same_losses(nano, encoded):
-    """One flip each, as local search asks for them: early and late ones, and the mask itself."""
+def test_candidates_with_a_cached_prefix_give_the_same_losses(nano, encoded):
+    """Masks as in local search: each differs from one mask in a single token, early or late; and that mask itself."""
     features = with_answer(encoded[0], 9, 14)
     base = masks(features, 1, 24)[0]
     others = torch.tensor([i for i in range(144) if i not in base.tolist()])
@@ -148,14 +148,14 @@ def test_candidates_that_share_a_beginning_give_the_same_losses(nano, encoded):
         assert shared == sorted(shared) and shared[-1] > 10, "later flips share more"
 
 
-def test_bfloat16_is_near(nano, encoded):
+def test_bfloat16_losses_are_close(nano, encoded):
     kept = masks(encoded[0], 8, 16)
     near = AnswerLosses(nano, torch.bfloat16).candidates(encoded[0], kept)
     assert near.dtype == torch.float32
     torch.testing.assert_close(near, masked_losses(nano, encoded[0], kept), atol=0.2, rtol=0.1)
 
 
-def test_own_pass_is_given_up_where_it_is_not_the_models(nano, encoded, monkeypatch):
+def test_llama_body_is_not_used_if_it_disagrees_with_the_model(nano, encoded, monkeypatch):
     assert type(AnswerLosses(nano).body) is LlamaBody
     right = LlamaBody._after
     monkeypatch.setattr(LlamaBody, "_after", lambda *a: right(*a) * 1.001)
@@ -164,7 +164,7 @@ def test_own_pass_is_given_up_where_it_is_not_the_models(nano, encoded, monkeypa
 
 
 @pytest.mark.parametrize("family", [f for f in SCORABLE if f.startswith("qwen")])
-def test_own_pass_needs_every_axis_of_the_positions(family, monkeypatch):
+def test_llama_body_needs_every_axis_of_the_positions(family, monkeypatch):
     _, _, model = tiny(family)
     decoder = FrozenMLLM(model, processor=None).decoder
     ours = LlamaBody(decoder, torch.float32, ScorerConfig())
@@ -175,14 +175,14 @@ def test_own_pass_needs_every_axis_of_the_positions(family, monkeypatch):
         assert not llama_body.agrees(ours, decoder)
 
 
-def test_own_pass_is_for_known_layers_only(nano, monkeypatch):
+def test_llama_body_supports_known_layers_only(nano, monkeypatch):
     assert llama_body.fits(nano.decoder)
     layer = nano.decoder.layers[1].mlp
     monkeypatch.setitem(layer._modules, "up_proj", torch.nn.Sequential(layer.up_proj))
     assert not llama_body.fits(nano.decoder)
 
 
-def test_another_picture_with_the_same_system_prompt_uses_its_prefix_again(nano, encoded):
+def test_images_with_the_same_system_prompt_share_its_cached_prefix(nano, encoded):
     losses = AnswerLosses(nano)
     first, second = (later_picture(features) for features in (encoded[0], encoded[30]))
     made = []
@@ -198,9 +198,9 @@ def test_another_picture_with_the_same_system_prompt_uses_its_prefix_again(nano,
     assert len(made) == 1, "one token before the picture is not worth a cache"
 
 
-def test_shared_scoring_needs_one_picture(nano, encoded):
+def test_shared_scoring_needs_one_image(nano, encoded):
     others = next(f for f in encoded if f.image_id != encoded[0].image_id)
-    with pytest.raises(UserError, match="agree up to the end of the picture"):
+    with pytest.raises(UserError, match="prompts differ before the end of the image"):
         AnswerLosses(nano).shared([encoded[0], others], masks(encoded[0], 2, 4))
 
 
@@ -208,7 +208,7 @@ def test_shared_scoring_needs_one_picture(nano, encoded):
 @pytest.mark.parametrize("prefix", ["never", "always"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_masks_with_context_tokens(family, own_pass, prefix):
-    """As the same tokens and sizes give in a prompt of their own, answered by the adapter, one at a time."""
+    """Losses equal those of `FrozenMLLM` for the same tokens and cluster sizes, one mask at a time."""
     features, _, model = tiny(family)
     mllm = FrozenMLLM(model, processor=None)
     losses = AnswerLosses(mllm, settings=ScorerConfig(own_pass=own_pass, shared_prefix=prefix))
@@ -223,7 +223,7 @@ def test_masks_with_context_tokens(family, own_pass, prefix):
 
 
 def _loss_of(mllm: FrozenMLLM, features: Features, one: Shown) -> torch.Tensor:
-    """Mean answer loss of tokens with sizes, by the decoder and a mask made by hand."""
+    """Mean answer loss of tokens with cluster sizes, from the decoder with an attention mask built by hand."""
     embeds, positions = mllm.assemble(features, one.tokens[None], one.places[None])
     tail = mllm.embed(features.answer_ids)[None]
     steps = torch.arange(1, tail.shape[1] + 1)

@@ -1,4 +1,4 @@
-"""Every way of scoring against one plain Hugging Face forward per mask, over many kinds of text decoders."""
+"""Every way of scoring, for many kinds of text decoders, against one plain transformers forward pass per mask."""
 
 import sys
 
@@ -25,11 +25,11 @@ SETTINGS = {
     "transformers": ScorerConfig(own_pass=False, shared_prefix="always", prefix_reuse="always"),
 }
 NO_GATES = {
-    "llama, a window that it ignores": "does not follow an explicit attention mask",
-    "lfm2": "layers of type conv cannot be given an attention mask",
-    "qwen3_next": "layers of type linear_attention cannot be given an attention mask",
+    "llama, a window that it ignores": "needs a decoder that follows an explicit attention mask",
+    "lfm2": "layers of type conv do not accept an attention mask",
+    "qwen3_next": "layers of type linear_attention do not accept an attention mask",
 }
-"""Decoders of which gradients by gates are refused, and why."""
+"""Decoders that are refused for gate gradients, and a part of the error message."""
 APART = ("llama, a window that it ignores", "lfm2", "qwen3_next", "llama4, scaled queries")
 """Decoders whose questions are scored one after another, not packed."""
 CASES = [(name, None) for name in DECODERS] + [(name, "eager") for name in EAGER]
@@ -39,7 +39,7 @@ every_decoder = pytest.mark.parametrize(
 
 
 def masks() -> torch.Tensor:
-    """[4, 5] ascending: the first, and others that differ from it by one flip or more."""
+    """Masks [4, 5], ascending: the first one, and others that differ from it in one or more tokens."""
     first = torch.tensor([0, 2, 3, 5, 8])
     return torch.stack(
         [first, torch.tensor([0, 2, 3, 6, 8]), torch.tensor([0, 2, 4, 5, 8]), TOKENS - 5 + torch.arange(5)]
@@ -47,7 +47,7 @@ def masks() -> torch.Tensor:
 
 
 def prompt(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A mask's LLM input as one would write it by hand: embeddings [1, L, D] and positions [1, L] or [4, 1, L]."""
+    """A mask's LLM input, built by hand: embeddings [1, L, D] and positions [1, L] or [4, 1, L]."""
     start, end = int(features.visual_at[0]), features.picture_end
     ids = torch.cat([features.prompt_ids, features.answer_ids[:-1]])
     text = mllm.embed(ids)
@@ -57,17 +57,17 @@ def prompt(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> tuple[to
         return rows[None].detach(), at[None]
     steps = 1 + torch.arange(len(features.answer_ids) - 1)
     positions = torch.cat([features.positions, features.positions[:, -1:] + steps], dim=1)[:, at]
-    positions[0] = torch.arange(len(at))  # M-RoPE: the text's row, from which masks are made, is dense
+    positions[0] = torch.arange(len(at))  # M-RoPE: transformers' mask depends on the text row, which must have no gaps
     return rows[None].detach(), positions[:, None]
 
 
 def ones(embeds: torch.Tensor) -> torch.Tensor:
-    """The attention mask of sequences that are not padded."""
+    """The attention mask of sequences without padding."""
     return torch.ones(embeds.shape[:2], dtype=torch.long)
 
 
 def plain_loss(mllm: FrozenMLLM, features: Features, kept: torch.Tensor) -> torch.Tensor:
-    """One forward of transformers' decoder with its own masks."""
+    """A forward pass of transformers' decoder with its own masks."""
     embeds, positions = prompt(mllm, features, kept)
     with torch.no_grad():
         hidden = mllm.decoder(
@@ -112,8 +112,8 @@ def test_every_path_gives_the_losses_of_plain_forwards(name, kernel):
 
 
 @every_decoder
-def test_gradients_by_gates(name, kernel):
-    """Against autograd through transformers' own masks, with gates added by an attention function of our own."""
+def test_gate_gradients(name, kernel):
+    """Compare with autograd through transformers' own masks and a custom attention function that applies the gates."""
     mllm = build(name, kernel)
     features = samples(mllm)[0]
     gate = torch.linspace(0.2, 1.0, TOKENS)
@@ -161,8 +161,8 @@ def test_shared_states_need_full_attention():
         assert any(past is not None for past in losses._prefixes.values()) == shares
 
 
-def test_packed_tokens_count_by_their_own_sequence():
-    """By hand: a window of two over a common token and two sequences of two."""
+def test_windows_of_packed_tokens_depend_on_their_own_sequence():
+    """A case by hand: window 2, one common token, and two sequences of two tokens."""
     packing = Packing.of(1, (2, 2))
     assert packing.part.tolist() == [-1, 0, 0, 1, 1] and packing.index.tolist() == [0, 1, 2, 1, 2]
     window = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1]], dtype=torch.bool)
@@ -171,18 +171,18 @@ def test_packed_tokens_count_by_their_own_sequence():
     assert packing.mask(window, start=3).int().tolist() == expected[3:]
 
 
-def test_a_kernel_without_masks_scores_questions_apart_and_refuses_gates(monkeypatch):
+def test_a_kernel_without_masks_scores_questions_separately_and_refuses_gates(monkeypatch):
     mllm = build("qwen2, window 6")
     assert TransformersBody(mllm.decoder, torch.float32).packs
     monkeypatch.setattr(mllm.decoder.config, "_attn_implementation_internal", "flash_attention_2")
     assert not TransformersBody(mllm.decoder, torch.float32).packs
-    with pytest.raises(UserError, match="flash_attention_2 takes no explicit attention mask"):
+    with pytest.raises(UserError, match="flash_attention_2 does not accept an explicit attention mask"):
         attention.check_masks(mllm.decoder.config)
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_layer_types_are_those_of_the_models_own_masks(name):
-    """What each layer was really given to attend to, caught on its way."""
+    """The attention masks that each layer receives, recorded during a forward pass."""
     mllm = build(name, "eager")
     if name in REFUSED or name in NO_GATES:
         return

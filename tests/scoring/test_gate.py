@@ -1,4 +1,4 @@
-"""The gradient by soft gates: against central differences, and gates at their ends against masks."""
+"""Gate gradients against central differences, and gates of 0 and 1 against masks."""
 
 import copy
 
@@ -14,12 +14,12 @@ from evocomp.scoring.gate import gate_gradient
 
 @pytest.fixture(scope="module")
 def exact(nano):
-    """The nano MLLM in float64, with the encoded samples' dtype to match."""
+    """The nano MLLM in float64, which also encodes samples in float64."""
     return FrozenMLLM(copy.deepcopy(nano.model).double(), nano.processor, "nano64")
 
 
 def loss_at(mllm, features, gate):
-    """The loss that `gate_gradient` differentiates, caught on its way."""
+    """The loss that `gate_gradient` differentiates, recorded during the call."""
     caught = []
     real = gate_module.F.cross_entropy
 
@@ -33,8 +33,8 @@ def loss_at(mllm, features, gate):
     return caught[0]
 
 
-def test_it_is_the_gradient(exact, encoded):
-    # the hardest of some samples: elsewhere the slope drowns in the decoder's own rounding (its norms are float32)
+def test_gradient_equals_central_differences(exact, encoded):
+    # the sample of largest loss: in others the slope is below the decoder's rounding errors (its norms are float32)
     features = max(encoded[:20], key=lambda f: loss_at(exact, f, torch.ones(len(f.visual))))
     gate = torch.rand(len(features.visual), generator=torch.Generator().manual_seed(1)) * 0.8 + 0.2
     gradient = gate_gradient(exact, features, gate)
@@ -47,7 +47,7 @@ def test_it_is_the_gradient(exact, encoded):
         assert gradient[token].item() == pytest.approx(slope, rel=1e-2)
 
 
-def test_open_gates_are_the_whole_picture_and_shut_ones_the_mask(nano, encoded):
+def test_gates_of_one_keep_all_tokens_and_gates_of_zero_give_the_mask(nano, encoded):
     losses = AnswerLosses(nano)
     for features in encoded[:6]:
         count = len(features.visual)
@@ -61,13 +61,13 @@ def test_open_gates_are_the_whole_picture_and_shut_ones_the_mask(nano, encoded):
         assert loss_at(nano, features, gate) == pytest.approx(masked, abs=1e-4)
 
 
-def test_nothing_is_left_on_the_model(nano, encoded):
+def test_the_model_is_unchanged_afterwards(nano, encoded):
     gradient = gate_gradient(nano, encoded[0], torch.ones(len(encoded[0].visual)))
     assert gradient.shape == (144,) and gradient.isfinite().all() and gradient.abs().max() > 0
     assert all(p.grad is None for p in nano.model.parameters())
 
 
-def test_a_gate_multiplies_the_weight_of_its_token_in_what_others_see(nano, encoded):
+def test_a_gate_multiplies_the_attention_weight_of_its_token_for_other_queries(nano, encoded):
     features, seen = encoded[0], []
     hook = nano.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"][0, 0].detach()), with_kwargs=True
@@ -77,7 +77,7 @@ def test_a_gate_multiplies_the_weight_of_its_token_in_what_others_see(nano, enco
         gate_gradient(nano, features, gate)
     finally:
         hook.remove()
-    factors = seen[0].exp()  # what attention multiplies its unnormalised weights by
+    factors = seen[0].exp()  # factors of the unnormalised attention weights
     expected = torch.ones(len(factors), len(factors))
     expected[:, features.visual_at] = gate
     expected.fill_diagonal_(1.0)

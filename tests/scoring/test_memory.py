@@ -1,4 +1,4 @@
-"""How many sequences go into one forward."""
+"""Number of sequences per forward pass."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ def masks(count: int) -> np.ndarray:
     return np.sort(order[:, :16], axis=1)
 
 
-def test_room_shrinks_with_length_and_never_ends(nano):
+def test_batch_size_decreases_with_length_and_is_at_least_one(nano):
     room = Room(nano, itemsize=4)
     sizes = [room.sequences(tokens, 1) for tokens in (10, 100, 1000, 10**9)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[1] > sizes[2] and sizes[-1] == 1
     assert Room(nano, itemsize=2).sequences(100, 1) > sizes[1]
 
 
-def test_small_room_gives_the_same_losses_in_more_forwards(nano, encoded, monkeypatch):
+def test_a_small_memory_budget_gives_the_same_losses_in_more_forward_passes(nano, encoded, monkeypatch):
     kept, expected = masks(10), CandidateScorer(nano)(encoded[0], masks(10))
     each = np.stack([kept[:4], kept[4:8]])
     expected_each = CandidateScorer(nano).each(encoded[:2], each)
@@ -46,12 +46,12 @@ def test_one_at_a_time_when_batching_is_off(nano, encoded):
     with scorer.after_each_batch(lambda: batches.append(1)):
         np.testing.assert_allclose(scorer(encoded[0], masks(5)), CandidateScorer(nano)(encoded[0], masks(5)), atol=1e-5)
     assert len(batches) == 5
-    # several samples with several masks each come one by one too
+    # several samples with several masks each are also scored one by one
     each = np.stack([masks(2), masks(2)])
     np.testing.assert_allclose(scorer.each(encoded[:2], each), CandidateScorer(nano).each(encoded[:2], each), atol=1e-5)
 
 
-def test_out_of_memory_halves_the_batch_and_is_kept(nano, encoded, monkeypatch):
+def test_out_of_memory_halves_the_batch_size_for_good(nano, encoded, monkeypatch):
     expected = CandidateScorer(nano)(encoded[0], masks(16))
     scorer = CandidateScorer(nano)
     right, tried = scorer.losses.candidates, []
@@ -70,12 +70,12 @@ def test_out_of_memory_halves_the_batch_and_is_kept(nano, encoded, monkeypatch):
     assert max(tried) <= 5, "found once, kept"
 
 
-def test_a_gpu_too_small_for_one_sequence_is_said(nano, encoded, monkeypatch):
+def test_a_gpu_too_small_for_one_sequence_is_an_error(nano, encoded, monkeypatch):
     scorer = CandidateScorer(nano)
 
     def no_room(*_):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(scorer.losses, "candidates", no_room)
-    with pytest.raises(UserError, match="does not hold one sequence"):
+    with pytest.raises(UserError, match="do not fit in the GPU's memory"):
         scorer(encoded[0], masks(3))

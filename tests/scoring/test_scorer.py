@@ -1,4 +1,4 @@
-"""Losses of candidate masks: against transformers' own logits, and one way of batching against another."""
+"""Losses of candidate masks against transformers' own logits, and ways of batching against each other."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def test_masks_give_the_loss_of_the_adapters_logits(nano, asked):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
-def test_a_batch_is_one_by_one(nano, asked, batch):
+def test_batches_equal_single_masks(nano, asked, batch):
     kept = masks(20, 16)
     for features in asked[0]:
         alone = np.concatenate([CandidateScorer(nano)(features, row[None]) for row in kept])
@@ -70,7 +70,7 @@ def test_a_batch_is_one_by_one(nano, asked, batch):
         assert np.allclose(together, alone, atol=1e-5) and np.std(alone) > 1e-3
 
 
-def test_masks_of_several_samples_at_once_are_one_by_one(nano, asked):
+def test_masks_of_several_samples_equal_single_masks(nano, asked):
     """Prompts and answers of different lengths, so that rows are padded."""
     features = asked[0]
     assert len({len(f.prompt_ids) + len(f.answer_ids) for f in features}) > 2
@@ -82,7 +82,7 @@ def test_masks_of_several_samples_at_once_are_one_by_one(nano, asked):
 
 @pytest.mark.parametrize("batch", [1, 5, 24, 1000])
 def test_context_tokens_reach_every_mask_of_every_batch(nano, asked, batch):
-    """However many go into one forward: the loss that the adapter's answer gives for the tokens and their sizes."""
+    """For any batch size, losses equal those of `FrozenMLLM` for the same tokens and cluster sizes."""
     features = [replace(f, answer_ids=f.answer_ids[:1]) for f in asked[0][:4]]
     kept = np.stack([masks(8, 6, seed) for seed in range(len(features))])
     given = CandidateScorer(nano, batch).each(features, kept, context=4)
@@ -97,7 +97,7 @@ def same_picture(encoded) -> list:
     return [f for f in encoded if f.image_id == encoded[0].image_id]
 
 
-def test_questions_that_share_a_forward_are_one_by_one(nano, encoded):
+def test_packed_questions_equal_single_questions(nano, encoded):
     together = same_picture(encoded)
     assert len(together) > 5
     kept = masks(6, 16)
@@ -107,7 +107,7 @@ def test_questions_that_share_a_forward_are_one_by_one(nano, encoded):
     assert np.allclose(CandidateScorer(nano).shared(together[:1], kept), alone[:1], atol=2e-5)
 
 
-def test_sharing_answers_of_several_tokens(nano, questions):
+def test_packed_questions_with_answers_of_several_tokens(nano, questions):
     changed = [
         replace(e, id=stable_id("shared", e.id), answer=answer)
         for e, answer in zip(questions[:3], ("red", "red circle", "3 yes no"), strict=True)
@@ -118,10 +118,10 @@ def test_sharing_answers_of_several_tokens(nano, questions):
     assert np.allclose(CandidateScorer(nano).shared(together, kept), alone, atol=2e-5)
 
 
-def test_questions_about_two_pictures_cannot_share(nano, encoded):
+def test_questions_about_two_images_cannot_be_packed(nano, encoded):
     other = next(f for f in encoded if f.image_id != encoded[0].image_id)
     assert shares_prefix(same_picture(encoded)) and not shares_prefix([encoded[0], other])
-    with pytest.raises(UserError, match="shared scoring needs prompts that agree"):
+    with pytest.raises(UserError, match="prompts differ before the end of the image"):
         AnswerLosses(nano).shared([encoded[0], other], torch.from_numpy(masks(2, 8)))
 
 
@@ -133,13 +133,13 @@ def test_earlier_turns_break_sharing_only_if_they_differ(nano, questions):
         [with_history("color of circle", 0), with_history("color of circle", 1), with_history("color of ring", 2)]
     )
     kept = masks(3, 16)
-    # the picture stands before the first turn, so that even these share their prefix
+    # the image comes before the first turn, so even these prompts share their prefix
     assert shares_prefix([a, b, c])
     alone = np.stack([CandidateScorer(nano)(f, kept) for f in (a, b, c)])
     assert np.allclose(CandidateScorer(nano).shared([a, b, c], kept), alone, atol=2e-5)
 
 
-def test_what_is_spent_is_counted_and_said(nano, encoded):
+def test_forward_passes_and_seconds_are_counted(nano, encoded):
     scorer = CandidateScorer(nano, batch=4, settings=ScorerConfig(own_pass=False, fit_memory=False))
     calls = []
     rows = []
@@ -153,7 +153,7 @@ def test_what_is_spent_is_counted_and_said(nano, encoded):
         text = len(encoded[0].text_at)
         assert rows == [(n, text + 16) for n in (4, 4, 2)] and len(calls) == 3
         scorer.shared(together, masks(6, 16))
-        # one sequence a mask, whatever the number of questions
+        # one sequence per mask, for any number of questions
         assert [count for count, _ in rows[3:]] == [4, 2]
     finally:
         hook.remove()
@@ -163,7 +163,7 @@ def test_what_is_spent_is_counted_and_said(nano, encoded):
 
 
 def test_nothing_is_counted_within_uncounted(nano, encoded):
-    """All counts: those that say what labels cost are read from several of them."""
+    """All counters, from which the cost of labels is computed."""
     scorer = CandidateScorer(nano)
     scorer(encoded[0], masks(3, 16))
 
@@ -188,7 +188,7 @@ def test_one_call_after_each_batch_at_a_time(nano, encoded):
     assert len(calls) == 1, "over after the block, and not before"
 
 
-def test_our_own_pass_is_counted_alike(nano, encoded):
+def test_llama_body_has_the_same_counts(nano, encoded):
     both = [CandidateScorer(nano, settings=ScorerConfig(own_pass=own)) for own in (True, False)]
     for scorer in both:
         scorer(encoded[0], masks(10, 16))
@@ -197,7 +197,7 @@ def test_our_own_pass_is_counted_alike(nano, encoded):
 
 
 def test_only_answer_rows_reach_the_head(nano, asked):
-    """The head over the vocabulary is the dearest layer of a real model."""
+    """The output head over the vocabulary is the most expensive layer of a real model."""
     seen = []
     scorer = CandidateScorer(nano)
     head = scorer.losses.head

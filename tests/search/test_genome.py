@@ -34,7 +34,7 @@ def test_random_genomes_stay_inside_the_groups(sizes, seed):
 
 def test_random_genomes_are_uniform():
     genomes = random_genomes(np.array([4, 3]), stream(0, 0, 0), 12_000)
-    # expected 3000 and 4000 a place; 5 standard deviations are 237 and 258
+    # expected counts are 3000 and 4000 per token; 5 standard deviations are 237 and 258
     assert np.abs(np.bincount(genomes[:, 0], minlength=4) - 3000).max() < 237
     assert np.abs(np.bincount(genomes[:, 1], minlength=3) - 4000).max() < 258
 
@@ -61,7 +61,7 @@ def test_seed_genomes_at_low_temperature_take_the_best_token_of_each_group():
 
 
 def test_seed_genomes_work_for_many_groups():
-    # the group number is added to the odds: rounding must not push a draw over a group's end
+    # the group's index is added to the probabilities: rounding must not move a draw into the next group
     groups = Groups(np.repeat(np.arange(2000), 3))
     genomes = seed_genomes(groups, np.zeros(6000), stream(0, 0, 0), 30)
     assert genomes.min() == 0 and genomes.max() == 2
@@ -73,7 +73,7 @@ def test_temperature_must_be_positive():
         seed_genomes(Groups(np.array([0])), np.zeros(1), stream(0, 0, 0), 1, temperature=0)
 
 
-def test_a_token_without_odds_is_never_drawn():
+def test_a_token_of_weight_zero_is_never_drawn():
     class Zeros:
         def random(self, shape):
             return np.zeros(shape)

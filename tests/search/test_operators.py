@@ -29,7 +29,7 @@ def test_pairs_are_two_different_parents(p, seed):
 
 def test_pairs_are_uniform_and_one_parent_pairs_with_itself():
     first, other = pairs(3, stream(0, 0, 0), 6000)
-    # 6 ordered pairs, 1000 each; 5 standard deviations are 144
+    # expected counts of the 6 ordered pairs are 1000; 5 standard deviations are 144
     counts = np.bincount(first * 3 + other, minlength=9)
     assert np.abs(counts[[1, 2, 3, 5, 6, 7]] - 1000).max() < 144
     assert np.array(pairs(1, stream(0, 0, 0), 4)).tolist() == [[0] * 4, [0] * 4]
@@ -52,7 +52,7 @@ def test_children_hold_only_genes_of_their_parents(sizes, seed):
 
 
 @given(SIZES, SEEDS, st.floats(0, 1))
-def test_shift_moves_at_most_one_place_and_stays_inside(sizes, seed, probability):
+def test_shift_moves_by_at_most_one_token_within_the_group(sizes, seed, probability):
     rng = stream(seed, 0, 0)
     genomes = random_genomes(sizes, rng, 30)
     shifted = shift_mutation(genomes, sizes, rng, probability)
@@ -60,13 +60,13 @@ def test_shift_moves_at_most_one_place_and_stays_inside(sizes, seed, probability
     assert (shifted >= 0).all() and (shifted < sizes).all() and shifted.dtype == np.int32
 
 
-def test_shift_rates_are_half_left_half_right():
+def test_shift_moves_to_previous_and_next_token_equally_often():
     sizes = np.array([3])
     moved = shift_mutation(np.ones((20_000, 1), dtype=np.int32), sizes, stream(0, 0, 0), 0.2)
     left, stay, right = np.bincount(moved.ravel(), minlength=3) / 20_000
     tolerance = 5 * np.sqrt(0.1 * 0.9 / 20_000)
     assert abs(left - 0.1) < tolerance and abs(right - 0.1) < tolerance
-    # at the end of the group a move to the right is clipped
+    # a move beyond the last token of the group is clipped
     ends = shift_mutation(np.full((20_000, 1), 2, dtype=np.int32), sizes, stream(1, 0, 0), 0.2)
     assert abs((ends == 2).mean() - 0.9) < tolerance
 
@@ -79,7 +79,7 @@ def test_resample_stays_inside_and_leaves_singletons(sizes, seed):
     assert (moved >= 0).all() and (moved < sizes).all() and moved.dtype == np.int32
 
 
-def test_resample_moves_the_expected_number_of_groups_to_any_other_place():
+def test_resample_changes_the_expected_number_of_groups_to_any_other_token():
     sizes = np.array([1, 4, 4, 4, 4, 4, 1])
     genomes = np.zeros((20_000, 7), dtype=np.int32)
     moved = resample_mutation(genomes, sizes, stream(0, 0, 0), 1.5)

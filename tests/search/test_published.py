@@ -9,7 +9,7 @@ from evocomp.search import Published, State, stream
 
 
 class Scripted:
-    """Stands for a Generator: gives prepared draws and checks that their shapes are those asked for."""
+    """A stub of `Generator` that returns prepared numbers and checks the requested shapes."""
 
     def __init__(self, *draws):
         self.draws = [np.array(d) for d in draws]
@@ -43,7 +43,7 @@ def test_one_generation_by_hand():
 
 
 def algorithm_1(population, losses, sizes, p, crossover, mutation, draws):
-    """One generation, gene by gene, with the same draws."""
+    """One generation by plain loops over genes, with the same random numbers."""
     q, half = len(population), len(sizes) // 2
     parents = [population[i] for i in sorted(range(q), key=lambda i: losses[i])[:p]]
     pair, cross, mutate = draws
@@ -83,7 +83,7 @@ def test_generations_equal_a_plain_loop(seed):
         assert genomes.tolist() == expected
 
 
-def test_the_children_replace_the_population_and_the_best_is_remembered():
+def test_the_children_replace_the_population_and_the_best_is_kept():
     groups = Groups(np.repeat(np.arange(6), 3))
     strategy = Published(q=5, p=2)
     state = strategy.start(groups, stream(0, 0, 0))

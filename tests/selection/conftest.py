@@ -1,6 +1,6 @@
-"""Published numbers: outputs of the rivals' public code on drawn inputs of 144 tokens (12 x 12).
+"""Reference results: outputs of the selectors' published code for random inputs of 144 tokens (12 x 12).
 
-`data/expected_n144.json` names code and commit of each; arrays are in the npz files beside it.
+`data/expected_n144.json` lists code and commit of each; the arrays are in npz files in the same folder.
 """
 
 import json
@@ -39,7 +39,7 @@ def cases():
 
 @pytest.fixture(scope="session")
 def inputs144(arrays) -> SelectionInputs:
-    """The same as one sample: 5 prefix, 144 visual, 19 text tokens; an identity projector."""
+    """These inputs as one sample: 5 prefix, 144 visual and 19 text tokens, with an identity projector."""
     return SelectionInputs(
         tokens=arrays["tokens"],
         grid=(12, 12),

@@ -16,7 +16,7 @@ PURE = ["random_tokens", "uniform_stride", "cls_attention", "hired", "vispruner"
 MERGED = ["tome", "prumerge", "prumerge_plus", "visionzip"]
 
 
-def test_every_name_builds_what_it_says():
+def test_every_name_builds_its_selector():
     assert set(PURE + MERGED + ["average_pool", "hired_next"]) == set(SELECTORS)
     known = {f.name for f in fields(SelectionInputs)}
     for name in SELECTORS:
@@ -78,7 +78,7 @@ def test_a_missing_input_is_named(name, drawn):
 
 
 @pytest.mark.parametrize("name", sorted(SELECTORS))
-def test_nothing_else_than_its_needs_is_read(name, drawn):
+def test_selectors_use_only_their_required_inputs(name, drawn):
     full = drawn(0, 20, grid=(20, 1))
     only = {f: getattr(full, f) for f in selector(name).needs}
     bare = SelectionInputs(tokens=full.tokens, grid=full.grid, **only)
@@ -86,14 +86,14 @@ def test_nothing_else_than_its_needs_is_read(name, drawn):
 
 
 @pytest.mark.parametrize("keep", [0, 21, -1])
-def test_budgets_that_cannot_be(keep, drawn):
+def test_budgets_out_of_range_are_refused(keep, drawn):
     with pytest.raises(UserError, match="1 to 20"):
         selector("divprune")(drawn(0, 20), keep)
 
 
 @pytest.mark.parametrize("name", [n for n in PURE + MERGED if n != "random_tokens"])
-def test_text_changes_the_selection_only_where_it_is_said_to(name, drawn):
-    """Question, its CLIP embedding, and whatever the LLM computed from it; the image stays."""
+def test_text_changes_the_selection_only_of_text_aware_selectors(name, drawn):
+    """Replace the question, its CLIP embeddings and the LLM's values, but not the image."""
     inputs, other = drawn(1, 40), drawn(2, 40)
     asked = replace(inputs, text=other.text, clip_text_embeds=other.clip_text_embeds,
                     llm_attention=other.llm_attention, llm_keys=other.llm_keys, llm_hidden=other.llm_hidden)

@@ -11,7 +11,7 @@ def test_published(case, cases, inputs144):
 
 
 def greedy_determinant(tokens: torch.Tensor, quality: torch.Tensor, r: int) -> list[int]:
-    """Each pick maximises the determinant of the kernel on the picked set, in fp64."""
+    """Greedy selection by the determinant of the kernel on the selected set, in fp64."""
     x = torch.nn.functional.normalize(tokens.double(), dim=1)
     kernel = quality.double()[:, None] * (x @ x.T) * quality.double()
     picked = []
@@ -28,12 +28,12 @@ def test_greedy_map(n, r, generator):
     assert cdpruner(tokens, quality, r).tolist() == greedy_determinant(tokens, quality, r)
 
 
-def test_relevance_is_turned_around_and_scaled_to_the_samples_own_range():
+def test_relevance_is_negated_and_scaled_to_the_range_of_the_sample():
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
     text = torch.tensor([[2.0, 0.0]])
     score = relevance(image, text)  # cosines 1, 0, 0.707; low cosine counts as relevant
     assert torch.allclose(score, torch.tensor([1e-6, 1 + 1e-6, 1 - 0.5**0.5 + 1e-6]), atol=1e-6)
-    assert score.min() > 5e-7  # the least relevant patch still has a place in the kernel
+    assert score.min() > 5e-7  # the least relevant patch still has a positive kernel entry
     assert torch.allclose(relevance(image, text, sign=1.0)[0], torch.tensor(1.0), atol=1e-5)
     assert torch.equal(relevance(image[:1], text), torch.ones(1))
 

@@ -12,7 +12,7 @@ def test_published(case, cases, arrays, inputs144):
     kept = dart(arrays["llm_hidden"], 5, 144, pivots, [want["topk_per_pivot"]] * 8)
     truth = want["expected_kept_sorted(image-relative)"]
     assert kept.tolist() == truth
-    # 44 and 52 are 4 + 8 t, where the exact variant and the published one meet
+    # for 44 and 52, which are 4 + 8 t, the exact and the published variant agree
     assert DART()(inputs144, want["kept_count"]).indices.tolist() == truth
     asked = want["max_num_trunction"] or int(144 * (1 - want["reduction_ratio"]))
     assert DART(exact=False)(inputs144, asked).indices.tolist() == truth
@@ -27,15 +27,15 @@ def test_exact_counts_give_the_remainder_to_the_first_pivots():
     assert exact_takes(19, 8) == [3, 3, 3, 2, 2, 2, 2, 2]
 
 
-def test_pivots_take_in_turn_what_is_least_like_them():
-    # places: prefix 0, visual 1-6, text 7-8
+def test_pivots_select_the_least_similar_tokens_in_turn():
+    # indices: prefix 0, visual 1-6, text 7-8
     hidden = torch.tensor(
         [[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.1], [-1.0, -0.1], [0.1, -1.0], [1.0, 1.0],
          [0.0, 1.0], [1.0, 1.0]]
     )
     kept = dart(hidden, 1, 6, [1, 7], [1, 2])
-    # pivot place 1 (visual 0) ties visual 2 and 3 at the lowest cosine: the lower index goes; text pivot 7
-    # then takes visual 4 (cosine near -1) and visual 3 (near -0.1)
+    # for the pivot at index 1 (visual 0), visual 2 and 3 tie at the lowest cosine and the lower index is selected; then
+    # text pivot 7 selects visual 4 (cosine near -1) and visual 3 (near -0.1)
     assert kept.tolist() == [0, 2, 3, 4]
 
 

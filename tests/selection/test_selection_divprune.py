@@ -12,7 +12,7 @@ def test_published(case, cases, arrays, inputs144):
 
 
 def greedy_max_min(tokens: torch.Tensor, r: int) -> list[int]:
-    """The rule in fp64, distances to the picked set worked out again for every pick."""
+    """The greedy rule in fp64, which recomputes the distances to the selected set in every step."""
     x = tokens.double()
     n = len(x)
     distance = [[1 - float(x[i] @ x[j] / (x[i].norm() * x[j].norm())) for j in range(n)] for i in range(n)]

@@ -21,5 +21,5 @@ def test_never_more_tokens_than_asked_and_no_larger_image(rows, columns, data):
     keep = data.draw(st.integers(1, rows * columns))
     a, b = downsampled_grid((rows, columns), keep)
     assert 1 <= a <= rows and 1 <= b <= columns and a * b <= keep
-    # one side is the other in the image's own proportion, to the nearest whole token
+    # the grid keeps the image's aspect ratio, rounded to the nearest token
     assert abs(a - max(1, b * rows / columns)) <= 0.5 or abs(b - max(1, a * columns / rows)) <= 0.5

@@ -61,6 +61,6 @@ def test_quadrants_change_the_budgets(drawn):
     assert HiREDNext(regions="quadrants")(inputs, 32).extra["budgets"] == [16, 0, 8, 0, 8]
 
 
-def test_wrong_partition_count_is_said_clearly(drawn):
+def test_a_wrong_number_of_partitions_is_an_error(drawn):
     with pytest.raises(UserError, match="3 stacked partitions"):
         HiREDNext(sub_grid=(1, 2))(drawn(0, 80, grid=(20, 4)), 8)

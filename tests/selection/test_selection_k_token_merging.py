@@ -5,7 +5,7 @@ from evocomp.selection.k_token_merging import BlockMerger
 
 
 def by_hand(merger: BlockMerger, block: torch.Tensor, k: int) -> torch.Tensor:
-    """Mean of a block [n, D], n up to K, plus the MLP of what it is when padded with zeros, in float64."""
+    """Mean of a block [n, D], n <= K, plus the MLP of the block padded with zeros, in float64."""
     weights = [parameter.double() for parameter in merger.parameters()]
     x = torch.cat([block.double(), block.new_zeros(k - len(block), block.shape[1]).double()]).flatten()
     x = (weights[0] @ x + weights[1]).clamp(min=0)
@@ -25,7 +25,7 @@ def test_mean_of_each_block_and_three_layers_of_it(n, generator):
 
 @pytest.mark.parametrize(("block", "width"), [(2, 4), (3, 6), (4, 6), (9, 13)])
 def test_widths_of_the_published_code(block, width):
-    """Hidden layers of int(factor * K) * D and K * D, factor 2 up to K = 3 and 1.5 from 4 on; not started at zero."""
+    """Widths int(factor * K) * D and K * D, with factor 2 up to K = 3, else 1.5; no weight matrix is zero."""
     merger = BlockMerger(8, block)
     shapes = [tuple(parameter.shape) for parameter in merger.parameters() if parameter.ndim == 2]
     assert shapes == [(8 * width, 8 * block), (8 * block, 8 * width), (8, 8 * block)]
@@ -41,7 +41,7 @@ def test_learns_a_function_of_the_whole_block(generator):
     torch.manual_seed(0)
     merger = BlockMerger(4, 2)
     tokens = torch.randn(64, 6, 4, generator=generator)
-    target = tokens[:, 0::2] - tokens[:, 1::2]  # the mean says nothing about it
+    target = tokens[:, 0::2] - tokens[:, 1::2]  # independent of the mean
     optimiser = torch.optim.Adam(merger.parameters(), lr=0.03)
     losses = []
     for _ in range(60):
@@ -66,6 +66,6 @@ def test_samples_and_blocks_do_not_see_each_other(generator):
     assert same.tolist() == [[True, False, True]] * 3
 
 
-def test_a_block_of_none_is_refused():
+def test_a_block_size_of_zero_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         BlockMerger(8, 0)

@@ -29,8 +29,8 @@ def test_columns_of_the_visual_tokens(drawn):
     assert visual_start(inputs, 9) == 0
 
 
-def test_what_is_missing_is_said(drawn):
-    with pytest.raises(UserError, match="layer 3 was not recorded, only \\[1\\]"):
+def test_errors_name_the_missing_layer_or_tokens(drawn):
+    with pytest.raises(UserError, match="layer 3 was not recorded, only layers \\[1\\]"):
         at_layer({1: torch.ones(1)}, 3)
     with pytest.raises(UserError, match="cannot hold 6 visual and 3 text"):
         visual_start(drawn(0, 6, text=3), 8)

@@ -34,7 +34,7 @@ def test_published_fixed_budget(cases, expected, inputs144):
 
 
 def merge_by_hand(x, keys, attention, centres):
-    """Patch by patch, over a list of centres and a list of the others as the authors' code makes them."""
+    """Merging by loops over patches, with lists of centres and other patches as in the authors' code."""
     x, keys, attention = x.double(), keys.double(), attention.double()
     keys = keys / keys.norm(dim=1, keepdim=True)
     rest = [j for j in range(len(x)) if j not in centres]
@@ -83,7 +83,7 @@ def test_plus_adds_a_grid_a_third_as_wide_as_outliers_are_rare(generator):
     assert plus_centres(attention, 3 / 61, adaptive=False).tolist()[3:] == [10, 30, 50]
 
 
-def test_plus_where_the_original_fails():
+def test_plus_in_cases_where_the_original_fails():
     attention = torch.linspace(0, 1, 9)
     assert plus_centres(attention, 0.5).tolist() == [8, 7, 6, 5, 0, 1, 2, 3, 4]
     assert plus_centres(attention, 0.0).tolist() == [0, 3, 6]
@@ -92,7 +92,7 @@ def test_plus_where_the_original_fails():
 def test_plus_with_a_budget_is_a_quarter_attention_and_the_rest_spread(generator):
     attention = torch.zeros(16)
     attention[[2, 9]] = 1
-    # 14 patches are left for 6 places: numbers 1, 3, 5, 8, 10, 12 of them
+    # 6 of the 14 remaining patches: indices 1, 3, 5, 8, 10, 12 among them
     assert plus_centres_exact(attention, 8).tolist() == [2, 9, 1, 4, 6, 10, 12, 14]
     assert plus_centres_exact(torch.arange(16.0), 9)[:4].tolist() == [15, 14, 13, 1]  # a quarter, rounded up
     for count in range(1, 17):
@@ -123,9 +123,9 @@ def test_plus_adaptive_ignores_the_budget(inputs144):
 
 
 def test_a_repeated_centre_is_its_own_neighbour(generator):
-    """As in the authors' code with if_adaptive=False, in which the grid may hit a patch of high attention."""
+    """As in the authors' code with if_adaptive=False, where the grid may contain a centre by attention."""
     x, keys = torch.eye(4), torch.randn(4, 6, generator=generator)
     attention = torch.tensor([0.1, 0.2, 0.3, 0.4])
     rows = merge(x, keys, attention, torch.tensor([3, 3]))
     assert torch.allclose(rows[0], torch.tensor([0.0, 0.2, 0.3, 1.4])) and torch.equal(rows[0], rows[1])
-    assert torch.allclose(rows[2], torch.tensor([0.0, 0.2, 0.3, 0.0]))  # the first of the others is lost
+    assert torch.allclose(rows[2], torch.tensor([0.0, 0.2, 0.3, 0.0]))  # the first of the other patches is lost

@@ -12,7 +12,7 @@ from evocomp.selection.schedule import layer_average
 
 
 def test_published_stages(cases, arrays):
-    """Identity layers; the ranking layer halves its input and takes it as query and key, 4 heads of 16."""
+    """A decoder of identity layers; the ranking layer uses half of its input as query and key, 4 heads of 16."""
     want = cases("pyramiddrop")[0]
     hidden = arrays["llm_hidden"]
     left = torch.arange(144)

@@ -23,7 +23,7 @@ def causal_attention(rows: torch.Tensor) -> torch.Tensor:
 
 
 def test_published_stages(cases, expected, arrays):
-    """Identity layers whose attention is the causal softmax of the states with themselves."""
+    """A decoder of identity layers, whose attention is the causal softmax of the states' dot products."""
     want = cases("sparsevlm")[0]
     hidden = arrays["llm_hidden"]
     prefix, visual, text = hidden[:5], hidden[5:149], hidden[149:]
@@ -42,12 +42,12 @@ def test_published_stages(cases, expected, arrays):
         assert visual.shape == array.shape
         if truth["merged_rows_same_for_9_seeds"]:
             assert torch.allclose(visual, array, atol=1e-4, rtol=0)
-        else:  # the published noise picks the centres here; kept rows are compared all the same
+        else:  # here the published noise determines the centres; only kept rows are compared
             assert torch.allclose(visual[: len(kept)], array[: len(kept)], atol=1e-4, rtol=0)
     visual_rows = [144] + [stage["visual_tokens_now"] for stage in want["stages"]]
     stages = sparsevlm_stages(144, tuple(want["per_layer_list"]))
     assert [stage.visual for stage in stages] == visual_rows[1:]
-    # the authors' counter credits the pruning layer, which ran on the longer sequence, with the shorter
+    # the authors' counter uses the shorter length for the pruning layer, which runs on the longer sequence
     counter = layer_average(144, [Stage(s.before_layer - 1, s.visual) for s in stages], layers=18)
     assert counter == pytest.approx(want["average_visual_tokens_over_18_layers"], abs=1e-4)
 
@@ -61,7 +61,7 @@ def test_published_clusters(cases, expected, arrays):
 @pytest.mark.parametrize(
     "budget,rows,average", [(192, [309, 204, 113], 206), (128, [312, 117, 39], 145), (64, [82, 32, 18], 82)]
 )
-def test_what_the_published_lists_really_process(budget, rows, average):
+def test_layer_averages_of_the_published_lists(budget, rows, average):
     stages = sparsevlm_stages(kept=KEPT[budget])
     assert [stage.visual for stage in stages] == rows
     assert int(layer_average(576, stages)) == average
@@ -93,7 +93,7 @@ def test_clusters_by_hand(m, clusters, generator):
 
 
 def test_equally_dense_neighbours_are_not_both_centres():
-    # two tight pairs: within each, densities are equal, and without a rule both of a pair stand out
+    # two close pairs of equal density: without a tie rule both tokens of a pair would become centres
     tokens = torch.tensor([[0.0, 0.0], [0.5, 0.0], [8.0, 0.0], [8.5, 0.0]])
     merged = cluster_and_merge(tokens, 2)
     assert torch.allclose(merged, torch.tensor([[0.25, 0.0], [8.25, 0.0]]), atol=1e-4)
@@ -107,7 +107,7 @@ def test_recycled_counts():
     assert [recycled_count(d) for d in (0, 1, 3, 30, 276)] == [(0, 0), (1, 1), (1, 1), (10, 2), (83, 9)]
 
 
-def test_raters_when_no_word_stands_out(generator):
+def test_all_words_are_raters_if_relevance_is_equal(generator):
     visual = torch.randn(6, 4, generator=generator)
     assert text_raters(visual, torch.ones(1, 4)).tolist() == [0]
     words = torch.stack([torch.zeros(4), visual.mean(0) * 9, torch.zeros(4)])

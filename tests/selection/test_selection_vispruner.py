@@ -16,7 +16,7 @@ def test_published(case, cases, inputs144, arrays):
 
 
 def thin_by_hand(features, scores, r, ratio):
-    """The rule on Python lists in fp64."""
+    """The selection rule with Python lists in fp64."""
     x = torch.nn.functional.normalize(features.double(), dim=1)
     order = sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))
     kept, rest = order[: int(r * ratio)], order[int(r * ratio) :]

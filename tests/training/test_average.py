@@ -7,7 +7,7 @@ from evocomp.training.average import AverageFromEpoch
 
 
 class Walk(L.LightningModule):
-    """One weight that every step moves by 1; keeps where it was after each."""
+    """A model with one weight, which each step increases by 1; records its value after each step."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ def test_the_average_is_that_of_the_steps_from_the_epoch_on(start, tmp_path):
     )
     trainer.fit(module, DataLoader(torch.zeros(steps, 1)))
     assert module.seen == [101.0 + i for i in range(3 * steps)]
-    # where the average sets out: the last weights before it, or those of the first step where there is no before
+    # initial average: the last weights before it, or those of the first step if there are none
     first = max(0, start * steps - 1)
     expected = module.seen[min(first, 3 * steps - 1)]
     for weight in module.seen[first + 1 :]:

@@ -1,4 +1,4 @@
-"""What a job has spent is of all its processes, also where others go on with it."""
+"""The cost of a job includes all its processes, also after a resume with another number of processes."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What a run shows, looked up in what it wrote: small real runs with each kind of label and of logger."""
+"""Curves, read from the files of small real runs with each kind of label and of logger."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def test_every_chart_of_the_layout_has_one_curve_and_no_chart_is_empty(which, re
         for title, (_, patterns) in category.items():
             found = [name for pattern in patterns for name in curves if re.match(pattern, name)]
             assert found, title
-            assert len(found) == 1 or "learning rate" in title, "curves of one run have one colour"
+            assert len(found) == 1 or "learning rate" in title, "curves of one run have the same colour"
     titles = {title for category in charts.values() for title in category}
     assert ("policy loss (on-policy rounds)" in titles) == (which == "plus")
     assert ("cosine separation" in titles) == (which == "hard")
@@ -117,7 +117,7 @@ def test_a_run_without_refreshes_has_no_charts_by_round(hard):
 
 
 def test_baselines_are_runs_of_their_own_with_the_tags_of_the_compressor(hard):
-    """TensorBoard colours by run: three curves in the chart of a tag, three colours."""
+    """TensorBoard colours curves by run, so the chart of a tag has three curves in three colours."""
     own, *others = (
         {name for name in events(path).Tags()["scalars"] if name.startswith("accuracy/")}
         for path in (hard[0] / "tensorboard" / name for name in (OWN, *BASELINES))
@@ -132,7 +132,7 @@ def test_floor_and_ceiling_are_those_of_the_panel(hard, nano):
     val = load_splits(hard[1].data).val
     full = Panel(nano, val).full().correct.mean()
     assert [value for _, value in curves["uncompressed/accuracy/kept_8"]] == pytest.approx([full, full])
-    # at the steps of the accuracy beside which it is drawn
+    # at the same steps as the accuracy in the same chart
     steps = [step for step, _ in curves["accuracy/kept_8"]]
     assert [step for step, _ in curves["random/accuracy/kept_8"]] == steps
     assert [step for step, _ in curves["uncompressed/accuracy/mean"]] == steps
@@ -159,7 +159,7 @@ def test_pictures_cost_no_labels_and_speed_counts_what_was_scored(hard):
 
 
 def test_the_table_of_hyperparameters_shows_the_last_value_of_real_curves(hard):
-    """No curve begins at a 0 that was never measured: the table names curves of the run."""
+    """No curve starts with a 0 that was not measured; the table refers to curves of the run."""
     reader = events(hard[0] / "tensorboard" / OWN)
     content = reader.PluginTagToContent("hparams")["_hparams_/experiment"]
     experiment = hparams_metadata.parse_experiment_plugin_data(content)
@@ -204,7 +204,7 @@ def test_speed_and_skew_are_those_of_all_ranks():
     other = torch.tensor([60.0, 5.0, 0.25])
     module = SimpleNamespace(device="cpu", all_gather=lambda mine: torch.stack([mine, other]))
     metrics = Curves(refresh, None, {})._label_speed(module)
-    assert metrics["labels/per_second"] == pytest.approx(20 / 5)  # the slower rank says when the round is done
+    assert metrics["labels/per_second"] == pytest.approx(20 / 5)  # the slower rank determines the time of the round
     assert metrics["labels/forwards_per_second"] == pytest.approx(160 / 5)
     assert metrics["labels/wait_seconds_0"] == 1.5 and metrics["labels/wait_seconds_1"] == 0.25
     assert metrics["labels/skew_seconds"] == pytest.approx(1.25)

@@ -1,4 +1,4 @@
-"""Loader workers know positions only; samples and labels of the round that holds are joined on the main process."""
+"""Loader workers return indices; the main process joins samples and labels of the current round."""
 
 import os
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from evocomp.training.sampler import epoch_order
 
 
 def records(questions, round: int) -> dict:
-    """In round r every label is token r."""
+    """Records whose label in round r is token r."""
     return {e.id: {"id": e.id, "kept": np.array([round], np.uint16)} for e in questions}
 
 
@@ -33,7 +33,7 @@ def epoch(data: LabelledQuestions, loader) -> list[TrainBatch]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_labels_are_of_the_round_that_holds_now(data, questions, workers):
-    """Persistent workers were started, and have fetched ahead, before the later rounds existed."""
+    """Persistent workers start and prefetch before the later rounds exist."""
     one = data(workers)
     loader = one.train_dataloader()
     assert loader.num_workers == workers and loader.persistent_workers == (workers > 0)
@@ -72,9 +72,9 @@ def test_samples_without_a_record_do_not_come_up(data, questions):
 
 
 def test_a_round_without_labels_and_an_epoch_without_a_batch_are_told(data):
-    with pytest.raises(UserError, match="round 3 of the label store holds no usable label"):
+    with pytest.raises(UserError, match="round 3 of the label store has no usable label"):
         data().use(3, {}, 0)
-    with pytest.raises(UserError, match="3 training questions make no batch of optim.batch_size=4"):
+    with pytest.raises(UserError, match="3 training questions are too few for a batch of optim.batch_size=4"):
         data(count=3).train_dataloader()
 
 
@@ -87,11 +87,11 @@ def test_a_resumed_loader_begins_where_it_was(data, questions):
     again.load_state_dict({"epoch": 2, "consumed": 8, "batches": 2})
     loader = again.train_dataloader()
     assert [batch.ids for batch in epoch(again, loader)] == whole[2:]
-    assert [batch.ids for batch in epoch(again, loader)] == whole  # the next epoch is whole
+    assert [batch.ids for batch in epoch(again, loader)] == whole  # the next epoch is complete
 
 
 def processed(one: LabelledQuestions, batches: int, of: float = float("inf")) -> dict[str, int]:
-    """What a checkpoint holds after so many batches of an epoch."""
+    """State of the datamodule in a checkpoint after a number of batches of an epoch."""
     progress = SimpleNamespace(current=SimpleNamespace(processed=batches))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     one.trainer = SimpleNamespace(fit_loop=loop, num_training_batches=of)

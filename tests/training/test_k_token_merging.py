@@ -1,4 +1,4 @@
-"""K-Token Merging: the loss is the model's own, training changes merger and LoRA alone, saved is loaded."""
+"""K-Token Merging: its loss equals the model's, training changes only merger and LoRA, saving and loading."""
 
 import copy
 from dataclasses import replace
@@ -28,7 +28,7 @@ def examples():
 
 
 def means_only(mllm: FrozenMLLM, block: int) -> KTokenMerger:
-    """A merger whose MLP says nothing."""
+    """A merger whose MLP has zero output."""
     model = KTokenMerger(mllm, block)
     for parameter in model.merger.residual[-1].parameters():
         torch.nn.init.zeros_(parameter)
@@ -37,7 +37,7 @@ def means_only(mllm: FrozenMLLM, block: int) -> KTokenMerger:
 
 @torch.no_grad()
 def test_blocks_of_one_are_the_frozen_model(mllm, examples):
-    """K = 1, LoRA at its start, no MLP: the identity, and the loss is transformers' own on answer and <eos>."""
+    """With K = 1, initial LoRA and no MLP it is the identity, with transformers' loss on answer and <eos>."""
     features = mllm.features(examples[:3])
     model = means_only(mllm, 1)
     for one, loss in zip(features, model.losses(features), strict=True):
@@ -68,7 +68,7 @@ def test_training_lowers_the_loss_and_leaves_the_frozen_model_alone(mllm, exampl
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert not any(p.requires_grad for p in model.mllm.model.parameters())
     answers = model.answer(features[:8])
-    assert all(len(text.split()) == 1 for text in answers)  # it still stops
+    assert all(len(text.split()) == 1 for text in answers)  # generation still stops
     model.save(tmp_path / "16")
     loaded = KTokenMerger.load(tmp_path / "16", mllm)
     with torch.no_grad():
@@ -88,10 +88,10 @@ def test_rows(mllm, examples, tmp_path):
     KTokenMerger(mllm, 3).save(folder)
     one, sixteen, five = k_token_outcomes(panel, tmp_path, [48, 16, 5])
     assert one.not_applicable is None and len(one.answers) == 6 and np.isfinite(one.correct).all()
-    assert "not trained" in sixteen.not_applicable and "no equal blocks" in five.not_applicable
+    assert "not trained" in sixteen.not_applicable and "equal blocks" in five.not_applicable
     other = FrozenMLLM(mllm.model, mllm.processor, "another")
     with pytest.raises(UserError, match="trained for model.name=nano"):
         KTokenMerger.load(folder, other)
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('"block": 3', '"block": 4'))
-    with pytest.raises(UserError, match="a merger of another form.*train again"):
+    with pytest.raises(UserError, match="a merger of an earlier version.*train again"):
         KTokenMerger.load(folder, mllm)

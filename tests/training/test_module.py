@@ -1,4 +1,4 @@
-"""The compressor under Lightning: losses go down, checkpoints hold the compressor alone."""
+"""CompressorModule: losses decrease, and checkpoints contain only the compressor."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def module(nano, loss: str = "ghm_cs", **options) -> CompressorModule:
 
 
 def hard(encoded) -> list[dict]:
-    """Labels that a compressor can learn: the eight tokens that point most along a fixed direction."""
+    """Labels that a compressor can learn: the eight tokens with the largest projection onto a fixed direction."""
     direction = torch.randn(encoded[0].visual.shape[1], generator=torch.Generator().manual_seed(1))
     found = []
     for f in encoded:
@@ -42,7 +42,7 @@ def credits(encoded) -> list[dict]:
 
 
 class Watch(L.Callback):
-    """Losses and learning rates of all steps."""
+    """Records losses and learning rates of all steps."""
 
     def __init__(self):
         self.losses: list[float] = []
@@ -97,7 +97,7 @@ def test_the_labels_are_found_and_the_loss_goes_down(nano, questions, encoded, n
     scores = one.score(compressor_input(nano, encoded[:16]))
     found = [len(set(row.argsort()[-8:]) & set(r["kept"].tolist())) / 8 for row, r in zip(scores, records, strict=True)]
     assert np.mean(found) > 0.7
-    if name == "bce_cs":  # GHM weighs what is hard anew in each batch, so that its value says little
+    if name == "bce_cs":  # GHM changes its weights in each batch, so its value alone means little
         assert np.mean(losses[-8:]) < 0.6 * np.mean(losses[:8])
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_holds_the_compressor_and_nothing_of_the_mllm(nano, questio
 
 def test_the_learning_rate_follows_the_schedule(nano, questions, encoded):
     watch = fit(nano, questions[:16], hard(encoded[:16]), module(nano), steps=6)[1]
-    assert all(len(rates) == 1 for rates in watch.rates)  # Muon's and AdamW's
+    assert all(len(rates) == 1 for rates in watch.rates)  # of Muon and AdamW
     expected = [3e-3 * learning_rate(step, 6, 2, 0.3) for step in range(6)]
     assert [rate for rates in watch.rates for rate in rates] == pytest.approx(expected)
 
@@ -165,7 +165,7 @@ def test_the_budget_is_read_only_if_the_compressor_has_it(nano, encoded):
 
 
 def test_populations_move_the_logits_towards_what_was_good(nano, encoded):
-    """Two masks, one good and one bad: a step makes the good one likelier."""
+    """With one good and one bad mask, a step increases the probability of the good one."""
     from evocomp.losses import plackett_luce_log_prob
 
     one = module(nano)

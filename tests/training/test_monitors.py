@@ -1,4 +1,4 @@
-"""Accuracy on the selection split: what it measures is what the panel would."""
+"""Accuracy on the selection split equals that of the panel."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ def test_right_answers_are_those_of_the_panel(nano, questions, sharp):
     torch.manual_seed(0)
     compressor = build_compressor(config, nano)
     assert compressor.config.sharp == sharp
-    with torch.no_grad():  # a budget that matters
+    with torch.no_grad():  # a budget input that has an effect
         for weight in compressor.budget.parameters():
             weight.normal_(0, 20)
     module = CompressorModule(compressor, config.loss, config.optim)
@@ -31,7 +31,7 @@ def test_right_answers_are_those_of_the_panel(nano, questions, sharp):
 
 
 def test_answers_are_scored_and_cut_as_in_the_report(nano, questions):
-    """A benchmark's own rule, other spellings of an answer, annotators who disagree; answers as long as asked for."""
+    """Scoring rules of benchmarks, other spellings of an answer, disagreeing annotators; length of answers."""
     rules = [
         lambda e: replace(e, answer=e.answer.capitalize()),
         lambda e: replace(e, answer="Yes", extra={"scoring": "yes_no"}),
@@ -40,7 +40,7 @@ def test_answers_are_scored_and_cut_as_in_the_report(nano, questions):
     some = [rules[i % 3](e) for i, e in enumerate(questions[:29])]
     full = Panel(nano, some).full().correct.sum()
     (given,) = SelectionAccuracy(nano, some, (144,), batch=16).right_answers(some, at_random, (144,))
-    assert given == pytest.approx(full) and given % 1, "annotators who disagree make an answer right in part"
+    assert given == pytest.approx(full) and given % 1, "with disagreeing annotators an answer is partly correct"
     lengths, answer = [], nano.answer
     nano.answer = lambda prompts, max_new_tokens: lengths.append(max_new_tokens) or answer(prompts, max_new_tokens)
     try:

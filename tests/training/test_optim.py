@@ -1,4 +1,4 @@
-"""The joint optimizer against torch's own two, and the schedule against its formula."""
+"""The combined optimizer compared with torch's two optimizers, and the schedule with its formula."""
 
 import copy
 
@@ -96,7 +96,7 @@ def test_its_state_survives_a_round_trip(tmp_path):
     steps(first, optimizer, 3, seed=1)
     steps(second, again, 3, seed=1)
     assert equal(first, second)
-    # the state matters: without it the steps differ
+    # without the state the steps would differ
     third = Toy()
     third.load_state_dict(stored["model"])
     steps(third, joint(third), 3, seed=1)
@@ -163,7 +163,7 @@ def test_refreshes_may_have_a_schedule_of_their_own():
 
 
 def iterated(matrix: np.ndarray, coefficients: tuple[float, float, float], steps: int) -> np.ndarray:
-    """The quintic iteration in float64, written out: X <- a X + b (X X^T) X + c (X X^T)^2 X."""
+    """The quintic iteration in float64: X <- a X + b (X X^T) X + c (X X^T)^2 X."""
     a, b, c = coefficients
     x = matrix.astype(np.float64) / np.linalg.norm(matrix.astype(np.float64))
     for _ in range(steps):
@@ -180,7 +180,7 @@ def test_newton_schulz_is_the_iteration_in_float64(shape):
     assert ours.dtype == torch.float32
     expected = iterated(matrix.numpy(), coefficients, 5)
     np.testing.assert_allclose(ours.numpy(), expected, atol=2e-4)
-    # the same by its definition: each singular value goes through the polynomial, singular vectors stay
+    # by definition: the polynomial is applied to each singular value, the singular vectors stay
     left, values, right = np.linalg.svd(matrix.numpy().astype(np.float64), full_matrices=False)
     values /= np.linalg.norm(values)
     for _ in range(5):
@@ -204,6 +204,6 @@ def test_without_bfloat16_it_is_torchs_muon_with_that_iteration(monkeypatch):
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     assert not equal(ours, half)
-    # a state of either goes on in the other
+    # each can load the state of the other
     again = joint(Toy())
     again.load_state_dict(optimizer.state_dict())

@@ -1,4 +1,4 @@
-"""Which round an epoch trains on; the rest of the callback is tested in whole runs, in test_resume.py."""
+"""The round that an epoch is trained on; test_resume.py tests the callback in complete runs."""
 
 import pytest
 

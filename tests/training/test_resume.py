@@ -1,4 +1,4 @@
-"""Small runs of both recipes: stopped, crashed and started again, they go on to the very same weights."""
+"""Small runs of both recipes: after a stop or a crash, resuming gives exactly the same weights."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from evocomp.training.optim import learning_rate
 EPOCHS = 4
 TINY = [
     "recipe=published",
-    # named, so that runs which are compared do not depend on a measurement
+    # explicit, so that compared runs do not depend on a measurement
     "labels.dtype=model",
     "optim.muon_dtype=bfloat16",
     "data.max_samples=16",
@@ -62,7 +62,7 @@ PLUS = [
 
 
 class Steps:
-    """What each training step saw; may do something in the middle of the step of a number."""
+    """Records the batch of each training step; can call a function in the middle of a given step."""
 
     def __init__(self, monkeypatch):
         self.seen: list[tuple] = []
@@ -82,7 +82,7 @@ class Steps:
 
 @pytest.fixture(scope="module")
 def shared_mllm(nano):
-    """Runs load the MLLM once: it never changes."""
+    """Load the MLLM once for all runs, because it never changes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "load_mllm", lambda config: FrozenMLLM(nano.model, nano.processor, "nano"))
         yield
@@ -119,7 +119,7 @@ def assert_same_weights(one, other) -> None:
     assert not different
 
 
-# ------------------------------------------------------------ what a run does
+# ------------------------------------------------------------ a run
 
 
 def test_every_batch_is_of_the_round_of_its_epoch(whole):
@@ -165,7 +165,7 @@ def test_old_rounds_are_deleted_and_no_refresh_lost_a_best(whole):
     if settings:
         assert store.rounds() == [0, 1, 2]
         return
-    assert store.rounds() == [0, 2, 3]  # the first, the one in use and the one it was made from
+    assert store.rounds() == [0, 2, 3]  # round 0, the current round and the one from which it was made
     first, before, last = (store.read(round) for round in (0, 2, 3))
     for id in first:
         assert last[id]["best_loss"] <= before[id]["best_loss"] <= first[id]["best_loss"]
@@ -176,13 +176,13 @@ def test_a_finished_run_is_left_alone(whole, steps):
     settings, folder, _ = whole
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert run(config(folder, *settings)) is False
-    # what may differ from one start to the next
+    # settings that may change between starts
     assert run(config(folder, *settings, "threads=2", "trainer.max_epochs=9")) is False
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before and steps.seen == []
 
 
 def test_without_refreshes_and_with_a_number_of_steps(steps, tmp_path, monkeypatch):
-    """One schedule for the whole run, and a measurement after its last epoch, though that is cut short."""
+    """The schedule covers the whole run, and accuracy is measured after the last epoch, even if that is cut short."""
     rates, measured = [], []
     step, count = CompressorModule.training_step, SelectionAccuracy.right_answers
     monkeypatch.setattr(
@@ -209,7 +209,7 @@ def test_passes_and_costs_are_of_the_questions_that_are_labelled(steps, tmp_path
     assert json.loads((tmp_path / "run" / DONE).read_text())["cost"]["labelled"] == 4
 
 
-# ------------------------------------------------------------ stopped and started again
+# ------------------------------------------------------------ resuming
 
 
 def stop() -> None:
@@ -220,7 +220,7 @@ def test_sigterm_in_mid_epoch_costs_no_step(whole, steps, tmp_path, recwarn):
     settings, folder, seen = whole
     handler = signal.getsignal(signal.SIGTERM)
     steps.at[10] = stop  # in the third epoch, after a refresh
-    with pytest.raises(Interrupted, match="goes on from this step"):
+    with pytest.raises(Interrupted, match="resume from this step"):
         run(config(tmp_path / "run", *settings))
     assert steps.seen == seen[:11]
     assert not (tmp_path / "run" / DONE).exists() and not (tmp_path / "run" / "compressor").exists()
@@ -230,7 +230,7 @@ def test_sigterm_in_mid_epoch_costs_no_step(whole, steps, tmp_path, recwarn):
     assert steps.seen == seen[11:]
     assert_same_weights(folder, tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is handler
-    # Lightning's doubts about resuming would only alarm
+    # Lightning's warning about resuming does not apply
     assert not [w for w in recwarn if "resum" in str(w.message) or "Checkpoint directory" in str(w.message)]
 
 
@@ -251,7 +251,7 @@ def test_a_crash_in_mid_epoch_costs_that_epochs_steps(whole, steps, tmp_path):
 
 
 def test_a_crash_where_epochs_are_cut_short_costs_no_more(steps, tmp_path):
-    """The next epoch begins at its beginning, though the one before left questions over."""
+    """The next epoch starts with its first question, although the previous one did not use all questions."""
     settings = ["labels.refresh=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2", "data.val_samples=0"]
     run(config(tmp_path / "whole", *settings))
     whole = list(steps.seen)
@@ -276,7 +276,7 @@ def test_a_crash_between_labels_and_their_epoch_costs_nothing(whole, steps, tmp_
     def crash_after(store, round, chunks):
         commit(store, round, chunks)
         made.append(round)
-        if len(made) == 2:  # the first refresh is complete, its epoch has not begun
+        if len(made) == 2:  # the first refresh is complete, but its epoch has not started
             raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(LabelStore, "commit", crash_after)
@@ -308,7 +308,7 @@ def test_sigterm_in_a_refresh_goes_on_with_that_refresh(whole, steps, tmp_path, 
     score = CandidateScorer._in_parts
 
     def stop_later(self, *arguments, **options):
-        if len(steps.seen) == 8:  # two epochs are trained: these masks are of a refresh
+        if len(steps.seen) == 8:  # after two epochs: these masks are from a refresh
             stop()
         return score(self, *arguments, **options)
 
@@ -347,7 +347,7 @@ OTHER = [*PLUS, "optim.lr=0.02", "compressor.use_text=false"]
 
 @pytest.fixture
 def alone(steps, tmp_path):
-    """What the run of OTHER trains on with labels of its own."""
+    """Batches of the run OTHER with its own label store."""
     assert run(config(tmp_path / "alone", *OTHER)) is True
     seen, steps.seen = steps.seen, []
     return seen
@@ -397,7 +397,7 @@ def test_no_readable_checkpoint_is_one_line(steps, tmp_path):
         run(config(tmp_path / "run"))
     for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
         path.write_bytes(b"")
-    refused(config(tmp_path / "run"), "no checkpoint in .* is readable; restore one, or begin anew")
+    refused(config(tmp_path / "run"), "no checkpoint in .* is readable; restore one, or start again")
 
 
 def test_control_c_in_training_is_an_interruption_and_the_next_one_too(steps, whole, tmp_path):
@@ -420,10 +420,10 @@ def test_a_finished_run_is_judged_as_asked_and_trained_no_further(whole, tmp_pat
         assert not caplog.text
         assert run(config(tmp_path / "run", *settings, "eval.kept=[7]", "trainer.max_epochs=9")) is False
     assert load([tmp_path / "run" / "config.yaml"], []).eval.kept == (7,)
-    assert "max_epochs" in caplog.text and "9 asked for" in caplog.text
+    assert "max_epochs" in caplog.text and "requested 9" in caplog.text
 
 
-# ------------------------------------------------------------ mistakes
+# ------------------------------------------------------------ errors
 
 
 def test_two_jobs_in_one_folder_are_refused(steps, tmp_path):
@@ -433,7 +433,7 @@ def test_two_jobs_in_one_folder_are_refused(steps, tmp_path):
 
 
 def test_a_dry_run_does_not_count_as_the_run(tmp_path, shared_mllm):
-    refused(config(tmp_path / "run", "trainer.fast_dev_run=true"), "try --trainer.max_epochs=1")
+    refused(config(tmp_path / "run", "trainer.fast_dev_run=true"), "use --trainer.max_epochs=1")
     assert not (tmp_path / "run").exists()
 
 
@@ -454,7 +454,7 @@ def test_a_folder_with_other_files_is_refused(steps, tmp_path):
     ("setting", "match"),
     [
         ("data.source=nowhere", "data.source=nowhere: no such file or folder"),
-        ("eval.kept=[8,145]", "eval.kept=145 is more than the 144 visual tokens of a picture"),
+        ("eval.kept=[8,145]", "eval.kept=145 is more than the 144 visual tokens of an image"),
         ("model.name=nowhere", "model.name=nowhere does not load"),
         ("search.population=4", "fewer parents than candidates"),
         ("trainer.max_epoch=3", r"unknown setting trainer.max_epoch; did you mean trainer.max_epochs\?"),
@@ -466,7 +466,7 @@ def test_a_mistake_can_be_put_right_in_the_same_folder(steps, tmp_path, monkeypa
     if setting.startswith("model"):
         monkeypatch.setattr(build, "load_mllm", lambda config: FrozenMLLM.load(config.model.name))
     refused(config(tmp_path / "run", setting), match)
-    # nothing was claimed, so that the corrected command is not told of other settings
+    # the folder was not claimed, so the corrected command is not refused for other settings
     assert not (tmp_path / "run" / "config.yaml").exists()
     if setting.startswith("search"):
         assert not (tmp_path / "run" / "labels").exists()
@@ -498,7 +498,7 @@ def test_features_that_do_not_fit_on_the_disk_are_refused(steps, tmp_path, monke
 
 def test_too_few_questions_for_a_batch(steps, tmp_path):
     mine = config(tmp_path / "run", "optim.batch_size=64")
-    refused(mine, "32 training questions make no batch of optim.batch_size=64")
+    refused(mine, "32 training questions are too few for a batch of optim.batch_size=64")
 
 
 def test_seeds_matter(steps, whole, tmp_path):

@@ -1,4 +1,4 @@
-"""The main job end to end on a handful of questions: what it leaves behind, and that it goes on where it was."""
+"""The main job end to end on a few questions: its outputs, and resuming."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from evocomp.training.refresh_labels import RefreshLabels
 
 QUICK = [
     "recipe=published",
-    # named, so that runs which are compared do not depend on a measurement
+    # explicit, so that compared runs do not depend on a measurement
     "labels.dtype=model",
     "optim.muon_dtype=bfloat16",
     "data.max_samples=24",
@@ -99,7 +99,7 @@ def test_a_finished_run_is_shown_not_repeated(finished, capsys):
 def test_other_settings_are_refused_in_the_same_folder(finished, capsys):
     words = [f"--{word}" for word in [*QUICK, "loss.alpha=0.7", f"run_dir={finished}"]]
     assert main(["train", *words]) == 2
-    assert "loss.alpha: 0.1 there, 0.7 asked for" in capsys.readouterr().err
+    assert "loss.alpha=0.1, requested 0.7" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_labels_and_weights(finished, tmp_path):
@@ -131,7 +131,7 @@ def test_our_own_recipe_runs_and_costs_are_told_apart(tmp_path):
     train(tmp_path / "plus", *PLUS)
     cost = json.loads((tmp_path / "plus" / "trained.json").read_text())["cost"]
     assert cost["labelling"]["forwards"] == 12 * 2 * 8  # questions x sizes x masks
-    assert cost["labelling"]["packed"] < cost["labelling"]["forwards"], "shared over the questions of a picture"
+    assert cost["labelling"]["packed"] < cost["labelling"]["forwards"], "shared over the questions about an image"
     assert cost["refresh"]["forwards"] == 20 * 4 and cost["training"]["flops"] > 0
     records = LabelStore(tmp_path / "plus" / "labels").read(1)
     assert len(records) == 24 and sum(record["draws"].size > 0 for record in records.values()) <= 20
@@ -182,7 +182,7 @@ def test_it_runs_from_a_folder_of_conversations(tmp_path):
 
 
 class Seen(L.Callback):
-    """Notes ids and rounds of each batch; saves in mid-epoch and stops, if told to."""
+    """Records ids and rounds of each batch; optionally saves and stops within an epoch."""
 
     def __init__(self, stop_after: int | None = None, path=None):
         self.batches: list[tuple[list[int], int]] = []
@@ -228,7 +228,7 @@ def test_resuming_in_mid_epoch_sees_exactly_what_an_uninterrupted_run_sees(tmp_p
     whole = Seen()
     fit(tmp_path / "whole", whole)
     assert len(whole.batches) == 12
-    assert [round for _, round in whole.batches] == [0] * 6 + [1] * 6, "each epoch trains on its own round"
+    assert [round for _, round in whole.batches] == [0] * 6 + [1] * 6, "each epoch must be trained on its own round"
     part = Seen(stop_after, tmp_path / "mid.ckpt")
     fit(tmp_path / "part", part)
     rest = Seen()
@@ -259,7 +259,7 @@ def test_own_data_with_broken_images_several_images_and_unknown_words(tmp_path, 
     settings = [f"--{word}" for word in [*QUICK, *PLUS, "data.max_bad=40", f"data.source={tmp_path / 'data'}"]]
     assert main(["train", *settings, f"--run_dir={tmp_path / 'run'}"]) == 0
     said = capsys.readouterr().err
-    assert "nano does not know 3 words, and reads the same unknown token for each: or has zebra" in said
+    assert "nano does not know 3 words and replaces each by the unknown token: or has zebra" in said
     named = {line.split(":")[0].split()[-1] for line in said.splitlines() if line.startswith("left out record ")}
     assert named and named <= bad and said.count("left out record ") == len(named)
     rows = json.loads((tmp_path / "run" / "report.json").read_text())

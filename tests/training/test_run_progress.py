@@ -1,4 +1,4 @@
-"""The time left that a run shows: of all its stages, and not of a moment."""
+"""The time left that a run shows includes all its stages and is stable."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from evocomp.training.progress import Settled, report_labels
 
 
 def test_time_left_is_that_of_all_stages():
-    """By arithmetic: 50 questions at 0.5 s, 10 batches expected at 1 s, nothing left of what is done."""
+    """50 questions at 0.5 s and 10 batches at an expected 1 s are left; finished stages add nothing."""
     stages = Progress(labels=Stage(100, guess=9.0), training=Stage(10, guess=1.0), done=Stage(5, done=5, guess=7.0))
     assert stages.seconds_left == 100 * 9.0 + 10
     stages.stages["labels"].advance(50, seconds=25.0)
@@ -19,7 +19,7 @@ def test_time_left_is_that_of_all_stages():
 
 
 def test_a_chunk_that_is_scored_at_once_does_not_look_slow():
-    """Two chunks of four, 10 s each: the first record comes after ten seconds, three more at once."""
+    """Two chunks of four questions, 10 s each: the first record arrives after 10 s, three more immediately."""
     settled, state = Settled(), LabelProgress(round=1, total=12)
     rates = []
     for _ in range(2):
@@ -29,10 +29,10 @@ def test_a_chunk_that_is_scored_at_once_does_not_look_slow():
             state.done += 1
             shown = settled.without_the_last(replace(state))
             rates.append((shown.done, shown.made, round(shown.seconds)))
-    # nothing is known of the first chunk until the second one's first record has come
+    # the first chunk is counted only when the first record of the second one has arrived
     assert rates == [(0, 0, 0)] * 4 + [(4, 4, 10)] * 4
     state.done, state.made, state.seconds = 12, 12, 30.0
-    assert settled.without_the_last(replace(state)).seconds == 30.0, "a complete round is known"
+    assert settled.without_the_last(replace(state)).seconds == 30.0, "a complete round is counted"
 
 
 def test_questions_that_take_their_time_are_counted_one_by_one():

@@ -13,7 +13,7 @@ sizes = st.integers(1, 60)
 def test_ranks_share_an_epoch_evenly(count, world):
     parts = [list(ResumableSampler(count, rank, world)) for rank in range(world)]
     assert {len(part) for part in parts} == {count // world} == {len(ResumableSampler(count, 0, world))}
-    # in step s the ranks hold the positions s * world .. s * world + world - 1
+    # in step s the ranks have the indices s * world .. s * world + world - 1
     assert [p for step in zip(*parts, strict=True) for p in step] == list(range(count // world * world))
 
 
@@ -44,7 +44,7 @@ def test_epochs_and_seeds_differ_and_stay_what_they_are():
     ids = list(range(50))
     orders = [epoch_order(ids, seed, epoch, 50).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert orders[0] != orders[1] and orders[0] != orders[2] and orders[1] != orders[2]
-    # golden: a checkpoint of one version must go on with the same samples in the next
+    # expected values: a checkpoint of one version must resume with the same samples in the next
     assert epoch_order([5, 6, 7, 8], seed=0, epoch=1, count=6).tolist() == [7, 5, 6, 8, 6, 7]
 
 

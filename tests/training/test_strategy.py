@@ -1,4 +1,4 @@
-"""Names of strategies: what they become, and what is refused with a word on what to do."""
+"""Names of strategies: the strategies that they select, and errors for those that are refused."""
 
 import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy

@@ -72,7 +72,7 @@ def test_retention_curve_with_one_budget_and_with_none():
 
 @pytest.mark.parametrize("methods", [1, 9, 40])
 def test_nothing_is_clipped_and_every_name_is_beside_the_axes(methods):
-    """Few questions give intervals far above 100 %; a full panel has more names than a small figure has room for."""
+    """Few questions give intervals far above 100 %; a full panel has more names than fit into a small figure."""
     rows = [row("full", 64, 0.8, "references")]
     rows += [row(f"m{i}", kept, 0.7, high=1.0, low=0.1) for i in range(methods) for kept in (16, 4)]
     figure = retention_curve(rows)
@@ -135,11 +135,11 @@ def test_svg_is_the_same_every_time_and_well_formed():
     assert ElementTree.fromstring(first).tag.endswith("svg")
 
 
-def test_nothing_of_the_users_matplotlib_is_touched():
+def test_the_users_matplotlib_settings_are_unchanged():
     before = {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
     to_svg(search_trace(np.ones((2, 3, 3))))
     assert {key: matplotlib.rcParams[key] for key in before} == before
-    # choosing a backend means to import pyplot
+    # choosing a backend imports pyplot
     code = """import sys, numpy as np
 from evocomp.viz import search_trace, to_svg
 to_svg(search_trace(np.ones((2, 3, 3))))

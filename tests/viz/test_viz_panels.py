@@ -21,7 +21,7 @@ def test_the_highest_token_is_the_warmest():
     assert warmth.argmax() == SCORES.argmax()
 
 
-def test_four_panels_show_the_picture_untouched_and_the_kept_tokens_lit():
+def test_four_panels_show_the_original_image_and_the_kept_tokens():
     captions = ("a", "b", "c", "d" * 200)
     sheet = four_panels(IMAGE, (12, 12), [0], SCORES, [143], "question", captions)
     assert sheet.dtype == np.uint8 and sheet.shape == (2 * (PANEL + LINE) + LINE + 2 * GAP, 2 * PANEL + 3 * GAP, 3)
@@ -62,6 +62,6 @@ def test_fitness_spread_counts_masks_near_the_best():
     assert np.all(np.diff(middle) >= 0)
 
 
-def test_a_row_of_pictures_holds_all_of_them():
+def test_a_row_of_images_shows_all_of_them():
     figure = kept_row([IMAGE] * 6, list("abcdef"), columns=4)
     assert [ax.get_title() for ax in figure.axes] == list("abcdef")

@@ -28,7 +28,7 @@ def test_light_up_pixel_by_pixel():
     assert lit.dtype == np.uint8
 
 
-def test_light_up_whole_patches_and_leaves_the_picture_alone():
+def test_light_up_covers_full_patches_and_does_not_change_the_image():
     image = np.random.default_rng(0).integers(0, 256, (96, 48, 3), dtype=np.uint8)
     before = image.copy()
     lit = light_up(image, np.array([0, 17]), (12, 6), dim=0.0)
@@ -74,7 +74,7 @@ def test_borders_lie_between_tokens_that_differ(seed, rows, columns, mask):
     assert len(segments) == len(expected)
 
 
-def test_wash_is_one_tint_per_group_and_keeps_light_and_dark():
+def test_wash_is_one_tint_per_group_and_preserves_brightness():
     image = np.zeros((4, 4, 3), dtype=np.uint8)
     image[:2] = 200
     washed = wash_groups(image, np.array([7, 7, 9, 9]), (2, 2)).astype(int)
@@ -103,7 +103,7 @@ def test_kept_tokens_draws_on_the_axes_it_is_given():
 
 
 @pytest.mark.parametrize("count, columns", [(1, 4), (5, 4), (3, 2)])
-def test_sheet_shows_every_picture_with_its_kept_tokens_lit(tmp_path, count, columns):
+def test_sheet_shows_every_image_with_its_kept_tokens(tmp_path, count, columns):
     tones = [(200 - 10 * i, 100, 48) for i in range(count)]
     items = [
         SheetItem(np.full((16, 16, 3), tone, np.uint8), [i % 4], (2, 2), "color of $circle", "red", "blue", "red")
@@ -115,7 +115,7 @@ def test_sheet_shows_every_picture_with_its_kept_tokens_lit(tmp_path, count, col
     for tone in tones:
         lit = (pixels == tone).all(axis=2)
         dimmed = (pixels == np.rint(np.array(tone) * 0.25)).all(axis=2)
-        # one token in four is lit; the white outline takes a few pixels off
+        # one token in four is highlighted, except for a few pixels of the white outline
         assert dimmed.sum() / lit.sum() == pytest.approx(3, rel=0.06)
     assert lit.sum() > 150**2
 

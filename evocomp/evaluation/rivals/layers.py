@@ -1,8 +1,8 @@
-"""A frozen LLM run layer by layer, so that a method may shorten the sequence between two layers.
+"""Runs a frozen LLM layer by layer, so that a method can shorten the sequence between two layers.
 
-The published in-LLM methods (FastV, SparseVLM, PyramidDrop, DART) are defined on what a layer itself
-computes: its queries, keys and output. Here one prompt at a time passes through the unchanged decoder layers;
-whatever stands between two layers is a `Running`, which methods turn into a shorter one.
+The published methods inside the LLM (FastV, SparseVLM, PyramidDrop, DART) are defined on values that a layer computes:
+its queries, keys and output. Here one prompt at a time passes through the unchanged decoder layers. The state between
+two layers is a `Running`, which a method replaces by a shorter one.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,16 @@ from evocomp.mllm.layer_attention import causal_rows, has_projections, queries_a
 
 
 class LayerCache:
-    """Keys and values per layer, each of its own length. Speaks as much of transformers' cache as a layer
-    asks for.
+    """Keys and values of each layer, with a separate length for each; the part of transformers' cache that layers use.
 
-    A copy shares what was there before and goes its own way from then on.
+    A copy shares the tensors of the original; later updates of either do not change the other.
     """
 
     def __init__(self, held: dict[int, tuple[Tensor, Tensor]] | None = None):
         self.held = dict(held or {})
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append [1, heads, L, d] to a layer's keys and values; returns all of them."""
+        """Append keys and values [1, heads, L, d] to those of a layer and return all of them."""
         if layer in self.held:
             keys, values = (
                 torch.cat(pair, dim=2) for pair in zip(self.held[layer], (keys, values), strict=True)
@@ -47,16 +46,16 @@ class LayerCache:
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """A prompt between two layers: what layer `layer` would read.
+    """State of a prompt between two layers: the input of layer `layer`.
 
     Attributes:
-        layer: the next layer (0-based).
-        hidden: [L, D].
+        layer: index of the next layer.
+        hidden: hidden states [L, D].
         positions: position ids [L].
         start, count: the visual rows are start..start+count-1.
-        cache: of the layers executed so far.
-        next_positions: per executed layer, the position of the first token after the prompt.
-        previous: the prompt as the layer before read it; None at the door.
+        cache: keys and values of the layers executed so far.
+        next_positions: for each executed layer, the position id of the first token after the prompt.
+        previous: the input of the previous layer; None before layer 0.
     """
 
     layer: int
@@ -74,15 +73,19 @@ class Running:
         return self.hidden[self.start : self.start + self.count]
 
     def keep(self, rows: Tensor, renumber: bool) -> "Running":
-        """Only these of the visual rows, counted within them, ascending [R]; positions stay or start from 0
-        again."""
+        """Keep only some of the visual rows.
+
+        Args:
+            rows: ascending indices [R] into the visual rows.
+            renumber: set the position ids to 0..L-1; otherwise all tokens keep theirs.
+        """
         text = torch.arange(len(self.hidden), device=rows.device)
         index = torch.cat([text[: self.start], self.start + rows, text[self.start + self.count :]])
         positions = torch.arange(len(index), device=rows.device) if renumber else self.positions[index]
         return replace(self, hidden=self.hidden[index], positions=positions, count=len(rows))
 
     def with_visual(self, rows: Tensor) -> "Running":
-        """These rows [R, D] in place of the visual ones, positions from 0."""
+        """Replace the visual rows by these rows [R, D]; position ids become 0..L-1."""
         hidden = torch.cat([self.hidden[: self.start], rows, self.hidden[self.start + self.count :]])
         return replace(
             self, hidden=hidden, positions=torch.arange(len(hidden), device=hidden.device), count=len(rows)
@@ -90,16 +93,16 @@ class Running:
 
 
 class _Entered(Exception):
-    """Carries the hidden states that the first layer reads out of the decoder's forward."""
+    """Stops the decoder's forward pass at its first layer and carries the hidden states that this layer reads."""
 
 
 class LayerLoop:
     """Runs a frozen MLLM's decoder layer by layer, without gradients.
 
     Raises:
-        UserError: the decoder is none that this loop reproduces: positions with several rows (M-RoPE), DeepStack,
-            layers without plain projections, or states or attention that differ from the decoder's own forward on a
-            short random sequence.
+        UserError: the loop does not support the decoder: position ids with several rows (M-RoPE), DeepStack, layers
+            without plain projections, or states or attention that differ from the decoder's own forward pass on a short
+            random sequence.
     """
 
     def __init__(self, mllm: FrozenMLLM):
@@ -109,7 +112,7 @@ class LayerLoop:
         fault = self._fault()
         if fault:
             raise UserError(
-                f"{mllm.model.config.model_type} ({self.config.model_type}): {fault}; the layer loop is made for "
+                f"{mllm.model.config.model_type} ({self.config.model_type}): {fault}; the layer loop supports only "
                 "Llama-like decoders"
             )
 
@@ -120,7 +123,7 @@ class LayerLoop:
 
     def _fault(self) -> str | None:
         if "mrope_section" in (getattr(self.config, "rope_parameters", None) or {}):
-            return "positions have several rows (M-RoPE)"
+            return "position ids have several rows (M-RoPE)"
         others = set(attention.layer_types(self.config)) - set(attention.MASKED_TYPES)
         if others:
             return f"layers of type {', '.join(sorted(others))}"
@@ -134,16 +137,19 @@ class LayerLoop:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             return f"its layers cannot be run one by one ({str(error).splitlines()[0]})"
-        return None if same else "its layers run one by one differ from its own forward"
+        return None if same else "its layers run one by one differ from its own forward pass"
 
     @torch.no_grad()
     def _reproduces(self) -> bool:
-        """Whether states and attention are those of the decoder's own forward, on a random sequence with a gap."""
+        """Whether states and attention equal those of the decoder's own forward pass on a random sequence.
+
+        The position ids of the sequence have a gap, as after dropping tokens.
+        """
         weight = self._layers[0].self_attn.o_proj.weight
         embeds = torch.randn(1, 16, self.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
         positions = torch.cat([torch.arange(8), 10 + torch.arange(8)]).to(weight.device)
         attention.check_rope(self.config, positions)
-        mixed: list[Tensor] = []  # what the output projection of each layer reads
+        mixed: list[Tensor] = []  # input of the output projection of each layer
         handles = [
             layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: mixed.append(args[0]))
             for layer in self._layers
@@ -172,16 +178,16 @@ class LayerLoop:
 
     @torch.no_grad()
     def door(self, features: Features) -> Running:
-        """The whole prompt before layer 0. Raises UserError unless its visual tokens are one unbroken run."""
+        """The full prompt before layer 0. Raises `UserError` unless its visual tokens are contiguous."""
         at = features.visual_at
         if len(at) == 0 or int(at[-1]) - int(at[0]) + 1 != len(at):
-            raise UserError("the layer loop is made for one image, its tokens an unbroken run without separators")
+            raise UserError("the layer loop supports only one image, whose tokens are contiguous without separators")
         everything = torch.arange(len(at), device=at.device)
         embeds, positions = self.mllm.assemble(features, features.visual[None], everything[None])
         return Running(0, self._entered(embeds), positions[0], int(at[0]), len(at))
 
     def _entered(self, embeds: Tensor) -> Tensor:
-        """Hidden states [L, D] that the first layer reads for LLM inputs [1, L, D]: some decoders scale them."""
+        """Hidden states [L, D] that the first layer reads for LLM inputs [1, L, D]; some decoders scale the inputs."""
 
         def leave(_: nn.Module, args: tuple, settings: dict) -> None:
             raise _Entered(args[0] if args else settings["hidden_states"])
@@ -197,7 +203,7 @@ class LayerLoop:
 
     @torch.no_grad()
     def step(self, running: Running) -> Running:
-        """Through one layer."""
+        """Run one layer."""
         cache = running.cache.copy()
         mask = self._mask(running.layer, len(running.hidden), len(running.hidden), running.hidden)
         return replace(
@@ -212,7 +218,7 @@ class LayerLoop:
     def _run(
         self, number: int, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache
     ) -> Tensor:
-        """One layer over hidden states [L, D] at positions [L]."""
+        """Run one layer on hidden states [L, D] with position ids [L]."""
         output = self._layers[number](
             hidden[None],
             attention_mask=mask,
@@ -223,8 +229,7 @@ class LayerLoop:
         return (output[0] if isinstance(output, tuple) else output)[0]
 
     def path(self, features: Features) -> list[Running]:
-        """The prompt before each layer when nothing is dropped: entry i is before layer i, the last after
-        all."""
+        """States of the prompt when nothing is dropped: entry i is the input of layer i, the last one is the output."""
         runs = [self.door(features)]
         for _ in range(self.depth):
             runs.append(self.step(runs[-1]))
@@ -233,18 +238,18 @@ class LayerLoop:
     def finish(
         self, running: Running, drop: Callable[[Running], Running] = lambda running: running
     ) -> Running:
-        """Through all remaining layers; `drop` is asked before each of them."""
+        """Run all remaining layers; `drop` is called before each of them."""
         while running.layer < self.depth:
             running = self.step(drop(running))
         return running
 
     def _rows(self, running: Running) -> Tensor:
-        """What the next layer's projections read [1, L, D]."""
+        """Input [1, L, D] of the next layer's projections."""
         return self._layers[running.layer].input_layernorm(running.hidden[None])
 
     @torch.no_grad()
     def queries_and_keys(self, running: Running) -> tuple[Tensor, Tensor]:
-        """Rotated queries [H, L, d] and keys [kv, L, d] that the next layer makes of its input."""
+        """Queries [H, L, d] and keys [kv, L, d] of the next layer, after rotary embedding."""
         module, rows, positions = self._layers[running.layer].self_attn, self._rows(running), running.positions[None]
         embeddings = rotary(self.decoder, running.layer, rows, positions)
         query, key = queries_and_keys(module, module.q_proj(rows), module.k_proj(rows), embeddings, positions)
@@ -258,36 +263,36 @@ class LayerLoop:
 
     @torch.no_grad()
     def normed(self, running: Running) -> Tensor:
-        """Hidden rows [L, D] after the LLM's final norm."""
+        """Hidden states [L, D] after the final norm of the LLM."""
         return self.decoder.norm(running.hidden)
 
     @torch.no_grad()
     def answer(self, running: Running, max_new_tokens: int = 8) -> tuple[str, Tensor]:
-        """Greedy answer of a prompt that is through all layers: text, and the logits [V] of its first token.
+        """Greedy answer to a prompt that has passed all layers: its text, and the logits [V] of its first token.
 
-        A new token continues the positions of each layer's own, possibly renumbered, sequence.
+        In each layer, new tokens continue the position ids of that layer's sequence, which may be renumbered.
         """
         assert running.layer == self.depth
-        cache, last, said = running.cache.copy(), running.hidden[-1], []
+        cache, last, tokens = running.cache.copy(), running.hidden[-1], []
         stops, first = set(self.mllm._stop_ids()), None
         for step in range(max_new_tokens):
             logits = self.mllm.head(self.decoder.norm(last[None]))[0].float()
             first = logits if first is None else first
-            said.append(int(logits.argmax()))
-            if said[-1] in stops or step == max_new_tokens - 1:
+            tokens.append(int(logits.argmax()))
+            if tokens[-1] in stops or step == max_new_tokens - 1:
                 break
-            hidden = self._entered(self.mllm.embed(torch.tensor([[said[-1]]], device=last.device)))
+            hidden = self._entered(self.mllm.embed(torch.tensor([[tokens[-1]]], device=last.device)))
             for number in range(self.depth):
                 position = torch.tensor([running.next_positions[number] + step], device=last.device)
                 mask = self._mask(number, 1, 1 + cache.held[number][0].shape[2], hidden)
                 hidden = self._run(number, hidden, position, mask, cache)
             last = hidden[-1]
-        return self.mllm.processor.tokenizer.decode(said, skip_special_tokens=True).strip(), first
+        return self.mllm.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(), first
 
     def _mask(self, number: int, rows: int, length: int, like: Tensor) -> Tensor | None:
-        """Mask [1, 1, rows, L] of the last tokens of a sequence in a layer; None where every token sees all keys.
+        """Attention mask [1, 1, rows, L] of the last tokens of a sequence in a layer; None if all keys are visible.
 
-        FlashAttention makes its own.
+        None also for FlashAttention, which makes its own mask.
         """
         if "flash" in (self.config._attn_implementation or ""):
             return None

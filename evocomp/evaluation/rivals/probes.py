@@ -1,4 +1,4 @@
-"""What selection methods read besides the visual tokens: CLIP's and the LLM's keys, queries, attention."""
+"""Inputs of selectors in addition to the visual tokens: keys, queries and attention of CLIP and of the LLM."""
 
 from collections.abc import Collection
 from functools import partial
@@ -23,7 +23,7 @@ from evocomp.mllm.reader import PictureKey, picture_key
 
 
 class Probes:
-    """Gathers what methods declare that they need. What a model does not have is simply not in the answer."""
+    """Computes the inputs that selectors declare in `needs`. Inputs that a model does not provide are left out."""
 
     def __init__(self, mllm: FrozenMLLM):
         self.mllm = mllm
@@ -32,7 +32,7 @@ class Probes:
 
     @torch.no_grad()
     def gather(self, example: Example, features: Features, needs: Collection[str]) -> dict[str, Any]:
-        """The fields of `SelectionInputs` named in `needs`, as far as the model has them."""
+        """The fields of `SelectionInputs` named in `needs`, as far as the model provides them."""
         found: dict[str, Any] = {}
         if "text" in needs:
             after = features.prompt_ids[features.picture_end :]
@@ -49,7 +49,10 @@ class Probes:
         return {name: value for name, value in found.items() if name in needs}
 
     def _look(self, example: Example) -> dict[str, Any]:
-        """A CLIP-like tower with a class token that LLaVA's projector reads; {} for any other, or several images."""
+        """Fields of the vision tower if it is CLIP-like, with a class token and LLaVA's projector; else {}.
+
+        Also {} for several images.
+        """
         clip = None if example.further_images else ClipTower.of(self.mllm.model)
         if clip is None:
             return {}
@@ -58,7 +61,7 @@ class Probes:
             return observer.record.fields(0)
 
     def _read(self, features: Features) -> dict[str, Any]:
-        """Run the LLM on all tokens and keep what its layers saw; {} for decoders without plain q and k."""
+        """Fields of the LLM's layers, from a forward pass over all tokens; {} for decoders without plain q and k."""
         if not is_readable(self.mllm.model):
             return {}
         everything = torch.arange(len(features.visual), device=features.visual.device)
@@ -72,6 +75,6 @@ class Probes:
         )
         everywhere = torch.arange(embeds.shape[1], device=embeds.device)
         order = selector_order(everywhere, features.visual_at, everywhere[features.picture_end :])
-        # all layers: the hooks of a sharded decoder do not bear a run that ends early
+        # run all layers: the hooks of a sharded decoder do not support a forward pass that ends early
         reading = DecoderReading(self.mllm.decoder, run, stop=False)
         return decoder_fields(reading, 0, order, everywhere[features.picture_end :])

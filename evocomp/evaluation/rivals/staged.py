@@ -1,11 +1,11 @@
-"""In-LLM methods as published: tokens drop out between the layers of the frozen LLM, not before it.
+"""Methods inside the LLM as published: tokens are dropped between the layers of the frozen LLM, not before it.
 
-In the table a method stands twice: under its own name it selects before the LLM, with scores of an LLM that
-has read all tokens (an upper reference); as `..._inside` it runs here, and all tokens enter the LLM.
-Budgets are met as the authors meet them: FastV and DART keep that many after their one drop; SparseVLM takes
-its published lists, PyramidDrop a layer average. Both of these are made for 32 layers: in an LLM too shallow
-for their drop layers a layer average means little, and the budget is what the last drop keeps. What the LLM
-has really processed stands in `kept_average`.
+The table has two rows for each method. Under its own name it selects before the LLM, with scores of an LLM that has
+processed all tokens (an upper bound). As `..._inside` it runs here, and all tokens enter the LLM. The number of kept
+tokens is defined as by the authors: FastV and DART keep that many after their single drop, SparseVLM scales its
+published lists, PyramidDrop averages over the layers. The last two are made for 32 layers. In an LLM that is too
+shallow for their drop layers an average over layers means little, so there the number of kept tokens is the number
+after the last drop. `kept_average` reports the number of tokens that the LLM has actually processed.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,41 +32,41 @@ PUBLISHED_DEPTH = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a method drops for one budget."""
+    """The drops of a method for one number of kept tokens."""
 
     stages: tuple[Stage, ...]
-    """Visual rows from each drop on, merged ones counted."""
+    """Number of visual rows after each drop, including merged ones."""
     keep: tuple[int, ...]
-    """Rows that the ranking of each stage keeps."""
+    """Number of rows that the ranking of each stage keeps."""
     note: str = ""
 
     def before(self, layer: int) -> int | None:
-        """What to keep before this layer; None = nothing drops there."""
+        """Number of rows to keep before this layer; None = nothing is dropped there."""
         found = [k for stage, k in zip(self.stages, self.keep, strict=True) if stage.before_layer == layer]
         return found[0] if found else None
 
 
 @dataclass(frozen=True)
 class Staged:
-    """An in-LLM method: where it drops, given (tokens, budget, depth of the LLM), and how."""
+    """A method inside the LLM. `plan`: (tokens, kept tokens, depth of the LLM) -> drops; `drop` does one of them."""
 
     label: str
     plan: Callable[[int, int, int], Plan]
     drop: Callable[[LayerLoop, Running, Running, int], Running]
-    """(loop, prompt before the layer, prompt at the LLM's door, how many to keep) -> shorter prompt."""
+    """(loop, prompt before the layer, prompt before layer 0, number of rows to keep) -> shorter prompt."""
 
 
-# ------------------------------------------------------------ where
+# ------------------------------------------------------------ plans
 
 
 def at_depth(layers: Sequence[int], depth: int) -> dict[int, int]:
-    """Drop layers in an LLM of `depth` layers -> number of the stage that drops there.
+    """Drop layers in an LLM of `depth` layers -> index of the stage that drops there.
 
-    As published where the LLM is deep enough; else moved in proportion to 32 layers, to 1 at least. Where two
-    stages meet, the later one, which keeps fewer, stands.
+    As published if the LLM is deep enough, otherwise scaled from 32 layers, to at least 1. If two stages fall on the
+    same layer, the later one is used, which keeps fewer tokens.
     """
     if depth < 2:
-        raise UserError("an LLM of one layer has no place between layers to drop tokens at")
+        raise UserError("tokens cannot be dropped between the layers of an LLM with only one layer")
     if depth > layers[-1]:
         return {layer: stage for stage, layer in enumerate(layers)}
     return {
@@ -76,13 +76,13 @@ def at_depth(layers: Sequence[int], depth: int) -> dict[int, int]:
 
 
 def one_drop(n: int, kept: int, depth: int) -> Plan:
-    """FastV's and DART's: before layer 2."""
+    """Plan of FastV and DART: one drop before layer 2."""
     (layer,) = at_depth((2,), depth)
     return Plan((Stage(layer, kept),), (kept,), f"all {n} tokens up to layer {layer} of {depth}, then {kept}")
 
 
 def sparsevlm_plan(n: int, kept: int, depth: int) -> Plan:
-    """The published list whose share of 576 is nearest to the wanted share, scaled to it."""
+    """The published list whose share of 576 tokens is nearest to kept / n, scaled to it."""
     budget = min(sparsevlm.KEPT, key=lambda b: abs(np.log(b / 576 * n / kept)))
     published = sparsevlm.KEPT[budget]
     before = [layer + 1 for layer in sparsevlm.LAYERS]
@@ -91,14 +91,14 @@ def sparsevlm_plan(n: int, kept: int, depth: int) -> Plan:
     layers = at_depth(before, depth)
     keep = tuple(min(lists[stage], n) for stage in layers.values())
     stages = sparsevlm.sparsevlm_stages(n, keep, tuple(layer - 1 for layer in layers))
-    # the ranking keeps one row fewer than there are at most
+    # the ranking keeps at least one row fewer than there are
     rows = [n, *(stage.visual for stage in stages)]
     keep = tuple(min(k, before - 1) for k, before in zip(keep, rows, strict=False))
     return Plan(stages, keep, f"published list for {budget} of 576, scaled; {_where(layers, stages, depth)}")
 
 
 def pyramiddrop_plan(n: int, kept: int, depth: int) -> Plan:
-    """Equal ratios that average `kept`, or leave `kept` at last where no schedule averages that."""
+    """Equal ratios with a layer average of `kept`; if no schedule has that average, `kept` rows after the last drop."""
     layers = tuple(at_depth(EARLY_LAYERS, depth))
     if depth > EARLY_LAYERS[-1] and layer_average(n, (Stage(layers[0], 1),), depth) <= kept:
         stages = pyramiddrop_stages_for_average(n, kept, depth, layers)
@@ -108,51 +108,53 @@ def pyramiddrop_plan(n: int, kept: int, depth: int) -> Plan:
         stages = tuple(Stage(layer, round(n * share ** (i + 1))) for i, layer in enumerate(layers))
         note = f"{kept} after the last drop"
     stages = tuple(Stage(stage.before_layer, max(1, stage.visual)) for stage in stages)
-    note += "; equal ratios and drop layers are ours, the authors give none for this budget"
+    note += "; equal ratios and drop layers are our choice, the authors give none for this number of tokens"
     return Plan(stages, tuple(stage.visual for stage in stages), f"{note}; {_where(layers, stages, depth)}")
 
 
 def _where(layers: Sequence[int], stages: Sequence[Stage], depth: int) -> str:
     drops = ", ".join(f"{stage.visual} from layer {stage.before_layer}" for stage in stages)
-    return f"{drops} of {depth}" + (f" (places scaled from {PUBLISHED_DEPTH})" if depth <= 16 else "")
+    return f"{drops} of {depth}" + (f" (layers scaled from {PUBLISHED_DEPTH})" if depth <= 16 else "")
 
 
-# ------------------------------------------------------------ how
+# ------------------------------------------------------------ drops
 
 
 def _ranked(selector: Selector, running: Running, kept: int, **read: Tensor) -> Tensor:
-    """The visual rows [kept] that a selector keeps, given what the LLM's layers say."""
+    """Indices [kept] of the visual rows that a selector keeps, given values of the LLM's layers."""
     text = running.hidden[running.start + running.count :]
     inputs = SelectionInputs(tokens=running.visual, grid=(1, running.count), text=text, **read)
     return selector(inputs, kept).indices
 
 
-def fastv_drop(loop: LayerLoop, running: Running, door: Running, kept: int) -> Running:
-    """By the last query's attention in the layer just executed; positions stay."""
+def fastv_drop(loop: LayerLoop, running: Running, initial: Running, kept: int) -> Running:
+    """Rank by the attention of the last query in the previous layer; position ids stay."""
     attention = loop.attention(running.previous, 1)
     return running.keep(_ranked(FastV(), running, kept, llm_attention=attention), renumber=False)
 
 
-def pyramiddrop_drop(loop: LayerLoop, running: Running, door: Running, kept: int) -> Running:
-    """By the last query's attention in the layer that comes next; positions from 0."""
+def pyramiddrop_drop(loop: LayerLoop, running: Running, initial: Running, kept: int) -> Running:
+    """Rank by the attention of the last query in the next layer; position ids become 0..L-1."""
     attention = loop.attention(running, 1)
     return running.keep(_ranked(PyramidDrop(), running, kept, llm_attention=attention), renumber=True)
 
 
-def dart_drop(loop: LayerLoop, running: Running, door: Running, kept: int) -> Running:
-    """By keys and output of the layer just executed; positions stay."""
+def dart_drop(loop: LayerLoop, running: Running, initial: Running, kept: int) -> Running:
+    """Select by keys and output of the previous layer; position ids stay."""
     _, keys = loop.queries_and_keys(running.previous)
     read = {"llm_keys": keys.transpose(0, 1).flatten(1), "llm_hidden": loop.normed(running)}
     return running.keep(_ranked(DART(), running, kept, **read), renumber=False)
 
 
-def sparsevlm_drop(loop: LayerLoop, running: Running, door: Running, kept: int) -> Running:
-    """By the raters' attention in the layer just executed; part of the dropped comes back merged; positions
-    from 0."""
-    text = door.hidden[door.start + door.count :]
+def sparsevlm_drop(loop: LayerLoop, running: Running, initial: Running, kept: int) -> Running:
+    """Rank by the attention of the rater tokens in the previous layer; position ids become 0..L-1.
+
+    Part of the dropped tokens is merged and appended to the kept ones.
+    """
+    text = initial.hidden[initial.start + initial.count :]
     attention = loop.attention(running.previous, len(text))
     columns = attention[..., running.start : running.start + running.count]
-    scores = sparsevlm.sparsevlm_scores(columns, sparsevlm.text_raters(door.visual, text))
+    scores = sparsevlm.sparsevlm_scores(columns, sparsevlm.text_raters(initial.visual, text))
     rows, merged = sparsevlm.sparsevlm_stage(running.visual, scores, kept)
     return running.with_visual(torch.cat([running.visual[rows], merged]))
 
@@ -165,12 +167,11 @@ STAGED = (
 )
 
 
-# ------------------------------------------------------------ the rows
+# ------------------------------------------------------------ rows of the panel
 
 
 def run_staged(loop: LayerLoop, method: Staged, path: Sequence[Running], kept: int) -> Running:
-    """A prompt through the LLM with the method's drops; `path` is `loop.path`, shared by methods and
-    budgets."""
+    """Run a prompt through the LLM with the drops of a method; `path` is `loop.path`, shared by all methods."""
     plan = method.plan(path[0].count, min(kept, path[0].count), loop.depth)
 
     def drop(running: Running) -> Running:
@@ -184,7 +185,7 @@ def run_staged(loop: LayerLoop, method: Staged, path: Sequence[Running], kept: i
 
 @torch.inference_mode()
 def staged_outcomes(panel: Panel, kept: Sequence[int], methods: Sequence[Staged] = STAGED) -> list[Outcome]:
-    """Every method at every budget; rows that say why where the model has no layer loop."""
+    """Outcomes of all methods at all numbers of kept tokens; not applicable without support by `LayerLoop`."""
     try:
         loop = LayerLoop(panel.mllm)
         at_depth((2,), loop.depth)

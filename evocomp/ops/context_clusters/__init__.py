@@ -16,8 +16,8 @@ def context_clusters(visual: Tensor, selected: Tensor, count: int) -> tuple[Tens
 
     The first centre is the dropped token with the largest sum of cosines to all dropped tokens. Each further centre is
     the dropped token whose largest cosine to the centres so far is smallest (farthest-point sampling). Every dropped
-    token joins the centre of largest cosine; of equal ones the centre of lowest index. A selected token is its own
-    cluster. Cosines are computed in float32. Not differentiable.
+    token is assigned to the centre of largest cosine; ties go to the centre of lowest index. A selected token is its
+    own cluster. Cosines are computed in float32. Not differentiable.
 
     Args:
         visual: [B, N, D] visual tokens of B images, any floating dtype.

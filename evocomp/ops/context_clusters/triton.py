@@ -15,9 +15,10 @@ HALVES = (torch.bfloat16, torch.float16)
 def _clusters_kernel(
     products, scale, typical, selected, centres, assignment, N, masks, count, BLOCK_N: tl.constexpr
 ):
-    """centres [B*K, count] in the order of their choice, assignment [B*K, N].
+    """Computes centres [B*K, count] in order of selection, and assignment [B*K, N].
 
-    products: [B, N, N] dot products of the tokens; scale: [B, N] inverse norms; typical, selected: [B*K, N]
+    products: [B, N, N] dot products of the tokens; scale: [B, N] inverse norms; typical: [B*K, N] sums of cosines to
+    all dropped tokens; selected: [B*K, N]
     """
     mask = tl.program_id(0).to(tl.int64)
     image = mask // masks
@@ -28,25 +29,25 @@ def _clusters_kernel(
     fixed = tl.load(selected + mask * N + n, mask=inside, other=1) != 0
     score = tl.load(typical + mask * N + n, mask=inside, other=0.0)
     centre = tl.argmax(tl.where(fixed, -float("inf"), score), axis=0, tie_break_left=True)
-    nearest = tl.where(fixed, float("inf"), -float("inf"))  # of tokens that may still become a centre
-    best = nearest  # of tokens that may still change their centre
-    owner = n
+    nearest = tl.where(fixed, float("inf"), -float("inf"))  # largest cosine to the centres; inf: cannot become a centre
+    best = nearest  # largest cosine to the centres; inf: assignment is fixed
+    assigned = n
     for step in range(count):
         tl.store(centres + mask * count + step, centre.to(tl.int64))
         row = tl.load(rows + centre.to(tl.int64) * N + n, mask=inside, other=0.0)
         cosine = row * inverse * tl.load(scale + image * N + centre)
         chosen = n == centre
-        # of equal cosines the centre of lowest index, whichever was chosen first
-        better = (cosine > best) | ((cosine == best) & (centre < owner))
-        owner = tl.where(chosen, n, tl.where(better & (best < float("inf")), centre, owner))
+        # ties go to the centre of lowest index, not to the one that was selected first
+        better = (cosine > best) | ((cosine == best) & (centre < assigned))
+        assigned = tl.where(chosen, n, tl.where(better & (best < float("inf")), centre, assigned))
         best = tl.where(chosen, float("inf"), tl.maximum(best, cosine))
         nearest = tl.where(chosen, float("inf"), tl.maximum(nearest, cosine))
         centre = tl.argmin(nearest, axis=0, tie_break_left=True)
-    tl.store(assignment + mask * N + n, owner.to(tl.int64), mask=inside)
+    tl.store(assignment + mask * N + n, assigned.to(tl.int64), mask=inside)
 
 
 def _products(visual: Tensor) -> Tensor:
-    """Dot products [B, N, N] in float32; GPUs multiply short formats exactly and sum them up in float32."""
+    """Dot products [B, N, N] in float32. GPUs multiply 16-bit inputs exactly and accumulate in float32."""
     if visual.is_cuda and visual.dtype in HALVES:
         return torch.bmm(visual, visual.mT, out_dtype=torch.float32)
     return torch.bmm(visual.float(), visual.float().mT)

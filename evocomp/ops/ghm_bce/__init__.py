@@ -12,11 +12,11 @@ RULES = ("paper", "non_empty")
 def ghm_histogram(logits: Tensor, targets: Tensor, valid: Tensor | None = None, bins: int = 10) -> Tensor:
     """Number of valid tokens in each bin of the gradient norm g = |sigmoid(logit) - target|.
 
-    Integers, so that ranks can sum them in any order and get the same bits.
+    Counts are integers, so that their sum over ranks does not depend on the order.
 
     Args:
         logits, targets: same shape; targets in [0, 1], bool or floating.
-        valid: bool of that shape; False is padding and is not counted.
+        valid: bool, same shape; False for padding, which is not counted.
         bins: number of equal bins on [0, 1]; the last one includes 1.
 
     Returns:
@@ -38,22 +38,22 @@ def ghm_bce(
     counts: Tensor | None = None,
     rule: str = "paper",
 ) -> Tensor:
-    """GHM-C: sum over valid tokens of BCE(logit, target) / GD(g), with GD = count of the bin x regions.
+    """GHM-C: sum over valid tokens of BCE(logit, target) / GD(g), where GD is the count of g's bin x number of bins.
 
-    The 1/n in front of the published loss cancels against the n of its weights n / GD. Densities are
-    detached: d loss / d logit = (sigmoid(logit) - target) / GD. Padding may hold anything, NaN included.
+    The factor 1/n of the published loss cancels the n in its weights n / GD. Densities are detached: d loss / d logit =
+    (sigmoid(logit) - target) / GD. Values in padding are ignored, including NaN.
 
     Args:
         logits: any shape, any floating dtype; computed in fp32 (fp64 for fp64).
         targets: same shape, in [0, 1], bool or floating; no gradient.
-        valid: bool of that shape; False is padding.
+        valid: bool, same shape; False for padding.
         bins: number of bins on [0, 1]; ignored when `counts` is given.
-        counts: [bins] counts to use instead of this batch's own (summed over ranks, or running means).
-        rule: "paper" divides by all bins (1811.05181, eq. 6 with a histogram), "non_empty" by the occupied
-            bins only (the authors' and mmdetection's code). They differ as soon as a bin is empty.
+        counts: [bins] counts to use instead of those of this batch (sums over ranks, or running means).
+        rule: number of bins in GD: "paper" uses all bins (arXiv 1811.05181, eq. 6 with a histogram), "non_empty" the
+            occupied bins only (the authors' and mmdetection's code). They differ if a bin is empty.
 
     Returns:
-        Scalar loss (fp32, or fp64); 0 with zero gradient when nothing is valid.
+        Scalar loss (fp32, or fp64); 0 with zero gradient if there is no valid token.
 
     Raises:
         UserError: unknown rule.

@@ -9,7 +9,7 @@ from evocomp.ops.precision import compute_dtype, full_precision
 
 
 def _clean(logits: Tensor, targets: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both in the compute dtype, with zeros (never NaN) where not valid."""
+    """Logits and targets in the compute dtype, with zeros in padding (which may contain NaN)."""
     dtype = compute_dtype(logits)
     logits, targets = logits.to(dtype), targets.to(dtype)
     if valid is not None:
@@ -18,7 +18,7 @@ def _clean(logits: Tensor, targets: Tensor, valid: Tensor | None) -> tuple[Tenso
 
 
 def _bin(slope: Tensor, bins: int) -> Tensor:
-    # the lower clamp is for NaN, whose integer may be anything: the loss shall be NaN, not an index error
+    # the lower clamp is for NaN, which converts to an arbitrary integer: the loss must be NaN, not an index error
     return (slope.abs() * bins).long().clamp_(0, bins - 1)
 
 
@@ -28,7 +28,7 @@ def ghm_histogram(logits: Tensor, targets: Tensor, valid: Tensor | None = None, 
         logits, targets = _clean(logits, targets, valid)
         index = _bin(torch.sigmoid(logits) - targets, bins)
         member = torch.ones_like(index) if valid is None else valid.long()
-        # scatter_add_ and not bincount: bincount reads its largest value back to the host
+        # scatter_add_ instead of bincount, which copies its largest value to the host
         counts = torch.zeros(bins, dtype=torch.long, device=logits.device)
         return counts.scatter_add_(0, index.flatten(), member.flatten())
 
@@ -63,6 +63,6 @@ class _GHMBCE(torch.autograd.Function):
 
 
 def ghm_bce(logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str) -> Tensor:
-    """See `evocomp.ops.ghm_bce`; here the counts are always given."""
+    """See `evocomp.ops.ghm_bce`; here `counts` is required."""
     with full_precision(logits):
         return _GHMBCE.apply(logits, targets, valid, counts, rule)

@@ -1,4 +1,4 @@
-"""GHM-C, loss and slopes: one launch of one program for a batch of images, two launches for more than that."""
+"""GHM-C loss and its gradient: a single kernel launch for a usual batch, two launches for larger ones."""
 
 import torch
 import triton
@@ -8,32 +8,33 @@ from torch import Tensor
 from evocomp.ops import dispatch
 
 BLOCK = 1024
-# Up to here one program counts and weighs: the host takes longer for a launch than one multiprocessor for these
-# logits (B x N is 18k to 92k), and counts and loss stay where they are, without zeros before and a sum afterwards.
+# Up to this number of logits a single program computes counts and loss. A usual batch (B x N of 18k to 92k) takes one
+# multiprocessor less time than a second launch takes the host, and needs neither zeroed counts nor a sum of partial
+# losses.
 ALONE = 1 << 17
 BLOCK_ALONE, WARPS_ALONE = 4096, 32
 
 
 @triton.jit
 def _token_loss(logits, targets, valid, i, n, HAS_VALID: tl.constexpr):
-    """(BCE, sigmoid(logit) - target, is a token) at i; logit and target count as 0 outside and in padding."""
+    """(BCE, sigmoid(logit) - target, whether it is a valid token) at i; padding counts as logit 0 and target 0."""
     inside = i < n
     real = inside
     x = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(targets + i, mask=inside, other=0.0).to(tl.float32)
-    if HAS_VALID:  # read the padding, too, and drop it here: a mask of single tokens would make reads of single ones
+    if HAS_VALID:  # load padding too and mask it here, because a mask in `tl.load` prevents vectorised loads
         real = inside & (tl.load(valid + i, mask=inside, other=0) != 0)
         x = tl.where(real, x, 0.0)
         y = tl.where(real, y, 0.0)
     small = tl.exp(-tl.abs(x))  # never overflows
     p = tl.where(x >= 0, 1.0, small) / (1 + small)
-    # log(1 + e) loses e below 1e-7, an absolute error far below one ulp of a mean loss
+    # log(1 + e) rounds e below 1e-7 to 0, an absolute error far below one ulp of a mean loss
     return tl.maximum(x, 0.0) - x * y + tl.log(1 + small), p - y, real
 
 
 @triton.jit
 def _bin(slope, BINS: tl.constexpr):
-    # the lower bound is for NaN, whose integer may be anything: the loss shall be NaN, not a wild read
+    # the lower bound is for NaN, which converts to an arbitrary integer: the loss must be NaN, not an invalid read
     return tl.maximum(tl.minimum((tl.abs(slope) * BINS).to(tl.int32), BINS - 1), 0)
 
 
@@ -49,11 +50,11 @@ def _histogram_kernel(
     HAS_VALID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """counts[BINS] += the bins of this block's tokens. CELLS: a power of two above BINS."""
+    """Adds the histogram of this block's tokens to counts[BINS]. CELLS: a power of two above BINS."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     _, slope, real = _token_loss(logits, targets, valid, i, n, HAS_VALID)
     cell = tl.arange(0, CELLS)
-    local = tl.histogram(tl.where(real, _bin(slope, BINS), BINS), CELLS)  # padding to a cell of its own
+    local = tl.histogram(tl.where(real, _bin(slope, BINS), BINS), CELLS)  # padding in an extra cell
     tl.atomic_add(counts + cell, local.to(tl.int64), mask=cell < BINS)
 
 
@@ -73,7 +74,7 @@ def _loss_kernel(
     HAS_VALID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slopes[i] = (p - y) / GD, partial[program] = sum of BCE / GD. OWN_COUNTS: the only program counts them itself."""
+    """slopes[i] = (p - y) / GD, partial[program] = sum of BCE / GD. OWN_COUNTS: the program computes counts itself."""
     cell = tl.arange(0, CELLS)
     if OWN_COUNTS:
         number = tl.zeros([CELLS], tl.int32)
@@ -86,7 +87,7 @@ def _loss_kernel(
     occupied = (count > 0) & (cell < BINS)
     regions = BINS * 1.0
     if NON_EMPTY:
-        regions = tl.maximum(tl.sum(occupied.to(tl.float32)), 1.0)  # 1: no token at all
+        regions = tl.maximum(tl.sum(occupied.to(tl.float32)), 1.0)  # 1 if there is no token
     weights = tl.where(occupied, 1 / (tl.where(occupied, count, 1.0) * regions), 0.0)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK):
@@ -138,13 +139,13 @@ ghm_histogram = dispatch.without_gradient(_ghm_histogram, _count)
 def _weigh(
     logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor | None, bins: int, rule: str
 ) -> tuple[Tensor, Tensor]:
-    """Loss (scalar) and slopes (logits' shape, fp32), the loss's derivative by the logits."""
+    """Loss (scalar), and slopes (shape of the logits, fp32): the derivative of the loss with respect to the logits."""
     n = logits.numel()
     alone = n <= ALONE
     if counts is None and not alone:
         counts = _count(logits, targets, valid, bins)
     slopes = torch.empty(logits.shape, device=logits.device)
-    # several programs are summed afterwards: no float atomics, same bits
+    # partial losses are summed afterwards, without float atomics, for deterministic results
     partial = torch.empty((1 if alone else dispatch.blocks(n, BLOCK),), device=logits.device)
     flat = _flat(logits, targets, valid)
     with dispatch.launch_on(logits):
@@ -188,5 +189,5 @@ _differentiable = dispatch.differentiable(_ghm_bce, _weigh, _setup, _backward)
 def ghm_bce(
     logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor | None, bins: int, rule: str
 ) -> Tensor:
-    """See `evocomp.ops.ghm_bce`; where counts are given, `bins` is their number."""
+    """See `evocomp.ops.ghm_bce`; if counts are given, `bins` must be their number."""
     return _differentiable(logits, targets, valid, counts, bins, rule)[0]

@@ -1,4 +1,4 @@
-"""Cosine separation of retained and discarded tokens, alone or in one read with the classifier head."""
+"""Cosine separation of retained and discarded tokens, alone or fused with the classifier head."""
 
 import torch
 from torch import Tensor
@@ -16,14 +16,15 @@ def _check(hidden: Tensor, retained: Tensor, valid: Tensor | None) -> None:
 def score_separation(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, retained: Tensor, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Logits of a linear classifier and the cosine separation of its input, from one read of `hidden`.
+    """Logits of a linear classifier and the cosine separation of its input, in one pass over `hidden`.
 
     Args:
         hidden: [B, N, D] outputs of the compressor's layer, any floating dtype; computed in fp32 (fp64).
         weight: [D] classifier weight.
         bias: scalar (any shape of one element) or None.
         retained: [B, N] bool, the label: True is I1 (kept), False is I0 (discarded).
-        valid: [B, N] bool; False is padding: in neither segment, logit 0, zero gradient, may hold NaN.
+        valid: [B, N] bool; False for padding, which is in neither segment and gets logit 0 and gradient 0. Its values
+            are ignored, including NaN.
 
     Returns:
         logits [B, N] and separation [B] (see `cosine_separation`), fp32 or fp64.
@@ -38,15 +39,15 @@ def score_separation(
 
 
 def cosine_separation(hidden: Tensor, retained: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean cosine over all pairs of a discarded and a retained token of the same sample (the paper's CS).
+    """Mean cosine over all pairs of a discarded and a retained token of the same sample (CS in the paper).
 
-    The mean over pairs is the product of the two segments' mean unit vectors: O(N D) and not O(N^2 D).
+    The mean over pairs equals the inner product of the two segments' mean unit vectors: O(N D) instead of O(N^2 D).
 
     Args:
         hidden, retained, valid: as in `score_separation`.
 
     Returns:
-        separation [B] in [-1, 1], fp32 or fp64; 0 with zero gradient where a segment is empty.
+        separation [B] in [-1, 1], fp32 or fp64; 0 with zero gradient if a segment is empty.
     """
     _check(hidden, retained, valid)
     if dispatch.choose(hidden) == "triton":

@@ -6,18 +6,18 @@ from torch.autograd.function import once_differentiable
 
 from evocomp.ops.precision import compute_dtype, full_precision
 
-# the clamp of torch.nn.functional.cosine_similarity
+# lower bound of norms, as in torch.nn.functional.cosine_similarity
 EPS = 1e-8
 
 
 def _clean(hidden: Tensor, valid: Tensor | None) -> Tensor:
-    """hidden in the compute dtype; padding rows (NaN there would survive a product with 0) become zeros."""
+    """`hidden` in the compute dtype, with zeros in padding, because NaN times 0 would be NaN."""
     hidden = hidden.to(compute_dtype(hidden))
     return hidden if valid is None else hidden.masked_fill(~valid[..., None], 0)
 
 
 def _segments(retained: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[B, 2, N] indicators: discarded (I0) and retained (I1) tokens; padding is in neither."""
+    """Indicators [B, 2, N] of discarded (I0) and retained (I1) tokens; padding is in neither."""
     discarded = ~retained
     if valid is not None:
         retained, discarded = retained & valid, discarded & valid
@@ -51,11 +51,11 @@ class _ScoreSeparation(torch.autograd.Function):
         with full_precision(hidden):
             h = _clean(hidden, valid)
             segment = _segments(retained, valid, h.dtype)
-            # a token of one segment is pulled along the mean of the other one
+            # the gradient of a token of one segment is along the mean of the other segment
             pull = means.flip(1) / size * grad_separation[:, None, None]  # [B, 2, D]
             inverse = norm.clamp_min(EPS).reciprocal()
             along = ((h @ pull.mT) * segment.mT).sum(-1)  # [B, N]: <pull_i, h_i>
-            # below the clamp h / EPS is linear in h, so nothing is projected out
+            # for norms below EPS the unit vector is h / EPS, which is linear in h, so there is no projection
             shrink = torch.where(norm > EPS, along * inverse**3, torch.zeros_like(along))
             grad = (segment * inverse[:, None]).mT @ pull - shrink[..., None] * h
             grad_weight = grad_bias = None

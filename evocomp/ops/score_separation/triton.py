@@ -1,4 +1,4 @@
-"""Classifier logits and cosine separation from one read of the hidden states, and a one-read backward."""
+"""Classifier logits and cosine separation in one pass over the hidden states; the backward also takes one pass."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from evocomp.ops import dispatch
 from evocomp.ops.score_separation.reference import EPS
 
-ROWS = 32  # tokens of a program: its two partial sums then cost an eighth of its bf16 reads
-FINISH_BLOCK = 512  # columns of a program that merges partial sums
+ROWS = 32  # tokens per program: writing its two partial sums costs an eighth of its bf16 reads
+FINISH_BLOCK = 512  # columns per program of the kernel that adds partial sums
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _tile(
     HAS_VALID: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(h [rows, BLOCK_D] with zeros in padding, is I0, is I1, inside) for rows n of sample b."""
+    """(h [rows, BLOCK_D] with zeros in padding, in I0, in I1, is a valid token) for rows n of sample b."""
     inside = n < N
     real = inside
     if HAS_VALID:
@@ -65,7 +65,7 @@ def _forward_kernel(
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """norms [B, N], logits [B, N], and per program: unit vectors' sums [B, chunks, 2, D] and sizes."""
+    """Computes norms [B, N], logits [B, N], and per program the sums of unit vectors [B, chunks, 2, D] and sizes."""
     b = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
@@ -102,7 +102,7 @@ def _forward_kernel(
 
 @triton.jit
 def _finish_kernel(sums, sizes, means, size, products, chunks, D, BLOCK: tl.constexpr):
-    """means [B, 2, D] and size [B, 2] from the chunks' partial sums; products [B, blocks] add up to CS."""
+    """Computes means [B, 2, D] and size [B, 2] from partial sums, and products [B, blocks], whose sum is CS."""
     b = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sum0 = tl.zeros([BLOCK], tl.float32)
@@ -115,7 +115,7 @@ def _finish_kernel(sums, sizes, means, size, products, chunks, D, BLOCK: tl.cons
         sum1 += tl.load(sums + (slot + 1) * D + d, mask=d < D, other=0.0)
         size0 += tl.load(sizes + slot)
         size1 += tl.load(sizes + slot + 1)
-    size0 = tl.maximum(size0, 1.0)  # an empty segment: sum 0, mean 0, CS 0
+    size0 = tl.maximum(size0, 1.0)  # an empty segment has sum 0, mean 0 and CS 0
     size1 = tl.maximum(size1, 1.0)
     tl.store(means + b * 2 * D + d, sum0 / size0, mask=d < D)
     tl.store(means + (b * 2 + 1) * D + d, sum1 / size1, mask=d < D)
@@ -149,14 +149,14 @@ def _backward_kernel(
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad_hidden [B, N, D], and grad_weight [B, chunks, D] to be summed; see README.md for the formula."""
+    """Computes grad_hidden [B, N, D] and partial sums of grad_weight [B, chunks, D]; see README.md for the formula."""
     b = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     up = tl.load(grad_separation + b)
     mean0 = tl.load(means + b * 2 * D + d, mask=d < D, other=0.0)
     mean1 = tl.load(means + (b * 2 + 1) * D + d, mask=d < D, other=0.0)
-    pull0 = mean1 * (up / tl.load(size + b * 2))  # on a discarded token: along the mean of the retained ones
+    pull0 = mean1 * (up / tl.load(size + b * 2))  # for discarded tokens: along the mean of the retained ones
     pull1 = mean0 * (up / tl.load(size + b * 2 + 1))
     if HAS_HEAD:
         w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
@@ -169,7 +169,7 @@ def _backward_kernel(
         norm = tl.load(norms + b * N + n, mask=n < N, other=0.0)
         inverse = 1 / tl.maximum(norm, EPS)
         pull = tl.where(one[:, None], pull1[None, :], tl.where(zero[:, None], pull0[None, :], 0.0))
-        # two factors, each of moderate size, instead of inverse**3
+        # two factors of moderate size instead of inverse**3
         along = tl.sum(pull * h, axis=1) * inverse
         grad = pull * inverse[:, None]
         grad -= h * tl.where(norm > EPS, along * inverse * inverse, 0.0)[:, None]
@@ -184,7 +184,7 @@ def _backward_kernel(
 
 
 def _launch(width: int, values: int) -> dict[str, int]:
-    """Launch options for tiles of at most `values` numbers and rows of `width`; checked not to spill."""
+    """Launch options for tiles of at most `values` numbers and rows of `width`; checked for register spills."""
     block_d = 1 << (width - 1).bit_length()
     tile = max(1, min(4, values // block_d))
     return {"ROWS": ROWS, "TILE": tile, "BLOCK_D": block_d, "num_warps": min(16, max(4, block_d // 512))}
@@ -250,7 +250,7 @@ def _launch_backward(
     means: Tensor,
     size: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(grad_hidden [B, N, D] in hidden's dtype, grad_weight [D] fp32, or [0] without a weight)"""
+    """(grad_hidden [B, N, D] in the dtype of `hidden`, grad_weight [D] fp32, or [0] without a weight)"""
     (b, n, d), chunks = hidden.shape, dispatch.blocks(hidden.shape[1], ROWS)
     grad_hidden = torch.empty(b, n, d, dtype=hidden.dtype, device=hidden.device)
     partial = torch.empty((b * chunks, d) if weight is not None else (1, 0), device=hidden.device)

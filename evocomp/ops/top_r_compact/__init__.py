@@ -1,4 +1,4 @@
-"""Scores -> the R best tokens, packed in their original order, without a host sync."""
+"""Gathers the R best-scored tokens in their original order, without host synchronisation."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ class Compacted(NamedTuple):
     """The kept tokens of each image in original order."""
 
     index: Tensor
-    """[B, R] int64, ascending positions among the N tokens."""
+    """[B, R] int64, ascending indices among the N tokens."""
     embeddings: Tensor
     """[B, R, D]"""
     position_ids: Tensor | None
     """[B, R], or [C, B, R] for C rows of multi-axis rotary positions."""
     mask: Tensor | None
-    """[B, R] bool: False where an image has fewer than R tokens and padding filled up."""
+    """[B, R] bool: False for padding, which an image with fewer than R tokens contains."""
 
 
 def top_r_compact(
@@ -29,20 +29,20 @@ def top_r_compact(
     position_ids: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Compacted:
-    """Keep the r best-scored tokens of each image, in their original order and at their original positions.
+    """Keep the r best-scored tokens of each image, in their original order and with their original position ids.
 
-    Output shapes depend on r only, so nothing is read back to the host (CUDA-graph safe). Ties go to the
-    lowest position; a NaN score counts as -inf; padding is kept only where an image has fewer than r tokens.
+    Output shapes depend on r only, so nothing is copied to the host (safe in CUDA graphs). Ties go to the lowest index;
+    a NaN score counts as -inf; padding is kept only if an image has fewer than r tokens.
 
     Args:
-        scores: [B, N]; not differentiated.
-        r: tokens to keep, 1 <= r <= N.
+        scores: [B, N]; they get no gradient.
+        r: number of tokens to keep, 1 <= r <= N.
         embeddings: [B, N, D]; gradients flow to the kept rows.
         position_ids: [B, N], or [C, B, N] (C = 3 or 4 rows of M-RoPE), or None.
-        mask: [B, N] bool, False for padding; None when all tokens are real.
+        mask: [B, N] bool, False for padding; None: no padding.
 
     Returns:
-        Compacted(index, embeddings, position_ids, mask); the last two are None where the argument was None.
+        Compacted(index, embeddings, position_ids, mask); each of the last two is None if its argument is None.
 
     Raises:
         UserError: r outside 1..N.

@@ -9,19 +9,19 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def _products(tokens: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """<v, e> [N, V] in `dtype`. GPUs multiply short formats as they are and add up in float32: nothing is lost."""
+    """<v, e> [N, V] in `dtype`. GPUs multiply 16-bit inputs exactly and accumulate in float32."""
     if tokens.is_cuda and tokens.dtype == rows.dtype and tokens.dtype in HALVES:
         return torch.mm(tokens, rows.T, out_dtype=dtype)
     return tokens.to(dtype) @ rows.to(dtype).T
 
 
 def _nearest(tokens: Tensor, rows: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(score <v, e> / |e| [N], position [N]) of the best of these rows."""
+    """(score <v, e> / |e| [N], index [N]) of the best of these rows."""
     norm = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
-    allowed = norm > 0  # false for NaN rows too
+    allowed = norm > 0  # also False for NaN rows
     if mask is not None:
         allowed &= mask
-    # only the rows' norms matter to the argmax; in place, as the scores are the peak of memory
+    # only the rows' norms affect the argmax; in place, because the scores determine the peak memory
     return _products(tokens, rows, dtype).div_(norm).masked_fill_(~allowed, -torch.inf).max(dim=-1)
 
 
@@ -36,9 +36,9 @@ def vocabulary_argmax(
         for start in range(0, table.shape[0], chunk):
             part = slice(start, start + chunk)
             top, at = _nearest(tokens, table[part], None if mask is None else mask[part], dtype)
-            better = top > best  # strict, so that the lowest id keeps a tie between chunks
+            better = top > best  # strict, so that ties between chunks go to the lowest id
             best = torch.where(better, top, best)
             index = torch.where(better, at + start, index)
         norm = torch.linalg.vector_norm(tokens, dim=-1, dtype=dtype)
-        # a token of zero norm has cosine 0 with everything, as in torch.nn.functional.cosine_similarity
+        # a token of zero norm has cosine 0 with all rows, as in torch.nn.functional.cosine_similarity
         return index, torch.where(norm > 0, best / norm, best)

@@ -60,13 +60,13 @@ def _argmax_kernel(
                 product = tl.dot(x.to(tl.float32), wide, product, input_precision="ieee")
             else:
                 product = tl.dot(x, e, product, input_precision="ieee")
-        allowed = square > 0  # false for rows of zeros, of NaN and beyond V
+        allowed = square > 0  # False for zero rows, NaN rows and rows beyond V
         if HAS_MASK:
             allowed = allowed & (tl.load(mask + v, mask=v < V, other=0) != 0)
         length = tl.sqrt(tl.where(allowed, square, 1.0))
         score = tl.where(allowed[None, :], product / length[None, :], -float("inf"))
         block_top, block_at = tl.max(score, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        better = block_top > top  # strict, so that the lowest id keeps a tie between blocks
+        better = block_top > top  # strict, so that ties between blocks go to the lowest id
         top = tl.where(better, block_top, top)
         at = tl.where(better, start + block_at.to(tl.int64), at)
     out = split.to(tl.int64) * N + n
@@ -75,16 +75,16 @@ def _argmax_kernel(
 
 
 def _blocks(itemsize: int) -> tuple[int, int, int]:
-    """Tile of tokens, rows, columns: full tensor-core tiles for 16 bits, half of that for fp32 products."""
+    """Tile size (tokens, rows, columns): full tensor-core tiles for 16-bit inputs, half of that for fp32 inputs."""
     if dispatch.interpreting():
-        return 16, 32, 16  # the interpreter's time goes with the number of lanes
+        return 16, 32, 16  # the interpreter's time is proportional to the number of lanes
     return (128, 128, 64) if itemsize == 2 else (64, 64, 32)
 
 
 def _splits(tokens: Tensor, token_blocks: int, row_blocks: int) -> int:
-    """Slices of the vocabulary, so that a few token blocks still fill the GPU (two programs an SM)."""
+    """Number of vocabulary slices, so that few token blocks still fill the GPU (two programs per SM)."""
     if tokens.device.type != "cuda":
-        return min(2, row_blocks)  # the interpreter should exercise the merge too
+        return min(2, row_blocks)  # so that tests in the interpreter cover the merge
     programs = 2 * torch.cuda.get_device_properties(tokens.device).multi_processor_count
     return max(1, min(row_blocks, programs // token_blocks))
 
@@ -93,7 +93,7 @@ def _splits(tokens: Tensor, token_blocks: int, row_blocks: int) -> int:
 def vocabulary_argmax(tokens: Tensor, table: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `evocomp.ops.vocabulary_argmax`."""
     (n, d), v = tokens.shape, table.shape[0]
-    common = torch.promote_types(tokens.dtype, table.dtype)  # tl.dot takes no mixed dtypes
+    common = torch.promote_types(tokens.dtype, table.dtype)  # tl.dot does not accept mixed dtypes
     tokens, table = tokens.to(common), table.to(common)
     block_n, block_v, block_d = _blocks(tokens.element_size())
     token_blocks, row_blocks = dispatch.blocks(n, block_n), dispatch.blocks(v, block_v)
@@ -115,13 +115,13 @@ def vocabulary_argmax(tokens: Tensor, table: Tensor, mask: Tensor | None) -> tup
             *tokens.stride(),
             *table.stride(),
             HAS_MASK=mask is not None,
-            UPCAST=dispatch.interpreting(),  # where tl.dot on bf16 is wrong
+            UPCAST=dispatch.interpreting(),  # the interpreter's tl.dot is wrong for bf16
             BLOCK_N=block_n,
             BLOCK_V=block_v,
             BLOCK_D=block_d,
             num_warps=8 if block_n == 128 else 4,  # with 4 the 128 x 128 products spill
         )
-    top, split = best.max(dim=0)  # the first maximum: the lower slice, so still the lowest id
+    top, split = best.max(dim=0)  # the first maximum is in the lowest slice, so ties still go to the lowest id
     norm = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32)
     cosine = torch.where(norm > 0, top / norm, top)
     return index.gather(0, split[None])[0], cosine

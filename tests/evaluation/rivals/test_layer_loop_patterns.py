@@ -1,4 +1,4 @@
-"""The layer loop over many kinds of text decoders, against the decoder's own forward; what differs is refused."""
+"""The layer loop on many kinds of text decoders, compared with their own forward pass."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ PLAIN_FAULTS = {
     "llama, a window that it ignores": "differ from its own forward",
     "olmo": "differ from its own forward",  # clips queries and keys
     "olmo2": "without input_layernorm",
-    "stablelm": "cannot be run one by one",  # rotates part of a head in its attention
+    "stablelm": "cannot be run one by one",  # rotates only part of each head
     "phi": "without input_layernorm",
     "gpt_neox": "without input_layernorm",
     "smollm3": "differ from its own forward",  # does not rotate in some layers
@@ -44,7 +44,7 @@ LOOP_FAULTS = PLAIN_FAULTS | {
 
 
 def own_forward(mllm: FrozenMLLM, embeds, positions) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """States [L, D] and attention probabilities [H, L, L] of each layer, by transformers' eager attention."""
+    """States [L, D] and attention probabilities [H, L, L] of each layer, computed by transformers' eager attention."""
     config = mllm.decoder.config
     before, config._attn_implementation = config._attn_implementation, "eager"
     try:

@@ -1,4 +1,4 @@
-"""Probes recompute attention from caught projections: compared with what transformers' eager kernels materialise."""
+"""Probes recompute attention from hooked projections; compared with the attention of transformers' eager kernels."""
 
 import copy
 from dataclasses import replace
@@ -25,7 +25,7 @@ def eager():
 
 @pytest.fixture(scope="module")
 def tower(eager, questions):
-    """The tower's own outputs for the first question's picture."""
+    """The tower's own outputs for the image of the first question."""
     pixels = eager._process(questions[0])["pixel_values"]
     with torch.no_grad():
         return eager.model.base_model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
@@ -44,7 +44,7 @@ def test_clip_keys_and_queries_give_the_whole_attention(nano, questions, encoded
     heads = [found[name].unflatten(1, (3, 32)).transpose(0, 1) for name in ("clip_queries", "clip_keys")]
     attention = (heads[0] @ heads[1].mT / 32**0.5).softmax(-1)
     assert torch.allclose(attention, tower.attentions[-1][0], atol=1e-6)
-    # the tower ends with the layer that the projector reads: there is no next one
+    # the projector reads the last layer of the tower: there is no next layer
     assert torch.equal(found["clip_next_keys"], found["clip_keys"])
 
 
@@ -82,7 +82,7 @@ def test_llm_attention_keys_and_states_are_those_of_the_decoder(nano, eager, que
         assert torch.allclose(ours, theirs.attentions[layer][0, :, -asked:], atol=1e-5)
         keys = theirs.past_key_values.layers[layer].keys[0].transpose(0, 1).flatten(1)
         assert torch.allclose(found["llm_keys"][layer], keys, atol=1e-4)
-        # transformers norms the last of its hidden states itself
+        # transformers applies the norm to the last hidden states
         states = theirs.hidden_states[layer + 1][0]
         states = states if layer == 2 else norm(states)
         assert torch.allclose(found["llm_hidden"][layer], states, atol=1e-4)
@@ -112,7 +112,7 @@ def test_one_picture_is_looked_at_once_and_another_one_anew(nano, questions, enc
         assert len(calls) == 2 and not torch.equal(row, rows[0])
     finally:
         handle.remove()
-    # of one name in two folders
+    # two files of the same name in two folders
     found = []
     for number in range(2):
         (tmp_path / str(number)).mkdir()
@@ -134,7 +134,7 @@ def test_hooks_are_gone_afterwards(nano, questions, encoded):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "internvl", "llava_onevision"])
 def test_what_a_model_does_not_have_is_not_in_the_answer(family, questions):
-    """No class token in these towers."""
+    """These towers have no class token."""
     features, _, model = tiny(family)
     found = Probes(FrozenMLLM(model, processor=None)).gather(questions[0], features, {*VISION, *LLM})
     assert not set(VISION) & found.keys()
@@ -143,12 +143,12 @@ def test_what_a_model_does_not_have_is_not_in_the_answer(family, questions):
 
 @pytest.mark.parametrize("family", ["smolvlm", "internvl", "mistral3", "qwen2_vl", "qwen2_5_vl"])
 def test_grouped_heads_and_other_decoders(family, questions):
-    """Against the same tiny model run with its eager kernel."""
+    """Compared with the same tiny model with its eager kernel."""
     features, inputs, model = tiny(family)
     found = Probes(FrozenMLLM(model, processor=None)).gather(questions[0], features, LLM)
     with torch.no_grad():
         theirs = build(family, "eager")(**inputs, output_attentions=True).attentions
-    # selectors find an image's tokens in one run, right before the text: those of tiles and rows are brought together
+    # selectors need the tokens of an image contiguous and right before the text, without separators of tiles and rows
     after = range(features.picture_end, len(features.prompt_ids))
     rest = [i for i in range(features.picture_end) if i not in features.visual_at.tolist()]
     order = [*rest, *features.visual_at.tolist(), *after]

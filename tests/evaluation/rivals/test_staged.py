@@ -1,4 +1,4 @@
-"""In-LLM methods: against the unmodified model, and against transformers' own decoder run on the tail."""
+"""Methods inside the LLM, compared with the unmodified model and with transformers' decoder run on the last layers."""
 
 import copy
 
@@ -40,7 +40,7 @@ def whole(asked):
 
 
 def transformers_from(loop, layer, hidden, positions):
-    """Logits [V] after the last row: transformers' own Llama with only the layers from `layer` on."""
+    """Logits [V] of the last row, from transformers' Llama with only the layers from `layer` on."""
     tail = copy.copy(loop.decoder)
     tail._modules = dict(loop.decoder._modules)
     tail.layers = nn.ModuleList(loop.decoder.layers[layer:])
@@ -66,7 +66,7 @@ def test_nothing_dropped_is_the_unmodified_model(panel, loop):
 
 @torch.no_grad()
 def test_several_tokens_are_those_of_the_unmodified_model(panel, loop, monkeypatch):
-    monkeypatch.setattr(panel.mllm, "_stop_ids", lambda: [])  # nano says one word; make it go on
+    monkeypatch.setattr(panel.mllm, "_stop_ids", lambda: [])  # nano answers with one word; force it to continue
     for asked in panel.asked[:3]:
         said, _ = loop.answer(loop.path(asked.features)[-1], 6)
         (text,), _ = panel.mllm.answer([whole(asked)], 6)
@@ -92,7 +92,7 @@ def test_attention_is_what_eager_transformers_reports(panel, loop):
 def test_what_follows_the_last_drop_is_transformers_on_the_shorter_sequence(panel, loop, label):
     asked = panel.asked[1]
     done = run_staged(loop, METHODS[label], loop.path(asked.features), 16)
-    short = done.previous  # what the last layer read
+    short = done.previous  # input of the last layer
     expected = transformers_from(loop, short.layer, short.hidden, short.positions)
     torch.testing.assert_close(loop.answer(done, 1)[1], expected, rtol=1e-4, atol=1e-5)
     dense = label in ("sparsevlm_inside", "pyramiddrop_inside")
@@ -101,7 +101,7 @@ def test_what_follows_the_last_drop_is_transformers_on_the_shorter_sequence(pane
 
 @torch.no_grad()
 def test_fastv_is_attention_of_the_layer_before_and_a_mask_from_there_on(panel, loop):
-    """The published drop by hand: eager attention of layer 1, keys of the dropped hidden from layer 2 on."""
+    """The published drop by hand: eager attention of layer 1, keys of dropped tokens masked from layer 2 on."""
     asked, kept = panel.asked[2], 20
     eager = FrozenMLLM.load("nano", attention="eager")
     door = loop.door(asked.features)
@@ -125,7 +125,7 @@ def test_fastv_is_attention_of_the_layer_before_and_a_mask_from_there_on(panel, 
 
 @torch.no_grad()
 def test_decoding_after_a_drop_reads_every_layers_own_cache(panel, loop, monkeypatch):
-    """The second token: the same as when the first one is part of the prompt's tail from the start."""
+    """The second token equals that of a prompt that already ends with the first one."""
     asked = panel.asked[0]
     done = run_staged(loop, METHODS["pyramiddrop_inside"], loop.path(asked.features), 16)
     token = int(loop.answer(done, 1)[1].argmax())
@@ -135,7 +135,7 @@ def test_decoding_after_a_drop_reads_every_layers_own_cache(panel, loop, monkeyp
     while short is not None:
         chain.insert(0, short)
         short = short.previous
-    for before in chain[:-1]:  # each layer reads its whole sequence with the new token behind
+    for before in chain[:-1]:  # each layer reads its own sequence with the new token appended
         rows = torch.cat([before.hidden, hidden])
         positions = torch.cat([before.positions, before.positions[-1:] + 1])
         layer = loop.decoder.layers[before.layer]
@@ -169,7 +169,7 @@ def test_the_layer_average_is_what_was_really_processed(panel, loop, label, kept
 def test_published_schedules_at_published_depth():
     assert one_drop(576, 64, 32).stages == (Stage(2, 64),)
     averages = {kept: layer_average(576, sparsevlm_plan(576, kept, 32).stages) for kept in (192, 128, 64)}
-    # what the authors' code processes, layer 2 and merged rows counted
+    # number of rows that the authors' code processes, including layer 2 and merged rows
     assert {kept: round(average) for kept, average in averages.items()} == {192: 206, 128: 145, 64: 82}
     assert sparsevlm_plan(576, 192, 32).keep == (300, 200, 110)
     for kept in (192, 128, 64):
@@ -189,5 +189,5 @@ def test_rows_of_the_panel(panel):
     assert [(o.method, o.kept) for o in outcomes] == [(m.label, k) for m in STAGED for k in (144, 16)]
     assert all(len(o.answers) == len(panel.asked) and "layer" in o.note for o in outcomes)
     full = panel.full()
-    assert list(outcomes[0].answers) == list(full.answers)  # FastV that keeps all
+    assert list(outcomes[0].answers) == list(full.answers)  # FastV that keeps all tokens
     assert outcomes[1].kept_average == pytest.approx((2 * 144 + 16) / 3)
