@@ -35,7 +35,7 @@ def commands(text: str) -> list[list[str]]:
 def understood(words: list[str], root: Path, folder: Path, monkeypatch) -> None:
     """Assert that the command line accepts the words in a checkout at `root`; nothing is run.
 
-    What earlier commands would have made (runs, pictures) is put into `folder` as empty files.
+    Results of earlier commands (runs, images) are created in `folder` as empty files.
     """
     monkeypatch.chdir(folder)
     for name in ("experiments", "evocomp"):

@@ -28,12 +28,12 @@ TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 
 # exceptions within a tier, with reasons
 ALLOWED = {
-    ("config", "log"): "mistakes in settings are user errors",
-    ("launch", "log"): "that several processes are started is said, and which of them failed",
+    ("config", "log"): "errors in settings are `UserError`s",
+    ("launch", "log"): "the start and the failure of worker processes are logged",
     ("distributed", "launch"): "processes that share the cores of a CPU have one thread each",
-    ("distributed", "log"): "a rank that has gone silent is named",
+    ("distributed", "log"): "ranks without heartbeat are logged",
     ("progress", "log"): "messages and progress bars share one terminal",
-    ("compressor", "mllm"): "the layer comes from the target's decoder: the table of families finds it",
+    ("compressor", "mllm"): "the layer is copied from the target's decoder, which the table of families finds",
 }
 
 # which modules may import a third-party library: patterns of paths below evocomp/

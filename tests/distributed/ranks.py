@@ -1,8 +1,9 @@
 """Starts the ranks of small jobs: a server that imports torch and evocomp once and forks.
 
-One job a line on standard input, as JSON: {"world", "scenario", "arguments", "folder", "seconds"}; one line comes back:
-{"codes": exit code of each rank (negative: killed by that signal, null: had to be killed)}. What scenario `name`
-(a function in scenarios.py) returns on rank k lies in folder/result-k.json, what it prints in folder/output-k.txt.
+It reads one job per line from standard input, as JSON: {"world", "scenario", "arguments", "folder", "seconds"}, and
+writes one line: {"codes": exit code of each rank (negative: killed by that signal, null: killed after the timeout)}.
+The return value of the scenario (a function in scenarios.py) on rank k is saved in folder/result-k.json, its output in
+folder/output-k.txt.
 """
 
 import json

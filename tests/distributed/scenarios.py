@@ -90,9 +90,9 @@ def label(
     settings: tuple = (),
     patient: bool = False,
 ):
-    """`evocomp label` into folder, or into one a rank.
+    """`evocomp label` into folder, or into one folder per rank.
 
-    One rank may get a signal in its first chunk, once others are stored. static: a fixed share of chunks each.
+    One rank may get a signal in its first chunk, once others are stored. static: fixed chunks for each rank.
     """
     if not patient:
         distributed.heartbeat.HEARTBEAT_SECONDS, distributed.heartbeat.DEAD_AFTER_SECONDS = 0.3, 8.0
@@ -149,7 +149,7 @@ def uneven(work: float):
 def between_rounds(size: int, training: float, hangs: bool):
     """Two rounds of shard groups of `size`, with a pause between them; returns the chunks of each rank.
 
-    Limits are short: 1.5 s without a candidate batch is a hang. hangs: rank 1 does so in round 1.
+    The timeouts are short: 1.5 s without a candidate batch count as a hang. hangs: rank 1 hangs in round 1.
     """
     heartbeat = distributed.heartbeat
     heartbeat.HEARTBEAT_SECONDS, heartbeat.DEAD_AFTER_SECONDS, heartbeat.STALLED_AFTER_SECONDS = 0.2, 1.0, 1.5
@@ -227,7 +227,7 @@ def train(
 ):
     """`evocomp train` without evaluation; returns the records of the spy and the final state of training.
 
-    own_disks: each rank is a node of its own, with a store of labels of its own.
+    own_disks: each rank simulates a node with a separate label store.
     """
     from evocomp.training import build
     from evocomp.training.module import CompressorModule
@@ -252,7 +252,7 @@ def train(
 
 @distributed.process_group()
 def proposals(folder: str, rounds: int = 3, signal_rank: int = -1):
-    """On-policy rounds 1.. from scores that are the same in every process; the digests of all rounds.
+    """On-policy rounds 1.. with equal scores in all processes; returns the digests of all rounds.
 
     One rank may be killed while round 1 is made.
     """

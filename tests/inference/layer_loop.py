@@ -132,7 +132,7 @@ def expected_logits(model, inputs, sizes, last, sequences: Tensor, layer: int, o
     """For every row, logits [new,V] that should have produced the new tokens of `sequences` [B,S+new].
 
     sizes [row][image]: visual tokens of the images; last: the record whose kept indices are taken as given.
-    owners [row][image]: who assignment for each of an image's tokens; None: each for itself.
+    owners [row][image]: cluster assignment of an image's tokens; None: no clusters.
     """
     new = sequences[:, inputs["input_ids"].shape[1] :]
     found = []

@@ -274,7 +274,7 @@ def last_first(visual, text, keep):
 
 def mask_of_the_callers_own(inputs, heads):
     """bool [B,heads,S,S]: causal; the last head hides two words from the last token; the first four tokens of every
-    image are seen by each other only, so that dropping them changes nothing."""
+    image are visible to each other only, so that dropping them changes nothing."""
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
     length = ids.shape[1]
     visual = ids == IMAGE

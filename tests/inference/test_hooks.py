@@ -1,4 +1,4 @@
-"""`compress` against the unmodified model (keep all) and against layers run by hand (pruned), all
+"""`compress` against the unmodified model (keep all) and against a loop over layers (pruned), for all
 families."""
 
 import pytest

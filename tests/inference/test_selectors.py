@@ -239,8 +239,8 @@ def test_reused_tokens_are_the_same_with_newline_separators(family, newline):
     [
         (SimpleNamespace(picked=[[torch.tensor([15])]] * 3), "token 15 was kept, but the image has 8"),
         (SimpleNamespace(picked=[[torch.tensor([1])]]), "1 images in the record"),
-        (None, "not as NoneType; give `lambda: handle.last`"),
-        ([[torch.tensor([1])]] * 3, "not as list; give `lambda: handle.last`"),
+        (None, "not NoneType; give `lambda: handle.last`"),
+        ([[torch.tensor([1])]] * 3, "not list; give `lambda: handle.last`"),
     ],
 )
 def test_kept_tokens_that_cannot_be_reused_are_refused(record, message):

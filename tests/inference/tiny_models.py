@@ -1,6 +1,6 @@
 """Tiny random models of every supported family and prompts for them; made from config classes, no download.
 
-Every prompt batch has two rows of different length (left padded): row 0 with one picture, row 1 with two.
+Every prompt batch has two rows of different length (left padded): row 0 with one image, row 1 with two.
 """
 
 import functools
