@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import evocomp
+from tests.test_readme import PRINTED, SNIPPET
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("setuptools", minversion="77", reason="builds a wheel: pip install -e '.[dev]'")
@@ -92,6 +93,7 @@ def test_it_trains_answers_and_shows_from_an_empty_folder(wheel, tmp_path):
     answer = run(command, *words, cwd=work, **quiet)
     assert "144 -> 16 visual tokens" in answer and (work / "kept.png").is_file()
     run(command, "config", "--config", "llava15_7b", cwd=work, **quiet)
+    assert run(python, "-c", SNIPPET, cwd=work, **quiet).endswith(PRINTED)
     run(python, ROOT / "notebooks" / "quickstart.py", cwd=work, **quiet)
 
 

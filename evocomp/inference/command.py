@@ -61,6 +61,8 @@ def answer_from_command_line(
         print(_describe("full model", full) + f"   answer: {full.text}")
         prefill = full.prefill / max(1e-9, ours.prefill)
         print(f"{'ratio':12} {full.total / ours.total:.2f}x in all, prefill {prefill:.2f}x")
+        if full.total < ours.total:
+            print("This LLM, or its prompt, is too small for compression to save time; large LLMs gain.")
     if save is not None:
         _draw(picture, kept, ours.before, save)
         print(f"kept tokens drawn in {save}")

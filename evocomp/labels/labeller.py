@@ -192,7 +192,9 @@ class Labeller:
                 # chunks are taken in order: those before this one are this process's or another's
                 before = found + sum(to_score[other] for other in todo[: todo.index(chunk)])
                 progress.done, progress.copying = max(progress.done, before), not to_score[chunk]
+                total = progress.total
                 records = self._make_readable(round, chunks[chunk], previous, scores, progress, report)
+                to_score[chunk] -= total - progress.total  # questions whose images do not decode
                 check_finite(records)
                 if self.mllm.shard_group.leads:
                     store.write(round, chunk, records)

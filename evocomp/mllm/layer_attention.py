@@ -43,6 +43,8 @@ def queries_and_keys(
         positions: position ids [B, L].
     """
     code = sys.modules[type(module).__module__]
+    if clip := getattr(module.config, "clip_qkv", None):  # OLMo
+        query, key = query.clamp(-clip, clip), key.clamp(-clip, clip)
     query, key = (rows.unflatten(-1, (-1, module.head_dim)) for rows in (query, key))
     query = module.q_norm(query) if hasattr(module, "q_norm") else query
     key = module.k_norm(key) if hasattr(module, "k_norm") else key

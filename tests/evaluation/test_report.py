@@ -399,11 +399,16 @@ def test_a_model_that_answers_nothing_rightly_has_a_report_too(tmp_path):
     assert "<svg" not in text and "nothing to compare" in text
 
 
+def every_form(report):
+    blocks = build_blocks(report)
+    return terminal(report), markdown(report, blocks), page_module.page(report, blocks)
+
+
 def test_too_few_images_are_told_in_every_form():
     few, enough = (make_report(*panel(pictures=count), resamples=50) for count in (7, 12))
-    for text in (terminal(few), markdown(few), page_module.page(few)):
+    for text in every_form(few):
         assert "no two-sided p value can be below 0.016" in " ".join(text.split())
-    for text in (terminal(enough), markdown(enough), page_module.page(enough)):
+    for text in every_form(enough):
         assert "no two-sided p" not in text
     assert min(row["p_vs_evocomp"] for row in few.rows if row["p_vs_evocomp"] is not None) >= 2 / 2**7
     assert "sign-flip" in " ".join(how_made(few))

@@ -23,8 +23,8 @@ EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=
 TEXTS = {
     "llama": {},
     "mistral": WINDOW,
-    "ministral3": HEAD | dict(sliding_window=None, rope_parameters=SCALED),  # scales queries by the position
-    "mistral4": LATENT | EXPERTS | dict(rope_parameters=SCALED, n_group=1, topk_group=1, first_k_dense_replace=1),
+    "ministral3": HEAD | dict(sliding_window=None, rope_parameters=dict(SCALED)),  # scales queries by the position
+    "mistral4": LATENT | EXPERTS | dict(rope_parameters=dict(SCALED), n_group=1, topk_group=1, first_k_dense_replace=1),
     "qwen2": {},
     "qwen3": HEAD,
     "gemma2": HEAD | WINDOW | dict(query_pre_attn_scalar=8),
@@ -101,7 +101,7 @@ def test_layers_that_read_more_are_refused(kind):
 
 def mistral3_with_ministral3():
     torch.manual_seed(0)
-    text = tf.Ministral3Config(**TEXT, **HEAD, sliding_window=None, rope_parameters=SCALED)
+    text = tf.Ministral3Config(**TEXT, **HEAD, sliding_window=None, rope_parameters=dict(SCALED))
     vision = tf.PixtralVisionConfig(**VISION, image_size=32, patch_size=4)
     options = dict(image_token_index=IMAGE, spatial_merge_size=2, vision_feature_layer=-1)
     config = tf.Mistral3Config(vision_config=vision, text_config=text, **options)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from transformers import LlavaForConditionalGeneration, MistralConfig
 
 from evocomp.compressor.model import EvoCompCompressor
 from evocomp.evaluation.panel import Panel, Rival
@@ -345,11 +346,12 @@ def test_a_prompt_without_text_after_the_image_is_named():
         )
 
 
-def test_a_sliding_window_shorter_than_the_prompt_is_named(monkeypatch):
-    model = build("llava")
-    config = model.get_decoder().config
-    monkeypatch.setattr(config, "sliding_window", 8, raising=False)
-    monkeypatch.setattr(config, "layer_types", ["sliding_attention"] * 4, raising=False)
+def test_a_sliding_window_shorter_than_the_prompt_is_named():
+    config = copy.deepcopy(build("llava").config)
+    shared = {key: getattr(config.text_config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    shared |= {key: getattr(config.text_config, key) for key in ("num_hidden_layers", "num_attention_heads")}
+    config.text_config = MistralConfig(**shared, num_key_value_heads=2, sliding_window=8, head_dim=8)
+    model = LlavaForConditionalGeneration(config).eval()
     with compress(model, "fastv", keep=4), pytest.raises(UserError, match="window of 8 .*use one of .*divprune"):
         model(**prompts("llava"))
 

@@ -132,10 +132,9 @@ def test_hours_price_and_refresh_follow(run):
     assert once.refresh / once.seconds == pytest.approx(8 / 25)
 
 
-@pytest.mark.parametrize("name", ["llava15_7b", "llava_next_7b", "qwen25_vl_7b"])
+@pytest.mark.parametrize("name", ["llava15_7b", "llava15_7b_published", "llava_next_7b", "qwen25_vl_7b"])
 def test_the_heads_of_the_big_runs_say_what_the_estimator_says(name, capsys):
     from pathlib import Path
-
 
     path = Path(__file__).resolve().parent.parent.parent / "experiments" / f"{name}.yaml"
     assert cli.main(["label", "--config", str(path), "--estimate", "--gpu", "h100", "--gpus=8"]) == 0

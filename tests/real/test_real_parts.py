@@ -145,7 +145,7 @@ def test_packed_questions_score_as_if_asked_alone(tiny):
     with torch.inference_mode():
         packed = packed_logits(llm, model.lm_head, visual, index, rows, targets(rows)[0], 16)
     alone = []
-    for _, text, answer in questions:
+    for _, text, answer, *_ in questions:
         prompt = tokenizer(f"\n{text}\n", add_special_tokens=False).input_ids
         reply = tokenizer(answer, add_special_tokens=False).input_ids
         embed = model.get_input_embeddings()
