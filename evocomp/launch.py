@@ -111,7 +111,7 @@ def _environment(count: int) -> dict[str, str]:
         port = one.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {**place, **address, "OMP_NUM_THREADS": "1", _LAUNCHED: str(count), _PARENT: str(os.getpid())}
+    return {**ranks, **address, "OMP_NUM_THREADS": "1", _LAUNCHED: str(count), _PARENT: str(os.getpid())}
 
 
 def _end(process: subprocess.Popen) -> None:

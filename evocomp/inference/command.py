@@ -83,8 +83,8 @@ def _describe(name: str, answer: TimedAnswer) -> str:
 def _draw(pil_image: Image.Image, kept: np.ndarray, tokens: int, path: Path) -> None:
     side = round(tokens**0.5)
     if side * side != tokens:
-        raise UserError(f"--save draws square grids of tokens only; this picture has {tokens}")
-    pixels = np.asarray(picture.resize((side * 28, side * 28), Image.Resampling.BICUBIC))
+        raise UserError(f"--save draws square grids of tokens only; this image has {tokens}")
+    pixels = np.asarray(pil_image.resize((side * 28, side * 28), Image.Resampling.BICUBIC))
     kind = Image.registered_extensions()[path.suffix.lower()]
     with whole_file(path) as file:
         Image.fromarray(light_up(pixels, kept, (side, side))).save(file, kind)

@@ -135,7 +135,7 @@ def _shorten_tensors(
     """[B,S] tensors at the kept tokens; inputs of the vision tower are removed, all others unchanged."""
     padding = {"input_ids": _pad_id(model), "labels": -100}
     base, shape = families.base(model), inputs["input_ids"].shape
-    eaten = {"position_ids", "attention_mask"}
+    consumed = {"position_ids", "attention_mask"}
     for kind in ("image", "video"):
         if (function := getattr(base, f"get_{kind}_features", None)) is not None:
             consumed |= set(inspect.signature(function).parameters)

@@ -190,7 +190,7 @@ class FrozenMLLM(Reader):
             embeds, positions = self.embed(token)[:, None], positions[..., -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             keywords = {"attention_mask": mask}  # an answer has no blocks and no visual tokens
-        texts = self.processor.tokenizer.batch_decode(torch.stack(said, 1).tolist(), skip_special_tokens=True)
+        texts = self.processor.tokenizer.batch_decode(torch.stack(generated, 1).tolist(), skip_special_tokens=True)
         return [text.strip() for text in texts], first
 
     def check_scorable(self) -> None:
