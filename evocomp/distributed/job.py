@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +61,38 @@ def join() -> None:
             )
         torch.cuda.set_device(local_rank())
     with _reaching_others():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            dist.init_process_group(backend)
+            return
+        store, me, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(_agreed_attempt(store, me, size), store)
+        dist.init_process_group(backend, store=store, rank=me, world_size=size)
+
+
+def _agreed_attempt(store: dist.Store, me: int, size: int) -> str:
+    """A name for this attempt that all ranks of it agree on, unlike those of earlier attempts.
+
+    The store of torchrun's agent outlives a restart, and with it the addresses of processes that are gone. Restart
+    counts do not serve: the agents of two nodes may have different ones. Rank 0 answers whoever says hello, until all
+    have taken its answer; an answer to a process that is gone is never taken.
+    """
+    attempt = uuid.uuid4().hex
+    if me != 0:
+        hello = uuid.uuid4().hex
+        store.set(f"hello/{me}", hello)
+        attempt = store.get(f"answer/{hello}").decode()
+        store.set(f"taken/{attempt}/{me}", "1")
+        return attempt
+    waiting, until = set(range(1, size)), time.monotonic() + 1800
+    while waiting and time.monotonic() < until:
+        for other in sorted(waiting):
+            if store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", attempt)
+            if store.check([f"taken/{attempt}/{other}"]):
+                waiting.discard(other)
+        time.sleep(0.02 if waiting else 0)
+    return attempt
 
 
 def broadcast(value, source: int = 0):
