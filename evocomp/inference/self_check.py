@@ -59,7 +59,7 @@ def _difference(handle: "Handle", prompt: Prompt, inputs: dict) -> str:
     state = Shortened.make(prompt, kept)
     if not bool(pruned["output"][state.valid.to(pruned["output"].device)].isfinite().all()):
         return "with tokens dropped its outputs are not finite"
-    by_hand = _shortened_inputs(plain, state) if handle.layer == 0 else None
+    by_hand = _shortened_inputs(plain, state) if handle.layer == 0 and prompt.blocks is None else None
     if by_hand is not None:
         with torch.no_grad():
             expected = handle._decoder.forward(**by_hand).last_hidden_state

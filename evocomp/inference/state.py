@@ -17,7 +17,9 @@ class Prompt:
 
     numbers [B,S]: image of each visual token, -1 elsewhere; real [B,S]: tokens that are not padding; lengths [B]:
     columns of each row that are the prompt, None if no more is known than `labels` say; mask
-    [B or 1,1 or heads,S,columns]: the caller's own attention mask, which holds for every layer, None if it has none
+    [B or 1,1 or heads,S,columns]: the caller's own attention mask, which holds for every layer, None if it has none;
+    blocks [B,S]: which bidirectional block of layers with a sliding window each token belongs to, -1 for none; None:
+    there are none
     """
 
     ids: Tensor
@@ -27,6 +29,7 @@ class Prompt:
     cached: bool
     mask: Tensor | None = None
     lengths: Tensor | None = None
+    blocks: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -145,7 +148,7 @@ class Pass:
 
     real [B,keys]: keys that are not padding, None if all are; record: what a prefill keeps; layers: those that have
     run; given_mask [B or 1,1 or heads,S,columns]: the mask of the
-    whole prompt if it says more than that; windowed: whether sliding layers narrow it
+    whole prompt if it says more than that; windowed: whether sliding layers narrow it; blocks [B,L]: see `Prompt`
     """
 
     state: Shortened
@@ -154,6 +157,7 @@ class Pass:
     record: Compression | None = None
     given_mask: Tensor | None = None
     windowed: bool = True
+    blocks: Tensor | None = None
     deepstack: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     memo: dict = field(default_factory=dict)
     layers: set[int] = field(default_factory=set)
