@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evocomp.inference.calls import Calls, Generation, PromptLength, check_whole, prompt_lengths
 from evocomp.inference.choose import Compression, Newline, Positions, check_keep, choose
 from evocomp.inference.compiled import drop_compiled_code, in_python, no_full_graph, without_compile
-from evocomp.inference.masks import always_masks, causal_mask, gathered_mask, is_plain, padding_mask
+from evocomp.inference.masks import always_masks, block_mask, causal_mask, gathered_mask, is_plain, padding_mask
 from evocomp.inference.selectors import Picker
 from evocomp.inference.self_check import check_exact
 from evocomp.inference.state import Choice, Pass, Prompt, Shortened
@@ -262,7 +262,9 @@ class Handle:
             state.next_position = kwargs["position_ids"][..., -1:] + 1
         run = Pass(state, prefill=True, real=None if state.all_real else state.valid, record=record)
         run.given_mask, run.windowed = prompt.mask, prompt.mask is None
-        if prompt.mask is None and self._policy.blocks:
+        if prompt.blocks is not None:
+            run.blocks = prompt.blocks.gather(1, state.index).masked_fill(~state.valid, -1)
+        if prompt.mask is None and self._policy.blocks in ("image", "prefix"):
             mask = kwargs.get("attention_mask")
             mask = mask.get("full_attention") if isinstance(mask, dict) else mask
             run.given_mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
@@ -322,14 +324,17 @@ class Handle:
             mask = run.memo[kind]
             # layers that use other layers' keys may run on the last tokens only (Gemma 4)
             return mask if mask is None or mask.ndim != 4 else mask[..., -length:, :]
-        if run.given_mask is not None and kind not in attention.RECURRENT_TYPES:
+        columns = length if cache is None else cache.get_mask_sizes(length, number)[0]
+        if run.blocks is not None and kind == "sliding_attention":
+            mask = block_mask(config, run.blocks, run.state.valid, columns, hidden)
+        elif run.given_mask is not None and kind not in attention.RECURRENT_TYPES:
             mask = gathered_mask(
                 run.given_mask,
                 run.state.index,
                 run.state.valid,
                 window=config.sliding_window if kind == "sliding_attention" and run.windowed else None,
                 window_spares_blocks=self._policy.blocks == "prefix",
-                columns=length if cache is None else cache.get_mask_sizes(length, number)[0],
+                columns=columns,
             )
         else:
             real = None if run.real is None else run.real.to(hidden.device)

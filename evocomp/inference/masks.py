@@ -146,6 +146,17 @@ def _is_open(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
+def block_mask(config: PreTrainedConfig, blocks: Tensor, valid: Tensor, columns: int, hidden: Tensor) -> Tensor:
+    """The mask of layers with a sliding window in which tokens of one block within the window see each other.
+
+    blocks [B,L]: of each kept token, -1 for none; valid [B,L]; columns: keys of the cache, at least L; hidden gives the
+    number format. -> [B,1,L,columns]
+    """
+    seen = attention.block_masks(config, blocks, False, valid)["sliding_attention"].to(hidden.device)
+    seen = pad(seen, (0, columns - seen.shape[-1]), value=False)
+    return seen if config._attn_implementation == "sdpa" else attention.additive(seen, hidden.dtype)
+
+
 def gathered_mask(
     full: Tensor, index: Tensor, valid: Tensor, window: int | None, window_spares_blocks: bool, columns: int
 ) -> Tensor:

@@ -8,23 +8,32 @@ the embeddings of the kept tokens at their positions (only before layer 0, where
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from evocomp.inference.calls import Calls
 from evocomp.inference.choose import take
 from evocomp.inference.state import Prompt, Shortened
 from evocomp.log import UserError
 from evocomp.mllm.agreement import same_states
 
-if TYPE_CHECKING:
-    from evocomp.inference.handle import Handle
-
 _ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def check_exact(handle: "Handle", prompt: Prompt, inputs: Mapping[str, Any]) -> None:
+class Compressing(Protocol):
+    """What is asked of the handle of `compress`."""
+
+    model: nn.Module
+    layer: int
+    restore_length: bool
+    _base: nn.Module
+    _decoder: nn.Module
+    _calls: Calls
+
+
+def check_exact(handle: Compressing, prompt: Prompt, inputs: Mapping[str, Any]) -> None:
     """Raise UserError unless compression is exact on this prompt.
 
     Args:
@@ -47,7 +56,7 @@ def check_exact(handle: "Handle", prompt: Prompt, inputs: Mapping[str, Any]) -> 
         )
 
 
-def _difference(handle: "Handle", prompt: Prompt, inputs: dict) -> str:
+def _difference(handle: Compressing, prompt: Prompt, inputs: dict) -> str:
     """What is not exact, in words; empty if nothing."""
     plain = _run(handle, None, None, inputs)
     whole = _run(handle, prompt, prompt.visual, inputs)
@@ -59,7 +68,7 @@ def _difference(handle: "Handle", prompt: Prompt, inputs: dict) -> str:
     state = Shortened.make(prompt, kept)
     if not bool(pruned["output"][state.valid.to(pruned["output"].device)].isfinite().all()):
         return "with tokens dropped its outputs are not finite"
-    by_hand = _shortened_inputs(plain, state) if handle.layer == 0 else None
+    by_hand = _shortened_inputs(plain, state) if handle.layer == 0 and prompt.blocks is None else None
     if by_hand is not None:
         with torch.no_grad():
             expected = handle._decoder.forward(**by_hand).last_hidden_state
@@ -68,7 +77,7 @@ def _difference(handle: "Handle", prompt: Prompt, inputs: dict) -> str:
     return ""
 
 
-def _run(handle: "Handle", prompt: Prompt | None, kept: Tensor | None, inputs: dict) -> dict[str, Any]:
+def _run(handle: Compressing, prompt: Prompt | None, kept: Tensor | None, inputs: dict) -> dict[str, Any]:
     """The decoder's keywords and, as "output", its last hidden states; compressed if there is a prompt."""
     seen: dict[str, Any] = {}
 
@@ -127,7 +136,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _short_outputs(handle: "Handle") -> Iterator[None]:
+def _short_outputs(handle: Compressing) -> Iterator[None]:
     """With the decoder's outputs as short as they are."""
     restore, handle.restore_length = handle.restore_length, False
     try:

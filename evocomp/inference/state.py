@@ -27,6 +27,7 @@ class Prompt:
     cached: bool
     mask: Tensor | None = None
     lengths: Tensor | None = None
+    blocks: Tensor | None = None
 
     @property
     def visual(self) -> Tensor:
@@ -155,6 +156,7 @@ class Pass:
     record: Compression | None = None
     given_mask: Tensor | None = None
     windowed: bool = True
+    blocks: Tensor | None = None
     deepstack: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     memo: dict = field(default_factory=dict)
     layers: set[int] = field(default_factory=set)

@@ -202,9 +202,13 @@ def block_ids(model: nn.Module, input_ids: Tensor) -> Tensor | None:
         return None
     if kind == "prefix":
         return torch.zeros_like(input_ids)
-    visual = visual_mask(model, input_ids)
-    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:-1]
-    return torch.where(visual, starts.cumsum(0) - 1, -1)
+    return runs(visual_mask(model, input_ids))
+
+
+def runs(visual: Tensor) -> Tensor:
+    """Which unbroken run of visual tokens each token belongs to, 0, 1, ..., -1 at text. bool [..., S] -> [..., S]"""
+    starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[..., :-1]
+    return torch.where(visual, starts.cumsum(-1) - 1, -1)
 
 
 def newline_rows(model: nn.Module, features: Tensor) -> Tensor:

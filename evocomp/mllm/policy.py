@@ -24,7 +24,8 @@ class Policy:
     newline:   its visual rows contain `image_newline` separators, which are no picture content
     mrope:     positions have several rows (Qwen: text, time, height, width)
     deepstack: visual features are added again inside the first decoder layers
-    blocks:    attention mask is bidirectional inside an image ("image") or over the whole prompt ("prefix")
+    blocks:    attention mask is bidirectional inside an image ("image"), the same in layers with a sliding window only
+               ("sliding"), or over the whole prompt ("prefix")
     image:     what one image is. "entry": one entry of `pooler_output`; "run": one unbroken run of
                placeholders (its tiles are entries); "tiles": all runs up to the global tile, which comes last
     forward_offset: added to `position_ids` by the family's own `prepare_inputs_for_generation`
@@ -33,7 +34,7 @@ class Policy:
     newline: bool = False
     mrope: bool = False
     deepstack: bool = False
-    blocks: Literal["image", "prefix"] | None = None
+    blocks: Literal["image", "sliding", "prefix"] | None = None
     image: Literal["entry", "run", "tiles"] = "entry"
     forward_offset: int = 0
 
@@ -141,6 +142,7 @@ def derive(model: nn.Module) -> Policy:
         newline=isinstance(getattr(own, "image_newline", None), Tensor),
         mrope=hasattr(own, "get_rope_index") or _has_mrope(decoder(model).config),
         deepstack="deepstack_visual_embeds" in reads,
+        blocks="sliding" if getattr(text, "use_bidirectional_attention", None) == "vision" else None,
     )
 
 

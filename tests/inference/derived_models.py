@@ -228,6 +228,10 @@ def gemma4_shared_keys():
     return _gemma4(num_kv_shared_layers=2)
 
 
+def gemma4_blocks():
+    return _gemma4(num_kv_shared_layers=0, hidden_size_per_layer_input=0, use_bidirectional_attention="vision")
+
+
 def minicpmv4_6():
     config = tf.MiniCPMV4_6Config(
         vision_config=dict(VISION, image_size=32, patch_size=4),

@@ -27,7 +27,7 @@ from tests.inference import derived_models, tiny_models
 from tests.inference.test_hooks import answer, jumble
 
 EXACT, FIRST_LAYER, REFUSED, NOT_BUILT = "exact", "exact at layer 0", "refused", "cannot be built here"
-VARIANTS = {"gemma4": ["gemma4", "gemma4_shared_keys"], "paligemma": ["paligemma", "paligemma2"]}
+VARIANTS = {"gemma4": ["gemma4", "gemma4_blocks", "gemma4_shared_keys"], "paligemma": ["paligemma", "paligemma2"]}
 
 
 def rows() -> Iterator[tuple[str, str, str]]:

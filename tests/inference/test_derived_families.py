@@ -77,6 +77,11 @@ def on_the_kept_tokens(model, inputs, kept, layer):
             config.layer_types = config.layer_types[layer:]
         short.config = config
     mask = torch.ones(positions.shape[-2:], dtype=torch.long)
+    if getattr(llm.config, "use_bidirectional_attention", None):  # within an image, in layers with a window only
+        place, visual = torch.arange(int(stays.sum())), (ids == IMAGE)[stays]
+        before, near = place[:, None] >= place, place[:, None] - place < llm.config.sliding_window
+        near_or_block = near & (before | visual[:, None] & visual)
+        mask = {"full_attention": before[None, None], "sliding_attention": near_or_block[None, None]}
     embeds = (seen["inputs_embeds"] if layer == 0 else states["hidden"])[:, stays]
     with torch.no_grad():
         out = short.forward(
