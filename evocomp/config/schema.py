@@ -20,7 +20,7 @@ class ModelConfig:
     """Processes that hold one copy of the frozen MLLM together, for models that do not fit one GPU; 0 = all of a
     node. They score the batches of a sample side by side: set `labels.batch` to search.population / shard."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "model.", "shard")
 
 
@@ -57,7 +57,7 @@ class DataConfig:
     """Faulty records (a missing image, a video, ...) that are skipped before the run gives up; and as many whose image
     does not decode, which is found when the model reads it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
 
 
@@ -74,7 +74,7 @@ class GroupingConfig:
     count: int = 0
     """Split or merge to exactly this many groups; 0 = as found. dpc_knn needs it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "grouping.", "count")
         require(self.method != "dpc_knn" or self.count > 0, "grouping.method=dpc_knn needs grouping.count > 0")
 
@@ -96,7 +96,7 @@ class SearchConfig:
     patience: int = 0
     """Rounds without gain after which a search ends; 0 = never (Algorithm 1)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 1, "search.", "parents")
         require(
             self.population >= self.parents,
@@ -187,7 +187,7 @@ class LabelConfig:
     flat: float = 0.1
     """Skip questions whose proposal losses have a standard deviation below this [nats] (refresh=on_policy)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
         at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
         at_least(self, 0, "labels.", "generations_per_refresh", "credit_samples", "samples_per_epoch", "flat", "probes")
@@ -218,7 +218,7 @@ class LoraConfig:
     alpha: int = 32
     """LoRA's scale, as in peft."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "compressor.lora.", "r")
         at_least(self, 1, "compressor.lora.", "alpha")
 
@@ -256,7 +256,7 @@ class CompressorSection:
     """That score. `auto`: attention of the class token where the vision tower has one, else DivPrune."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 1, "compressor.", "layers")
         at_least(self, 0, "compressor.", "width", "init_layer", "dither", "sharp", "hedge")
         require(self.hedge < 1, f"compressor.hedge={self.hedge}: a share of the selected tokens, below 1")
@@ -287,7 +287,7 @@ class LossConfig:
     clip: float = 0.2
     """Of the policy's probability ratio (refresh=on_policy)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 1, "loss.", "bins")
         at_least(self, 0, "loss.", "alpha")
         for name in ("eps", "temperature"):
@@ -317,7 +317,7 @@ class OptimConfig:
     ema: float = 0.99
     """Decay of the weight average that is kept at the end; 0 = off."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 1, "optim.", "batch_size")
         require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
         at_least(self, 0, "optim.", "refresh_lr", "weight_decay", "warmup_steps", "flat", "ema")
@@ -346,7 +346,7 @@ class EvalConfig:
     sheet: int = 12
     """Pictures on kept.png."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
         at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens", "monitor_every", "sheet")
 
@@ -377,6 +377,6 @@ class RunConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Any argument of Lightning's Trainer (max_epochs, devices, num_nodes, strategy, precision, ...)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "", "seed", "threads")
         require_consistent(self)

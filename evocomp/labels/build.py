@@ -43,13 +43,13 @@ def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> No
     """Let the MLLM keep its tower's features where the settings say; rank 0 says what they will take first."""
     if config.model.feature_cache is None:
         return
-    mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
+    cache = mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
 
     def reserve() -> None:
         examples = [*splits.train, *splits.val]
         mllm.readable(examples, most=1)
         pictures = len({picture_key(example) for example in examples})
-        mllm.cache.reserve(pictures, shutil.disk_usage(mllm.cache.folder).free)
+        cache.reserve(pictures, shutil.disk_usage(cache.folder).free)
 
     distributed.from_rank_0(reserve)
 
@@ -103,9 +103,10 @@ def labeller_for(
     """
     if compressor.hedge:
         mllm.priority_by = compressor.hedge_by
+    dtype: Any = str(mllm.model.dtype).removeprefix("torch.")
     config = RunConfig(
         seed=seed,
-        model=ModelConfig(name=mllm.name, dtype=str(mllm.model.dtype).removeprefix("torch.")),
+        model=ModelConfig(name=mllm.name, dtype=dtype),
         data=DataConfig(source="questions"),
         labels=labels or LabelConfig(),
         loss=loss or LossConfig(),

@@ -175,9 +175,18 @@ class Labeller:
 
     def store_of(self, round: int) -> LabelStore:
         """Where a round lies."""
-        return self.store if round <= 0 or self.refreshed is None else self.refreshed
+        store = self.store if round <= 0 or self.refreshed is None else self.refreshed
+        assert store is not None, "this labeller only encodes and makes records"
+        return store
 
-    def _fill(self, store: LabelStore, round: int, previous, scores, report) -> None:
+    def _fill(
+        self,
+        store: LabelStore,
+        round: int,
+        previous: dict[int, Record],
+        scores: Scores | None,
+        report: Callable[[LabelProgress], None],
+    ) -> None:
         chunks = self.rounds.chunks(round, previous)
         stored = set().union(*gather(store.stored(round)))
         todo = [chunk for chunk in range(len(chunks)) if chunk not in stored]
@@ -230,7 +239,15 @@ class Labeller:
             store.commit(round, range(count))
         queue.wait_for(lambda: store.committed(round))
 
-    def _make_readable(self, round, ids, previous, scores, progress, report) -> list[Record]:
+    def _make_readable(
+        self,
+        round: int,
+        ids: Sequence[int],
+        previous: dict[int, Record],
+        scores: Scores | None,
+        progress: LabelProgress,
+        report: Callable[[LabelProgress], None],
+    ) -> list[Record]:
         """The records of a chunk, without those of questions whose images do not decode.
 
         A chunk's images are all read before anything is scored, so beginning again costs little; and what is broken is
@@ -253,7 +270,15 @@ class Labeller:
             raise UserError("an image decoded at one time and not at another: the disk or the network is failing")
         return kept
 
-    def _make(self, round, ids, previous, scores, progress, report) -> list[Record]:
+    def _make(
+        self,
+        round: int,
+        ids: Sequence[int],
+        previous: dict[int, Record],
+        scores: Scores | None,
+        progress: LabelProgress,
+        report: Callable[[LabelProgress], None],
+    ) -> list[Record]:
         started, before = time.perf_counter(), self.scorer.forwards
         records = []
         for record in self.rounds.make(round, ids, self.encode, previous, scores):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -9,7 +10,7 @@ from safetensors import SafetensorError
 
 from evocomp.log import UserError
 
-Record = dict[str, "np.ndarray | int | float"]
+Record = dict[str, Any]
 """What is stored of one sample: an integer "id" and arrays or numbers, with the same fields in a chunk."""
 
 ANEW = "delete this file and run the labelling again: it makes only what is missing"

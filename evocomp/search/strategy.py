@@ -96,8 +96,8 @@ class Strategy:
             prior: [N] token scores, higher is better (a compressor's logits, say): a share `seeded` of the
                 first population is drawn from them. Not with `losses`.
         """
-        key = tuple(int(word) for word in rng.integers(0, 2**64, size=2, dtype=np.uint64))
-        state = State(groups, key)
+        first, second = (int(word) for word in rng.integers(0, 2**64, size=2, dtype=np.uint64))
+        state = State(groups, (first, second))
         population = _fit(np.empty((0, groups.count)) if population is None else population, groups)
         if losses is not None:
             assert prior is None, "after a population with losses come its children: no place for seeds"

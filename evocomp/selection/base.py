@@ -85,7 +85,7 @@ class Selection:
     """What the method has to tell besides."""
 
     @classmethod
-    def of(cls, indices: Tensor, **extra) -> "Selection":
+    def of(cls, indices: Tensor, **extra: Any) -> "Selection":
         """A pure selection: rows stay where they were."""
         return cls(positions=indices, indices=indices, extra=extra)
 
