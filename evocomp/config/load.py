@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -48,7 +48,7 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
     changes = [(_read(_find(file)), str(file)) for file in files]
     changes += [(_setting(setting), "command line") for setting in settings]
     recipe = next((str(node["recipe"]) for node, _ in reversed(changes) if "recipe" in node), RunConfig.recipe)
-    config = OmegaConf.merge(OmegaConf.structured(RunConfig), RECIPES.get(recipe, {}))
+    config = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), RECIPES.get(recipe, {})))
     for node, origin in changes:
         config = _merge(config, node, origin)
     try:
@@ -82,7 +82,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved config as plain nested dictionaries."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def _find(file: str | Path) -> Path:
@@ -149,7 +149,7 @@ def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
         if leaves[key] == "???":  # OmegaConf takes it for a value that is still missing, and keeps the default
             raise UserError(f"{origin}: {key}=??? is not a value")
     try:
-        return OmegaConf.merge(config, change)
+        return cast(DictConfig, OmegaConf.merge(config, change))
     except OmegaConfBaseException as error:
         text = _one_line(error)
         # OmegaConf does not always name the key; a setting of the command line has a single one
@@ -203,7 +203,7 @@ def _reason(error: BaseException) -> str:
     return _short(str(error)) or type(error).__name__
 
 
-def _nested(path: list[str], value: str) -> dict:
+def _nested(path: list[str], value: str) -> dict[str, Any]:
     return {path[0]: _nested(path[1:], value)} if len(path) > 1 else {path[0]: value}
 
 

@@ -146,8 +146,8 @@ def _add(group, key: str, placeholder: str, text: str) -> None:
 class _Collect(argparse.Action):
     """Collects settings in the given order, because later ones override earlier ones."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        namespace.settings = (*namespace.settings, f"{option_string[2:]}={values}")
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.settings = (*namespace.settings, f"{(option_string or '')[2:]}={values}")
 
 
 @cache
@@ -160,6 +160,6 @@ def _attribute_docstrings(name: str) -> dict[str, str]:
     body = next(node.body for node in _schema().body if isinstance(node, ast.ClassDef) and node.name == name)
     found = {}
     for here, after in zip(body, body[1:], strict=False):
-        if isinstance(here, ast.AnnAssign) and isinstance(after, ast.Expr):
+        if isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name) and isinstance(after, ast.Expr):
             found[here.target.id] = " ".join(ast.literal_eval(after.value).split())
     return found

@@ -20,7 +20,7 @@ class ModelConfig:
     """Processes that hold one copy of the frozen MLLM together, for models that do not fit one GPU; 0 = all of a
     node. They score the batches of a sample in parallel: set `labels.batch` to search.population / shard."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "model.", "shard")
 
 
@@ -62,7 +62,7 @@ class DataConfig:
     max_tokens: int = 0
     """Longest prompt with its answer, image tokens included [tokens]; 0 = the positions that the MLLM was made for."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "data.", "max_samples", "val_samples", "test_samples", "max_bad", "questions_per_image")
         at_least(self, 0, "data.", "max_tokens", "train_seed", "val_seed", "test_seed")
 
@@ -80,7 +80,7 @@ class GroupingConfig:
     count: int = 0
     """Split or merge to exactly this number of groups; 0 = no change. Required by dpc_knn."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "grouping.", "count")
         require(self.method != "dpc_knn" or self.count > 0, "grouping.method=dpc_knn needs grouping.count > 0")
 
@@ -102,7 +102,7 @@ class SearchConfig:
     patience: int = 0
     """Generations without improvement after which a search ends; 0 = never (Algorithm 1)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 1, "search.", "parents")
         require(
             self.population >= self.parents,
@@ -193,7 +193,7 @@ class LabelConfig:
     flat: float = 0.1
     """Skip questions whose proposal losses have a standard deviation below this [nats] (refresh=on_policy)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = ("refresh_start", "refresh_every", "passes", "chunk_size", "batch", "credit_masks")
         at_least(self, 1, "labels.", *counts, "proposals", "samples_per_refresh")
         at_least(self, 0, "labels.", "generations_per_refresh", "credit_samples", "samples_per_epoch", "flat", "probes")
@@ -225,7 +225,7 @@ class LoraConfig:
     alpha: int = 32
     """LoRA scale, as in PEFT."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "compressor.lora.", "r")
         at_least(self, 1, "compressor.lora.", "alpha")
 
@@ -263,7 +263,7 @@ class CompressorSection:
     """Training-free score of `hedge`. `auto`: attention of the class token if the tower has one, else DivPrune."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 1, "compressor.", "layers")
         at_least(self, 0, "compressor.", "width", "init_layer", "dither", "sharp", "hedge")
         require(self.hedge < 1, f"compressor.hedge={self.hedge}: must be a fraction of the selected tokens, below 1")
@@ -294,7 +294,7 @@ class LossConfig:
     clip: float = 0.2
     """Clip range of the policy's probability ratio (refresh=on_policy)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 1, "loss.", "bins")
         at_least(self, 0, "loss.", "alpha")
         for name in ("eps", "temperature"):
@@ -324,7 +324,7 @@ class OptimConfig:
     ema: float = 0.99
     """Decay of the exponential moving average of the weights, which is saved at the end; 0 = off."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 1, "optim.", "batch_size")
         require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
         at_least(self, 0, "optim.", "refresh_lr", "weight_decay", "warmup_steps", "flat", "ema")
@@ -385,7 +385,7 @@ class RunConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of Lightning's Trainer (max_epochs, devices, num_nodes, strategy, precision, ...)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(self, 0, "", "seed", "threads")
         require_bounded(self)
         require_consistent(self)

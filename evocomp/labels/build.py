@@ -43,7 +43,7 @@ def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> No
     """Give the MLLM the disk cache that the settings name; rank 0 first logs and checks the disk space it needs."""
     if config.model.feature_cache is None:
         return
-    mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
+    cache = mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
 
     def reserve() -> None:
         examples = [*splits.train, *splits.val]
@@ -106,9 +106,10 @@ def labeller_for(
     """
     if compressor.hedge:
         mllm.priority_by = compressor.hedge_by
+    dtype: Any = str(mllm.model.dtype).removeprefix("torch.")
     config = RunConfig(
         seed=seed,
-        model=ModelConfig(name=mllm.name, dtype=str(mllm.model.dtype).removeprefix("torch.")),
+        model=ModelConfig(name=mllm.name, dtype=dtype),
         data=DataConfig(source="questions"),
         labels=labels or LabelConfig(),
         loss=loss or LossConfig(),

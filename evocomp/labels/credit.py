@@ -80,7 +80,7 @@ def group_means(credits: np.ndarray, groups: Groups) -> np.ndarray:
     [[2.0, 3.0, 2.0, 3.0]]
     """
     totals = np.zeros((len(credits), groups.count))
-    np.add.at(totals, (slice(None), groups.of), credits)
+    np.add.at(totals.T, groups.of, np.asarray(credits).T)
     return (totals / groups.sizes)[:, groups.of].astype(np.float32)
 
 

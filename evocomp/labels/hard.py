@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +67,9 @@ class HardLabels(Rounds):
         if round == 0:
             yield from map(self._first, encoded)
             return
-        seeded = scores is not None and self.labels.warm_start == "scores"
-        ranked = scores(encoded, None) if seeded else [None] * len(encoded)
+        ranked: Sequence[np.ndarray | None] = [None] * len(encoded)
+        if scores is not None and self.labels.warm_start == "scores":
+            ranked = scores(encoded, None)
         for features, ranking in zip(encoded, ranked, strict=True):
             yield self._again(features, round, previous[features.id], ranking)
 
@@ -118,7 +120,8 @@ class HardLabels(Rounds):
         warm: WarmStart | None = None,
         scores: np.ndarray | None = None,
     ) -> SearchResult:
-        score = partial(self.scorer, features, **({"flips": True} if self.strategy.flips else {}))
+        options: dict[str, Any] = {"flips": True} if self.strategy.flips else {}
+        score = partial(self.scorer, features, **options)
         patience, remember = self.search.patience, self.scorer.settings.memo
         return run(self.strategy, groups, score, rng, generations, warm, scores, patience, remember)
 

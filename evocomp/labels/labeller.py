@@ -190,7 +190,14 @@ class Labeller:
         """The store that holds a round."""
         return self.store if round <= 0 or self.refreshed is None else self.refreshed
 
-    def _fill(self, store: LabelStore, round: int, previous, scores, report) -> None:
+    def _fill(
+        self,
+        store: LabelStore,
+        round: int,
+        previous: dict[int, Record],
+        scores: Scores | None,
+        report: Callable[[LabelProgress], None],
+    ) -> None:
         chunks = self.rounds.chunks(round, previous)
         stored = set().union(*gather(store.stored(round)))
         todo = [chunk for chunk in range(len(chunks)) if chunk not in stored]
@@ -273,7 +280,15 @@ class Labeller:
             )
         return kept
 
-    def _make(self, round, ids, previous, scores, progress, report) -> list[Record]:
+    def _make(
+        self,
+        round: int,
+        ids: Sequence[int],
+        previous: dict[int, Record],
+        scores: Scores | None,
+        progress: LabelProgress,
+        report: Callable[[LabelProgress], None],
+    ) -> list[Record]:
         started, before = time.perf_counter(), self.scorer.forwards
         records = []
         for record in self.rounds.make(round, ids, self.encode, previous, scores):

@@ -43,7 +43,8 @@ def resolve_dtypes(config: RunConfig, folder: Path) -> RunConfig:
 
 def _chosen(config: RunConfig, folder: Path) -> tuple[str, str]:
     """`labels.dtype` and `optim.muon_dtype`."""
-    labels, muon = config.labels.dtype, config.optim.muon_dtype
+    labels: str = config.labels.dtype
+    muon: str = config.optim.muon_dtype
     if (folder / "config.yaml").is_file():
         there = config_files.load_saved(folder)
         # a run from before these settings has "auto" here still, and does what it did then

@@ -83,7 +83,9 @@ class CreditLabels(Rounds):
             return self.scorer.shared(questions, masks)
         return np.stack([self.scorer(one, masks) for one in questions])
 
-    def _records(self, questions, losses, values: np.ndarray) -> Iterator[Record]:
+    def _records(
+        self, questions: Sequence[Features], losses: Sequence[np.ndarray], values: np.ndarray
+    ) -> Iterator[Record]:
         everything = np.concatenate(losses, axis=1)
         for row, one in enumerate(questions):
             yield {

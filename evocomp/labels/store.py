@@ -269,7 +269,7 @@ class LabelStore:
     def _chunk(self, round: int, chunk: int) -> Path:
         return self._folder(round) / f"chunk-{chunk:06d}.safetensors"
 
-    def _meta(self) -> dict | None:
+    def _meta(self) -> dict[str, Any] | None:
         path = self.path / "meta.json"
         if not path.exists():
             return None
@@ -290,7 +290,7 @@ class LabelStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path} is not readable; delete it and run the labelling again") from None
 
-    def _check_numpy(self, meta: dict) -> None:
+    def _check_numpy(self, meta: dict[str, Any]) -> None:
         if meta["numpy"] != np.__version__:
             warn_once(
                 f"label store {self.path} was created with numpy {meta['numpy']}, but {np.__version__} is installed; "
@@ -344,14 +344,14 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _json(value: dict) -> bytes:
+def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _leaves(made_by: dict) -> dict[str, Any]:
+def _leaves(made_by: dict[str, Any]) -> dict[str, Any]:
     """Schema and fingerprint as one flat dictionary of dotted keys."""
 
-    def walk(tree: dict, prefix: str) -> dict[str, Any]:
+    def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for key, value in tree.items():
             flat |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -360,7 +360,7 @@ def _leaves(made_by: dict) -> dict[str, Any]:
     return walk({"schema": made_by["schema"], **made_by["fingerprint"]}, "")
 
 
-def _made_by_others(path: str | Path, found: dict, made_by: dict, keys: list[str]) -> UserError:
+def _made_by_others(path: str | Path, found: dict[str, Any], made_by: dict[str, Any], keys: list[str]) -> UserError:
     there, here = (", ".join(f"{key}={_leaves(side).get(key)}" for key in keys[:3]) for side in (found, made_by))
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return UserError(

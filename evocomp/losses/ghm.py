@@ -37,6 +37,8 @@ class GHMC(nn.Module):
         UserError: unknown form or rule, or an option that the exact form does not support.
     """
 
+    running_counts: Tensor
+
     def __init__(
         self,
         form: str = "histogram",
@@ -67,7 +69,8 @@ class GHMC(nn.Module):
             return exact_ghm_loss(logits, targets, valid, self.eps)
         if not self.momentum and self.reduce_counts is None:
             return ghm_bce(logits, targets, valid, self.bins, rule=self.rule)
-        counts, ranks = ghm_histogram(logits, targets, valid, self.bins), 1
+        counts = ghm_histogram(logits, targets, valid, self.bins)
+        ranks: Tensor | int = 1
         if self.reduce_counts is not None:
             # one all-reduce for both: the sum of a 1 from every rank is the number of ranks
             total = self.reduce_counts(torch.cat([counts, counts.new_ones(1)]))

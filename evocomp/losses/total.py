@@ -1,5 +1,7 @@
 """Supervised losses of the compressor by name."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from evocomp.log import UserError
@@ -46,6 +48,7 @@ class SupervisedLoss(nn.Module):
         value = self.term(logits, targets, valid)
         if not self.separates:
             return {"loss": value, self.term_name: value}
+        assert hidden is not None, "this loss reads the hidden states"
         separation = separation_loss(hidden, targets, valid)
         return {"loss": value + self.alpha * separation, self.term_name: value, "separation": separation}
 
@@ -53,7 +56,7 @@ class SupervisedLoss(nn.Module):
 class _Term(nn.Module):
     """A module that calls a loss function with fixed options."""
 
-    def __init__(self, function, **options: float | None) -> None:
+    def __init__(self, function: Callable[..., Tensor], **options: float | None) -> None:
         super().__init__()
         self.function, self.options = function, options
 
@@ -83,6 +86,7 @@ def build_loss(
     """
     if name not in LOSSES:
         raise UserError(f"loss {name!r} is unknown; choose one of {', '.join(LOSSES)}")
+    term: nn.Module
     match name.removesuffix("_cs"):
         case "ghm":
             term = GHMC(form, bins, eps, reduce_counts=reduce_counts)

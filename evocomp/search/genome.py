@@ -4,6 +4,8 @@ A genome therefore always keeps exactly one token per group. All functions draw 
 scaled to [0, 1)), the part of numpy's generators least likely to change between versions.
 """
 
+from typing import Any
+
 import numpy as np
 
 from evocomp.grouping.groups import Groups
@@ -59,4 +61,5 @@ def seed_genomes(
 def keys(genomes: np.ndarray) -> list[bytes]:
     """One hashable key per genome [Q, G]."""
     genomes = np.ascontiguousarray(genomes, dtype=np.int32)
-    return genomes.view(np.dtype((np.void, genomes.itemsize * genomes.shape[1]))).ravel().tolist()
+    rows: Any = genomes.view(np.dtype((np.void, genomes.itemsize * genomes.shape[1]))).ravel().tolist()
+    return list(rows)

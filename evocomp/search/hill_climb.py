@@ -50,8 +50,9 @@ class HillClimb(Strategy):
         far = genomes[len(single) :]
         flips = others[(rng.random((3, len(far))) * len(others)).astype(int)]
         third = rng.random(len(far)) < 0.5
-        for flip, used in zip(flips, (True, True, third), strict=True):
-            rows = np.flatnonzero(np.broadcast_to(used, len(far)))
+        always = np.ones(len(far), dtype=bool)
+        for flip, used in zip(flips, (always, always, third), strict=True):
+            rows = np.flatnonzero(used)
             far[rows, groups.of[flip[rows]]] = groups.places[flip[rows]]
         return genomes
 

@@ -95,8 +95,8 @@ class Strategy:
             prior: [N] token scores, higher is better (for instance a compressor's logits), from which the fraction
                 `seeded` of the first population is drawn. Must be None if `losses` is given.
         """
-        key = tuple(int(word) for word in rng.integers(0, 2**64, size=2, dtype=np.uint64))
-        state = State(groups, key)
+        first, second = (int(word) for word in rng.integers(0, 2**64, size=2, dtype=np.uint64))
+        state = State(groups, (first, second))
         population = _fit(np.empty((0, groups.count)) if population is None else population, groups)
         if losses is not None:
             assert prior is None, "a prior is used only if the population has no losses"

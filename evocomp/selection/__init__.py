@@ -7,7 +7,7 @@ tensors from `SelectionInputs`. `SELECTORS` lists them all; a file is imported w
 import difflib
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evocomp.log import UserError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _factory(module: str, attribute: str) -> Callable[..., "Selector"]:
-    def build(**options) -> "Selector":
+    def build(**options: Any) -> "Selector":
         return getattr(importlib.import_module(f"evocomp.selection.{module}"), attribute)(**options)
 
     build.__name__ = build.__qualname__ = attribute
