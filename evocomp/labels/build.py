@@ -43,7 +43,7 @@ def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> No
     """Give the MLLM the disk cache that the settings name; rank 0 first logs and checks the disk space it needs."""
     if config.model.feature_cache is None:
         return
-    cache = mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
+    mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
 
     def reserve() -> None:
         examples = [*splits.train, *splits.val]

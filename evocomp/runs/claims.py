@@ -52,7 +52,7 @@ def look(config: RunConfig, folder: Path, quiet: bool = False) -> bool:
             )
         finished = (folder / DONE).exists()
         if finished and not quiet:
-            _say_what_is_not_done(config, config_files.load_saved(folder), folder)
+            _warn_of_ignored_settings(config, config_files.load_saved(folder), folder)
         return finished
     if folder.is_file():
         raise UserError(f"--run_dir={folder} is a file; give a folder")
