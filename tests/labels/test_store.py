@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evocomp.labels.records import decode, encode
+from evocomp.labels.records import check_finite, decode, encode
 from evocomp.labels.store import LabelStore
 from evocomp.log import UserError
 
@@ -367,3 +367,12 @@ def test_several_processes_may_open_a_new_store_at_once(tmp_path):
     for process in processes:
         _, error = process.communicate()
         assert process.returncode == 0, error.decode()
+
+
+def test_only_labels_that_were_never_scored_may_lack_losses():
+    unknown = np.array([np.nan], np.float32)
+    check_finite([{"id": 1, "evaluations": 0, "best_loss": unknown}, {"id": 2, "losses": np.zeros(3)}])
+    refused = [{"best_loss": unknown}, {"evaluations": 3, "losses": unknown}, {"evaluations": 0, "credits": unknown}]
+    for record in refused:
+        with pytest.raises(UserError, match="label of sample 7 is not finite"):
+            check_finite([{"id": 7, **record}])
