@@ -217,10 +217,15 @@ def test_families_see_tokens_before_a_gap(family):
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "paligemma"])
-def test_families_that_need_more_than_embeddings_are_refused(family):
-    features, _, model = tiny(family)
-    with pytest.raises(UserError, match="labels and panel are not made for"):
-        FrozenMLLM(model, processor=None).answer_logits(features, features.visual[None], everything(features)[None])
+def test_all_kept_tokens_of_decoders_that_read_more_give_the_models_logits(family):
+    # their shortened prompts are tested in test_more_than_embeddings
+    features, inputs, model = tiny(family)
+    ours = FrozenMLLM(model, processor=None).answer_logits(
+        features, features.visual[None], everything(features)[None]
+    )
+    with torch.no_grad():
+        wanted = model(**inputs).logits[0, -1]
+    assert torch.allclose(ours[0, 0], wanted, atol=1e-4)
 
 
 def tiny(family: str) -> tuple[Features, dict, torch.nn.Module]:
