@@ -200,7 +200,11 @@ def _paired(row: dict[str, str], reference: str) -> str:
     """An accuracy, and the points by which it is above a reference with their interval."""
     if not row[reference]:
         return f"{float(row['accuracy']):.3f}"
-    gap, low, high = (100 * float(row[reference + part]) for part in ("", "_low", "_high"))
+    return _with_points(row, [float(row[reference + part]) for part in ("", "_low", "_high")])
+
+
+def _with_points(row: dict[str, str], difference: Sequence[float]) -> str:
+    gap, low, high = (round(100 * value, 1) + 0.0 for value in difference)  # + 0.0: no minus sign before zero
     return f"{float(row['accuracy']):.3f} ({gap:+.1f} [{low:.1f}, {high:.1f}])"
 
 
@@ -233,8 +237,7 @@ def attribution() -> list[str]:
 def _worth(row: dict[str, str]) -> str:
     if not row["worth"]:
         return f"{float(row['accuracy']):.3f}"
-    gap, low, high = (-100 * float(row["worth" + part]) for part in ("", "_high", "_low"))
-    return f"{float(row['accuracy']):.3f} ({gap:+.1f} [{low:.1f}, {high:.1f}])"
+    return _with_points(row, [-float(row["worth" + part]) for part in ("", "_high", "_low")])
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {

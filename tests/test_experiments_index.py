@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.tables import RESULTS, TABLES, filled
+
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = (ROOT / "experiments" / "README.md").read_text()
 
@@ -42,3 +44,9 @@ def test_a_run_has_one_row_for_each_kept_count(table):
     told = ("kept", "accuracy", "relation", "labelling_cpu_s", "training_cpu_s")
     trained = [tuple(row[name] for name in told) for row in rows if row["labelled"]]
     assert len(trained) == len(set(trained))
+
+
+def test_tables_of_the_results_agree_with_the_rows():
+    text = RESULTS.read_text()
+    assert len(re.findall(r"<!-- table \w+ -->", text)) == len(TABLES)
+    assert filled(text) == text
