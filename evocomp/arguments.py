@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -126,7 +127,7 @@ def _add_options(verbs: dict[str, _Parser]) -> None:
     add("--compressor", required=True, metavar="DIR", help="compressor folder of a run, or a Hugging Face id")
     add("--image", required=True, metavar="FILE", help="the image")
     add("--prompt", required=True, metavar="TEXT", help="the question")
-    add("--keep", required=True, metavar="N", type=_number(_count_or_share), help="tokens to keep: 16, or a share: 0.3")
+    add("--keep", required=True, metavar="N", type=_number(_count_or_share, most=math.inf), help="tokens to keep: 16, or a share: 0.3")
     add("--layer", metavar="L", type=_number(int), default=0, help="LLM layer before which tokens are dropped [0]")
     add("--compare", action="store_true", help="run the uncompressed model too")
     add("--save", metavar="FILE", help="draw the kept tokens into this new image file")
@@ -157,7 +158,7 @@ def _number(kind: Callable, least: float | None = None, most: float = 10**9) -> 
             raise argparse.ArgumentTypeError(f"={shown}: must be a number") from None
         if least is not None and not value >= least:  # false for NaN too
             raise argparse.ArgumentTypeError(f"={shown}: must be at least {least}")
-        if not value <= most:
+        if value > most:
             raise argparse.ArgumentTypeError(f"={shown}: must be at most {most}")
         return value
 
