@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -157,7 +158,7 @@ def _number(kind: Callable, least: float | None = None, most: float = 10**9) -> 
             raise argparse.ArgumentTypeError(f"={shown}: must be a number") from None
         if least is not None and not value >= least:  # false for NaN too
             raise argparse.ArgumentTypeError(f"={shown}: must be at least {least}")
-        if not value <= most:
+        if value > most:
             raise argparse.ArgumentTypeError(f"={shown}: must be at most {most}")
         return value
 

@@ -42,7 +42,11 @@ def understood(words: list[str], root: Path, folder: Path, monkeypatch) -> None:
         if not (folder / name).exists():
             (folder / name).symlink_to(root / name)
     options = dict(zip(words, words[1:], strict=False))
-    made_by_others = (("--run", "config.yaml", ""), ("--run", "compressor/config.json", "{}"), ("--image", "", ""))
+    made_by_others = (
+        ("--run", "config.yaml", "run_dir: a\n"),
+        ("--run", "compressor/config.json", "{}"),
+        ("--image", "", ""),
+    )
     for option, file, content in made_by_others:
         if option in options:
             made = folder / options[option] / file

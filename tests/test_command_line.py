@@ -208,7 +208,7 @@ def test_help_of_every_verb_shows_an_example(capsys):
 def test_errors_are_one_line(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "config.yaml").write_text("run_dir: a\n")
     assert says in fails(capsys, *words)
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
@@ -267,7 +267,7 @@ def test_data_scenes_does_not_overwrite(capsys, tmp_path):
 def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "config.yaml").write_text("run_dir: a\n")
     (tmp_path / "folder.csv").mkdir()
     Image.new("RGB", (28, 28)).save("a.png")
     for work in ("evocomp.evaluation.run.evaluate_run", "evocomp.bench.record.run_bench"):
@@ -335,7 +335,7 @@ def test_an_interrupted_panel_does_not_promise_to_resume(capsys, monkeypatch, tm
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("run_dir: a\n")
     (tmp_path / "compressor").mkdir()
     (tmp_path / "compressor" / "config.json").write_text("{}")
     monkeypatch.setattr("evocomp.evaluation.run.evaluate_run", interrupted)
