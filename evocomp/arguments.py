@@ -188,7 +188,6 @@ def _unknown_option(verb: str, parser: _Parser, word: str) -> UserError:
     return UserError(f"unknown option --{key}; {hint}")
 
 
-
 ABOUT = f"""evocomp {__version__}: fewer visual tokens for multimodal LLMs, chosen by a
 small trained compressor"""
 

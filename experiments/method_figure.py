@@ -1,6 +1,6 @@
 """Draw notebooks/method.png: labels and training in both recipes, and inference.
 
-    python -m experiments.method_figure notebooks/method.png
+python -m experiments.method_figure notebooks/method.png
 """
 
 import sys

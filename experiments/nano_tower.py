@@ -99,9 +99,7 @@ def tower_loss(heads: Heads, hidden: torch.Tensor, truth: torch.Tensor) -> torch
     return loss
 
 
-def train_tower(
-    tower, scenes, held_out, spec: SceneSpec, steps: int, batch: int, seed: int, state_file: Path
-) -> None:
+def train_tower(tower, scenes, held_out, spec: SceneSpec, steps: int, batch: int, seed: int, state_file: Path) -> None:
     heads = Heads(tower.config.hidden_size, spec.tokens_per_side, spec.max_signs > 0)
     matrices = [p for n, p in tower.named_parameters() if p.ndim == 2 and "embed" not in n]
     optimizers = muon_and_adamw(matrices, [*tower.parameters(), *heads.parameters()], 3e-3)

@@ -89,7 +89,7 @@ def test_it_trains_answers_and_shows_from_an_empty_folder(wheel, tmp_path):
     assert ends[3].startswith("  evocomp eval --run runs/nano ")
     run(command, "data", "scenes", "--out", "scenes", "--count", "1", cwd=work, **quiet)
     (image,) = (work / "scenes" / "images").iterdir()
-    words = ends[2].split()[1 : -4] + ["--image", image, "--prompt", "color of circle", "--save", "kept.png"]
+    words = ends[2].split()[1:-4] + ["--image", image, "--prompt", "color of circle", "--save", "kept.png"]
     answer = run(command, *words, cwd=work, **quiet)
     assert "144 -> 16 visual tokens" in answer and (work / "kept.png").is_file()
     run(command, "config", "--config", "llava15_7b", cwd=work, **quiet)

@@ -259,9 +259,7 @@ def ranked_alike(straight: SearchResult, other: SearchResult, dtype: torch.dtype
     return float(difference[swapped].max(initial=0.0))
 
 
-def best_masks(
-    samples: list[Sample], device: str, q: int, p: int, generations: int, dtype: str | None = None
-) -> Row:
+def best_masks(samples: list[Sample], device: str, q: int, p: int, generations: int, dtype: str | None = None) -> Row:
     """How often both implementations lead a search to the same mask, and to masks of equal loss (1e-5).
 
     Different results are allowed only after ties, otherwise the benchmark fails: every mask of the straightforward
@@ -297,9 +295,7 @@ def best_masks(
     }
 
 
-def _search(
-    sample: Sample, strategy: Strategy, score: Score, generations: int, remember: bool = True
-) -> SearchResult:
+def _search(sample: Sample, strategy: Strategy, score: Score, generations: int, remember: bool = True) -> SearchResult:
     return search(strategy, sample.groups, score, stream(0, 7, 0), generations, remember=remember)
 
 

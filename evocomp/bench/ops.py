@@ -257,9 +257,7 @@ def bench_ghm(shape: Shape, device: str, repeats: int) -> Rows:
     ]
 
 
-def nonzero_compact(
-    scores: Tensor, r: int, embeddings: Tensor, position_ids: Tensor
-) -> tuple[Tensor, Tensor]:
+def nonzero_compact(scores: Tensor, r: int, embeddings: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Top-r by a boolean mask and nonzero, image by image: two host synchronisations per image on GPUs."""
     rows, positions = [], []
     for score, row, position in zip(scores, embeddings, position_ids, strict=True):

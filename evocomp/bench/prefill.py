@@ -111,9 +111,7 @@ def at_shape(name: str, device: str, repeats: int = 5, batches: Sequence[int] = 
         yield from _rows(name, stages, device, repeats if batch == 1 else (repeats + 1) // 2, limits)
 
 
-def _rows(
-    name: str, stages: Stages, device: str, repeats: int, limits: tuple[float, float]
-) -> Iterator[Row]:
+def _rows(name: str, stages: Stages, device: str, repeats: int, limits: tuple[float, float]) -> Iterator[Row]:
     shape, target = stages.shape, Target.from_config(stages.model.config.to_dict())
     text = shape.before + shape.after
     sizes = f"{name} B={stages.batch} N={shape.tokens} R={shape.kept} T={text}"

@@ -66,9 +66,7 @@ def _rows(size: dict[str, int] | str, device: str, repeats: int, batch: int) -> 
     names = "losses as written", "losses by evocomp.ops"
     clock = "process" if torch.device(device).type == "cpu" else "wall"
     works = [lambda loss=loss: step(loss, batch) for loss in (as_written, by_ops)]
-    yield compare(
-        "training step", shape, (names[0], works[0]), (names[1], works[1]), _agree, device, repeats, clock
-    )
+    yield compare("training step", shape, (names[0], works[0]), (names[1], works[1]), _agree, device, repeats, clock)
     memory = [peak_memory(work, device) / 2**20 for work in works]
     yield {
         "bench": "training step, peak memory",

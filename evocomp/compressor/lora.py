@@ -17,9 +17,7 @@ from evocomp.log import UserError
 from evocomp.mllm.weights import check_finite_weights
 
 
-def add_lora(
-    compressor: EvoCompCompressor, r: int = 16, alpha: float | None = None, dropout: float = 0.0
-) -> PeftModel:
+def add_lora(compressor: EvoCompCompressor, r: int = 16, alpha: float | None = None, dropout: float = 0.0) -> PeftModel:
     """Freeze the layer and train rank-`r` updates of its matrices, the head and the budget vectors.
 
     alpha: LoRA scale, default 2 r. Raises UserError for a compressor that was not initialised from an LLM layer.

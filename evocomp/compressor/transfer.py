@@ -71,9 +71,7 @@ class ReusedPicks:
             )
         indices = [image for row in record.picked for image in row]
         if len(indices) != len(visual):
-            raise UserError(
-                f"{len(indices)} images in the record, {len(visual)} in this prompt; use the same prompt"
-            )
+            raise UserError(f"{len(indices)} images in the record, {len(visual)} in this prompt; use the same prompt")
         for chosen, rows in zip(indices, visual, strict=True):
             if len(chosen) and int(chosen.max()) >= len(rows):
                 raise UserError(

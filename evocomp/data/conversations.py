@@ -79,9 +79,7 @@ def read_conversations(source: str | Path, image_folder: str | Path | None = Non
     return reading
 
 
-def write_scenes(
-    out: Path, seed: int, count: int, relation: bool = False, spec: SceneSpec = SceneSpec()
-) -> int:
+def write_scenes(out: Path, seed: int, count: int, relation: bool = False, spec: SceneSpec = SceneSpec()) -> int:
     """Write `count` scenes as a LLaVA-format folder; returns the number of records (one per question).
 
     Raises:
@@ -114,9 +112,7 @@ def _file(path: Path, source: str | Path) -> Path:
         found = [path / name for name in ("data.json", "data.jsonl") if (path / name).is_file()]
         path = found[0] if found else path / "data.json"
     if not path.is_file():
-        raise UserError(
-            f"data.source={source}: no such file or folder (a folder must hold data.json or data.jsonl)"
-        )
+        raise UserError(f"data.source={source}: no such file or folder (a folder must hold data.json or data.jsonl)")
     return path
 
 

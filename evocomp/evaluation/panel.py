@@ -205,9 +205,7 @@ class Panel:
         order = selection.positions.argsort(stable=True)
         return Shown(selection.tokens[order], selection.positions[order])
 
-    def given(
-        self, label: str, kept: int, choose: Callable[[int, Asked, int], Tensor], sharp: float = 0.0
-    ) -> Outcome:
+    def given(self, label: str, kept: int, choose: Callable[[int, Asked, int], Tensor], sharp: float = 0.0) -> Outcome:
         """Outcome of a selection made by the caller, for instance an oracle that knows where the answer is.
 
         Args:
@@ -268,9 +266,7 @@ class Panel:
     def _tokens(self) -> int:
         return max(len(asked.features.visual) for asked in self.asked)
 
-    def _outcome(
-        self, method: str, kept: int, compressed: Callable[[int, Asked], Shown], group: str = ""
-    ) -> Outcome:
+    def _outcome(self, method: str, kept: int, compressed: Callable[[int, Asked], Shown], group: str = "") -> Outcome:
         self.report(f"{method} at {kept}")
         answers: list[str] = []
         for start in range(0, len(self.asked), self.batch):

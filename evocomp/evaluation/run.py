@@ -192,9 +192,7 @@ def part(outcomes: Sequence[Outcome], questions: Questions, own: np.ndarray) -> 
         else replace(outcome, correct=np.asarray(outcome.correct)[own], answers=pick(outcome.answers))
         for outcome in outcomes
     ]
-    return some, Questions(
-        pick(questions.images), pick(questions.kinds), pick(questions.gold), pick(questions.prompts)
-    )
+    return some, Questions(pick(questions.images), pick(questions.kinds), pick(questions.gold), pick(questions.prompts))
 
 
 def siblings(

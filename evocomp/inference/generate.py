@@ -80,9 +80,7 @@ def timed_generate(
     start = now(device)
     encoded = families.encode(model, inputs)
     encode = now(device) - start
-    given = {
-        name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_values_videos")
-    }
+    given = {name: value for name, value in inputs.items() if name not in ("pixel_values", "pixel_values_videos")}
     watch, spent = Stopwatch(device), []
     with timed_picks(handle, device, spent):
         out = model.generate(
@@ -139,9 +137,7 @@ def question(processor, image, prompt: str):
         token = getattr(processor, "image_token", None)
         # PaliGemma's processor has no template and places the image itself
         named = token is None or token in prompt or "PaliGemma" in type(processor).__name__
-        return processor(
-            text=[prompt if named else f"{token}\n{prompt}"], images=[image], return_tensors="pt"
-        )
+        return processor(text=[prompt if named else f"{token}\n{prompt}"], images=[image], return_tensors="pt")
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False

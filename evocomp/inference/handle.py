@@ -63,9 +63,7 @@ class Handle:
         self._always_masks = always_masks(self._decoder)
         self._names = list(inspect.signature(type(without_compile(self._base)).forward).parameters)[1:]
         self._calls, self._latest = Calls(), None
-        self._hooks = [
-            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self._places(model)
-        ]
+        self._hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in self._places(model)]
         self._hooks.append(self._base.register_forward_hook(self._after_base))
         for module in {model, self.model, self._base}:
             # also after an error: the next call of the decoder may be a direct one by the caller

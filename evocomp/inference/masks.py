@@ -181,6 +181,4 @@ def gathered_mask(
     if short.dtype == torch.bool:
         return pad((short & allowed) | lonely, (0, columns - length), value=False)
     lowest = torch.finfo(short.dtype).min
-    return pad(
-        short.masked_fill(~allowed, lowest).masked_fill(lonely, 0.0), (0, columns - length), value=lowest
-    )
+    return pad(short.masked_fill(~allowed, lowest).masked_fill(lonely, 0.0), (0, columns - length), value=lowest)

@@ -129,9 +129,7 @@ def _merged(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, enco
     raise UserError("the decoder ran without its hooks; use evocomp.compress")
 
 
-def _shorten_tensors(
-    model: nn.Module, inputs: Mapping[str, Any], index: Tensor, valid: Tensor
-) -> dict[str, Any]:
+def _shorten_tensors(model: nn.Module, inputs: Mapping[str, Any], index: Tensor, valid: Tensor) -> dict[str, Any]:
     """[B,S] tensors at the kept tokens; inputs of the vision tower are removed, all others unchanged."""
     padding = {"input_ids": _pad_id(model), "labels": -100}
     base, shape = families.base(model), inputs["input_ids"].shape
@@ -155,9 +153,7 @@ def _pad_id(model: nn.Module) -> int:
     return next(i for i in (pad, 0, 1, 2) if i is not None and i not in placeholders)
 
 
-def _positions(
-    model: nn.Module, inputs: Mapping[str, Any], index: Tensor, valid: Tensor, dense: bool
-) -> Tensor:
+def _positions(model: nn.Module, inputs: Mapping[str, Any], index: Tensor, valid: Tensor, dense: bool) -> Tensor:
     """Position ids of the kept tokens: [B,L], or [4,B,L] with M-RoPE."""
     rank = (valid.cumsum(1) - 1).clamp(min=0)
     if dense:
@@ -189,7 +185,6 @@ def _slice(output, kept: Tensor, numbers: Tensor):
         short.pooler_output = rows
     if getattr(output, "deepstack_features", None) is not None:
         short.deepstack_features = [
-            [entry[mask] for entry, mask in zip(layer, masks, strict=True)]
-            for layer in output.deepstack_features
+            [entry[mask] for entry, mask in zip(layer, masks, strict=True)] for layer in output.deepstack_features
         ]
     return short

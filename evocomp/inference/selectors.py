@@ -158,9 +158,7 @@ class FunctionPicker:
             scores = self.function(v, t, r)
             if not isinstance(scores, Tensor) or scores.shape != v.shape[:1]:
                 shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise UserError(
-                    f"the selector returned {shape} for {len(v)} visual tokens; return one score per token"
-                )
+                raise UserError(f"the selector returned {shape} for {len(v)} visual tokens; return one score per token")
             if bool(scores.isnan().any()):
                 raise UserError(f"the selector returned NaN among its {len(v)} scores; return numbers")
             picks.append(top_r(scores.to(v.device), r))

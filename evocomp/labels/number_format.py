@@ -36,9 +36,7 @@ def resolve_dtypes(config: RunConfig, folder: Path) -> RunConfig:
     if AUTO not in (config.labels.dtype, config.optim.muon_dtype):
         return config
     labels, muon = distributed.from_rank_0(lambda: _chosen(config, folder))
-    return replace(
-        config, labels=replace(config.labels, dtype=labels), optim=replace(config.optim, muon_dtype=muon)
-    )
+    return replace(config, labels=replace(config.labels, dtype=labels), optim=replace(config.optim, muon_dtype=muon))
 
 
 def _chosen(config: RunConfig, folder: Path) -> tuple[str, str]:

@@ -237,8 +237,7 @@ class LabelStore:
         """Numbers of the chunks of a complete round, ascending, for reading it chunk by chunk."""
         if not self.committed(round):
             raise UserError(
-                f"round {round} of label store {self.path} is not complete; "
-                "run the labelling again to finish it"
+                f"round {round} of label store {self.path} is not complete; run the labelling again to finish it"
             )
         return sorted(map(int, self._hashes(round)))
 

@@ -6,9 +6,7 @@ from torch import Tensor
 from evocomp.ops.precision import compute_dtype
 
 
-def listwise_loss(
-    logits: Tensor, credits: Tensor, valid: Tensor | None = None, temperature: float = 0.1
-) -> Tensor:
+def listwise_loss(logits: Tensor, credits: Tensor, valid: Tensor | None = None, temperature: float = 0.1) -> Tensor:
     """Mean over samples of the cross-entropy between softmax(credits / temperature) and softmax(logits).
 
     Args:

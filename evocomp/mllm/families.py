@@ -21,6 +21,7 @@ __all__ = ["FAMILIES", "MIN_TRANSFORMERS", "Policy", "base", "decoder", "in_tabl
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 """Names under which models take pixels, by kind of visual input."""
 
+
 def gathered(weight: Tensor) -> Tensor:
     """The full weight. For a sharded model this is a collective: all processes that hold a shard must call it."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -135,9 +135,7 @@ def random_model(shape: ModelShape, device: torch.device | str, layers: int | No
         config.text_config.num_hidden_layers = layers
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=number_format(device), attn_implementation="sdpa"
-        )
+        model = AutoModelForImageTextToText.from_config(config, dtype=number_format(device), attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 

@@ -48,9 +48,7 @@ def load_complete(load: Callable[..., Any], what: str, may_have_more: bool = Fal
         UserError: tensors are missing, of other shapes, superfluous or not finite.
     """
     with _quiet():
-        model, info = load(
-            output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
-        )
+        model, info = load(output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options)
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     _refuse(what, "another shape than its configuration says for", mismatched)
     _refuse(what, "no values for", info["missing_keys"])

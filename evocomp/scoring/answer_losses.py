@@ -124,8 +124,10 @@ class AnswerLosses:
         answers = [one.answer_ids for one in features]
         longest = max(map(len, answers))
         places = torch.arange(longest, device=kept.device)
-        reads = [index.shape[1] - len(answer) + places.clamp(max=len(answer) - 1)
-                 for index, answer in zip(indices, answers, strict=True)]
+        reads = [
+            index.shape[1] - len(answer) + places.clamp(max=len(answer) - 1)
+            for index, answer in zip(indices, answers, strict=True)
+        ]
         targets = torch.stack([answer[places.clamp(max=len(answer) - 1)] for answer in answers])
         real = torch.stack([places < len(answer) for answer in answers])
         index = padded(indices, sizes)

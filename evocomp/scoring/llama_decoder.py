@@ -250,9 +250,7 @@ class LlamaBody:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of queries [Q, heads, A, d] over keys and values [Q, kv heads, L, d]; causal if `mask` is None."""
     grouped = key.shape[1] != query.shape[1]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def _seen(length: int, before: int, packing: Packing | None, device: torch.device) -> Tensor | None:

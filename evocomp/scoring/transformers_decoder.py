@@ -86,9 +86,7 @@ class TransformersBody:
             **{CACHE: cache},
         ).last_hidden_state
 
-    def _mask(
-        self, table: Table, index: Tensor, before: int, packing: Packing | None
-    ) -> Tensor | dict[str, Tensor]:
+    def _mask(self, table: Table, index: Tensor, before: int, packing: Packing | None) -> Tensor | dict[str, Tensor]:
         """The decoder's `attention_mask`: all ones [Q, P + L], or 4-D masks for packed sequences or context tokens."""
         count, length = index.shape
         if table.log_size is not None:  # only without windows, see `FrozenMLLM.check_weighable`

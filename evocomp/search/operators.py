@@ -36,9 +36,7 @@ def uniform_crossover(first: np.ndarray, other: np.ndarray, rng: np.random.Gener
     return np.where(rng.random(first.shape) < 0.5, first, other)
 
 
-def shift_mutation(
-    genomes: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, probability: float
-) -> np.ndarray:
+def shift_mutation(genomes: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, probability: float) -> np.ndarray:
     """With this probability, move the kept token of a group to the previous or next token of the group, if any."""
     draws = rng.random(genomes.shape)
     # one random number decides: below p/2 previous token, below p next token
@@ -46,9 +44,7 @@ def shift_mutation(
     return np.clip(genomes + step, 0, sizes - 1, dtype=np.int32, casting="unsafe")
 
 
-def resample_mutation(
-    genomes: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, expected: float
-) -> np.ndarray:
+def resample_mutation(genomes: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, expected: float) -> np.ndarray:
     """Replace the kept token by a random other token of its group, in `expected` groups of a genome on average."""
     movable = sizes > 1
     probability = expected / max(1, int(movable.sum()))

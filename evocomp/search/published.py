@@ -28,8 +28,9 @@ class Published(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(1 <= self.p < self.q, f"search needs fewer parents than candidates: 1 <= p < q, got "
-                f"p={self.p}, q={self.q}")
+        require(
+            1 <= self.p < self.q, f"search needs fewer parents than candidates: 1 <= p < q, got p={self.p}, q={self.q}"
+        )
         require(0 <= self.crossover <= 1, f"crossover must be a probability, got {self.crossover}")
         require(0 <= self.mutation <= 1, f"mutation must be a probability, got {self.mutation}")
 

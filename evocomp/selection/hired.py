@@ -40,9 +40,7 @@ def hired_budgets(first: Tensor, region: Tensor, count: int, total: int, alpha: 
     return [min(int(budget), n) for budget in share.tolist()]
 
 
-def hired_next(
-    last: Tensor, first: Tensor, total: int, region: Tensor, alpha: float = 0.5
-) -> list[Tensor]:
+def hired_next(last: Tensor, first: Tensor, total: int, region: Tensor, alpha: float = 0.5) -> list[Tensor]:
     """Ascending indices of the kept tokens of each partition; the full image is partition 0.
 
     last [P, n]: CLS attention of the layer that the projector uses, summed over heads; first [n] and region [n] as in

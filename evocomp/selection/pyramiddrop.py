@@ -34,6 +34,7 @@ def pyramiddrop_stages_for_average(
     The average over an LLM of `depth` layers is at or just below `average`. Raises ValueError if the layers before the
     first drop alone exceed it.
     """
+
     def stages(p: float) -> tuple[Stage, ...]:
         return pyramiddrop_stages(n, layers, tuple(p ** (i + 1) for i in range(len(layers))))
 

@@ -107,9 +107,7 @@ def has_label(record: Record) -> bool:
     return "draws" not in record or record["draws"].size > 0
 
 
-def train_batch(
-    mllm: FrozenMLLM, features: Sequence[Features], records: Sequence[Record], round: int
-) -> TrainBatch:
+def train_batch(mllm: FrozenMLLM, features: Sequence[Features], records: Sequence[Record], round: int) -> TrainBatch:
     """Join encoded samples with their label records of a round."""
     batch = TrainBatch([f.id for f in features], round, compressor_input(mllm, features), None)
     shape = batch.inputs.visual.shape[:2]

@@ -224,9 +224,7 @@ def build_compressor(config: RunConfig, mllm: FrozenMLLM) -> EvoCompCompressor:
     return add_lora(compressor, section.lora.r, section.lora.alpha) if section.lora.r else compressor
 
 
-def build_trainer(
-    config: RunConfig, folder: Path, settings: dict[str, Any], callbacks: list[L.Callback]
-) -> L.Trainer:
+def build_trainer(config: RunConfig, folder: Path, settings: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
     """Lightning's Trainer with this project's defaults under the user's `trainer:` settings."""
     settings = dict(settings)
     named = {key: by_name.create(key, settings.pop(key)) for key in by_name.KINDS if key in settings}

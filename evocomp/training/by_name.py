@@ -1,9 +1,9 @@
 """Callbacks and loggers that a configuration names by import path, as LightningCLI does.
 
-    trainer:
-      callbacks:
-        - class_path: lightning.pytorch.callbacks.EarlyStopping
-          init_args: {monitor: accuracy/mean, mode: max, patience: 3}
+trainer:
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.EarlyStopping
+      init_args: {monitor: accuracy/mean, mode: max, patience: 3}
 """
 
 from collections.abc import Mapping

@@ -85,9 +85,7 @@ class CompressorModule(L.LightningModule):
             shard(self.compressor, self.device_mesh)
 
     def forward(self, inputs: CompressorInput, budget: Tensor | float | None = None):
-        return self.compressor(
-            inputs.visual, inputs.prompt, inputs.prompt_mask, inputs.visual_mask, budget=budget
-        )
+        return self.compressor(inputs.visual, inputs.prompt, inputs.prompt_mask, inputs.visual_mask, budget=budget)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         if not isinstance(batch, TrainBatch):

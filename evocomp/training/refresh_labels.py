@@ -112,9 +112,7 @@ class RefreshLabels(L.Callback):
         ids = [id for id in ids if id in self.records]
         if not ids:
             return None
-        return train_batch(
-            self.labeller.mllm, self.labeller.encode(ids), [self.records[id] for id in ids], self.round
-        )
+        return train_batch(self.labeller.mllm, self.labeller.encode(ids), [self.records[id] for id in ids], self.round)
 
     def _fill(self, trainer: L.Trainer, module: CompressorModule, round: int) -> dict:
         try:

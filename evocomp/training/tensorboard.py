@@ -202,9 +202,7 @@ class TensorBoardPage:
         self._precision_recall("retention/selection_questions", self.labels, scores, absolute, step)
 
 
-def layout(
-    kept: Sequence[int], settings: dict[str, Any], epochs: int, ranks: int = 1
-) -> dict[str, dict[str, list]]:
+def layout(kept: Sequence[int], settings: dict[str, Any], epochs: int, ranks: int = 1) -> dict[str, dict[str, list]]:
     """Charts of the Custom Scalars tab: category -> title -> [kind, tags].
 
     The curves of one run share one colour, so each chart has one tag. Charts that would stay empty are left out.

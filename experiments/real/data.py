@@ -1,6 +1,6 @@
 """Write scenes and their questions to a folder in LLaVA's JSON format, for training and evaluation with `evocomp`.
 
-    python -m experiments.real.data --config experiments/real/gpu.yaml --out runs/real/data --seed 31 --count 200
+python -m experiments.real.data --config experiments/real/gpu.yaml --out runs/real/data --seed 31 --count 200
 """
 
 import argparse

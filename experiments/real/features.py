@@ -1,6 +1,6 @@
 """Computes the tower features of all scenes once: the tower is frozen, so the alignment only needs features.
 
-    python -m experiments.real.features --config experiments/real/gpu.yaml    # needs no language model
+python -m experiments.real.features --config experiments/real/gpu.yaml    # needs no language model
 """
 
 import argparse

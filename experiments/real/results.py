@@ -1,6 +1,6 @@
 """Print reports as one short table, and write them as rows for experiments/results.
 
-    python -m experiments.real.results --report runs/real_gpu/judged/*/report.json --out rows.csv
+python -m experiments.real.results --report runs/real_gpu/judged/*/report.json --out rows.csv
 """
 
 import argparse

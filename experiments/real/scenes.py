@@ -219,7 +219,7 @@ def draw_scene(seed: int, index: int, spec: SceneSpec = SceneSpec()) -> Scene:
 
 
 def place_name(cell: int, cells: int) -> str:
-    """ "top left", "bottom right", ... """
+    """ "top left", "bottom right", ..."""
     return f"{ROWS[cells][cell // cells]} {COLUMNS[cells][cell % cells]}"
 
 
@@ -260,9 +260,7 @@ def scene_examples(seed: int, start: int, stop: int, spec: SceneSpec = SceneSpec
             )
 
 
-def in_processes(
-    work: Callable[[int, int], T], count: int, chunk: int, processes: int
-) -> Iterator[T]:
+def in_processes(work: Callable[[int, int], T], count: int, chunk: int, processes: int) -> Iterator[T]:
     """Results of work(start, stop) for chunks of 0..count, in order, computed by `processes` others; 0 = in this one.
 
     `work` must be picklable. The processes are spawned, because CUDA does not work in forked ones.

@@ -1,6 +1,6 @@
 """Copy the small results of a finished run: projector, LoRA and compressor in float16, gate figures, checksums.
 
-    python -m experiments.real.ship --run runs/real_gpu --out experiments/real/weights
+python -m experiments.real.ship --run runs/real_gpu --out experiments/real/weights
 """
 
 import argparse

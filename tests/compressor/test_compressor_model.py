@@ -38,9 +38,7 @@ def test_hidden_is_the_llm_layer_without_causal_mask_plus_skip(family):
     mask = torch.zeros(B, 1, N + T, N + T)
     with torch.no_grad():
         embedded = llm.rotary_emb(source, rotary, *extra)
-        layer = llm.layers[1](
-            source, attention_mask=mask, position_embeddings=embedded, position_ids=positions
-        )
+        layer = llm.layers[1](source, attention_mask=mask, position_embeddings=embedded, position_ids=positions)
         out = compressor(visual, prompt)
     hidden = layer[:, :N] + visual
     assert_close(out.hidden, hidden, rtol=1e-4, atol=1e-4)
@@ -85,9 +83,7 @@ def test_saves_and_loads_through_the_auto_classes(family, tmp_path):
     compressor, (visual, prompt) = make(family, budget_input=True, metadata={"data": "scenes"}), tokens()
     torch.nn.init.normal_(compressor.budget.visual)
     compressor.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix in (".safetensors", ".bin")) == [
-        "model.safetensors"
-    ]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix in (".safetensors", ".bin")) == ["model.safetensors"]
     again = AutoModel.from_pretrained(tmp_path).eval()
     assert isinstance(AutoConfig.from_pretrained(tmp_path), EvoCompConfig)
     assert again.config.metadata == {"data": "scenes"} and again.config.budget_input

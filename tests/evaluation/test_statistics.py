@@ -69,9 +69,7 @@ def test_seed_decides_and_image_names_do_not():
     right = np.random.default_rng(0).random(40) < 0.5
     images = [f"picture-{i // 4}" for i in range(40)]
     first = ImageBootstrap(images, 100, seed=1).means(right)
-    np.testing.assert_array_equal(
-        first, ImageBootstrap([i // 4 for i in range(40)], 100, seed=1).means(right)
-    )
+    np.testing.assert_array_equal(first, ImageBootstrap([i // 4 for i in range(40)], 100, seed=1).means(right))
     assert not np.array_equal(first, ImageBootstrap(images, 100, seed=2).means(right))
 
 

@@ -136,9 +136,7 @@ def expected_logits(model, inputs, sizes, last, sequences: Tensor, layer: int, o
     """
     new = sequences[:, inputs["input_ids"].shape[1] :]
     found = []
-    for number, (row, of_row, kept, tail) in enumerate(
-        zip(rows(model, inputs), sizes, last.indices, new, strict=True)
-    ):
+    for number, (row, of_row, kept, tail) in enumerate(zip(rows(model, inputs), sizes, last.indices, new, strict=True)):
         prompt = len(row.ids)
         visual = ((row.ids == IMAGE) | (row.ids == VIDEO)).nonzero().squeeze(1)
         offset, stays = 0, torch.ones(prompt + len(tail) - 1, dtype=torch.bool)

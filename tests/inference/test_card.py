@@ -21,12 +21,8 @@ def rows(text, heading):
 
 
 def test_card_shows_all_recorded_entries(tmp_path):
-    compressor = EvoCompCompressor.from_mllm(
-        build("llava"), keep=64, base_model_name_or_path="org/llava-nano"
-    )
-    save(
-        compressor, tmp_path, data="scenes, 8000 images", labels={"rounds": 10, "population": 48}, panel=PANEL
-    )
+    compressor = EvoCompCompressor.from_mllm(build("llava"), keep=64, base_model_name_or_path="org/llava-nano")
+    save(compressor, tmp_path, data="scenes, 8000 images", labels={"rounds": 10, "population": 48}, panel=PANEL)
     text = (tmp_path / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "org/llava-nano" and front["library_name"] == "evocomp"

@@ -84,9 +84,7 @@ def on_the_kept_tokens(model, inputs, kept, layer):
         mask = {"full_attention": before[None, None], "sliding_attention": near_or_block[None, None]}
     embeds = (seen["inputs_embeds"] if layer == 0 else states["hidden"])[:, stays]
     with torch.no_grad():
-        out = short.forward(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **given
-        )
+        out = short.forward(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, **given)
     return model.get_output_embeddings()(out.last_hidden_state[0, -1])
 
 

@@ -357,9 +357,7 @@ def test_a_second_turn_over_the_cache(family, layer):
         mask = torch.nn.functional.pad(
             inputs["attention_mask"], (0, ids.shape[1] - inputs["input_ids"].shape[1]), value=1
         )
-        second = answer(
-            model, {"input_ids": ids, "attention_mask": mask}, past_key_values=turn.past_key_values
-        )
+        second = answer(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=turn.past_key_values)
     expected = expected_logits(model, inputs, sizes(family), handle.last, second.sequences, layer)
     for row, wanted in enumerate(expected):
         got = torch.stack([step[row] for step in second.logits])
@@ -491,9 +489,7 @@ def test_pipeline_works_unchanged(llava):
     from PIL import Image
 
     image = Image.new("RGB", (40, 30), (200, 30, 60))
-    arguments = dict(
-        images=image, text="<image> w30 w31", generate_kwargs={"max_new_tokens": 4, **quiet(llava)}
-    )
+    arguments = dict(images=image, text="<image> w30 w31", generate_kwargs={"max_new_tokens": 4, **quiet(llava)})
     plain = pipe(**arguments)
     with compress(llava, jumble, keep=1.0):
         assert pipe(**arguments) == plain
@@ -652,9 +648,7 @@ def test_a_second_handle_is_refused_and_a_later_one_is_not(llava):
 
 def test_unsupported_families_are_refused():
     model = tf.LlamaForCausalLM(
-        tf.LlamaConfig(
-            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        )
+        tf.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     with pytest.raises(UserError, match="LlamaForCausalLM.*not supported"):
         compress(model, jumble)

@@ -16,9 +16,7 @@ NEW = 5
 
 def jumble(visual, text, keep):
     """A selector whose choice depends on the tokens and on the text, but on no library code."""
-    return torch.sin(1e3 * visual.double().sum(-1)) + torch.sin(
-        1e2 * (visual.double() @ text.double().mean(0))
-    )
+    return torch.sin(1e3 * visual.double().sum(-1)) + torch.sin(1e2 * (visual.double() @ text.double().mean(0)))
 
 
 def answer(model, inputs, **kwargs):
@@ -130,9 +128,7 @@ def test_kv_cache_is_short_from_the_layer_on(layer):
         out = answer(model, inputs, max_new_tokens=2)
     full = inputs["input_ids"].shape[1] + 1
     short = full - 2 * 12  # the longer row has two images of 16 tokens
-    assert [block.keys.shape[2] for block in out.past_key_values.layers] == [full] * layer + [short] * (
-        4 - layer
-    )
+    assert [block.keys.shape[2] for block in out.past_key_values.layers] == [full] * layer + [short] * (4 - layer)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])

@@ -91,9 +91,7 @@ def test_plain_masks_are_distinguished_from_a_callers_own(window):
 def test_padding_is_derived_from_prepared_masks(as_dict):
     real = torch.tensor([[False, False, True, True], [True, True, True, True]])
     causal = torch.ones(4, 4).tril().bool()
-    prepared = torch.nn.functional.pad(
-        (causal & real[:, None])[:, None], (0, 3)
-    )  # a static cache has more columns
+    prepared = torch.nn.functional.pad((causal & real[:, None])[:, None], (0, 3))  # a static cache has more columns
     floating = torch.where(prepared, 0.0, torch.finfo(torch.float32).min)
     for mask in (prepared, floating):
         given_mask = {"sliding_attention": None, "full_attention": mask} if as_dict else mask

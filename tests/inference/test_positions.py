@@ -83,9 +83,7 @@ def by_the_decoder(model, inputs, kept, sequences):
     positions = torch.cat([seen["position_ids"][:, stays], after[None]], dim=1)
     ones = torch.ones(embeds.shape[:2], dtype=torch.long)
     with torch.no_grad():
-        out = model.get_decoder()(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=ones, use_cache=False
-        )
+        out = model.get_decoder()(inputs_embeds=embeds, position_ids=positions, attention_mask=ones, use_cache=False)
         return model.lm_head(out.last_hidden_state)[0, -NEW:]
 
 

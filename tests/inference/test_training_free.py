@@ -230,9 +230,9 @@ def test_same_selection_alone_and_in_a_batch(name, context):
         of_both = handle.last
         for row, images in ((0, slice(0, 1)), (1, slice(1, 3))):
             one = answer(model, alone(inputs, row, images))
-            assert all(
-                torch.equal(a, b) for a, b in zip(handle.last.indices[0], of_both.indices[row], strict=True)
-            ), name
+            assert all(torch.equal(a, b) for a, b in zip(handle.last.indices[0], of_both.indices[row], strict=True)), (
+                name
+            )
             for a, b in zip(one.logits, both.logits, strict=True):
                 assert_close(a[0], b[row], rtol=1e-3, atol=1e-3)
 

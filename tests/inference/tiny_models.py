@@ -63,9 +63,7 @@ def _qwen_ids():
 def qwen2_vl():
     vision = dict(depth=2, embed_dim=16, hidden_size=HIDDEN, num_heads=2, patch_size=4, mlp_ratio=2)
     text = dict(TEXT, rope_parameters=MROPE)
-    return tf.Qwen2VLForConditionalGeneration(
-        tf.Qwen2VLConfig(vision_config=vision, text_config=text, **_qwen_ids())
-    )
+    return tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(vision_config=vision, text_config=text, **_qwen_ids()))
 
 
 def qwen2_5_vl():
@@ -81,9 +79,7 @@ def qwen3_vl():
     vision = dict(depth=4, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4)
     vision |= dict(out_hidden_size=HIDDEN, num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])
     text = dict(TEXT, head_dim=8, rope_parameters=dict(MROPE, mrope_interleaved=True))
-    return tf.Qwen3VLForConditionalGeneration(
-        tf.Qwen3VLConfig(vision_config=vision, text_config=text, **_qwen_ids())
-    )
+    return tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(vision_config=vision, text_config=text, **_qwen_ids()))
 
 
 def idefics3():

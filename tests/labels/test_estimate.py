@@ -147,6 +147,7 @@ def test_comments_in_the_7b_recipes_equal_the_estimate(name, capsys):
     assert f"labels {hours:.0f} GPU-hours" in head
     assert f"refresh {refresh:.1f} GPU-hours" in head and disk in head
 
+
 def test_a_cpu_configuration_is_timed_on_this_machine(capsys):
     """nano runs on a CPU: the estimate has no GPU price and counts all 144 visual tokens."""
     few = ["--data.max_samples=60", "--labels.credit_samples=60", "--labels.dtype=model"]

@@ -76,11 +76,7 @@ def test_a_round_reads_back_as_written(store):
     assert [r["id"] for r in read_chunk(store, 3, 1)] == [4, 5, 6, 7]
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 4), st.integers(0, 3), st.floats(allow_nan=False)), min_size=0, max_size=5
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.floats(allow_nan=False)), min_size=0, max_size=5))
 def test_records_survive_encoding(shapes):
     records = [
         {"id": i, "grid": np.full((a, b), i, dtype=np.int16), "row": np.zeros(b, dtype=bool), "x": x}

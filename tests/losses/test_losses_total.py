@@ -86,9 +86,7 @@ def test_without_a_mask_all_tokens_count(name, batch):
     logits, hidden, targets, _ = batch
     loss = build_loss(name)
     everything = torch.ones(3, 11, dtype=torch.bool)
-    torch.testing.assert_close(
-        loss(logits, hidden, targets)["loss"], loss(logits, hidden, targets, everything)["loss"]
-    )
+    torch.testing.assert_close(loss(logits, hidden, targets)["loss"], loss(logits, hidden, targets, everything)["loss"])
     assert torch.equal(loss(logits, hidden, targets.bool())["loss"], loss(logits, hidden, targets)["loss"])
 
 

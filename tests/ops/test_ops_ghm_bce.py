@@ -23,9 +23,7 @@ def brute_force(logits, targets, bins, rule):
 def test_equals_the_published_sum(n, bins, rule, generator):
     logits = torch.randn(n, generator=generator, dtype=torch.float64) * 3
     targets = (torch.rand(n, generator=generator) < 0.3).double()
-    torch.testing.assert_close(
-        ghm_bce(logits, targets, bins=bins, rule=rule), brute_force(logits, targets, bins, rule)
-    )
+    torch.testing.assert_close(ghm_bce(logits, targets, bins=bins, rule=rule), brute_force(logits, targets, bins, rule))
 
 
 @pytest.mark.parametrize("rule", ["paper", "non_empty"])

@@ -76,9 +76,7 @@ def _resources(cubin):
 
 
 def launch_vocabulary(dtype):
-    vocabulary.vocabulary_argmax(
-        torch.zeros(200, 4096, dtype=dtype), torch.zeros(400, 4096, dtype=dtype), None
-    )
+    vocabulary.vocabulary_argmax(torch.zeros(200, 4096, dtype=dtype), torch.zeros(400, 4096, dtype=dtype), None)
 
 
 def launch_histogram(dtype):

@@ -28,9 +28,7 @@ def test_keeps_the_best_in_order_with_ties_to_the_lowest(scores, data):
     r = data.draw(st.integers(1, n))
     valid = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
     embeddings = torch.arange(n * 3.0).view(1, n, 3)
-    kept = top_r_compact(
-        torch.tensor([scores]), r, embeddings, torch.arange(n)[None] + 7, torch.tensor([valid])
-    )
+    kept = top_r_compact(torch.tensor([scores]), r, embeddings, torch.arange(n)[None] + 7, torch.tensor([valid]))
     index = expected_index(scores, r, valid)
     assert kept.index.tolist() == [index]
     assert torch.equal(kept.embeddings[0], embeddings[0, index])

@@ -13,9 +13,7 @@ def test_is_the_argmax_of_the_full_cosine_matrix(shape, chunk):
     n, v, d = shape
     generator = torch.Generator().manual_seed(n)
     tokens = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    table = torch.randn(v, d, generator=generator, dtype=torch.float64) * torch.rand(
-        v, 1, generator=generator
-    )
+    table = torch.randn(v, d, generator=generator, dtype=torch.float64) * torch.rand(v, 1, generator=generator)
     full = F.cosine_similarity(tokens[:, None], table[None], dim=-1)
     index, cosine = vocabulary_argmax(tokens, table, chunk=chunk)
     assert torch.equal(index, full.argmax(-1))

@@ -58,9 +58,7 @@ def between_bands(tensor):
 
 def strided(tensor):
     """The same values, not contiguous in any dimension: every second element of a buffer of NaN."""
-    block = torch.full(
-        [2 * n for n in tensor.shape], poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device
-    )
+    block = torch.full([2 * n for n in tensor.shape], poison(tensor.dtype), dtype=tensor.dtype, device=tensor.device)
     view = block[tuple(slice(None, None, 2) for _ in tensor.shape)]
     return view.copy_(tensor)
 

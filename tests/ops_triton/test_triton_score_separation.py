@@ -37,9 +37,7 @@ def outcome(function, hidden, weight, bias, retained, valid, dtype, ups):
     """[outputs..., gradients...] of the function with its inputs in `dtype`."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias) if x is not None]
     outputs = function(*leaves, *[None] * (3 - len(leaves)), retained, valid)
-    gradients = torch.autograd.grad(
-        outputs, leaves, [up.to(out) for up, out in zip(ups, outputs, strict=True)]
-    )
+    gradients = torch.autograd.grad(outputs, leaves, [up.to(out) for up, out in zip(ups, outputs, strict=True)])
     return [out.detach() for out in outputs] + list(gradients)
 
 
@@ -50,9 +48,7 @@ def kernel(hidden, weight, bias, retained, valid):
 
 
 def check(generator, hidden, weight, bias, retained, valid):
-    ups = [
-        torch.randn(shape, generator=generator, device=DEVICE) for shape in (retained.shape, len(retained))
-    ]
+    ups = [torch.randn(shape, generator=generator, device=DEVICE) for shape in (retained.shape, len(retained))]
     ups = ups if weight is not None else ups[1:]
     arguments = (hidden, weight, bias, retained, valid)
     got = outcome(kernel, *arguments, hidden.dtype, ups)

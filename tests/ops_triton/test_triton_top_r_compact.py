@@ -41,9 +41,7 @@ def test_low_precision_scores_with_many_ties(dtype, generator, guarded):
 
 
 def test_special_values(generator):
-    special = torch.tensor(
-        [0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45], device=DEVICE
-    )
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45], device=DEVICE)
     pick = torch.randint(0, len(special), (3, 100), generator=generator, device=DEVICE)
     _, embeddings, valid = example(generator, 3, 100)
     for r in (1, 50, 99):

@@ -16,8 +16,7 @@ def example(generator, n, v, d, dtype=torch.float32):
 def check(tokens, table, mask=None):
     index, cosine = vocabulary_argmax(tokens, table, mask)
     scores = (
-        torch.nn.functional.normalize(tokens.double(), dim=-1)
-        @ torch.nn.functional.normalize(table.double(), dim=-1).T
+        torch.nn.functional.normalize(tokens.double(), dim=-1) @ torch.nn.functional.normalize(table.double(), dim=-1).T
     )
     allowed = table.double().norm(dim=-1) > 0 if mask is None else (table.double().norm(dim=-1) > 0) & mask
     scores = scores.masked_fill(~allowed, -torch.inf)

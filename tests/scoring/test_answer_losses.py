@@ -26,8 +26,10 @@ SETTINGS = {
     "prefix, transformers": ScorerConfig(shared_prefix="always", own_pass=False),
     "none": ScorerConfig(**OFF),
     **{f"without {name}": ScorerConfig(**{name: OFF[name]}) for name in SWITCHES},
-    **{f"own pass and {name}": ScorerConfig(**{**OFF, "own_pass": True, name: "always" if "prefix" in name else True})
-       for name in ("shared_prefix", "last_layer_at_answers", "first_layer_once", "onednn")},
+    **{
+        f"own pass and {name}": ScorerConfig(**{**OFF, "own_pass": True, name: "always" if "prefix" in name else True})
+        for name in ("shared_prefix", "last_layer_at_answers", "first_layer_once", "onednn")
+    },
 }
 every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 
@@ -137,8 +139,13 @@ def test_candidates_with_a_cached_prefix_give_the_same_losses(nano, encoded):
     features = with_answer(encoded[0], 9, 14)
     base = masks(features, 1, 24)[0]
     others = torch.tensor([i for i in range(144) if i not in base.tolist()])
-    kept = torch.stack([base] + [torch.cat([base[:i], base[i + 1 :], others[7 * i][None]]).sort().values
-                                 for i in range(len(others) // 7)[:24]])
+    kept = torch.stack(
+        [base]
+        + [
+            torch.cat([base[:i], base[i + 1 :], others[7 * i][None]]).sort().values
+            for i in range(len(others) // 7)[:24]
+        ]
+    )
     for settings in (ScorerConfig(), ScorerConfig(own_pass=False)):
         losses = AnswerLosses(nano, settings=settings)
         expected = masked_losses(nano, features, kept)

@@ -52,8 +52,7 @@ def algorithm_1(population, losses, sizes, p, crossover, mutation, draws):
         one = int(pair[0][c] * p)
         two = (one + 1 + int(pair[1][c] * (p - 1))) % p
         child = [
-            parents[two][g] if cross[c][0] < crossover and g >= half else parents[one][g]
-            for g in range(len(sizes))
+            parents[two][g] if cross[c][0] < crossover and g >= half else parents[one][g] for g in range(len(sizes))
         ]
         for g, size in enumerate(sizes):
             if mutate[c][g] < mutation / 2:
@@ -76,9 +75,7 @@ def test_generations_equal_a_plain_loop(seed):
         state = strategy.tell(state, losses)
         draws = state.rng()
         shapes = ((2, 9), (9, 1), (9, groups.count))
-        expected = algorithm_1(
-            genomes, losses, groups.sizes, 4, 0.9, 0.2, [draws.random(shape) for shape in shapes]
-        )
+        expected = algorithm_1(genomes, losses, groups.sizes, 4, 0.9, 0.2, [draws.random(shape) for shape in shapes])
         state, genomes = strategy.ask(state)
         assert genomes.tolist() == expected
 

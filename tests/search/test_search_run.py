@@ -231,8 +231,12 @@ def test_hill_climb_tries_every_neighbour_once_until_one_is_better():
         state = strategy.tell(state, np.full(12, 50.0))
         if len(flips) < 34:
             assert (changed == 1).sum() >= 8
-    every = [best.tolist()[:g] + [place] + best.tolist()[g + 1 :]
-             for g, size in enumerate(groups.sizes) for place in range(size) if place != best[g]]
+    every = [
+        best.tolist()[:g] + [place] + best.tolist()[g + 1 :]
+        for g, size in enumerate(groups.sizes)
+        for place in range(size)
+        if place != best[g]
+    ]
     assert {tuple(flip) for flip in flips} == {tuple(flip) for flip in every} and len(every) == 34
 
 
@@ -341,8 +345,9 @@ def test_patience_stops_a_search_without_improvement():
     score = Landscape(40, 0)
     gaining = run(Published(), groups, score, stream(0, 0, 0), 10, patience=3)
     assert len(gaining.trace) > 4
-    assert np.array_equal(gaining.trace, run(Published(), groups, Landscape(40, 0), stream(0, 0, 0), 10).trace[
-        : len(gaining.trace)])
+    assert np.array_equal(
+        gaining.trace, run(Published(), groups, Landscape(40, 0), stream(0, 0, 0), 10).trace[: len(gaining.trace)]
+    )
 
 
 def test_without_memo_all_masks_are_scored_and_the_result_is_the_same():

@@ -11,8 +11,19 @@ from evocomp.log import UserError
 from evocomp.selection import SELECTORS, selector
 from evocomp.selection.base import NotApplicable, SelectionInputs
 
-PURE = ["random_tokens", "uniform_stride", "cls_attention", "hired", "vispruner", "divprune", "cdpruner",
-        "fastv", "sparsevlm", "pyramiddrop", "dart"]
+PURE = [
+    "random_tokens",
+    "uniform_stride",
+    "cls_attention",
+    "hired",
+    "vispruner",
+    "divprune",
+    "cdpruner",
+    "fastv",
+    "sparsevlm",
+    "pyramiddrop",
+    "dart",
+]
 MERGED = ["tome", "prumerge", "prumerge_plus", "visionzip"]
 
 
@@ -95,8 +106,14 @@ def test_budgets_out_of_range_are_refused(keep, drawn):
 def test_text_changes_the_selection_only_of_text_aware_selectors(name, drawn):
     """Replace the question, its CLIP embeddings and the LLM's values, but not the image."""
     inputs, other = drawn(1, 40), drawn(2, 40)
-    asked = replace(inputs, text=other.text, clip_text_embeds=other.clip_text_embeds,
-                    llm_attention=other.llm_attention, llm_keys=other.llm_keys, llm_hidden=other.llm_hidden)
+    asked = replace(
+        inputs,
+        text=other.text,
+        clip_text_embeds=other.clip_text_embeds,
+        llm_attention=other.llm_attention,
+        llm_keys=other.llm_keys,
+        llm_hidden=other.llm_hidden,
+    )
     first, second = selector(name)(inputs, 9), selector(name)(asked, 9)
     assert torch.equal(first.positions, second.positions) != selector(name).text_aware
 
@@ -109,8 +126,11 @@ def test_llm_inputs_are_needed_exactly_by_those_that_run_it_first(name):
 @pytest.mark.parametrize("name", [*PURE, *MERGED, "average_pool"])
 def test_half_precision_inputs(name, drawn):
     full = drawn(3, 30, grid=(5, 6))
-    halves = {f.name: getattr(full, f.name).bfloat16() for f in fields(full)
-              if isinstance(getattr(full, f.name), torch.Tensor)}
+    halves = {
+        f.name: getattr(full, f.name).bfloat16()
+        for f in fields(full)
+        if isinstance(getattr(full, f.name), torch.Tensor)
+    }
     out = selector(name)(replace(full, **halves), 8)
     assert len(out.positions) <= 8
     assert out.tokens is None or out.tokens.dtype == torch.bfloat16

@@ -30,8 +30,7 @@ def test_exact_counts_give_the_remainder_to_the_first_pivots():
 def test_pivots_select_the_least_similar_tokens_in_turn():
     # indices: prefix 0, visual 1-6, text 7-8
     hidden = torch.tensor(
-        [[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.1], [-1.0, -0.1], [0.1, -1.0], [1.0, 1.0],
-         [0.0, 1.0], [1.0, 1.0]]
+        [[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.1], [-1.0, -0.1], [0.1, -1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]
     )
     kept = dart(hidden, 1, 6, [1, 7], [1, 2])
     # for the pivot at index 1 (visual 0), visual 2 and 3 tie at the lowest cosine and the lower index is selected; then

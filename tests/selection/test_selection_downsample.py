@@ -7,8 +7,14 @@ from evocomp.selection.downsample import downsample, downsampled_grid
 
 @pytest.mark.parametrize(
     "grid,keep,size",
-    [((24, 24), 64, (112, 112)), ((24, 24), 144, (168, 168)), ((24, 24), 128, (154, 154)),
-     ((24, 24), 192, (182, 182)), ((12, 24), 72, (84, 168)), ((24, 12), 72, (168, 84))],
+    [
+        ((24, 24), 64, (112, 112)),
+        ((24, 24), 144, (168, 168)),
+        ((24, 24), 128, (154, 154)),
+        ((24, 24), 192, (182, 182)),
+        ((12, 24), 72, (84, 168)),
+        ((24, 12), 72, (168, 84)),
+    ],
 )
 def test_pixels_for_a_budget(grid, keep, size):
     plan = downsample(grid, keep, patch=14)

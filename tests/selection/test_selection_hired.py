@@ -23,8 +23,7 @@ def test_published_partitions(case, cases, expected, drawn):
     kept = hired_next(last, first[0], want["total_budget"], region, want["alpha"])
     assert [len(part) for part in kept] == want["kept_per_partition"]
     assert [part.tolist() for part in kept] == want["expected_kept_per_partition"]
-    inputs = drawn(0, 720, grid=(60, 12), cls_attention=last.flatten()[None],
-                   cls_attention_first=first.flatten()[None])
+    inputs = drawn(0, 720, grid=(60, 12), cls_attention=last.flatten()[None], cls_attention_first=first.flatten()[None])
     out = HiREDNext(alpha=want["alpha"])(inputs, want["total_budget"])
     assert out.indices.tolist() == [144 * i + j for i, part in enumerate(kept) for j in part.tolist()]
     assert out.extra["budgets"] == want["kept_per_partition"]
@@ -49,8 +48,7 @@ def test_sub_images_are_ranked_by_themselves(drawn):
     inputs = drawn(3, 5 * 16, grid=(20, 4))
     louder = inputs.cls_attention.clone()
     louder[:, 16:32] *= 50
-    assert torch.equal(HiREDNext()(inputs, 30).indices,
-                       HiREDNext()(replace(inputs, cls_attention=louder), 30).indices)
+    assert torch.equal(HiREDNext()(inputs, 30).indices, HiREDNext()(replace(inputs, cls_attention=louder), 30).indices)
 
 
 def test_quadrants_change_the_budgets(drawn):

@@ -17,9 +17,7 @@ def by_hand(merger: BlockMerger, block: torch.Tensor, k: int) -> torch.Tensor:
 def test_mean_of_each_block_and_three_layers_of_it(n, generator):
     torch.manual_seed(0)
     tokens, merger = torch.randn(2, n, 8, generator=generator), BlockMerger(8, 4)
-    want = torch.stack(
-        [torch.stack([by_hand(merger, one[i : i + 4], 4) for i in range(0, n, 4)]) for one in tokens]
-    )
+    want = torch.stack([torch.stack([by_hand(merger, one[i : i + 4], 4) for i in range(0, n, 4)]) for one in tokens])
     assert torch.allclose(merger(tokens).double(), want, atol=1e-6)
 
 

@@ -9,9 +9,7 @@ def test_published(case, cases, expected, arrays, inputs144):
     want = cases("visionzip")[case]
     dominant, contextual = want["dominant_arg"], want["contextual_arg"]
     assert visionzip_split(want["tokens_out"]) == (dominant, contextual)
-    rows, chosen, targets = visionzip(
-        arrays["clip_hidden"], arrays["cls_attn"], arrays["clip_k"], dominant, contextual
-    )
+    rows, chosen, targets = visionzip(arrays["clip_hidden"], arrays["cls_attn"], arrays["clip_k"], dominant, contextual)
     assert chosen.tolist() == want["expected_dominant_sorted(row 0 = CLS included; patch p is row p+1)"]
     truth = expected["visionzip/" + want["array"].split()[0]]
     assert torch.allclose(rows, truth, atol=1e-4, rtol=0)
@@ -28,9 +26,7 @@ def test_published_split(keep, split):
 @pytest.mark.parametrize("n,dominant,contextual", [(13, 3, 4), (10, 8, 3), (6, 5, 2), (7, 1, 0)])
 def test_merging_by_hand(n, dominant, contextual, drawn):
     inputs = drawn(n, n)
-    rows, chosen, targets = visionzip(
-        inputs.clip_hidden, inputs.cls_attention, inputs.clip_keys, dominant, contextual
-    )
+    rows, chosen, targets = visionzip(inputs.clip_hidden, inputs.cls_attention, inputs.clip_keys, dominant, contextual)
     hidden = inputs.clip_hidden.double()
     key = inputs.clip_keys.double().reshape(n + 1, 3, 4).mean(1)
     key = key / key.norm(dim=1, keepdim=True)

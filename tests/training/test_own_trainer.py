@@ -85,9 +85,7 @@ def test_a_datamodule_of_ones_own_trains_on_every_round(nano, questions, tmp_pat
     module, settings = new_module(nano), labels()
     labeller = labeller_for(nano, examples, tmp_path, module.compressor.config, settings)
     refresh = RefreshLabels(labeller, settings)
-    trainer = L.Trainer(
-        max_epochs=3, callbacks=[seen, refresh], logger=False, enable_checkpointing=False, **QUIET
-    )
+    trainer = L.Trainer(max_epochs=3, callbacks=[seen, refresh], logger=False, enable_checkpointing=False, **QUIET)
     before = [p.detach().clone() for p in module.parameters()]
     trainer.fit(module, Questions(examples))
     assert len(seen.batches) == 9 and {id for ids in seen.batches for id in ids} == {one.id for one in examples}

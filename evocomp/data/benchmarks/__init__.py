@@ -43,9 +43,7 @@ def read_task(name: str, folder: str | Path) -> list[Example]:
         raise UserError(f"no benchmark is called {name}; {hint}")
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(
-            f"{name}:{folder}: no such folder; download {name} and give the folder that holds its files"
-        )
+        raise UserError(f"{name}:{folder}: no such folder; download {name} and give the folder that holds its files")
     try:
         examples = TASKS[name](path)
     except (KeyError, TypeError, AttributeError) as error:

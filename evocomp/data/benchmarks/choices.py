@@ -34,9 +34,7 @@ def mmbench(folder: Path) -> list[Example]:
 
 def mmbench_cn(folder: Path) -> list[Example]:
     """`mmbench_dev_cn_*.tsv` or `MMBench_DEV_CN*.tsv`."""
-    return _mmbench(
-        "mmbench_cn", find(folder, "mmbench_dev_cn_*.tsv", "*DEV_CN*.tsv", "*_cn_*.tsv"), LETTER_CN
-    )
+    return _mmbench("mmbench_cn", find(folder, "mmbench_dev_cn_*.tsv", "*DEV_CN*.tsv", "*_cn_*.tsv"), LETTER_CN)
 
 
 def _mmbench(name: str, table: Path, ending: str) -> list[Example]:
@@ -127,9 +125,7 @@ def _mmmu(row: dict[str, Any], picture: str) -> Example:
         return Example(**common, prompt=prompt, answer=row["answer"].strip(), choices=options, extra=scoring)
     answers = _literal(row["answer"])
     answers = [str(a) for a in answers] if isinstance(answers, list) else [str(row["answer"])]
-    return Example(
-        **common, prompt=question + OPEN, answer=answers[0], extra={"scoring": "one_of", "answers": answers}
-    )
+    return Example(**common, prompt=question + OPEN, answer=answers[0], extra={"scoring": "one_of", "answers": answers})
 
 
 def scienceqa(folder: Path) -> list[Example]:
@@ -160,9 +156,7 @@ def scienceqa(folder: Path) -> list[Example]:
 
 
 def _asked(question: str, options: tuple[str, ...]) -> str:
-    return "\n".join(
-        [question, *(f"{letter}. {text}" for letter, text in zip(letters(26), options, strict=False))]
-    )
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in zip(letters(26), options, strict=False))])
 
 
 def _columns(row: dict[str, Any]) -> tuple[str, ...]:

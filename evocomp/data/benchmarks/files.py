@@ -38,9 +38,7 @@ def read_tsv(path: Path) -> list[dict[str, Any]]:
         rows = list(csv.DictReader(file, delimiter="\t"))
     if not rows or len(rows[0]) < 2:
         raise UserError(f"{path}: no tab-separated rows with a header")
-    return [
-        {key: None if value in ("", "nan", None) else value for key, value in row.items()} for row in rows
-    ]
+    return [{key: None if value in ("", "nan", None) else value for key, value in row.items()} for row in rows]
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -48,9 +46,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise UserError(
-            f"{path}: run `pip install pyarrow` to read parquet, or give a tsv or jsonl"
-        ) from None
+        raise UserError(f"{path}: run `pip install pyarrow` to read parquet, or give a tsv or jsonl") from None
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
@@ -84,9 +80,7 @@ class PackedPictures:
 
     def __init__(self, table: Path):
         state = table.stat()
-        key = hashlib.sha256(f"{table.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[
-            :16
-        ]
+        key = hashlib.sha256(f"{table.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
         root = os.environ.get("EVOCOMP_CACHE") or Path.home() / ".cache" / "evocomp"
         self.table, self.folder = table, Path(root) / "pictures" / key
 

@@ -55,9 +55,7 @@ def pope(folder: Path) -> list[Example]:
 def vqav2(folder: Path) -> list[Example]:
     """`v2_OpenEnded_mscoco_*_questions.json`, `v2_mscoco_*_annotations.json` and `val2014/`. arXiv
     1612.00837."""
-    questions = read_json(
-        find(folder, "v2_OpenEnded_mscoco_val2014_questions.json", "*OpenEnded*_questions.json")
-    )
+    questions = read_json(find(folder, "v2_OpenEnded_mscoco_val2014_questions.json", "*OpenEnded*_questions.json"))
     notes = read_json(find(folder, "v2_mscoco_val2014_annotations.json", "*_annotations.json"))["annotations"]
     notes = {note["question_id"]: note for note in notes}
     subtype = questions.get("data_subtype", "val2014")

@@ -34,9 +34,7 @@ class LayerCache:
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [1, heads, L, d] to those of a layer and return all of them."""
         if layer in self.held:
-            keys, values = (
-                torch.cat(pair, dim=2) for pair in zip(self.held[layer], (keys, values), strict=True)
-            )
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.held[layer], (keys, values), strict=True))
         self.held[layer] = (keys, values)
         return keys, values
 
@@ -87,9 +85,7 @@ class Running:
     def with_visual(self, rows: Tensor) -> "Running":
         """Replace the visual rows by these rows [R, D]; position ids become 0..L-1."""
         hidden = torch.cat([self.hidden[: self.start], rows, self.hidden[self.start + self.count :]])
-        return replace(
-            self, hidden=hidden, positions=torch.arange(len(hidden), device=hidden.device), count=len(rows)
-        )
+        return replace(self, hidden=hidden, positions=torch.arange(len(hidden), device=hidden.device), count=len(rows))
 
 
 class _Entered(Exception):
@@ -215,9 +211,7 @@ class LayerLoop:
             previous=running,
         )
 
-    def _run(
-        self, number: int, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache
-    ) -> Tensor:
+    def _run(self, number: int, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: LayerCache) -> Tensor:
         """Run one layer on hidden states [L, D] with position ids [L]."""
         output = self._layers[number](
             hidden[None],
@@ -235,9 +229,7 @@ class LayerLoop:
             runs.append(self.step(runs[-1]))
         return runs
 
-    def finish(
-        self, running: Running, drop: Callable[[Running], Running] = lambda running: running
-    ) -> Running:
+    def finish(self, running: Running, drop: Callable[[Running], Running] = lambda running: running) -> Running:
         """Run all remaining layers; `drop` is called before each of them."""
         while running.layer < self.depth:
             running = self.step(drop(running))

@@ -69,10 +69,7 @@ def at_depth(layers: Sequence[int], depth: int) -> dict[int, int]:
         raise UserError("tokens cannot be dropped between the layers of an LLM with only one layer")
     if depth > layers[-1]:
         return {layer: stage for stage, layer in enumerate(layers)}
-    return {
-        min(max(1, round(layer * depth / PUBLISHED_DEPTH)), depth - 1): stage
-        for stage, layer in enumerate(layers)
-    }
+    return {min(max(1, round(layer * depth / PUBLISHED_DEPTH)), depth - 1): stage for stage, layer in enumerate(layers)}
 
 
 def one_drop(n: int, kept: int, depth: int) -> Plan:
@@ -216,9 +213,7 @@ def _outcome(panel: Panel, method: Staged, kept: int, answers: list[str], n: int
     return Outcome(
         method.label,
         kept,
-        np.array(
-            [score_answer(asked.example, text) for asked, text in zip(panel.asked, answers, strict=True)]
-        ),
+        np.array([score_answer(asked.example, text) for asked, text in zip(panel.asked, answers, strict=True)]),
         answers,
         kept_average=layer_average(n, plan.stages, depth),
         needs_llm=True,

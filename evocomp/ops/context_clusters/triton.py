@@ -12,9 +12,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _clusters_kernel(
-    products, scale, typical, selected, centres, assignment, N, masks, count, BLOCK_N: tl.constexpr
-):
+def _clusters_kernel(products, scale, typical, selected, centres, assignment, N, masks, count, BLOCK_N: tl.constexpr):
     """Computes centres [B*K, count] in order of selection, and assignment [B*K, N].
 
     products: [B, N, N] dot products of the tokens; scale: [B, N] inverse norms; typical: [B*K, N] sums of cosines to

@@ -43,9 +43,7 @@ def bin_weights(counts: Tensor, rule: str, dtype: torch.dtype) -> Tensor:
 
 class _GHMBCE(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str
-    ) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor, valid: Tensor | None, counts: Tensor, rule: str) -> Tensor:
         x, y = _clean(logits, targets, valid)
         slope = torch.sigmoid(x) - y
         weight = bin_weights(counts, rule, x.dtype)[_bin(slope, counts.numel())]

@@ -49,9 +49,7 @@ def top_r_compact(
     """
     assert scores.ndim == 2 and embeddings.shape[:2] == scores.shape, "scores [B, N], embeddings [B, N, D]"
     if not 1 <= r <= scores.shape[1]:
-        raise UserError(
-            f"cannot keep {r} of {scores.shape[1]} tokens; choose a number from 1 to {scores.shape[1]}"
-        )
+        raise UserError(f"cannot keep {r} of {scores.shape[1]} tokens; choose a number from 1 to {scores.shape[1]}")
     if dispatch.choose(scores) == "triton":
         from evocomp.ops.top_r_compact import triton as backend
     else:

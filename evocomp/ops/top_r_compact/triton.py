@@ -11,9 +11,7 @@ PADDING_KEY = tl.constexpr(1)  # below the key of -inf, above the key 0 of lanes
 
 
 @triton.jit
-def _index_kernel(
-    scores, valid, index, N, R, stride_b, stride_n, HAS_VALID: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _index_kernel(scores, valid, index, N, R, stride_b, stride_n, HAS_VALID: tl.constexpr, BLOCK_N: tl.constexpr):
     """Computes index [B, R]: ascending indices of the R largest keys; ties go to the lowest index."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
@@ -85,9 +83,7 @@ def _gather(embeddings: Tensor, index: Tensor) -> Tensor:
     out = torch.empty(b, r, d, dtype=embeddings.dtype, device=embeddings.device)
     block = min(1024, 1 << (d - 1).bit_length())
     with dispatch.launch_on(embeddings):
-        _gather_kernel[(b * r,)](
-            embeddings, index.contiguous(), out, r, d, *embeddings.stride(), BLOCK_D=block
-        )
+        _gather_kernel[(b * r,)](embeddings, index.contiguous(), out, r, d, *embeddings.stride(), BLOCK_D=block)
     return out
 
 
