@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
