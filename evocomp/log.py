@@ -118,7 +118,7 @@ def exit_code(command: Callable[[], int | None], name: str) -> int:
             raise
         place = f"{str(error.filename)[:300]}: " if error.filename is not None else ""
         advice = "mend this and run the same command again; what was finished before is kept"
-        print(f"{name}: {one_line(place + error.strerror)}; {advice}", file=sys.stderr)
+        print(f"{name}: {one_line(place + str(error.strerror))}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command again to resume", file=sys.stderr)

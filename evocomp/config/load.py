@@ -52,7 +52,7 @@ def load(files: Sequence[str | Path] = (), settings: Sequence[str] = ()) -> RunC
     for node, origin in changes:
         config = _merge(config, node, origin)
     try:
-        return OmegaConf.to_object(config)  # resolves ${...} on the way
+        return cast(RunConfig, OmegaConf.to_object(config))  # resolves ${...} on the way
     except RecursionError:
         raise UserError("settings refer to one another without an end") from None
     except OmegaConfBaseException as error:

@@ -137,7 +137,7 @@ def with_dashes(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[s
     return found
 
 
-def _add(group, key: str, placeholder: str, text: str) -> None:
+def _add(group: argparse._ActionsContainer, key: str, placeholder: str, text: str) -> None:
     # a key without a value means true
     text = text if text is argparse.SUPPRESS else text.replace("%", "%%")
     group.add_argument(f"--{key}", nargs="?", const="true", metavar=placeholder, help=text, action=_Collect)

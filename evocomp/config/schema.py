@@ -353,7 +353,7 @@ class EvalConfig:
     sheet: int = 12
     """Number of images on kept.png."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         numbers(self, "eval.", "kept")
         require(len(self.kept) > 0 and min(self.kept) >= 1, "eval.kept: give at least one count >= 1")
         at_least(self, 1, "eval.", "batch", "seeds", "resamples", "max_new_tokens", "monitor_every", "sheet")

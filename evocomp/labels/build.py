@@ -43,13 +43,13 @@ def use_feature_cache(config: RunConfig, mllm: FrozenMLLM, splits: Splits) -> No
     """Give the MLLM the disk cache that the settings name; rank 0 first logs and checks the disk space it needs."""
     if config.model.feature_cache is None:
         return
-    mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
+    cache = mllm.cache = FeatureCache(config.model.feature_cache, mllm.model, mllm.fingerprint())
 
     def reserve() -> None:
         examples = [*splits.train, *splits.val]
         mllm.readable(examples, most=1)
         images = len({picture_key(example) for example in examples})
-        mllm.cache.reserve(images, shutil.disk_usage(mllm.cache.folder).free)
+        cache.reserve(images, shutil.disk_usage(cache.folder).free)
 
     distributed.from_rank_0(reserve)
 

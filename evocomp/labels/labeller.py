@@ -188,7 +188,9 @@ class Labeller:
 
     def store_of(self, round: int) -> LabelStore:
         """The store that holds a round."""
-        return self.store if round <= 0 or self.refreshed is None else self.refreshed
+        store = self.store if round <= 0 or self.refreshed is None else self.refreshed
+        assert store is not None, "this labeller only encodes and makes records"
+        return store
 
     def _fill(
         self,
@@ -255,7 +257,15 @@ class Labeller:
             store.commit(round, range(count), chunks)
         queue.wait_for(lambda: store.committed(round))
 
-    def _make_readable(self, round, ids, previous, scores, progress, report) -> list[Record]:
+    def _make_readable(
+        self,
+        round: int,
+        ids: Sequence[int],
+        previous: dict[int, Record],
+        scores: Scores | None,
+        progress: LabelProgress,
+        report: Callable[[LabelProgress], None],
+    ) -> list[Record]:
         """The records of a chunk, without questions whose image cannot be decoded.
 
         All images of a chunk are read before anything is scored, so starting the chunk again costs little. An image is

@@ -175,6 +175,7 @@ class OnPolicyRounds(Rounds):
     @staticmethod
     def _filled(draws: np.ndarray, features: Features, count: int) -> np.ndarray:
         """The first tokens [K, count] of the sample's priority order that are not in each of its masks [K, r]."""
+        assert features.priority is not None, "hedged masks need an order: set `FrozenMLLM.priority_by`"
         return fill(torch.from_numpy(draws), features.priority.cpu(), count).numpy()
 
     def _sample(self, round: int, id: int, logits: np.ndarray, size: int) -> np.ndarray:

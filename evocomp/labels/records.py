@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 
 from evocomp.log import UserError
 
-Record = dict[str, "np.ndarray | int | float"]
+Record = dict[str, Any]
 """Stored label of one sample: an integer "id", and arrays or numbers. All records of a chunk have the same fields."""
 
 ANEW = "delete this file and run the labelling again: it makes only what is missing"

@@ -81,10 +81,12 @@ class LabelStore:
         store._check_is_mine()  # another process may have overwritten it just now
         return store
 
-    def _is_made_by_this(self, found: dict) -> bool:
+    def _is_made_by_this(self, found: dict[str, Any]) -> bool:
+        assert self._made_by is not None, "the store was not opened"
         return {key: found[key] for key in self._made_by} == self._made_by
 
     def _start(self) -> None:
+        assert self._made_by is not None, "the store was not opened"
         self._replace(self.path / "meta.json", _json({**self._made_by, "numpy": np.__version__}))
 
     def _overwrite(self) -> None:

@@ -44,7 +44,7 @@ SELECTORS: dict[str, Callable[..., "Selector"]] = {
 }
 
 
-def selector(name: str, **options) -> "Selector":
+def selector(name: str, **options: Any) -> "Selector":
     """The selector `name` with its published settings, which `options` override.
 
     Raises UserError for a name that is not in `SELECTORS`.

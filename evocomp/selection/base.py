@@ -86,7 +86,7 @@ class Selection:
     """Additional results of the selector."""
 
     @classmethod
-    def of(cls, indices: Tensor, **extra) -> "Selection":
+    def of(cls, indices: Tensor, **extra: Any) -> "Selection":
         """A result without merging: the tokens at `indices`, at their original positions."""
         return cls(positions=indices, indices=indices, extra=extra)
 
