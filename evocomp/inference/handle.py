@@ -195,7 +195,10 @@ class Handle:
         own = own and (self._policy.blocks is not None or not is_plain(mask, real, self._decoder.config))
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device)
         cached = cache_of(kwargs) is not None
-        return Prompt(ids, numbers, real, self._calls.labels, cached, mask if own else None, lengths)
+        # like the model, which treats a prompt without token types as text
+        in_blocks = self._policy.blocks == "sliding" and kwargs.get("mm_token_type_ids") is not None
+        blocks = families.runs(numbers >= 0) if in_blocks and not own else None
+        return Prompt(ids, numbers, real, self._calls.labels, cached, mask if own else None, lengths, blocks)
 
     def _continuation(self, kwargs: dict, seen: int) -> Pass | None:
         """Decoding, or a further turn over a cache that holds `seen` tokens in its first attention layer."""
@@ -322,7 +325,9 @@ class Handle:
             mask = run.memo[kind]
             # layers that use other layers' keys may run on the last tokens only (Gemma 4)
             return mask if mask is None or mask.ndim != 4 else mask[..., -length:, :]
-        columns = length if cache is None else cache.get_mask_sizes(length, number)[0]
+        # recurrent layers hold a state, not keys: their cache has no length
+        keyed = cache is not None and kind not in attention.RECURRENT_TYPES
+        columns, first = cache.get_mask_sizes(length, number) if keyed else (length, 0)
         if run.blocks is not None and kind == "sliding_attention":
             mask = block_mask(config, run.blocks, run.state.valid, columns, hidden)
         elif run.given_mask is not None and kind not in attention.RECURRENT_TYPES:
@@ -340,7 +345,6 @@ class Handle:
             mask = causal_mask(config, number, hidden, real, cache, always)
         if run.state.log_size is not None:
             # a sliding window's cache has forgotten the first keys
-            first = 0 if cache is None else cache.get_mask_sizes(length, number)[1]
             mask = add_log_size(mask, run.state.log_size[:, first:].to(hidden.device), hidden.dtype)
         run.memo[kind] = mask
         return mask

@@ -75,7 +75,7 @@ def test_chunks_that_no_store_wrote_are_not_read(store, name):
     chunk_of(store).write_bytes(CONTENTS[name])
     refused(lambda: store.read(0), "chunk-000000")
     (store.path / "round-0000" / "COMMIT.json").unlink()
-    refused(lambda: store.read_chunk(0, 0), "chunk-000000")
+    refused(lambda: store._read_chunk(0, 0, {}), "chunk-000000")
 
 
 def test_a_foreign_chunk_is_not_committed(store):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from evocomp.mllm.beside_embeddings import BesideEmbeddings
 from evocomp.mllm.features import Features
 from evocomp.mllm.hf import FrozenMLLM
 
@@ -18,10 +19,9 @@ def answer_logits(mllm: FrozenMLLM, features: Features, tokens: Tensor, index: T
         embeds = torch.cat([embeds, tail], dim=1)
         step = torch.arange(1, len(answer), device=positions.device)
         positions = torch.cat([positions, positions[..., -1:] + step], dim=-1)
+    beside = BesideEmbeddings.of(features, index).padded(0, len(answer) - 1)
+    real = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     hidden = mllm.decoder(
-        inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-        position_ids=positions,
-        use_cache=False,
+        inputs_embeds=embeds, position_ids=positions, use_cache=False, **mllm._keywords(beside, real, embeds)
     ).last_hidden_state
     return mllm.head(hidden[:, -len(answer) :].contiguous()).float()

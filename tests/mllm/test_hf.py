@@ -218,13 +218,6 @@ def test_families_attend_to_tokens_before_a_gap(family):
     assert float((before - after).abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "paligemma"])
-def test_families_that_need_more_than_embeddings_are_refused(family):
-    features, _, model = tiny(family)
-    with pytest.raises(UserError, match="labels and panel are not made for"):
-        answer_logits(FrozenMLLM(model, processor=None), features, features.visual[None], everything(features)[None])
-
-
 def tiny(family: str) -> tuple[Features, dict, torch.nn.Module]:
     """Features of row 0 of the family's prompts (one image), without padding."""
     model, inputs = build(family), prompts(family)
@@ -370,11 +363,11 @@ def test_loading_errors_are_one_line(tmp_path):
     for name in ("nanno", str(tmp_path)):
         with pytest.raises(UserError) as caught:
             FrozenMLLM.load(name)
-        assert f"model.name={name} cannot be loaded" in str(caught.value) and "\n" not in str(caught.value)
+        assert f"model.name={name} does not load" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_answers_without_tokens_and_prompts_with_a_placeholder_are_refused(nano, questions):
-    with pytest.raises(UserError, match="has no tokens"):
+    with pytest.raises(UserError, match="has no token"):
         nano.features([replace(questions[0], id=11, answer=" ")])
     with pytest.raises(UserError, match="color of <image> circle.*rejects it"):
         nano.features([replace(questions[0], id=12, prompt="color of <image> circle")])

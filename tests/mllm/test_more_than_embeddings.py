@@ -18,6 +18,7 @@ from evocomp.scoring.answer_losses import AnswerLosses
 from evocomp.scoring.gate import gate_gradient
 from tests.inference.test_speculation import one_prompt
 from tests.inference.tiny_models import build
+from tests.mllm.answer_logits import answer_logits
 
 FAMILIES = ["qwen3_vl", "gemma3", "paligemma"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +94,7 @@ def test_losses_are_those_of_one_forward_pass_per_mask(family, kernel):
 @every_family
 def test_logits_of_the_answer_are_the_models(family):
     mllm, inputs, features = encoded(family)
-    ours = mllm.answer_logits(features, features.visual[KEPT], KEPT)
+    ours = answer_logits(mllm, features, features.visual[KEPT], KEPT)
     for row, kept in zip(ours, KEPT, strict=True):
         wanted = by_the_model(mllm.model, inputs, kept, ANSWER)
         assert_close(row, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())

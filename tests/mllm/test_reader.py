@@ -174,7 +174,7 @@ def test_examples_with_broken_images_are_skipped_up_to_a_limit(fresh, broken, ca
 def test_a_panel_skips_broken_images(fresh, broken):
     panel = Panel(fresh, broken)
     assert len(panel.questions) == 2 and len(panel.full().answers) == 2
-    with pytest.raises(UserError, match="no image decodes"):
+    with pytest.raises(UserError, match="none of the images of the questions can be decoded"):
         Panel(fresh, broken[1:3])
 
 
