@@ -187,7 +187,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(UserError, match="neither empty nor a label store"):
             LabelStore.open(tmp_path, MADE_BY, overwrite)
-    with pytest.raises(UserError, match="cannot create label folder"):
+    with pytest.raises(UserError, match="cannot be a folder for the labels"):
         LabelStore.open(tmp_path / "thesis.tmp.tex", MADE_BY)
     assert (tmp_path / "thesis.tmp.tex").exists()
 
@@ -223,7 +223,7 @@ def test_a_damaged_chunk_is_an_error(store, damage):
     harm()
     if damage != "gone":
         for read in (lambda: store.read(0), lambda: read_chunk(store, 0, 1)):
-            with pytest.raises(UserError, match="chunk-000001.safetensors is not what was committed"):
+            with pytest.raises(UserError, match="chunk-000001.safetensors was changed after it was committed"):
                 read()
         assert store.committed(0)
         path.unlink()
