@@ -280,7 +280,7 @@ def test_a_result_that_cannot_be_written_is_named_before_the_work(capsys, tmp_pa
     ("words", "says"),
     [
         (["--keep", "16.5"], "keep=16.5: a fraction must lie in (0, 1]; for a number of tokens give an int"),
-        (["--keep", "inf"], "keep=inf: a fraction must lie in (0, 1]"),
+        (["--keep", "inf"], "--keep=inf: must be at most 1000000000"),
         (["--keep", "nan"], "keep=nan: a fraction must lie in (0, 1]"),
         (["--keep=-1"], "keep=-1: the number of tokens cannot be negative"),
         (["--max_new_tokens", "0"], "--max_new_tokens=0: must be at least 1"),

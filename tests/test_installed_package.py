@@ -46,7 +46,12 @@ def run(*words, cwd: Path, **environment: str) -> str:
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy of the checkout without network access."""
     folder = tmp_path_factory.mktemp("wheel")
-    left_out = shutil.ignore_patterns(".git", "runs", "build", "*.egg-info", "__pycache__", ".venv", "tests", "results")
+    anywhere = shutil.ignore_patterns("build", "*.egg-info", "__pycache__", "results")
+    of_the_checkout = {".git", "runs", ".venv", "tests"}
+
+    def left_out(parent, names):
+        return anywhere(parent, names) | (of_the_checkout & set(names) if Path(parent) == ROOT else set())
+
     shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=left_out)
     build = ("pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, folder / "source")
     run(sys.executable, "-m", *build, cwd=folder)

@@ -79,7 +79,7 @@ def test_questions(data: DataConfig, questions: int | None = None, seed: int | N
         val_samples=0 if data.source == "scenes" else data.val_samples,
     )
     if seed is not None and (data.source != "scenes" or data.test_source):
-        raise UserError("--seed draws new scenes; this run was judged on questions from files, which have no seed")
+        raise UserError("--seed draws new scenes; this run was tested on questions from files, which have no seed")
     return _all_types(changed).test
 
 

@@ -152,7 +152,7 @@ class AnswerLosses:
         if len(features) == 1:
             return self.candidates(first, kept)[:, None]
         if not shares_prefix(features):
-            raise UserError("shared scoring needs prompts that agree up to the end of the picture")
+            raise UserError("prompts differ before the end of the image, and cannot be scored together")
         if not self.body.packs or first.blocks is not None:
             return torch.stack([self.candidates(one, kept) for one in features], dim=1)
         end = first.picture_end

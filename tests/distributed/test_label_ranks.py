@@ -108,7 +108,7 @@ def test_unsupported_settings_of_shard_groups_are_refused_on_all_ranks(ranks, tm
 
 def test_a_batch_that_leaves_processes_idle_is_a_warning(ranks, tmp_path):
     job = ranks(2, "label", folder=str(tmp_path / "labels"), settings=["model.shard=0"]).succeeded()
-    assert "give --labels.batch=4" in job.outputs[0]
+    assert "set --labels.batch=4" in job.outputs[0]
 
 
 # ------------------------------------------------------------ features on disk, nodes without a shared disk
@@ -179,7 +179,7 @@ def test_killed_ranks_and_a_resume_on_another_number(ranks, alone, tmp_path):
     # rank 0 hosts the queue: the job ends with it
     job = ranks(3, "label", folder=str(folder), signal_rank=0)
     assert job.codes[0] == -signal.SIGKILL and job.codes[1] == job.codes[2] == 2, job.outputs
-    assert "lost rank 0" in job.outputs[1]
+    assert "lost the connection to rank 0" in job.outputs[1]
     assert 0 < len(chunks(folder)) < 6 and not LabelStore(folder).committed(0)
     resumed = ranks(2, "label", folder=str(folder)).succeeded()
     assert resumed.results[0]["digest"] == alone

@@ -82,7 +82,7 @@ def test_a_finished_run_is_not_repeated_and_its_ranks_leave_the_group(train):
     # a process that exits with an open process group may abort, and the launcher then ends the others too
     assert all(not result["steps"] and result["left"] for result in again.succeeded().results)
     other, _, _ = train(2, [*settings, "optim.lr=2e-3"], run=run)
-    assert other.codes == [2, 2] and "other settings" in other.outputs[0], other.outputs
+    assert other.codes == [2, 2] and "different settings" in other.outputs[0], other.outputs
     assert all(result["left"] for result in other.results)
 
 

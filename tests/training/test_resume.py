@@ -273,8 +273,8 @@ def test_a_crash_between_labels_and_their_epoch_costs_nothing(whole, steps, tmp_
     settings, folder, seen = whole
     commit, made = LabelStore.commit, []
 
-    def crash_after(store, round, chunks):
-        commit(store, round, chunks)
+    def crash_after(store, round, chunks, *samples):
+        commit(store, round, chunks, *samples)
         made.append(round)
         if len(made) == 2:  # the first refresh is complete, but its epoch has not started
             raise ZeroDivisionError("a bug")
@@ -492,7 +492,7 @@ def test_features_that_do_not_fit_on_the_disk_are_refused(steps, tmp_path, monke
     free = type("Usage", (), {"free": 100_000})
     monkeypatch.setattr(labelling.shutil, "disk_usage", lambda path: free)
     mine = config(tmp_path / "run", f"model.feature_cache={tmp_path}/features")
-    refused(mine, "100 kB are free; name a folder on a larger disk")
+    refused(mine, "100 kB are free; choose a folder on a larger disk")
     assert not (tmp_path / "run").exists()
 
 

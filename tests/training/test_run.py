@@ -164,7 +164,7 @@ def test_an_adapter_needs_a_layer_of_the_llm_and_is_not_sharded(tmp_path, capsys
 
 def test_a_run_without_test_questions_is_trained_and_not_judged(tmp_path, capsys):
     train(tmp_path / "run", "data.test_samples=0", "labels.refresh=none", "trainer.max_epochs=1")
-    assert "so it is not judged" in capsys.readouterr().err
+    assert "so it is not evaluated" in capsys.readouterr().err
     assert (tmp_path / "run" / "compressor").is_dir() and not (tmp_path / "run" / "report.json").exists()
     assert main(["eval", "--run", str(tmp_path / "run")]) == 2
     assert "give --questions N and --out DIR" in capsys.readouterr().err
