@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from evocomp.runs.checkpoints import read_checkpoint
 from one_line import refused
 from transformers import AutoConfig
 
@@ -17,6 +16,7 @@ from evocomp.data.conversations import read_conversations
 from evocomp.inference.selectors import picker_for
 from evocomp.labels.store import LabelStore
 from evocomp.mllm.hf import ASSETS, FrozenMLLM
+from evocomp.runs.checkpoints import read_checkpoint
 from evocomp.runs.folder import last_checkpoint
 from evocomp.training.checkpoint_files import CheckpointFiles
 from evocomp.training.refresh_labels import _round_of
