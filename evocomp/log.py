@@ -103,7 +103,10 @@ _NOT_OURS = {
 
 
 class UserError(Exception):
-    """A user-correctable error: printed as one line, exit code 2, no traceback."""
+    """A user-correctable error: its message is one line; exit code 2, no traceback."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())  # messages quote names, paths and other errors, which may hold line breaks
 
 
 def exit_code(command: Callable[[], int | None], name: str) -> int:

@@ -103,7 +103,11 @@ class EvoCompConfig(PreTrainedConfig):
         self.init_layer = init_layer
         self.base_model_name_or_path = base_model_name_or_path
         self.metadata = metadata or {}
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except Exception as error:  # transformers validates only some of its own fields
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"compressor configuration: {type(error).__name__}: {reason}") from None
 
     @property
     def hidden_size(self) -> int:

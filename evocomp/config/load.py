@@ -20,7 +20,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "experiments"
 """In a checkout, a link to its folder `experiments`; in an installed package, a folder of files."""
 
 
-NOT_SETTINGS = (OmegaConfBaseException, ValueError, TypeError, RecursionError)
+NOT_SETTINGS = (OmegaConfBaseException, ValueError, TypeError, IndexError, RecursionError)
 """What OmegaConf and YAML raise, beside errors of syntax, for text that does not hold settings."""
 _DEEPEST = 50
 
@@ -153,7 +153,7 @@ def _merge(config: DictConfig, change: DictConfig, origin: str) -> DictConfig:
     except OmegaConfBaseException as error:
         text = _one_line(error)
         # OmegaConf does not always name the key; a setting of the command line has a single one
-        named = text if len(keys) > 1 or text.startswith(keys[0]) else f"{keys[0]}: {text}"
+        named = text if len(keys) != 1 or text.startswith(keys[0]) else f"{keys[0]}: {text}"
         raise UserError(f"{origin}: {named}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{origin}: {keys[0] if len(keys) == 1 else 'settings'}: {_reason(error)}") from None

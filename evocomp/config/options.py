@@ -112,7 +112,8 @@ def add_settings(parser: argparse.ArgumentParser, words: Sequence[str], shown: s
     """Add all settings to a parser; given ones are collected in the namespace's `settings` as `key=value`.
 
     Args:
-        words: words of the command line; arguments of Lightning's Trainer (`--trainer.NAME`) become options too.
+        words: words of the command line; arguments of Lightning's Trainer (`trainer.NAME`, with or without
+            dashes) become options too.
         shown: which settings the help shows: "common", "all", or one section.
     """
     parser.set_defaults(settings=())
@@ -122,7 +123,7 @@ def add_settings(parser: argparse.ArgumentParser, words: Sequence[str], shown: s
         group = groups[setting.section]
         name = "trainer.NAME" if setting.key == "trainer" else setting.key  # its entries are options, not itself
         _add(group, name, setting.placeholder, setting.help if visible else argparse.SUPPRESS)
-    for name in sorted({found[1] for word in words if (found := re.match(r"--(trainer\.[\w.]+)(=|$)", word))}):
+    for name in sorted({found[1] for word in words if (found := re.match(r"(?:--)?(trainer\.[\w.]+)(=|$)", word))}):
         _add(parser, name, "TEXT", argparse.SUPPRESS)
 
 
