@@ -103,12 +103,16 @@ def test_padding_may_hold_nan(generator):
 def test_zero_and_tiny_rows_follow_the_reference(generator):
     hidden, weight, bias, retained, valid = example(generator, (2, 37, 8))
     hidden[:, :4], hidden[:, 4:8] = 0, hidden[:, 4:8] * 1e-12
-    for mine, theirs in zip(
-        outcome(kernel, hidden, None, None, retained, valid, torch.float32, [torch.ones(2, device=DEVICE)]),
-        outcome(eager, hidden, None, None, retained, valid, torch.float64, [torch.ones(2, device=DEVICE)]),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+    results = [
+        outcome(op, hidden, None, None, retained, valid, dtype, [torch.ones(2, device=DEVICE)])
+        for op, dtype in ((kernel, torch.float32), (eager, torch.float32), (eager, torch.float64))
+    ]
+    for got, plain, truth in zip(*results, strict=True):
+        if truth.ndim < 3:
+            assert_accurate(got, plain, truth)
+            continue
+        for rows in (slice(0, 4), slice(4, 8), slice(8, None)):  # gradients of each kind have a scale of their own
+            assert_accurate(got[:, rows], plain[:, rows], truth[:, rows])
 
 
 def test_same_bits_twice_and_inputs_untouched(generator):
